@@ -1,0 +1,1 @@
+"""Rows keyed by (checkpoint, split, column, example), kept on disk."""

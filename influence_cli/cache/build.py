@@ -1,0 +1,320 @@
+"""What is missing is captured and stored; what is there is read. The order of work, cut into units that follow from the request alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from influence_cli.cache.fingerprint import Settings, checkpoint_key, compare, compare_data
+from influence_cli.cache.store import UNIT_BYTES, UNIT_EXAMPLES, Held, Level, Rows, Store, Unit, concat_rows, read_json, sweep, write_json, writing
+from influence_cli.errors import CacheError, GradientError, InfluenceError, listed
+from influence_cli.gradients.batches import to
+from influence_cli.gradients.capture import Capture
+from influence_cli.run import Checkpoint, Run
+from influence_cli.run import checkpoints as checkpoint_files
+from influence_cli.run.definition import failure
+from influence_cli.run.examples import digest
+from influence_cli.talk import Advance, Talk
+
+Ids = range | np.ndarray  # rising example ids
+VERIFIED = 8  # examples captured again, per checkpoint, after the definition changed
+COMPARED = 64  # items read again, per split, to notice changed data
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work: the columns that these examples lack at this checkpoint."""
+
+    checkpoint: Checkpoint
+    unit: Unit
+    ids: np.ndarray
+
+
+class Gradients:
+    """Per-example gradients of a run: from the cache where they are there, captured where not. Without a store: captured each time."""
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        store: Store | None,
+        device: torch.device,
+        batch_size: int | None = None,
+        cast: torch.dtype | None = None,
+        talk: Talk | None = None,
+    ) -> None:
+        """`cast`: what floating batch tensors are cast to; None leaves them. `batch_size` None: by the model's size."""
+        self.run, self.settings, self.store, self.device = run, settings, store, device
+        self.talk = talk or Talk()
+        self._batch_size, self._cast = batch_size, cast
+        self._loaded: Checkpoint | None = None
+        self._captures: dict[tuple[str, tuple[str, ...]], Capture] = {}
+        self._held: dict[Path, Held] = {}
+        self._compared: set[str] = set()
+
+    # ------------------------------------------------------------ asking
+    def ensure(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level = "values") -> int:
+        """Capture and store what is missing of these cells; returns how many (checkpoint, example) pairs that were. No store: nothing."""
+        if self.store is None:
+            return 0
+        jobs = self.missing(split, checkpoints, columns, ids, level, verify=True)
+        total = sum(len(job.ids) for job in jobs)
+        order = {checkpoint.step: f"checkpoint {k} of {len(checkpoints)}" for k, checkpoint in enumerate(checkpoints, start=1)}
+        if jobs:
+            with self.talk.progress(f"gradients of {split} examples", total) as advance:
+                for job in jobs:
+                    self._work(split, job, advance, order[job.checkpoint.step])
+            self._held.clear()
+        return total
+
+    def missing(
+        self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level, verify: bool = False
+    ) -> list[Job]:
+        """The units of work that `ensure` would do, in order. `verify`: first check that what is cached still holds.
+
+        Raises CacheError where it does not.
+        """
+        assert self.store is not None
+        jobs = []
+        for checkpoint in checkpoints:
+            place = self.place(split, checkpoint)
+            held = self.held(place)
+            if verify:
+                self._verify(split, checkpoint, place, held)
+            for block in blocks(ids, self.unit_size(columns, level)):
+                lacking = {column: held.where(column, level, block) < 0 for column in columns}
+                absent = np.logical_or.reduce(list(lacking.values()))
+                if absent.any():
+                    names = [column for column in columns if lacking[column].any()]
+                    size = self.unit_size(columns, level)
+                    start = int(block[0]) // size * size
+                    stop = min(start + size, len(self.run.examples(split)))
+                    jobs.append(Job(checkpoint, self.store.unit_for(place, names, level, start, stop, block[absent]), block[absent]))
+        return jobs
+
+    def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
+        """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""
+        held = self.held(self.place(split, checkpoint)) if self.store else None
+        for block in blocks(ids, self.unit_size(columns, level)):
+            if held is not None:
+                yield held.read(columns, level, block)
+            else:
+                rows = self.capture(split, checkpoint, columns, block, level)
+                narrow = self.settings.precision in (torch.float16, torch.bfloat16)
+                forms = {name: form.to(torch.device("cpu"), torch.float32 if narrow else None) for name, form in rows.forms.items()}
+                yield Rows(rows.ids, rows.losses, rows.digests, rows.sqnorms, forms)
+
+    # ------------------------------------------------------------ sizes
+    def bytes_per_example(self, columns: Sequence[str]) -> int:
+        """Of the gradients of one example at one checkpoint, dense, as stored. Embeddings usually take far less."""
+        return sum(self.run.columns[name].numel for name in columns) * self.settings.store.itemsize
+
+    def unit_size(self, columns: Sequence[str], level: Level) -> int:
+        """Examples of a unit: a power of two, by the bytes of these columns."""
+        most = UNIT_EXAMPLES if level == "values" else UNIT_EXAMPLES // 4
+        return min(most, floor_power(UNIT_BYTES // max(1, self.bytes_per_example(columns)))) if level == "values" else most
+
+    def batch_size(self, columns: Sequence[str]) -> int:
+        """Examples captured at once. It follows from the model, not from the machine, so that every machine cuts alike."""
+        bytes_each = sum(self.run.columns[name].numel for name in columns) * self.settings.precision.itemsize
+        return self._batch_size or min(64, floor_power(UNIT_BYTES // max(1, bytes_each)))
+
+    # ------------------------------------------------------------ places
+    def place(self, split: str, checkpoint: Checkpoint) -> Path:
+        assert self.store is not None
+        with writing(self.store.folder):
+            key = checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
+        name = f"query-{'measure' if self.run.definition.has('measure') else 'loss'}" if split == "query" else split
+        return self.store.folder / self.settings.key / key / name
+
+    def held(self, place: Path) -> Held:
+        assert self.store is not None
+        if place not in self._held:
+            self._held[place] = self.store.held(place)
+        return self._held[place]
+
+    # ------------------------------------------------------------ working
+    def _work(self, split: str, job: Job, advance: Advance, where: str) -> None:
+        assert self.store is not None
+        if job.unit.path.is_file():  # another process was faster
+            advance(len(job.ids), where)
+            return
+        rows = self.capture(split, job.checkpoint, job.unit.columns, job.ids, job.unit.level, advance, where)
+        self.store.write(job.unit, rows, self.settings.store)
+
+    def capture(
+        self,
+        split: str,
+        checkpoint: Checkpoint,
+        columns: Sequence[str],
+        ids: np.ndarray,
+        level: Level = "values",
+        advance: Advance = lambda examples, where="": None,
+        where: str = "",
+    ) -> Rows:
+        """Take the gradients of these examples now, batch by batch."""
+        self.load(checkpoint)
+        examples, size = self.run.examples(split), self.batch_size(columns)
+        capture = self._capture_of(split, columns)
+        parts = []
+        for first in range(0, len(ids), size):
+            chosen = ids[first : first + size]
+            items = examples.items(chosen)
+
+            def single(i: int, items: list[Any] = items) -> Any:
+                return self._to_device(examples.collate([items[i]]))
+
+            batch = self._to_device(examples.collate(items))
+            try:
+                captured = capture(batch, single, len(items), level == "values")
+            except InfluenceError:
+                raise
+            except Exception as error:
+                raise self._explained(split, error, len(items)) from error
+            sqnorms = {name: value.cpu() for name, value in captured.sqnorms.items()}
+            losses = captured.losses.cpu()
+            self._check_finite(checkpoint, split, chosen, losses, sqnorms)
+            forms = {name: form.to(torch.device("cpu")) for name, form in captured.forms.items()}
+            parts.append(Rows(chosen, losses, torch.tensor([digest(item) for item in items]), sqnorms, forms))
+            advance(len(items), where)
+        return concat_rows(parts)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        if self._loaded != checkpoint:
+            self._loaded = None
+            checkpoint_files.load(checkpoint, self.run.model)
+            self._loaded = checkpoint
+
+    def _capture_of(self, split: str, columns: Sequence[str]) -> Capture:
+        key = (split, tuple(columns))
+        if key not in self._captures:
+            definition, examples = self.run.definition, self.run.examples(split)
+            measured = split == "query" and definition.has("measure")
+            name, function = ("measure()", definition.raw("measure")) if measured else ("loss()", definition.raw("loss"))
+
+            def quantity(model: torch.nn.Module, batch: Any) -> Any:
+                value = function(model, batch)
+                return -value if measured and isinstance(value, torch.Tensor) else value
+
+            embeddings = [column for column in columns if self.run.columns[column].embedding]
+            capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note)
+            first = range(min(2, len(examples)))
+            examples.check_stable(range(min(4, len(examples))))
+            items = examples.items(first)
+            try:
+                capture.probe(self._to_device(examples.collate(items)), [self._to_device(examples.collate([item])) for item in items])
+            except InfluenceError:
+                raise
+            except Exception as error:
+                raise self._explained(split, error, len(items)) from error
+            self._captures[key] = capture
+        return self._captures[key]
+
+    def _to_device(self, batch: Any) -> Any:
+        return to(batch, self.device, self._cast)
+
+    def _explained(self, split: str, error: Exception, size: int) -> InfluenceError:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+            return GradientError(
+                f"out of memory while taking the gradients of a batch of {size}",
+                text.splitlines()[0] if text else type(error).__name__,
+                "--batch-size N takes fewer at once, --layers GLOB fewer parameters; finished units are kept",
+            )
+        measured = split == "query" and self.run.definition.has("measure")
+        return failure(self.run.definition, "measure" if measured else "loss", error)
+
+    def _check_finite(
+        self, checkpoint: Checkpoint, split: str, ids: np.ndarray, losses: torch.Tensor, sqnorms: dict[str, torch.Tensor]
+    ) -> None:
+        for name, values in [("the loss", losses), *((f"the gradient of {column}", norms) for column, norms in sqnorms.items())]:
+            wrong = ids[~torch.isfinite(values).numpy()]
+            if len(wrong):
+                raise GradientError(
+                    f"{name} is not finite at {checkpoint.name}, example {wrong[0]} of {split}_data()",
+                    f"{len(wrong)} of the {len(ids)} examples of its batch: {listed(wrong)}",
+                    "look at that example and the loss; --precision float64 helps against overflow; --steps or --train leaves it out",
+                )
+
+    # ------------------------------------------------------------ does the cache still hold
+    def _verify(self, split: str, checkpoint: Checkpoint, place: Path, held: Held) -> None:
+        """Compare what is cached with the run as it is: some items always, some gradients where the definition changed since."""
+        assert self.store is not None
+        recorded, now = place / "definition.json", {"digest": self.run.definition.digest}
+        known = read_json(recorded) if recorded.is_file() else None
+        if held.units:
+            self._compare_items(split, held)
+            if known != now:
+                self._compare_gradients(split, checkpoint, held)
+                self.talk.note(
+                    f"the definition changed; {VERIFIED} cached {split} examples at {checkpoint.name} were taken again and agree: reusing the rest"
+                )
+        if known != now:
+            with writing(self.store.folder):
+                place.mkdir(parents=True, exist_ok=True)
+                write_json(recorded, now)
+
+    def _compare_items(self, split: str, held: Held) -> None:
+        if split in self._compared:
+            return
+        self._compared.add(split)
+        assert self.store is not None
+        for unit, ids in sampled(held, COMPARED, len(self.run.examples(split))):
+            digests = torch.tensor([digest(item) for item in self.run.examples(split).items(ids)])
+            compare_data(Held([unit]).read(unit.columns[:1], "norms", ids), digests, split, self.store.folder)
+
+    def _compare_gradients(self, split: str, checkpoint: Checkpoint, held: Held) -> None:
+        assert self.store is not None
+        for unit, ids in sampled(held, VERIFIED, len(self.run.examples(split))):
+            gone = [column for column in unit.columns if column not in self.run.columns]
+            if gone:
+                raise CacheError(
+                    f"the cache {self.store.folder} belongs to another run: the model has no trained parameter {listed(gone)}",
+                    "--cache DIR starts another cache; deleting the old one starts afresh",
+                )
+            again = self.capture(split, checkpoint, unit.columns, ids)
+            stored = Held([unit]).read(unit.columns, unit.level, ids)
+            compare(stored, again, self.settings.rounding, checkpoint.name, split, self.store.folder)
+
+
+def open_store(folder: Path) -> Store:
+    """The cache folder, rid of what killed processes left in it."""
+    store = Store(folder)
+    sweep(folder)
+    return store
+
+
+def blocks(ids: Ids, size: int) -> Iterator[np.ndarray]:
+    """The ids by the blocks of a fixed grid (0..size, size..2 size, ...) that they fall into."""
+    if not len(ids):
+        return
+    for start in range(int(ids[0]) // size * size, int(ids[-1]) + 1, size):
+        block = within(ids, start, start + size)
+        if len(block):
+            yield block
+
+
+def within(ids: Ids, start: int, stop: int) -> np.ndarray:
+    """Those of the rising ids that lie in start..stop."""
+    if isinstance(ids, range):
+        return np.arange(max(start, ids.start), min(stop, ids.stop))
+    return ids[np.searchsorted(ids, start) : np.searchsorted(ids, stop)]
+
+
+def floor_power(number: int) -> int:
+    """The largest power of two that is not above `number`, at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def sampled(held: Held, most: int, length: int) -> Iterator[tuple[Unit, np.ndarray]]:
+    """About `most` cached examples below `length`, spread evenly over the units and within them."""
+    chosen = [held.units[i] for i in np.unique(np.linspace(0, len(held.units) - 1, min(most, len(held.units))).astype(int))]
+    for unit in chosen:
+        ids = unit.ids if unit.ids is not None else np.arange(unit.start, unit.stop)
+        ids = ids[ids < length]
+        each = -(-most // len(chosen))
+        if len(ids):
+            yield unit, ids[np.unique(np.linspace(0, len(ids) - 1, min(each, len(ids))).astype(int))]

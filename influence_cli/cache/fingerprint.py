@@ -1,0 +1,83 @@
+"""What a cached row depends on, and the comparison that refuses to reuse one that no longer holds."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from influence_cli.cache.store import Rows, read_json, write_json
+from influence_cli.errors import CacheError
+from influence_cli.run.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How gradients are taken and kept: the dtype they are computed in and the one they are stored in."""
+
+    precision: torch.dtype
+    store: torch.dtype
+    projection: str = "exact"
+
+    @property
+    def key(self) -> str:
+        """The name of the folder of all units taken and kept so."""
+        precision, store = (str(dtype).removeprefix("torch.") for dtype in (self.precision, self.store))
+        return f"{precision}-stored-{store}-{self.projection}"
+
+    @property
+    def rounding(self) -> float:
+        """How far two captures of one gradient may be apart, relative to the largest norm beside it."""
+        return 4 * max(torch.finfo(self.precision).eps ** 0.5, torch.finfo(self.store).eps)
+
+
+def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:
+    """`step-N-<digest of its bytes>`. `memory`: a json file that remembers digests by path, size and time of change."""
+    known = read_json(memory) if memory and memory.is_file() else {}
+    parts, fresh = [], False
+    for file in checkpoint.files:
+        state = file.stat()
+        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+        if key not in known:
+            with file.open("rb") as content:
+                known[key] = hashlib.file_digest(content, "sha256").hexdigest()
+            fresh = True
+        parts.append(known[key])
+    if fresh and memory:
+        write_json(memory, known)
+    return f"step-{checkpoint.step:09d}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+
+def compare(stored: Rows, again: Rows, rounding: float, where: str, split: str, cache: Path) -> None:
+    """Raise CacheError, naming layer and example, where cached rows and the same rows captured again differ beyond rounding.
+
+    Rounding is relative to the largest gradient among the rows: a well-fit example's own gradient may be all rounding.
+    """
+    remedy = "the run changed since they were cached; --cache DIR starts another cache, deleting the old one starts afresh"
+    compare_data(stored, again.digests, split, cache)
+    for column, squares in again.sqnorms.items():
+        norms, kept = squares.sqrt(), stored.sqnorms[column].sqrt()
+        off = (kept - norms).abs()
+        if column in stored.forms:
+            off = (stored.forms[column].dense().values.double() - again.forms[column].dense().values.double()).norm(dim=1)
+        wrong = (~(off <= rounding * norms.max() + 1e-30)).nonzero().flatten().tolist()
+        if wrong:
+            first = wrong[0]
+            raise CacheError(
+                f"the cache {cache} belongs to another run: gradients taken again differ",
+                f"first at {column}, example {int(stored.ids[first])} of {split}_data(), {where}",
+                f"norm {float(kept[first]):.6g} cached, {float(norms[first]):.6g} now, distance {float(off[first]):.3g}",
+                remedy,
+            )
+
+
+def compare_data(stored: Rows, digests: torch.Tensor, split: str, cache: Path) -> None:
+    """Raise CacheError, naming the first example, where the items behind cached rows are not the dataset's items now."""
+    changed = (stored.digests != digests).nonzero().flatten().tolist()
+    if changed:
+        raise CacheError(
+            f"the cache {cache} belongs to other data: example {int(stored.ids[changed[0]])} of {split}_data() is not the one that was cached",
+            f"compared {len(digests)} examples, {len(changed)} differ",
+            "--cache DIR starts another cache; deleting the old one starts afresh",
+        )

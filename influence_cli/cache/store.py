@@ -1,0 +1,319 @@
+"""The cache on disk: units of rows as safetensors files under names that follow from what they hold. See docs/cache-format.md.
+
+    .influence/cache.json                                      format and version
+    .influence/<settings>/<checkpoint>/<split>/<columns>/      one folder per set of columns, listed in its columns.json
+        000000000000-000000000512.safetensors                  a unit: these examples, whole or not at all
+        000000000000-000000000512-1f0c9a3e.safetensors         a unit of some examples of that range, named by their digest
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from influence_cli.errors import CacheError
+from influence_cli.gradients.forms import Form, concat, from_tensors
+
+FORMAT, VERSION = "influence-cache", 1
+UNIT_BYTES = 256 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once
+UNIT_EXAMPLES = 4096
+SCALED = (torch.float16, torch.bfloat16)  # stored with a float32 scale per row, so that small gradients survive
+Level = str  # "values": gradients and norms; "norms": norms alone
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some examples at one checkpoint: ids (N,), losses (N,) and squared norms (N,) float64, gradients per column (where asked for)."""
+
+    ids: np.ndarray
+    losses: Tensor
+    digests: Tensor
+    sqnorms: dict[str, Tensor]
+    forms: dict[str, Form]
+
+    def take(self, index: np.ndarray) -> "Rows":
+        at = torch.from_numpy(index)
+        forms = {name: form.take(at) for name, form in self.forms.items()}
+        return Rows(self.ids[index], self.losses[at], self.digests[at], {name: value[at] for name, value in self.sqnorms.items()}, forms)
+
+
+def concat_rows(parts: Sequence[Rows]) -> Rows:
+    """Parts of the same columns, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return Rows(
+        np.concatenate([part.ids for part in parts]),
+        torch.cat([part.losses for part in parts]),
+        torch.cat([part.digests for part in parts]),
+        {name: torch.cat([part.sqnorms[name] for part in parts]) for name in first.sqnorms},
+        {name: concat([part.forms[name] for part in parts]) for name in first.forms},
+    )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit file: the columns at a level for the examples start..stop, or those of `ids` where it holds some of them only."""
+
+    path: Path
+    columns: tuple[str, ...]
+    level: Level
+    start: int
+    stop: int
+    ids: np.ndarray | None = None
+
+    def position(self, ids: np.ndarray) -> np.ndarray:
+        """Row of each of these examples within the unit, -1 where it is not there."""
+        if self.ids is None:
+            return np.where((ids >= self.start) & (ids < self.stop), ids - self.start, -1)
+        place = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
+        return np.where(self.ids[place] == ids, place, -1)
+
+
+class Store:
+    """An opened cache folder. Writers need no lock: a unit's name follows from its content, and it appears whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open, or begin, a cache. Raises CacheError: not a cache, another version, a folder that can't be written."""
+        self.folder = folder
+        head = folder / "cache.json"
+        if head.is_file():
+            found = read_json(head)
+            if found.get("format") != FORMAT:
+                raise CacheError(f"{folder} is not an influence cache", f"cache.json says {found.get('format')!r}", "--cache DIR names another place")
+            if found.get("version") != VERSION:
+                raise CacheError(
+                    f"the cache {folder} is of version {found.get('version')!r}",
+                    f"this influence reads and writes version {VERSION}",
+                    "--cache DIR names another place; deleting the folder starts afresh",
+                )
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            raise CacheError(f"{folder} is not an influence cache: it holds other files", "--cache DIR names an empty or a new folder")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / ".gitignore", "*\n")
+            write_json(head, {"format": FORMAT, "version": VERSION})
+
+    # ------------------------------------------------------------ what is there
+    def held(self, place: Path) -> "Held":
+        """The units of one (settings, checkpoint, split) folder, in the order of their names."""
+        found: list[Unit] = []
+        for folder in sorted(path for path in place.glob("*") if path.is_dir()) if place.is_dir() else ():
+            listing = folder / "columns.json"
+            if not listing.is_file():
+                continue  # begun and killed before its first unit
+            head = read_json(listing)
+            for path in sorted(folder.glob("*.safetensors")):
+                if match := re.fullmatch(r"(\d{12})-(\d{12})(-[0-9a-f]{8})?", path.stem):
+                    ids = read_ids(path) if match[3] else None
+                    found.append(Unit(path, tuple(head["columns"]), head["level"], int(match[1]), int(match[2]), ids))
+        return Held(found)
+
+    # ------------------------------------------------------------ writing
+    def unit_for(self, place: Path, columns: Sequence[str], level: Level, start: int, stop: int, ids: np.ndarray) -> Unit:
+        """The unit that would hold these examples of start..stop; its name says so."""
+        folder = place / hashlib.sha256(json.dumps([list(columns), level]).encode()).hexdigest()[:12]
+        name, some = f"{start:012d}-{stop:012d}", None
+        if len(ids) < stop - start:
+            name, some = f"{name}-{hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()[:8]}", ids
+        return Unit(folder / f"{name}.safetensors", tuple(columns), level, start, stop, some)
+
+    def write(self, unit: Unit, rows: Rows, store: torch.dtype | None) -> None:
+        """Write a unit: temporary name, sync, rename. Raises CacheError for a full disk or a folder that can't be written."""
+        tensors: dict[str, Tensor] = {"losses": rows.losses, "digests": rows.digests}
+        if unit.ids is not None:
+            tensors["ids"] = torch.from_numpy(unit.ids)
+        forms: dict[str, Any] = {}
+        for column in unit.columns:
+            tensors[f"{column}:sqnorms"] = rows.sqnorms[column]
+            if unit.level == "values":
+                form = rows.forms[column]
+                forms[column] = [form.kind, list(form.shape)]
+                for name, value in form.tensors().items():
+                    tensors |= pack(f"{column}:{name}", value, store)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        with writing(self.folder):
+            unit.path.parent.mkdir(parents=True, exist_ok=True)
+            if not (unit.path.parent / "columns.json").is_file():
+                write_json(unit.path.parent / "columns.json", {"columns": list(unit.columns), "level": unit.level})
+            with replacing(unit.path) as temporary:
+                save_file(tensors, temporary, metadata={"format": "influence-unit", "forms": json.dumps(forms)})
+
+
+class Held:
+    """Units that are there, and which of them holds what."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = tuple(units)
+        self._starts = np.array([unit.start for unit in units])
+        self._stops = np.array([unit.stop for unit in units])
+
+    def where(self, column: str, level: Level, ids: np.ndarray) -> np.ndarray:
+        """For each of these (rising) ids the number of the first unit that holds the column at this level, or -1. Norms are in every unit."""
+        found = np.full(len(ids), -1)
+        if not len(ids) or not self.units:
+            return found
+        for number in np.flatnonzero((self._starts <= ids[-1]) & (self._stops > ids[0])):
+            unit = self.units[number]
+            if column in unit.columns and level in (unit.level, "norms"):
+                found = np.where((found < 0) & (unit.position(ids) >= 0), number, found)
+        return found
+
+    def read(self, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
+        """The rows of these examples, in this order, gathered from whichever units hold them; all must be there."""
+        groups: dict[bytes, list[str]] = {}  # columns that are found in the same units
+        for column in columns:
+            groups.setdefault(self.where(column, level, ids).tobytes(), []).append(column)
+        gathered = []
+        for key, members in groups.items():
+            place = np.frombuffer(key, dtype=np.int64)
+            assert (place >= 0).all(), f"{members[0]}: read before it was ensured"
+            rows = [np.flatnonzero(place == number) for number in np.unique(place)]
+            part = concat_rows([read_unit(self.units[place[at[0]]], members, level, ids[at]) for at in rows])
+            order = np.concatenate(rows)
+            gathered.append(part if len(rows) == 1 else part.take(np.argsort(order)))
+        sqnorms = {name: part.sqnorms[name] for part in gathered for name in part.sqnorms}
+        forms = {name: part.forms[name] for part in gathered for name in part.forms}
+        return Rows(ids, gathered[0].losses, gathered[0].digests, sqnorms, forms)
+
+
+def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
+    """These examples of one unit. Raises CacheError for a damaged file."""
+    try:
+        with safe_open(unit.path, "pt") as content:
+            heads = json.loads((content.metadata() or {})["forms"])
+            names = set(content.keys())
+            forms: dict[str, Form] = {}
+            for column in columns if level == "values" else ():
+                kind, shape = heads[column]
+                stored = {name.removeprefix(f"{column}:"): name for name in names if name.startswith(f"{column}:")}
+                tensors = {
+                    part: unpack(content.get_tensor(name), content.get_tensor(f"{name}.scale") if f"{name}.scale" in names else None)
+                    for part, name in stored.items()
+                    if part != "sqnorms" and not part.endswith(".scale")
+                }
+                forms[column] = from_tensors(kind, shape, tensors)
+            sqnorms = {column: content.get_tensor(f"{column}:sqnorms") for column in columns}
+            held = unit.ids if unit.ids is not None else np.arange(unit.start, unit.stop)
+            rows = Rows(held, content.get_tensor("losses"), content.get_tensor("digests"), sqnorms, forms)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CacheError(f"the cache file {unit.path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again") from error
+    if not len(held) == len(rows.losses) == len(rows.digests):
+        raise CacheError(f"the cache file {unit.path} is damaged: {len(rows.losses)} rows for {len(held)} examples", "delete it")
+    return rows if len(ids) == len(held) else rows.take(unit.position(ids))
+
+
+def read_ids(path: Path) -> np.ndarray:
+    try:
+        with safe_open(path, "np") as content:
+            return content.get_tensor("ids")
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"the cache file {path} is damaged: {error}", "delete it; what it held is computed again") from error
+
+
+# ---------------------------------------------------------------- numbers
+def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tensor]:
+    """A tensor as it is stored; half precisions with a float32 scale per row (the row's largest magnitude)."""
+    if not value.is_floating_point():
+        return {name: value}
+    store = store or value.dtype
+    if store not in SCALED:
+        return {name: value.to(store)}
+    rows = value.double().reshape(len(value), -1)
+    scale = rows.abs().amax(1) if rows.shape[1] else rows.new_ones(len(rows))
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    return {name: (rows / scale[:, None]).to(store).reshape(value.shape), f"{name}.scale": scale}
+
+
+def unpack(value: Tensor, scale: Tensor | None) -> Tensor:
+    """The inverse: float32, or float64 where that was stored."""
+    if scale is None:
+        return value
+    return value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+
+
+# ---------------------------------------------------------------- files
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} can't be read: {error}", "delete the cache folder to start afresh") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; synced and renamed over it on success, removed otherwise."""
+    temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        for synced in (temporary, path.parent):
+            if synced == path.parent:
+                os.replace(temporary, path)
+            descriptor = os.open(synced, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a full disk or a read-only folder into a CacheError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+            raise CacheError(
+                f"the disk of the cache {folder} is full ({free:,} bytes free)",
+                "free some space and run the same command again: finished units are kept",
+                "--cache DIR puts it elsewhere, --store float16 halves it, --cache none does without",
+            ) from error
+        raise CacheError(
+            f"the cache {folder} can't be written: {getattr(error, 'strerror', None) or error}",
+            "--cache DIR puts it elsewhere, --cache none does without",
+        ) from error
+
+
+def sweep(folder: Path, hours: float = 24) -> None:
+    """Remove temporary files that a killed process left: of this machine where the process is gone, of others when a day old."""
+    for path in folder.rglob(".tmp-*"):
+        match = re.match(r"\.tmp-(.*)-(\d+)-", path.name)
+        if match and match[1] == socket.gethostname():
+            stale = not Path(f"/proc/{match[2]}").exists() if Path("/proc/self").exists() else False
+        else:
+            stale = False
+        try:
+            if stale or time.time() - path.stat().st_mtime > hours * 3600:
+                path.unlink()
+        except OSError:
+            continue  # another process was faster
+

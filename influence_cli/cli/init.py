@@ -1,0 +1,37 @@
+"""influence init: a commented definition.py to start from."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from influence_cli.cli import app, reporting
+
+TEMPLATES = ("classifier", "language-model", "trainer")
+
+
+@app.command(epilog="Example: influence init my_run --template language-model")
+@reporting
+def init(
+    directory: Annotated[Path, Argument(metavar="DIR", help="Where to write it; made if it is not there.", show_default=".")] = Path("."),
+    template: Annotated[str, Option(metavar="NAME", help=f"What to start from: {', '.join(TEMPLATES)}.")] = "classifier",
+    debug: Annotated[bool, Option("--debug", help="Show the stack trace of an error.")] = False,
+) -> None:
+    """Write a commented definition.py: model, data and loss, in plain functions. Never overwrites one."""
+    from influence_cli.cli.specs import one_of
+    from influence_cli.errors import UsageProblem
+
+    one_of("--template", template, TEMPLATES)
+    text = (Path(__file__).parent / "templates" / f"{template}.py").read_text(encoding="utf-8")
+    path = directory / "definition.py"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageProblem(f"{path} is there already", "name another folder, or delete it first") from None
+    except OSError as error:
+        raise UsageProblem(f"{path} can't be written: {error.strerror}") from error
+    print(f"wrote {path}", file=sys.stderr)
+    print(f"next: edit it, put checkpoints into {directory / 'checkpoints'}, then: influence inspect {directory}", file=sys.stderr)

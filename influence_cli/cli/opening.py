@@ -1,0 +1,138 @@
+"""From the flags that every command shares to an opened run and its gradients."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from influence_cli.cache.build import Gradients, Ids, open_store
+from influence_cli.cache.fingerprint import Settings
+from influence_cli.cli import specs
+from influence_cli.cli.talk import StderrTalk
+from influence_cli.errors import UsageProblem
+from influence_cli.methods import Groups
+from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run
+from influence_cli.run.learning_rates import CHOICES, Weight, weigh
+from influence_cli.run.model import PRECISIONS, select
+from influence_cli.talk import Talk
+
+PRECISION_NAMES, STORE_NAMES = ("float32", "float64", "bfloat16"), ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The flags of all commands that work on a run, as the user gave them."""
+
+    run: Path
+    definition: Path | None
+    checkpoints: Path | None
+    trajectory: Path | None
+    cache: str | None
+    steps: str | None
+    layers: list[str] | None
+    device: str
+    batch_size: str
+    precision: str | None
+    store: str | None
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run, opened as the flags ask: the checkpoints and columns they select, and where gradients come from."""
+
+    run: Run
+    checkpoints: tuple[Checkpoint, ...]
+    columns: dict[str, Column]
+    gradients: Gradients
+    talk: Talk
+
+    def ids(self, flag: str, spec: str | None, split: str, stdin: IO[str] = sys.stdin) -> Ids:
+        return specs.ids(flag, spec, len(self.run.examples(split)), split, stdin)
+
+    def weights(self, lr: float | None, lr_weights: str | None, selected: tuple[Checkpoint, ...] | None = None) -> tuple[Weight, ...]:
+        """The learning-rate weights of the selected checkpoints. Weights of zero are named on stderr."""
+        if lr is not None and lr_weights is not None:
+            raise UsageProblem("--lr and --lr-weights both say how checkpoints weigh", "give one of them")
+        if lr is not None and not 0 < lr < float("inf"):
+            raise UsageProblem(f"--lr {lr}", "expected: a number above 0")
+        choice = specs.one_of("--lr-weights", lr_weights or "point", CHOICES)
+        needs_trajectory = lr is None and choice != "none"
+        trajectory = self.run.trajectory if needs_trajectory else None
+        for note in trajectory.notes if trajectory else ():
+            self.talk.note(note)
+        wanted = {checkpoint.step for checkpoint in selected or self.checkpoints}
+        every = self.run.checkpoints if choice == "segment" else selected or self.checkpoints
+        found = tuple(weight for weight in weigh(every, trajectory, choice, lr) if weight.step in wanted)
+        zero = [str(weight.step) for weight in found if weight.is_zero]
+        if zero:
+            self.talk.note(f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for nothing in the scores")
+        return found
+
+    def groups(self, group_by: str, train: Ids) -> Groups:
+        """`--group-by`: groups in the order of their names, over the training examples asked for."""
+        examples = self.run.train
+        if group_by == "label":
+            if not self.run.definition.has("label"):
+                raise UsageProblem("--group-by label: definition.py has no label(example)", "--group-by FILE takes a name per line")
+            with self.talk.progress("labels", len(train)) as advance:
+                names = {}
+                for index in train:
+                    names[int(index)] = examples.label(index)
+                    advance(1)
+        else:
+            lines = specs.group_file(Path(group_by), len(examples))
+            names = {int(index): lines[index] for index in train}
+        distinct = sorted(set(names.values()))
+        number = {name: k for k, name in enumerate(distinct)}
+        of = np.full(len(examples), -1)
+        of[list(names)] = [number[name] for name in names.values()]
+        return Groups(of, distinct)
+
+    def describe(self, split: str, index: int) -> tuple[str, str]:
+        examples = self.run.examples(split)
+        return examples.label(index), examples.text(index)
+
+
+def open_shared(flags: Shared, create: bool = True) -> Opened:
+    """Open the run and its cache (not `create`: only if it is there). Raises UsageProblem for flags that contradict each other or the machine."""
+    if flags.cache == "none" and flags.store is not None:
+        raise UsageProblem("--cache none keeps nothing, --store says how to keep it", "give one of them")
+    precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)] if flags.precision else None
+    store = PRECISIONS[specs.one_of("--store", flags.store, STORE_NAMES)] if flags.store else None
+    batch_size = specs.batch_size(flags.batch_size)
+    device = find_device(flags.device)
+    talk = Talk() if flags.quiet else StderrTalk()
+    run = open_run(flags.run, flags.definition, flags.checkpoints, flags.trajectory, precision, device)
+    checkpoints = at_steps(run.checkpoints, flags.steps)
+    columns = select(run.columns, flags.layers)
+    widest = max((column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize)
+    settings = Settings(precision or widest, store or precision or widest)
+    folder = None if flags.cache == "none" else Path(flags.cache) if flags.cache else run.folder / ".influence"
+    if folder is not None and not create and not folder.exists():
+        folder = None
+    gradients = Gradients(run, settings, open_store(folder) if folder else None, device, batch_size, precision, talk)
+    return Opened(run, checkpoints, columns, gradients, talk)
+
+
+def find_device(name: str) -> torch.device:
+    """`--device`. Raises UsageProblem where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UsageProblem(f"--device {name}: unknown", "expected: auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageProblem(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use",
+            f"torch {torch.__version__}; --device auto takes what is there",
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageProblem("--device mps: not available on this machine", "--device auto takes what is there")
+    return device

@@ -1,0 +1,69 @@
+"""The flags, each written once: the same word means the same in every command."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from influence_cli.methods import METHODS
+
+RUN, RANKED, NUMBERS, OUT = "The run", "What is scored", "Numbers", "Output"
+
+
+def option(*names: str, help: str, panel: str, metavar: str | None = None):
+    return Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+
+
+Run = Annotated[Path, Argument(metavar="RUN", help="The run's folder. Loading its definition.py runs it.", show_default=".")]
+Definition = Annotated[Path | None, option("--definition", metavar="FILE", panel=RUN, help="In place of RUN/definition.py.")]
+Checkpoints = Annotated[Path | None, option("--checkpoints", metavar="DIR", panel=RUN, help="In place of RUN/checkpoints.")]
+Trajectory = Annotated[Path | None, option("--trajectory", metavar="FILE", panel=RUN, help="In place of RUN/trajectory.jsonl.")]
+Cache = Annotated[str | None, option("--cache", metavar="DIR|none", panel=RUN, help="In place of RUN/.influence; none: keep nothing.")]
+CacheFolder = Annotated[str | None, option("--cache", metavar="DIR", panel=RUN, help="In place of RUN/.influence.")]
+Steps = Annotated[str | None, option("--steps", metavar="SPEC", panel=RANKED, help="Checkpoints by step: 100,200 or 100: (default all).")]
+Layers = Annotated[
+    list[str] | None,
+    option("--layers", metavar="GLOB", panel=RANKED, help="Parameters or modules, may be repeated; '!glob' leaves out (default all)."),
+]
+Train = Annotated[
+    str | None, option("--train", metavar="SPEC", panel=RANKED, help="Training examples to rank: 0,5,10:20, @ids.txt or - (default all).")
+]
+Queries = Annotated[str | None, option("--queries", metavar="SPEC", panel=RANKED, help="Queries: 0,5,10:20, @ids.txt or - (default all).")]
+Method = Annotated[str, option("--method", metavar="NAME", panel=RANKED, help="; ".join(f"{n}: {m.about}" for n, m in METHODS.items()) + ".")]
+SumQueries = Annotated[bool, option("--sum-queries", panel=RANKED, help="All queries as one: their mean.")]
+GroupBy = Annotated[
+    str | None,
+    option("--group-by", metavar="label|FILE", panel=RANKED, help="Sum the scores per group: by label, or by a file with a name per line."),
+]
+By = Annotated[
+    str | None, option("--by", metavar="PART", panel=RANKED, help="checkpoint or layer: a row per part of each score; parts sum to it.")
+]
+Normalize = Annotated[bool, option("--normalize", panel=NUMBERS, help="Cosine instead of dot product at each checkpoint.")]
+Lr = Annotated[float | None, option("--lr", metavar="X", panel=NUMBERS, help="One learning rate for all checkpoints.")]
+LrWeights = Annotated[
+    str | None,
+    option(
+        "--lr-weights", metavar="HOW", panel=NUMBERS,
+        help="point (default): the rate at the checkpoint; segment: the sum of rates since the checkpoint before; none: 1.",
+    ),
+]  # fmt: skip
+Device = Annotated[str, option("--device", panel=NUMBERS, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
+BatchSize = Annotated[str, option("--batch-size", panel=NUMBERS, metavar="N", help="Examples captured at once: auto or a number.")]
+Precision = Annotated[
+    str | None,
+    option("--precision", panel=NUMBERS, metavar="DTYPE", help="float32, float64 or bfloat16: cast model and batches (default the model's)."),
+]
+StoreAs = Annotated[
+    str | None,
+    option("--store", panel=NUMBERS, metavar="DTYPE", help="float64, float32, float16 or bfloat16 on disk (default the precision)."),
+]
+Top = Annotated[str, option("--top", panel=OUT, metavar="N|all", help="Rows of each kind and query.")]
+Format = Annotated[
+    str | None,
+    option("--format", panel=OUT, metavar="NAME", help="table, csv, tsv, jsonl or parquet (default: table in a terminal, csv in a pipe)."),
+]
+Output = Annotated[
+    Path | None, option("-o", "--output", panel=OUT, metavar="FILE", help="Write to a file, whole or not at all, instead of stdout.")
+]
+Quiet = Annotated[bool, option("--quiet", panel=OUT, help="No progress and no notes on stderr.")]
+Debug = Annotated[bool, option("--debug", panel=OUT, help="Show the stack trace of an error.")]

@@ -1,0 +1,93 @@
+"""What flags say, read into values: example ids, tops, group names. A problem names the flag."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from influence_cli.errors import UsageProblem, listed
+
+EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
+
+
+def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> range | np.ndarray:
+    """`--queries`, `--train`: rising distinct ids of a dataset of `size`; a range where they are one. None: all."""
+    if spec is None:
+        return range(size)
+    if spec == "-":
+        if stdin.isatty():
+            raise UsageProblem(f"{flag} -: stdin is a terminal", "pipe the ids in, one or many a line")
+        parts = split_ids(stdin)
+    elif spec.startswith("@"):
+        try:
+            with Path(spec[1:]).open(encoding="utf-8") as file:
+                parts = split_ids(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageProblem(f"{flag} {spec}: {error}", "expected: a text file of ids") from error
+    else:
+        parts = split_ids([spec])
+    if not parts:
+        raise UsageProblem(f"{flag} {spec}: no ids", EXPECTED)
+    ranges = [_range(flag, part, size, split) for part in parts]
+    if len(ranges) == 1:
+        return ranges[0]
+    found = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
+    return range(int(found[0]), int(found[-1]) + 1) if len(found) == found[-1] - found[0] + 1 else found
+
+
+def split_ids(lines: Iterable[str]) -> list[str]:
+    """Parts between commas, blanks and line ends; `#` begins a comment."""
+    return [part for line in lines for part in re.split(r"[,\s]+", line.partition("#")[0]) if part]
+
+
+def _range(flag: str, part: str, size: int, split: str) -> range:
+    match = re.fullmatch(r"(\d+)|(\d*):(\d*)", part)
+    if not match:
+        raise UsageProblem(f"{flag}: {part!r} is not an id or a range", EXPECTED)
+    single, low, high = match.groups()
+    start, stop = (int(single), int(single) + 1) if single else (int(low or 0), int(high) if high else size)
+    if stop > size or start >= size:
+        raise UsageProblem(f"{flag} {part}: out of range", f"{split}_data() has {size:,} examples (0 to {size - 1:,})")
+    if start >= stop:
+        raise UsageProblem(f"{flag} {part}: an empty range", "ranges are half-open: 10:20 is 10 to 19")
+    return range(start, stop)
+
+
+def top(value: str) -> int | None:
+    """`--top`: a number from 1, or None for `all`."""
+    if value == "all":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise UsageProblem(f"--top {value}", "expected: a number from 1, or all")
+    return int(value)
+
+
+def batch_size(value: str) -> int | None:
+    """`--batch-size`: a number from 1, or None for `auto`."""
+    if value == "auto":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise UsageProblem(f"--batch-size {value}", "expected: a number from 1, or auto")
+    return int(value)
+
+
+def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
+    if value not in choices:
+        raise UsageProblem(f"{flag} {value}: unknown", f"expected: {', '.join(choices)}")
+    return value
+
+
+def group_file(path: Path, size: int) -> list[str]:
+    """`--group-by FILE`: one group name per training example, a line each."""
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageProblem(f"--group-by {path}: {error}", "expected: label, or a file with one group name per training example") from error
+    if len(names) != size:
+        raise UsageProblem(f"--group-by {path} has {len(names):,} lines", f"expected: one per training example, {size:,}")
+    empty = [number for number, name in enumerate(names, start=1) if not name.strip()]
+    if empty:
+        raise UsageProblem(f"--group-by {path}: empty lines {listed(empty)}", "expected: a group name on each line")
+    return [name.strip() for name in names]

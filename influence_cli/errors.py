@@ -1,0 +1,58 @@
+"""The kinds of failure a user can meet. The command line prints each once: what, where, found and expected, what to do."""
+
+
+class InfluenceError(Exception):
+    """A known mistake: a headline (subject and finding), then detail lines, the last of which says what to do.
+
+    `exit_code` 1: the run or the cache has a problem; 2: the command line has.
+    """
+
+    exit_code = 1
+
+    def __init__(self, headline: str, *details: str) -> None:
+        super().__init__(headline, *details)
+        self.headline, self.details = headline, details
+
+    def __str__(self) -> str:
+        return "\n  ".join((self.headline, *self.details))
+
+
+class UsageProblem(InfluenceError):
+    """A flag or an argument that does not fit the run, the machine or another flag."""
+
+    exit_code = 2
+
+
+class DefinitionError(InfluenceError):
+    """definition.py can't be loaded, lacks a function, or a function of it fails or returns the wrong thing."""
+
+
+class DataError(InfluenceError):
+    """A dataset that can't be read as a fixed sequence of examples."""
+
+
+class CheckpointError(InfluenceError):
+    """Checkpoints that are missing, broken, ambiguous, or of another model."""
+
+
+class TrajectoryError(InfluenceError):
+    """A trajectory.jsonl that is broken, incomplete, or of another run."""
+
+
+class GradientError(InfluenceError):
+    """A loss without a usable gradient: not per example, not differentiable, not finite, or too large for memory."""
+
+
+class CacheError(InfluenceError):
+    """A cache that can't be written, can't be read, or belongs to something else."""
+
+
+class OutputError(InfluenceError):
+    """A table that can't be written."""
+
+
+def listed(names, most: int = 8) -> str:
+    """`a, b, c and 12 more`: a list short enough for an error message."""
+    names = [str(name) for name in names]
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""One batch -> per-example gradients, each in its cheapest exact form."""

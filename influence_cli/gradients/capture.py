@@ -1,0 +1,203 @@
+"""One batch -> per-example gradients of every trained parameter, right for any nn.Module.
+
+All examples at once by torch.func (vmap of grad) where the model allows it, else one example at a time by plain autograd.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from influence_cli.errors import GradientError
+from influence_cli.gradients.batches import leaves, map_tensors
+from influence_cli.gradients.forms import Form, smallest, squares
+
+Quantity = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> (B,), smaller is better
+
+
+@dataclass(frozen=True)
+class Captured:
+    """B examples: quantity (B,), per parameter squared norms (B,) float64, and the gradients where they were asked for."""
+
+    losses: Tensor
+    sqnorms: dict[str, Tensor]
+    forms: dict[str, Form]
+
+
+class Capture:
+    """Captures gradients of `quantity` with respect to the parameters `names` of a model in eval mode.
+
+    `name` is what errors call the quantity; `note` hears what the user should know. The way (all at once, or one by one) is settled
+    by `probe` before any work, so that it never depends on where a run was interrupted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quantity: Quantity,
+        names: Sequence[str],
+        embeddings: Sequence[str] = (),
+        name: str = "loss()",
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.model, self.quantity, self.names, self.embeddings, self.name = model, quantity, tuple(names), set(embeddings), name
+        self._note, self._noted = note, False
+        self._batched: list[bool] = []  # per tensor of a batch: whether its leading axis is the examples
+        self.at_once = False
+
+    # ------------------------------------------------------------ settling the way
+    def probe(self, batch: Any, singles: Sequence[Any]) -> None:
+        """Check the loss on a first batch and settle the way; `singles` are its examples, each collated alone.
+
+        Raises GradientError: scalar loss, wrong length, not differentiable.
+        """
+        size = len(singles)
+        with quiet(), torch.enable_grad():
+            together = self._checked(self.quantity(self.model, batch), size).detach()
+        alone = [self._single(single) for single in singles]
+        apart = torch.cat([loss for loss, _ in alone])
+        if not torch.allclose(together, apart, **tolerance(apart.dtype)):
+            worst = int((together - apart).abs().argmax())
+            self._note(
+                f"{self.name} of example {worst} is {apart[worst]:.6g} alone and {together[worst]:.6g} in a batch: examples influence "
+                "each other (batch statistics? padding that is not masked?), so gradients depend on how examples are batched"
+            )
+        if size > 1:
+            why = self._why_not_at_once(batch, singles, alone)
+            self.at_once = not why
+            if why:
+                self._note(f"gradients are taken one example at a time, right but slow: torch.func can't batch this model ({why})")
+
+    def _why_not_at_once(self, batch: Any, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> str:
+        """Try the batched way against the single one; empty where they agree."""
+        size, first = len(singles), leaves(singles[0])
+        if len(leaves(batch)) != len(first):
+            return "a batch of one has another structure"
+        self._batched = [is_batched(tensor, size) and is_batched(one, 1) for tensor, one in zip(leaves(batch), first, strict=True)]
+        try:
+            losses, grads = self._at_once(batch)
+        except Exception as error:  # whatever a model does that vmap can't; the user hears of it, and the other way is right
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        same = torch.allclose(losses, torch.cat([loss for loss, _ in alone]), **tolerance(losses.dtype))
+        if same and all(agree(grads[name], torch.stack([single[name] for _, single in alone])) for name in self.names):
+            return ""
+        return "its batched gradients differ from those of single examples"
+
+    # ------------------------------------------------------------ capturing
+    def __call__(self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True) -> Captured:
+        """Gradients of a batch of `size`. `singles(i)`: example i collated alone. `values` False: norms and losses only."""
+        at_once = self.at_once and size > 1
+        if at_once:
+            try:
+                losses, grads = self._at_once(batch)
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # a batch unlike the first: another length, another branch
+                at_once = False
+                if not self._noted:
+                    self._note(f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})")
+                self._noted = True
+        if not at_once:
+            parts = [self._single(singles(i)) for i in range(size)]
+            losses = torch.cat([loss for loss, _ in parts])
+            grads = {name: torch.stack([part[name] for _, part in parts]) for name in self.names}
+        if losses.device.type == "mps":  # no float64 there
+            losses, grads = losses.cpu(), {name: value.cpu() for name, value in grads.items()}
+        sqnorms = {name: squares(value.reshape(size, -1)) for name, value in grads.items()}
+        forms = {name: smallest(value, name in self.embeddings) for name, value in grads.items()} if values else {}
+        return Captured(losses.double(), sqnorms, forms)
+
+    def _at_once(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """vmap over the examples of the gradient at a batch of one; tensors without an axis of examples are shared."""
+        tensors = leaves(batch)
+        mapped = [tensor for tensor, batched in zip(tensors, self._batched, strict=True) if batched]
+        wrapper = _Call(self.model, self.quantity)
+        parameters = dict(self.model.named_parameters())
+        theta = {f"model.{name}": parameters[name].detach() for name in self.names}
+
+        def loss_of_one(theta: dict[str, Tensor], *one: Tensor) -> Tensor:
+            examples, batched = iter(one), iter(self._batched)
+            alone = map_tensors(lambda tensor: next(examples).unsqueeze(0) if next(batched) else tensor, batch)
+            return self._checked(functional_call(wrapper, theta, (alone,)), 1, traced=True).sum()
+
+        with quiet():
+            grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, *[0] * len(mapped)))(theta, *mapped)
+        return losses.detach(), {name: grads[f"model.{name}"].detach() for name in self.names}
+
+    def _single(self, single: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Plain autograd on a batch of one; a parameter that the loss does not reach has gradient zero."""
+        parameters = dict(self.model.named_parameters())
+        theta = [parameters[name] for name in self.names]
+        with quiet(), torch.enable_grad():
+            losses = self._checked(self.quantity(self.model, single), 1)
+            grads = torch.autograd.grad(losses.sum(), theta, allow_unused=True)
+        dense = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for p, g in zip(theta, grads, strict=True)]
+        return losses.detach(), {name: value.detach() for name, value in zip(self.names, dense, strict=True)}
+
+    def _checked(self, losses: Any, size: int, traced: bool = False) -> Tensor:
+        """`losses` if it is one differentiable number per example, else the GradientError that says what it is. `traced`: inside torch.func."""
+        expected = f"expected: a tensor of shape ({size},), one unreduced loss per example of the batch"
+        if not isinstance(losses, Tensor):
+            raise GradientError(f"{self.name} returned a {type(losses).__name__}", expected)
+        if losses.ndim == 0:
+            raise GradientError(f"{self.name} returned a scalar", expected, "for torch's losses: reduction='none'")
+        if tuple(losses.shape) != (size,):
+            raise GradientError(
+                f"{self.name} returned shape {tuple(losses.shape)} for a batch of {size}",
+                expected,
+                "sum or average over positions, never over examples: .mean(1), .flatten(1).sum(1)",
+            )
+        if not losses.is_floating_point():
+            raise GradientError(f"{self.name} returned {losses.dtype}", expected)
+        if not traced and not losses.requires_grad:
+            raise GradientError(
+                f"{self.name} returned a tensor that is not differentiable",
+                "expected: a tensor that depends on the model's trained parameters",
+                "look for torch.no_grad(), .detach(), .item(), .argmax() or another model than the one passed in",
+            )
+        return losses
+
+
+class _Call(nn.Module):
+    """quantity(model, batch) as a module, so that functional_call can swap the parameters of `model`."""
+
+    def __init__(self, model: nn.Module, quantity: Quantity) -> None:
+        super().__init__()
+        self.model, self._quantity = model, quantity
+
+    def forward(self, batch: Any) -> Any:
+        return self._quantity(self.model, batch)
+
+
+def is_batched(tensor: Tensor, size: int) -> bool:
+    return tensor.ndim > 0 and len(tensor) == size
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Rounding between two ways to compute one number: about the square root of the precision, relative."""
+    eps = torch.finfo(dtype).eps ** 0.5
+    return {"rtol": eps, "atol": eps}
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Equal within rounding, relative to the largest gradient of the batch."""
+    scale = expected.abs().max()
+    return bool((found - expected).abs().max() <= tolerance(expected.dtype)["rtol"] * scale) if expected.numel() else True
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Fused attention paths off (they skip autograd's rules), restored after; vmap's note on slow rules left out."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

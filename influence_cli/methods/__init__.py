@@ -1,0 +1,75 @@
+"""The methods, as a table. A method is one file, one line here and one test file; its module is imported when it is used."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from influence_cli.cache.build import Ids
+    from influence_cli.output.ranking import Ranking
+    from influence_cli.run import Checkpoint, Column
+    from influence_cli.run.learning_rates import Weight
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the command line needs to know of a method before it runs."""
+
+    module: str
+    about: str
+    weighted: bool = True  # by learning rates
+    checkpoints: str = "all"  # or "one"
+    normalized: bool = False  # is a cosine already
+    parts: tuple[str, ...] = ("checkpoint", "layer")  # what --by can split its scores into
+
+    def score(self) -> Callable[..., Any]:
+        return importlib.import_module(f"influence_cli.methods.{self.module}").score
+
+
+METHODS = {
+    "tracin": Method("tracin", "sum over checkpoints of learning rate x gradient dot product"),
+    "grad-dot": Method("tracin", "gradient dot product at one checkpoint", weighted=False, checkpoints="one"),
+    "grad-cos": Method("tracin", "gradient cosine at one checkpoint", weighted=False, checkpoints="one", normalized=True),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a method: which examples, over which checkpoints, with which weights, and how the answer is split."""
+
+    checkpoints: "tuple[Checkpoint, ...]"
+    weights: "tuple[Weight, ...]"
+    columns: "dict[str, Column]"
+    train: "Ids"
+    queries: "Ids" = range(0)
+    sum_queries: bool = False
+    normalize: bool = False
+    by: str | None = None
+    groups: "Groups | None" = None
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts of a score: steps, or layers in the model's order; one unnamed part without `by`."""
+        if self.by == "checkpoint":
+            return [str(checkpoint.step) for checkpoint in self.checkpoints]
+        return list(dict.fromkeys(column.layer for column in self.columns.values())) if self.by == "layer" else []
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`--group-by`: group number of each training example (-1: not ranked), and the groups' names."""
+
+    of: "np.ndarray"
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Scores of some queries, ranked. `queries`: their ids, or None for all as one; `parts`: names of the parts of each score."""
+
+    queries: "list[int] | None"
+    ranking: "Ranking"
+    parts: list[str]

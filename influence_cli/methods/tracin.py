@@ -1,0 +1,125 @@
+"""TracIn (Pruthi et al. 2020, arXiv:2002.08484, TracInCP), its neighbours GradDot and GradCos on the same rows, and self-influence.
+
+score(z, q) = sum over checkpoints i of eta_i g_i(z) . g_i(q). With g the gradient of a loss, score > 0: proponent, z lowered the
+query's loss. eta enters once. GradDot is one checkpoint with eta = 1, GradCos the same with unit gradients.
+
+N train, Q query, P parts of a score.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_cli.cache.build import Gradients, Ids, blocks
+from influence_cli.cache.store import Rows, concat_rows
+from influence_cli.gradients.forms import Form, mean
+from influence_cli.methods import Answer, Question
+from influence_cli.output.ranking import Ranking
+from influence_cli.run import Checkpoint
+
+QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints; more queries go in several passes
+TOTAL_BYTES = 64 << 20  # scores of a block of training examples
+NewRanking = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
+
+
+def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
+    """Scores of every training example asked for, ranked per query. Memory: a block of scores, and the gradients of some queries."""
+    columns = list(question.columns)
+    gradients.ensure("query", question.checkpoints, columns, question.queries)
+    gradients.ensure("train", question.checkpoints, columns, question.train)
+    passes = query_passes(gradients, question)
+    for number, ids in enumerate(passes, start=1):
+        of = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
+        with gradients.talk.progress(f"scores{of}", len(question.train) * len(question.checkpoints)) as advance:
+            queries = [query_rows(gradients, question, checkpoint, ids) for checkpoint in question.checkpoints]
+            width, parts = len(queries[0].losses), question.parts
+            ranking = new_ranking(width, len(parts))
+            groups = np.zeros((len(parts) + 1, width, len(question.groups.names))) if question.groups else None
+            for block in blocks(question.train, block_size(width, len(parts))):
+                totals = block_scores(gradients, question, queries, block, advance)
+                if groups is None or question.groups is None:
+                    ranking.add(block, totals[0], totals[1:])
+                else:
+                    np.add.at(groups, (slice(None), slice(None), question.groups.of[block]), totals)
+            if groups is not None:
+                ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
+        yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, parts)
+
+
+def block_scores(gradients: Gradients, question: Question, queries: list[Rows], ids: np.ndarray, advance: Callable[..., None]) -> np.ndarray:
+    """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
+    scores are the same with and without parts."""
+    parts = question.parts
+    totals = np.zeros((1 + len(parts), len(queries[0].losses), len(ids)))
+    for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
+        query = {name: form.to(gradients.device) for name, form in queries[k].forms.items()}
+        done = 0
+        for rows in gradients.read("train", checkpoint, list(question.columns), ids):
+            at = slice(done, done + len(rows.ids))
+            done = at.stop
+            scale = inverse_norms(rows, queries[k], gradients) if question.normalize else 1.0
+            for name, column in question.columns.items():
+                products = product(rows.forms[name], query[name], gradients.device) * (weight.of(column.names) * scale)
+                totals[0, :, at] += products.T
+                if parts:
+                    totals[1 + parts.index(str(checkpoint.step) if question.by == "checkpoint" else column.layer), :, at] += products.T
+            advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
+    return totals
+
+
+def product(rows: Form, queries: Form, device: torch.device) -> np.ndarray:
+    """(N, Q) inner products, in the wider of the two precisions; float64 from there on."""
+    wide = torch.float64 if torch.float64 in (dtype_of(rows), dtype_of(queries)) else torch.float32
+    return rows.to(device, wide).dot(queries.to(device, wide)).double().cpu().numpy()
+
+
+def dtype_of(form: Form) -> torch.dtype:
+    return next(value.dtype for value in form.tensors().values() if value.is_floating_point())
+
+
+def inverse_norms(rows: Rows, queries: Rows, gradients: Gradients) -> np.ndarray:
+    """(N, Q) of 1/(|g(z)| |g(q)|) over the selected parameters, from the exact norms; 0 where a gradient is zero, which has no direction."""
+    ours, theirs = (sum(part.sqnorms.values(), torch.zeros(())).sqrt() for part in (rows, queries))
+    norms: Tensor = ours[:, None] * theirs[None, :]
+    return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms)).numpy()
+
+
+def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
+    """The queries' gradients at one checkpoint, all in memory; with --sum-queries their mean as one query."""
+    rows = concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
+    if not question.sum_queries:
+        return rows
+    forms: dict[str, Form] = {name: mean(form) for name, form in rows.forms.items()}
+    return Rows(rows.ids[:1], rows.losses.mean(0, keepdim=True), rows.digests[:1], {name: form.sqnorm() for name, form in forms.items()}, forms)
+
+
+def query_passes(gradients: Gradients, question: Question) -> list[Ids]:
+    """The queries, cut so that the gradients of each part fit into QUERY_BYTES over all checkpoints; one part with --sum-queries."""
+    numbers = sum(column.numel for column in question.columns.values())
+    bytes_each = numbers * max(4, gradients.settings.store.itemsize) * len(question.checkpoints)
+    most = len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // bytes_each)
+    return [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
+
+
+def block_size(queries: int, parts: int) -> int:
+    """Training examples whose scores are held at once; at least 4,096, so that rankings are merged rarely."""
+    return max(4096, TOTAL_BYTES // (8 * queries * (1 + parts)) // 4096 * 4096)
+
+
+def self_influence(gradients: Gradients, question: Question, ranking: Ranking) -> None:
+    """sum over checkpoints of eta_i |g_i(z)|^2, from the exact norms alone: high for mislabelled and atypical examples (section 4.1)."""
+    columns = list(question.columns)
+    gradients.ensure("train", question.checkpoints, columns, question.train, "norms")
+    with gradients.talk.progress("self-influence", len(question.train) * len(question.checkpoints)) as advance:
+        for block in blocks(question.train, block_size(1, 0)):
+            totals = np.zeros(len(block))
+            for checkpoint, weight in zip(question.checkpoints, question.weights, strict=True):
+                done = 0
+                for rows in gradients.read("train", checkpoint, columns, block, "norms"):
+                    for name, column in question.columns.items():
+                        totals[done : done + len(rows.ids)] += weight.of(column.names) * rows.sqnorms[name].numpy()
+                    done += len(rows.ids)
+                    advance(len(rows.ids))
+            ranking.add(block, totals[None])

@@ -1,0 +1,159 @@
+"""Streaming rankings: the top and bottom k of scores that arrive in blocks, or all of them sorted on disk. Ties go by training id.
+
+N examples of a block, Q queries, P parts of a score. Memory does not grow with the number of examples.
+"""
+
+import heapq
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from influence_cli.errors import OutputError
+
+RUN_BYTES = 64 << 20  # scores sorted in memory at once, where all are ranked
+READ_ROWS = 8192  # rows of a sorted run read at once while runs are merged
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ranked pair. `kind`: proponent (score >= 0) or opponent; `rank` from 1 within the query and kind; `parts` sum to `score`."""
+
+    kind: str
+    rank: int
+    train: int
+    score: float
+    parts: tuple[float, ...] = ()
+
+
+class Ranking(ABC):
+    """Of `queries` queries at once. Blocks come in any order, each training id once."""
+
+    def __init__(self, queries: int, parts: int) -> None:
+        self.queries, self.parts = queries, parts
+
+    @abstractmethod
+    def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        """A block: ids (N,), scores (Q, N) float64, and (P, Q, N) parts of them."""
+
+    @abstractmethod
+    def entries(self, query: int) -> Iterator[Entry]:
+        """Proponents by falling score, then opponents by rising score, of the query at this position."""
+
+
+@dataclass
+class _Best:
+    """The k best of one query and kind so far, unordered: keys (falling = better), ids, parts (P, k)."""
+
+    keys: np.ndarray
+    ids: np.ndarray
+    parts: np.ndarray
+
+
+class TopRanking(Ranking):
+    """The k highest scores above 0 and the k lowest below 0; with `signed` False simply the k highest."""
+
+    def __init__(self, queries: int, parts: int, k: int, signed: bool = True) -> None:
+        super().__init__(queries, parts)
+        self.k, self.signed = k, signed
+        empty = np.empty(0), np.empty(0, np.int64), np.empty((parts, 0))
+        self._best = [[_Best(*empty) for _ in range(queries)] for _ in range(2 if signed else 1)]
+
+    def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        for sign, kept in zip((1, -1), self._best, strict=False):
+            for query, best in enumerate(kept):
+                keys = sign * scores[query]
+                good = keys > 0 if self.signed else np.ones(len(keys), bool)
+                if len(best.keys) == self.k:
+                    good &= keys >= best.keys.min()  # equal: may still win by its id
+                new = np.flatnonzero(good)
+                if not len(new):
+                    continue
+                new = new[best_of(keys[new], ids[new], self.k)]
+                pool = np.concatenate([best.keys, keys[new]]), np.concatenate([best.ids, ids[new]])
+                chosen = best_of(*pool, self.k)
+                if self.parts:
+                    assert parts is not None
+                    best.parts = np.concatenate([best.parts, parts[:, query, new]], axis=1)[:, chosen]
+                best.keys, best.ids = pool[0][chosen], pool[1][chosen]
+
+    def entries(self, query: int) -> Iterator[Entry]:
+        for kind, sign, kept in zip(("proponent", "opponent"), (1, -1), self._best, strict=False):
+            best = kept[query]
+            for rank, at in enumerate(np.lexsort((best.ids, -best.keys)), start=1):
+                score = float(sign * best.keys[at])
+                yield Entry(kind, rank, int(best.ids[at]), score, tuple(best.parts[:, at].tolist()) if self.parts else ())
+
+
+def best_of(keys: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the k largest keys, equal ones by smallest id; in no order. Never sorts all."""
+    if len(keys) <= k:
+        return np.arange(len(keys))
+    bar = np.partition(keys, len(keys) - k)[len(keys) - k]
+    above, equal = np.flatnonzero(keys > bar), np.flatnonzero(keys == bar)
+    return np.concatenate([above, equal[np.argsort(ids[equal], kind="stable")[: k - len(above)]]])
+
+
+class FullRanking(Ranking):
+    """Every pair: spilled to a temporary folder in sorted runs, merged when read. Zeros are the last proponents."""
+
+    def __init__(self, queries: int, parts: int, run_bytes: int = RUN_BYTES) -> None:
+        super().__init__(queries, parts)
+        self._row = np.dtype([("kind", "i1"), ("key", "f8"), ("id", "i8"), ("parts", "f8", (parts,))])
+        self._rows = max(1, run_bytes // (queries * self._row.itemsize))
+        self._folder = tempfile.TemporaryDirectory(prefix="influence-ranking-")
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        self._waiting, self._runs = 0, 0
+        self._sizes: list[int] = []
+
+    def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        for first in range(0, len(ids), self._rows):
+            at = slice(first, first + self._rows)
+            self._pending.append((ids[at].copy(), scores[:, at].copy(), parts[:, :, at].copy() if self.parts and parts is not None else None))
+            self._waiting += len(ids[at])
+            if self._waiting >= self._rows:
+                self._spill()
+
+    def _spill(self) -> None:
+        """Sort what waits, per query, into a run: one file with Q sorted stretches."""
+        if not self._waiting:
+            return
+        ids = np.concatenate([ids for ids, _, _ in self._pending])
+        try:
+            with (Path(self._folder.name) / f"{self._runs}").open("wb") as file:
+                for query in range(self.queries):
+                    scores = np.concatenate([scores[query] for _, scores, _ in self._pending])
+                    rows = np.empty(len(ids), self._row)
+                    rows["kind"], rows["key"], rows["id"] = scores < 0, -np.abs(scores), ids
+                    if self.parts:
+                        rows["parts"] = np.concatenate([parts[:, query] for _, _, parts in self._pending if parts is not None], axis=1).T
+                    rows[np.lexsort((rows["id"], rows["key"], rows["kind"]))].tofile(file)
+        except OSError as error:
+            raise OutputError(
+                f"--top all could not be spilled to {self._folder.name}: {error.strerror or error}",
+                f"it needs {self._row.itemsize} bytes a pair",
+                "TMPDIR names a folder on a larger disk",
+            ) from error
+        self._sizes.append(len(ids))
+        self._runs += 1
+        self._pending, self._waiting = [], 0
+
+    def _run(self, run: int, query: int) -> Iterator[tuple[int, float, int, tuple[float, ...]]]:
+        size = self._sizes[run]
+        with (Path(self._folder.name) / f"{run}").open("rb") as file:
+            for first in range(0, size, READ_ROWS):
+                file.seek((query * size + first) * self._row.itemsize)
+                rows = np.fromfile(file, self._row, min(READ_ROWS, size - first))
+                parts = map(tuple, rows["parts"].tolist()) if self.parts else [()] * len(rows)
+                yield from zip(rows["kind"].tolist(), rows["key"].tolist(), rows["id"].tolist(), parts, strict=True)
+
+    def entries(self, query: int) -> Iterator[Entry]:
+        self._spill()
+        rank, last = 0, -1
+        for kind, key, id, parts in heapq.merge(*(self._run(run, query) for run in range(self._runs))):
+            rank = rank + 1 if kind == last else 1
+            last = kind
+            yield Entry("opponent" if kind else "proponent", rank, id, key if kind else -key, parts)

@@ -1,0 +1,170 @@
+"""Tables for people and pipes: csv, tsv, jsonl, parquet, and a terminal table. Rows are written as they come."""
+
+import csv
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from influence_cli.errors import OutputError, UsageProblem
+from influence_cli.output.ranking import Entry, Ranking
+
+FORMATS = ("table", "csv", "tsv", "jsonl", "parquet")
+SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+SCORE_COLUMNS = ("query", "kind", "rank", "train", "score", "query_label", "train_label", "query_text", "train_text")
+SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
+WHOLE_NUMBERS, FLOATS = {"rank"}, {"score"}
+CHUNK = 1000  # rows of a terminal table, or of a parquet row group, held at once
+
+Row = Sequence[Any]
+Describe = Callable[[str, int], tuple[str, str]]  # (split, id) -> label, text
+
+
+# ---------------------------------------------------------------- rows
+def score_columns(by: str | None) -> tuple[str, ...]:
+    """With `--by`, the column of that name follows `train`."""
+    return (*SCORE_COLUMNS[:4], by, *SCORE_COLUMNS[4:]) if by else SCORE_COLUMNS
+
+
+def score_rows(
+    ranking: Ranking, queries: list[int] | None, by: str | None, parts: Sequence[str], groups: Sequence[str] | None, describe: Describe
+) -> Iterator[Row]:
+    """One row per ranked pair, or per part of it. `queries` None: all as one, named `all`; `groups`: names in place of training ids."""
+    for position in range(ranking.queries):
+        query = queries[position] if queries is not None else None
+        query_label, query_text = describe("query", query) if query is not None else ("", "")
+        for entry in ranking.entries(position):
+            train_label, train_text = describe("train", entry.train) if groups is None else ("", "")
+            for part, score in zip(parts, entry.parts, strict=True) if by else [(None, entry.score)]:
+                yield (
+                    "all" if query is None else query, entry.kind, entry.rank, entry.train if groups is None else groups[entry.train],
+                    *([part] if by else []), score, query_label, train_label, query_text, train_text,
+                )  # fmt: skip
+
+
+def self_rows(entries: Iterable[Entry], describe: Describe) -> Iterator[Row]:
+    for entry in entries:
+        yield (entry.rank, entry.train, entry.score, *describe("train", entry.train))
+
+
+# ---------------------------------------------------------------- writing
+def chosen_format(asked: str | None, output: Path | None, terminal: bool) -> str:
+    """`--format`, else the ending of `-o`, else a table for a terminal and csv for a pipe or a file."""
+    if asked is not None:
+        if asked not in FORMATS:
+            raise UsageProblem(f"--format {asked}: unknown", f"expected: {', '.join(FORMATS)}")
+        return asked
+    if output is not None:
+        return SUFFIXES.get(output.suffix.lower(), "csv")
+    return "table" if terminal else "csv"
+
+
+def check(format: str, output: Path | None, terminal: bool) -> None:
+    """What can be known before the work: the folder of `-o`, the library for parquet."""
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UsageProblem(f"-o {output}: {'a folder is there' if output.is_dir() else 'no such folder'}")
+    if format == "parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise UsageProblem("--format parquet needs pyarrow", "install it: pip install 'influence-cli[parquet]'") from None
+        if output is None and terminal:
+            raise UsageProblem("--format parquet is binary and stdout is a terminal", "-o FILE writes it to a file")
+
+
+def write(rows: Iterable[Row], columns: Sequence[str], format: str, output: Path | None, stdout: IO[str]) -> None:
+    """Write a table to stdout, or to a file: whole or not at all."""
+    if output is None:
+        try:
+            _write(rows, columns, format, stdout)
+            stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"stdout can't be written: {error.strerror or error}") from error
+        return
+    with replacing(output) as file:
+        _write(rows, columns, format, file)
+
+
+def _write(rows: Iterable[Row], columns: Sequence[str], format: str, file: IO[str]) -> None:
+    if format in ("csv", "tsv"):
+        writer = csv.writer(file, delimiter="\t" if format == "tsv" else ",", lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)  # floats come out as repr: every digit
+    elif format == "jsonl":
+        for row in rows:
+            file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+    elif format == "parquet":
+        _parquet(rows, columns, file)
+    else:
+        _terminal(rows, columns, file)
+
+
+def _parquet(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = list(itertools.islice(rows, CHUNK))
+    ids = {name for name in ("query", "train") if name in columns and all(isinstance(row[columns.index(name)], int) for row in first)}
+    kinds = {name: pa.int64() if name in WHOLE_NUMBERS | ids else pa.float64() if name in FLOATS else pa.string() for name in columns}
+    schema = pa.schema(list(kinds.items()))
+    file.flush()
+    with pq.ParquetWriter(file.buffer, schema) as writer:  # type: ignore[attr-defined]
+        chunks = itertools.chain([first], iter(lambda: list(itertools.islice(rows, CHUNK * 64)), []))  # type: ignore[arg-type]
+        for chunk in chunks:
+            writer.write_table(pa.table([list(part) for part in zip(*chunk, strict=True)] or [[] for _ in columns], schema=schema))
+
+
+def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=file, highlight=False)
+    rows = iter(rows)
+    chunk = list(itertools.islice(rows, CHUNK))
+    shown = [name for name in columns if not name.endswith(("_label", "_text")) or any(row[columns.index(name)] for row in chunk)]
+    at = [columns.index(name) for name in shown]
+    while True:
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for name in shown:
+            number = name in ("rank", "score", "query", "train")
+            table.add_column(name, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", ratio=None)
+        before: Any = None
+        for row in chunk:
+            if before is not None and "query" in columns and row[0] != before:
+                table.add_row()
+            before = row[0]
+            table.add_row(*(Text(_cell(row[i]), style="" if columns[i] != "kind" else _COLOURS.get(row[i], "")) for i in at))
+        console.print(table)
+        chunk = list(itertools.islice(rows, CHUNK))
+        if not chunk:
+            return
+
+
+_COLOURS = {"proponent": "green", "opponent": "red"}
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A text file (utf-8, LF) that replaces `path` when it is complete. Raises OutputError where it can't be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with io.open(temporary, "w", encoding="utf-8", newline="\n") as file:  # noqa: UP020
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error.strerror or error}", "nothing was left there; -o FILE names another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)

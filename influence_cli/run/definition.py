@@ -1,0 +1,107 @@
+"""The user's definition.py: loading it (which runs it), calling its functions, and saying where they fail."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import site
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from influence_cli.errors import DefinitionError
+
+REQUIRED = ("model", "train_data", "query_data", "loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A loaded definition.py. `digest` covers its text and that of the modules of the user's own that it imports."""
+
+    path: Path
+    digest: str
+    module: ModuleType
+
+    def has(self, name: str) -> bool:
+        return callable(getattr(self.module, name, None))
+
+    def raw(self, name: str) -> Callable[..., Any]:
+        """The user's function itself; errors come out as they are."""
+        return getattr(self.module, name)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """The user's function; an exception in it becomes a DefinitionError that names its line."""
+        try:
+            return self.raw(name)(*args)
+        except Exception as error:
+            raise failure(self, name, error) from error
+
+
+def load(path: Path) -> Definition:
+    """Run a definition.py. Raises DefinitionError: no such file, syntax error, exception while loading, missing function."""
+    path = path.absolute()
+    if not path.is_file():
+        raise DefinitionError(
+            f"no definition at {path}",
+            "`influence init` writes one to start from; --definition FILE names another place",
+        )
+    try:
+        code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        where = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        text = (error.text or "").strip() if isinstance(error, SyntaxError) else ""
+        raise DefinitionError(f"{path.name} is not valid Python", f"{path}{where}: {error}", *([f"> {text}"] if text else [])) from error
+    spec = importlib.util.spec_from_loader("influence_definition", loader=None, origin=str(path))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses and torch look their module up
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        exec(code, module.__dict__)
+    except Exception as error:
+        raise DefinitionError(
+            f"{path.name} raised {type(error).__name__} while it was loaded: {error}", *frames(error, path.parent)
+        ) from error
+    missing = [name for name in REQUIRED if not callable(getattr(module, name, None))]
+    if missing:
+        raise DefinitionError(
+            f"{path.name} lacks {' and '.join(f'{name}()' for name in missing)}",
+            f"expected: {', '.join(REQUIRED)}; `influence init` writes a commented example",
+        )
+    return Definition(path, source_digest(path), module)
+
+
+def source_digest(path: Path) -> str:
+    """sha256 of the definition and of the loaded modules that lie outside the interpreter's own and installed packages."""
+    installed = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.prefix, sys.base_prefix}
+    installed |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
+    sources = {path}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if not file or not file.endswith(".py"):
+            continue
+        beside = Path(file).is_relative_to(path.parent)
+        if (beside and "site-packages" not in file) or not any(file.startswith(root) for root in installed):
+            sources.add(Path(file))
+    digest = hashlib.sha256()
+    for text in sorted(source.read_bytes() for source in sources if source.is_file()):
+        digest.update(hashlib.sha256(text).digest())
+    return digest.hexdigest()
+
+
+def failure(definition: Definition, name: str, error: Exception) -> DefinitionError:
+    """What a user function's exception becomes: type, text, and the last line of the user's own code."""
+    return DefinitionError(
+        f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}", *frames(error, definition.path.parent)
+    )
+
+
+def frames(error: BaseException, folder: Path) -> list[str]:
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)]
+    lines = [f"at {frame.filename} line {frame.lineno}: {frame.line}" for frame in own[-1:]]
+    return [*lines, "--debug shows the whole trace"]

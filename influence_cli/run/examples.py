@@ -1,0 +1,130 @@
+"""The user's datasets: read as fixed sequences of examples, batched, described, and digested so that a change is noticed."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from influence_cli.errors import DataError
+from influence_cli.run.definition import Definition, failure
+
+
+class Examples:
+    """One split of a run: `train` (the examples to be ranked) or `query` (the predictions to explain)."""
+
+    def __init__(self, definition: Definition, split: str) -> None:
+        self.split, self.source = split, f"{split}_data()"
+        self._definition = definition
+        self._dataset = definition.call(f"{split}_data")
+        self._described = lru_cache(maxsize=65_536)(self._describe)  # bounded, so that memory stays flat
+        kind = type(self._dataset).__name__
+        if not hasattr(self._dataset, "__getitem__") or not hasattr(self._dataset, "__len__"):
+            raise DataError(
+                f"{self.source} returned a {kind}, which can't be read by index",
+                "expected: a map-style dataset, with len(dataset) and dataset[i]",
+                "an iterable can be made one with list(...), or written to disk once and indexed",
+            )
+        try:
+            self._length = len(self._dataset)
+        except Exception as error:
+            raise DataError(f"len() of {self.source} raised {type(error).__name__}: {error}") from error
+        if not self._length:
+            raise DataError(f"{self.source} is empty", "expected: at least one example")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def item(self, index: int) -> Any:
+        """Example `index` as the dataset gives it. Raises DataError naming the example."""
+        try:
+            return self._dataset[int(index)]
+        except Exception as error:
+            why = failure(self._definition, self.source.removesuffix("()"), error)
+            raise DataError(
+                f"{self.source} raised {type(error).__name__} at example {index}: {error}", *why.details, f"it has {self._length:,} examples"
+            ) from error
+
+    def items(self, ids: Sequence[int] | np.ndarray) -> list[Any]:
+        return [self.item(index) for index in ids]
+
+    def collate(self, items: list[Any]) -> Any:
+        if self._definition.has("collate"):
+            return self._definition.call("collate", items)
+        try:
+            return default_collate(items)
+        except Exception as error:
+            raise DataError(
+                f"examples of {self.source} can't be batched by torch's default collate: {error}",
+                "examples of different sizes need a collate(items) in definition.py",
+            ) from error
+
+    def check_stable(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Read each example twice. Raises DataError where the two differ (random augmentation, a moving file)."""
+        for index in ids:
+            if digest(self.item(index)) != digest(self.item(index)):
+                raise DataError(
+                    f"{self.source} changes between reads: example {index} was different when read again",
+                    "influence needs the same example at the same index each time",
+                    "switch random augmentation off in definition.py",
+                )
+
+    def label(self, index: int) -> str:
+        return self._described("label", int(index))
+
+    def text(self, index: int) -> str:
+        return self._described("describe", int(index))
+
+    def _describe(self, function: str, index: int) -> str:
+        if not self._definition.has(function):
+            return ""
+        value = self._definition.call(function, self.item(index))
+        if isinstance(value, torch.Tensor | np.ndarray | np.generic) and getattr(value, "ndim", 0) == 0:
+            value = value.item()
+        return "" if value is None else str(value)
+
+
+def digest(item: Any) -> int:
+    """A 32-bit digest of one example. Numbers, text, bytes, tensors, arrays, pictures and nests of them count; other objects by type alone."""
+    value = 0
+
+    def add(part: Any) -> None:
+        nonlocal value
+        name, content = _bytes(part)
+        value = zlib.crc32(content, zlib.crc32(name.encode(), value))
+        for child in _children(part):
+            add(child)
+
+    add(item)
+    return value
+
+
+def _bytes(part: Any) -> tuple[str, bytes]:
+    if isinstance(part, torch.Tensor):
+        flat = part.detach().cpu().contiguous().reshape(-1)
+        return f"{part.dtype}{tuple(part.shape)}", flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    if isinstance(part, np.ndarray | np.generic) and part.dtype != object:
+        return f"{part.dtype}{part.shape}", np.ascontiguousarray(part).tobytes()
+    if isinstance(part, bool | int | float | complex | str | type(None)):
+        return type(part).__name__, repr(part).encode("utf-8", "surrogatepass")
+    if isinstance(part, bytes | bytearray | memoryview):
+        return "bytes", bytes(part)
+    pixels: Callable[[], bytes] | None = getattr(part, "tobytes", None)  # PIL images, without importing PIL
+    size = getattr(part, "size", "")
+    return f"{type(part).__name__}{size if isinstance(size, tuple) else ''}", pixels() if callable(pixels) else b""
+
+
+def _children(part: Any) -> list[Any]:
+    if isinstance(part, Mapping):
+        return [child for key, value in part.items() for child in (key, value)]
+    if isinstance(part, list | tuple):
+        return list(part)
+    if isinstance(part, np.ndarray) and part.dtype == object:
+        return list(part.flat)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return [getattr(part, field.name) for field in dataclasses.fields(part)]
+    return []

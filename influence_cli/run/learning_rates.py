@@ -1,0 +1,111 @@
+"""Which step size weighs a checkpoint in TracIn: a line of the trajectory, a sum of lines, the file's own, or the user's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from influence_cli.errors import CheckpointError, TrajectoryError, UsageProblem, listed
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.trajectory import Trajectory
+
+CHOICES = ("point", "segment", "none")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """η of one checkpoint: the same for every parameter, or one per parameter group. `source` says where it was found."""
+
+    step: int
+    rates: tuple[float, ...]
+    source: str
+    groups: Mapping[str, int] | None = None  # parameter name -> index into rates
+
+    def of(self, names: Sequence[str]) -> float:
+        """The weight of the parameter with these (tied) names."""
+        if len(self.rates) == 1:
+            return self.rates[0]
+        for name in names:
+            if self.groups is not None and name in self.groups:
+                return self.rates[self.groups[name]]
+        raise TrajectoryError(f"no parameter group of the trajectory's header names {names[0]}", "expected: each trained parameter in one group")
+
+    @property
+    def is_zero(self) -> bool:
+        return not any(self.rates)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{rate:.6g}" for rate in self.rates)
+
+
+def weigh(
+    checkpoints: Sequence[Checkpoint], trajectory: Trajectory | None, choice: str = "point", override: float | None = None
+) -> list[Weight]:
+    """One weight per checkpoint of the run, in order. Segments reach back to the previous checkpoint of the whole folder.
+
+    Raises UsageProblem naming the flag where a weight is found nowhere.
+    """
+    if override is not None:
+        return [Weight(checkpoint.step, (override,), "--lr") for checkpoint in checkpoints]
+    if choice == "none":
+        return [Weight(checkpoint.step, (1.0,), "--lr-weights none") for checkpoint in checkpoints]
+    if trajectory is not None:
+        return [_of_trajectory(trajectory, checkpoints, index, choice) for index in range(len(checkpoints))]
+    if choice == "segment":
+        raise UsageProblem("--lr-weights segment needs a trajectory.jsonl", "--trajectory FILE names one; --lr-weights point does without")
+    weights, missing = [], []
+    for checkpoint in checkpoints:
+        found = _own(checkpoint)
+        weights += [found] if found else []
+        missing += [] if found else [checkpoint.name]
+    if missing:
+        raise UsageProblem(
+            f"no learning rate for {listed(missing)}",
+            "looked in: trajectory.jsonl, the checkpoint's metadata (learning_rate), trainer_state.json",
+            "--lr X gives one for all checkpoints; --lr-weights none weighs them alike",
+        )
+    return weights
+
+
+def _of_trajectory(trajectory: Trajectory, checkpoints: Sequence[Checkpoint], index: int, choice: str) -> Weight:
+    step, last = checkpoints[index].step, trajectory.steps
+    names = {name: group for group, members in enumerate(trajectory.groups) for name in members}
+    if step > last:
+        raise TrajectoryError(
+            f"{trajectory.path.name} ends before {checkpoints[index].name}",
+            f"it has the steps 0 to {last - 1:,}; a checkpoint of step {last:,} is the last it can explain",
+            "the trajectory is of another run, or lines are missing at its end; --lr X weighs without it",
+        )
+    if choice == "segment":
+        start = checkpoints[index - 1].step if index else 0
+        lines = [_rates(trajectory, line) for line in range(start, step)]
+        rates = tuple(map(sum, zip(*lines, strict=True))) if lines else (0.0,)
+        return Weight(step, rates, f"lines {start} to {step - 1}" if lines else "no line before it", names)
+    line = step if step < last else last - 1
+    return Weight(step, _rates(trajectory, line), f"line {line}", names)
+
+
+def _rates(trajectory: Trajectory, line: int) -> tuple[float, ...]:
+    rate = trajectory.lr[line]
+    if isinstance(rate, tuple):
+        return rate
+    return (rate,) * max(1, len(trajectory.groups))
+
+
+def _own(checkpoint: Checkpoint) -> Weight | None:
+    if checkpoint.learning_rate is not None:
+        return Weight(checkpoint.step, (checkpoint.learning_rate,), "metadata")
+    return _of_trainer(checkpoint, checkpoint.state) if checkpoint.state else None
+
+
+def _of_trainer(checkpoint: Checkpoint, state: Path) -> Weight | None:
+    """HF Trainer logs the rate now and then: the entry of this step, or the last before it."""
+    try:
+        log = json.loads(state.read_text()).get("log_history", [])
+        logged = {int(entry["step"]): float(entry["learning_rate"]) for entry in log if "learning_rate" in entry}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{state.parent.name}/{state.name} can't be read: {type(error).__name__} {error}", "--lr X does without") from error
+    before = [step for step in logged if step <= checkpoint.step]
+    if not before:
+        return None
+    return Weight(checkpoint.step, (logged[max(before)],), f"{state.name}, logged at step {max(before)}")

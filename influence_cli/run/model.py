@@ -1,0 +1,108 @@
+"""The user's model: which parameters are trained, by which names, and what a checkpoint must hold to fit it."""
+
+import fnmatch
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from influence_cli.errors import DefinitionError, UsageProblem, listed
+from influence_cli.run.definition import Definition
+
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel; torch.compile
+
+
+@dataclass(frozen=True)
+class Column:
+    """One trained parameter. Tied names are one parameter: `name` is the first, `names` all of them."""
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    embedding: bool  # the weight of an nn.Embedding: gradients are few rows of many
+
+    @property
+    def layer(self) -> str:
+        """The module that owns it; a bare parameter of the model itself is its own layer."""
+        return self.name.rpartition(".")[0] or self.name
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+def build(definition: Definition) -> nn.Module:
+    """The user's model in eval mode, out of its wrappers. Raises DefinitionError for what has no per-example gradient."""
+    model = definition.call("model")
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    if not isinstance(model, nn.Module):
+        raise DefinitionError(f"model() returned a {type(model).__name__}", "expected: a torch.nn.Module")
+    refused = [
+        f"{name or 'the model'} ({type(module).__name__}): {flag}={getattr(module, flag)}"
+        for name, module in model.named_modules()
+        for flag in ("max_norm", "scale_grad_by_freq")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and getattr(module, flag)
+    ]
+    if refused:
+        raise DefinitionError(
+            "an embedding has an option under which an example has no gradient of its own",
+            *refused,
+            "max_norm changes the weights while they are read, scale_grad_by_freq couples the examples of a batch",
+            "build the model without it in definition.py, if training would have been the same",
+        )
+    meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if meta:
+        raise DefinitionError(f"model() has tensors without storage (meta device): {listed(meta)}", "build the model on the CPU")
+    return model.eval()
+
+
+def cast(model: nn.Module, precision: torch.dtype | None, device: torch.device) -> nn.Module:
+    return model.to(device=device, dtype=precision) if precision is not None else model.to(device=device)
+
+
+def columns(model: nn.Module) -> dict[str, Column]:
+    """The trained parameters in the model's order. Raises DefinitionError where there are none."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found = {
+        name: Column(name, tuple(names[id(parameter)]), tuple(parameter.shape), parameter.dtype, id(parameter) in embeddings)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if not found:
+        raise DefinitionError("the model has no trained parameter", "every parameter is frozen (requires_grad=False), or there is none")
+    return found
+
+
+def select(available: dict[str, Column], globs: list[str] | None) -> dict[str, Column]:
+    """`--layers`: the columns whose parameter or module names match. `!glob` leaves out. Raises UsageProblem for a glob without a match."""
+    if not globs:
+        return available
+
+    def matches(glob: str) -> set[str]:
+        found = set()
+        for column in available.values():
+            for name in column.names:
+                parts = name.split(".")
+                prefixes = [".".join(parts[: end + 1]) for end in range(len(parts))]
+                if any(fnmatch.fnmatchcase(prefix, glob) for prefix in prefixes):
+                    found.add(column.name)
+        if not found:
+            raise UsageProblem(
+                f"--layers {glob!r} matches no trained parameter or module",
+                f"parameters: {listed(available, 20)}",
+                "`influence inspect` lists them all",
+            )
+        return found
+
+    wanted = [glob for glob in globs if not glob.startswith("!")]
+    kept = set().union(*(matches(glob) for glob in wanted)) if wanted else set(available)
+    kept -= set().union(*(matches(glob[1:]) for glob in globs if glob.startswith("!")))
+    if not kept:
+        raise UsageProblem(f"--layers {' '.join(globs)} leaves no parameter", f"parameters: {listed(available, 20)}")
+    return {name: column for name, column in available.items() if name in kept}
