@@ -270,7 +270,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; synced and renamed over it on success, removed otherwise."""
     temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors writes files for their owner alone
         yield temporary
+        temporary.chmod(mode)
         for synced in (temporary, path.parent):
             if synced == path.parent:
                 os.replace(temporary, path)

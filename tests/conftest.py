@@ -1,0 +1,94 @@
+"""Run folders made from a few lines, and the command line called in this process with stdout and stderr kept apart."""
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from influence_cli import cli
+from influence_cli.cli import cache, init, inspect, score, self_influence  # noqa: F401  register the commands
+
+DEFINITION = '''
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+def model():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+def examples(seed, number):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.utils.data.TensorDataset(torch.randn(number, 4, generator=generator), torch.randint(0, 3, (number,), generator=generator))
+
+def train_data():
+    return examples(0, 20)
+
+def query_data():
+    return examples(1, 6)
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+def label(example):
+    return "abc"[int(example[1])]
+'''
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        import csv
+
+        return list(csv.DictReader(io.StringIO(self.out)))
+
+
+@pytest.fixture
+def influence(capfd, monkeypatch) -> Callable[..., Result]:
+    """influence("score", run, "--top", "3") -> Result; exactly what a shell would see."""
+
+    def call(*args: object, stdin: str | None = None) -> Result:
+        capfd.readouterr()
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            cli.app([str(arg) for arg in args], prog_name="influence")
+        out, err = capfd.readouterr()
+        return Result(int(ended.value.code or 0), out, err)
+
+    return call
+
+
+@pytest.fixture
+def make_run(tmp_path) -> Callable[..., Path]:
+    """make_run() -> a run folder: definition.py, checkpoints of the steps given (random weights, rates 0.1, 0.05, ...)."""
+
+    def make(
+        name: str = "run", definition: str = DEFINITION, steps: tuple[int, ...] = (10, 20), model: Callable[[], torch.nn.Module] | None = None
+    ) -> Path:
+        folder = tmp_path / name
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "definition.py").write_text(definition)
+        if model is None:
+            space: dict = {"__file__": str(folder / "definition.py"), "__name__": "definition_of_a_test"}
+            exec(compile(definition, "definition.py", "exec"), space)
+            model = space["model"]
+        for k, step in enumerate(steps):
+            torch.manual_seed(step)
+            save_file(
+                {name: value.contiguous() for name, value in model().state_dict().items()},
+                folder / "checkpoints" / f"step-{step:06d}.safetensors",
+                metadata={"step": str(step), "learning_rate": str(0.1 / (1 + k))},
+            )
+        return folder
+
+    return make
