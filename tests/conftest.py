@@ -5,15 +5,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 
 from influence_cli import cli
 from influence_cli.cli import cache, init, inspect, score, self_influence  # noqa: F401  register the commands
 
-DEFINITION = '''
+DEFINITION = """
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -36,7 +37,7 @@ def loss(model, batch):
 
 def label(example):
     return "abc"[int(example[1])]
-'''
+"""
 
 
 @dataclass
@@ -68,27 +69,28 @@ def influence(capfd, monkeypatch) -> Callable[..., Result]:
     return call
 
 
+def build_run(
+    folder: Path, definition: str = DEFINITION, steps: tuple[int, ...] = (10, 20), model: Callable[[], torch.nn.Module] | None = None
+) -> Path:
+    """A run folder: definition.py and checkpoints of the steps given (random weights, rates 0.1, 0.05, ...)."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "definition.py").write_text(definition)
+    if model is None:
+        space: dict = {"__file__": str(folder / "definition.py"), "__name__": "definition_of_a_test"}
+        exec(compile(definition, "definition.py", "exec"), space)
+        model = space["model"]
+    for k, step in enumerate(steps):
+        torch.manual_seed(step)
+        metadata = {"step": str(step), "learning_rate": str(0.1 / (1 + k))}
+        save_model(model(), str(folder / "checkpoints" / f"step-{step:06d}.safetensors"), metadata=metadata)
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
-    """make_run() -> a run folder: definition.py, checkpoints of the steps given (random weights, rates 0.1, 0.05, ...)."""
+    """make_run() -> a run folder in the test's own place; make_run(name, definition, steps, model)."""
 
-    def make(
-        name: str = "run", definition: str = DEFINITION, steps: tuple[int, ...] = (10, 20), model: Callable[[], torch.nn.Module] | None = None
-    ) -> Path:
-        folder = tmp_path / name
-        (folder / "checkpoints").mkdir(parents=True)
-        (folder / "definition.py").write_text(definition)
-        if model is None:
-            space: dict = {"__file__": str(folder / "definition.py"), "__name__": "definition_of_a_test"}
-            exec(compile(definition, "definition.py", "exec"), space)
-            model = space["model"]
-        for k, step in enumerate(steps):
-            torch.manual_seed(step)
-            save_file(
-                {name: value.contiguous() for name, value in model().state_dict().items()},
-                folder / "checkpoints" / f"step-{step:06d}.safetensors",
-                metadata={"step": str(step), "learning_rate": str(0.1 / (1 + k))},
-            )
-        return folder
+    def make(name: str = "run", *args: Any, **options: Any) -> Path:
+        return build_run(tmp_path / name, *args, **options)
 
     return make

@@ -9,7 +9,20 @@ import numpy as np
 import torch
 
 from influence_cli.cache.fingerprint import Settings, checkpoint_key, compare, compare_data
-from influence_cli.cache.store import UNIT_BYTES, UNIT_EXAMPLES, Held, Level, Rows, Store, Unit, concat_rows, read_json, sweep, write_json, writing
+from influence_cli.cache.store import (
+    UNIT_BYTES,
+    UNIT_EXAMPLES,
+    Held,
+    Level,
+    Rows,
+    Store,
+    Unit,
+    concat_rows,
+    read_json,
+    sweep,
+    write_json,
+    writing,
+)
 from influence_cli.errors import CacheError, GradientError, InfluenceError, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture

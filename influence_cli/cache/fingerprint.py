@@ -33,20 +33,29 @@ class Settings:
 
 
 def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:
-    """`step-N-<digest of its bytes>`. `memory`: a json file that remembers digests by path, size and time of change."""
+    """`step-N-<digest of its tensors>`. `memory`: a json file that remembers digests by path, size and time of change."""
     known = read_json(memory) if memory and memory.is_file() else {}
     parts, fresh = [], False
     for file in checkpoint.files:
         state = file.stat()
         key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
         if key not in known:
-            with file.open("rb") as content:
-                known[key] = hashlib.file_digest(content, "sha256").hexdigest()
-            fresh = True
+            known[key], fresh = tensor_digest(file), True
         parts.append(known[key])
     if fresh and memory:
         write_json(memory, known)
     return f"step-{checkpoint.step:09d}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+
+def tensor_digest(file: Path) -> str:
+    """sha256 of a safetensors file's tensors with their names, dtypes and shapes; its metadata (a learning rate, say) does not count."""
+    with file.open("rb") as content:
+        head = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+        head.pop("__metadata__", None)
+        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def compare(stored: Rows, again: Rows, rounding: float, where: str, split: str, cache: Path) -> None:

@@ -1,9 +1,9 @@
 """The cache on disk: units of rows as safetensors files under names that follow from what they hold. See docs/cache-format.md.
 
-    .influence/cache.json                                      format and version
-    .influence/<settings>/<checkpoint>/<split>/<columns>/      one folder per set of columns, listed in its columns.json
-        000000000000-000000000512.safetensors                  a unit: these examples, whole or not at all
-        000000000000-000000000512-1f0c9a3e.safetensors         a unit of some examples of that range, named by their digest
+.influence/cache.json                                      format and version
+.influence/<settings>/<checkpoint>/<split>/<columns>/      one folder per set of columns, listed in its columns.json
+    000000000000-000000000512.safetensors                  a unit: these examples, whole or not at all
+    000000000000-000000000512-1f0c9a3e.safetensors         a unit of some examples of that range, named by their digest
 """
 
 import errno
@@ -95,7 +95,9 @@ class Store:
         if head.is_file():
             found = read_json(head)
             if found.get("format") != FORMAT:
-                raise CacheError(f"{folder} is not an influence cache", f"cache.json says {found.get('format')!r}", "--cache DIR names another place")
+                raise CacheError(
+                    f"{folder} is not an influence cache", f"cache.json says {found.get('format')!r}", "--cache DIR names another place"
+                )
             if found.get("version") != VERSION:
                 raise CacheError(
                     f"the cache {folder} is of version {found.get('version')!r}",
@@ -153,7 +155,9 @@ class Store:
             if not (unit.path.parent / "columns.json").is_file():
                 write_json(unit.path.parent / "columns.json", {"columns": list(unit.columns), "level": unit.level})
             with replacing(unit.path) as temporary:
-                save_file(tensors, temporary, metadata={"format": "influence-unit", "forms": json.dumps(forms)})
+                save_file(
+                    tensors, temporary, metadata={"influence-unit": json.dumps(forms)}
+                )  # one key: safetensors orders several at random
 
 
 class Held:
@@ -197,7 +201,7 @@ def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray)
     """These examples of one unit. Raises CacheError for a damaged file."""
     try:
         with safe_open(unit.path, "pt") as content:
-            heads = json.loads((content.metadata() or {})["forms"])
+            heads = json.loads((content.metadata() or {})["influence-unit"])
             names = set(content.keys())
             forms: dict[str, Form] = {}
             for column in columns if level == "values" else ():
@@ -213,7 +217,9 @@ def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray)
             held = unit.ids if unit.ids is not None else np.arange(unit.start, unit.stop)
             rows = Rows(held, content.get_tensor("losses"), content.get_tensor("digests"), sqnorms, forms)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise CacheError(f"the cache file {unit.path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again") from error
+        raise CacheError(
+            f"the cache file {unit.path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again"
+        ) from error
     if not len(held) == len(rows.losses) == len(rows.digests):
         raise CacheError(f"the cache file {unit.path} is damaged: {len(rows.losses)} rows for {len(held)} examples", "delete it")
     return rows if len(ids) == len(held) else rows.take(unit.position(ids))
@@ -319,4 +325,3 @@ def sweep(folder: Path, hours: float = 24) -> None:
                 path.unlink()
         except OSError:
             continue  # another process was faster
-

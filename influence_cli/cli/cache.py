@@ -42,4 +42,6 @@ def cache(
         ids = opened.ids(flag, spec, split)
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
         total = len(ids) * len(opened.checkpoints)
-        opened.talk.note(f"{split}: {new:,} gradients computed, {total - new:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)")
+        opened.talk.note(
+            f"{split}: {new:,} gradients computed, {total - new:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
+        )

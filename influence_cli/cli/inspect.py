@@ -67,7 +67,13 @@ def inspect(
     names = list(opened.columns)
     bytes_each = sum(each for _, each in forms.values())
     rows = [
-        (name + "".join(f" = {other}" for other in column.names[1:]), column.layer, shape(column.shape), forms[name][0], size(forms[name][1]))
+        (
+            name + "".join(f" = {other}" for other in column.names[1:]),
+            column.layer,
+            shape(column.shape),
+            forms[name][0],
+            size(forms[name][1]),
+        )
         for name, column in opened.columns.items()
     ]
     show(console, "\nparameters", ("name", "layer", "shape", "form", "bytes per example"), rows)

@@ -29,7 +29,9 @@ Train = Annotated[
     str | None, option("--train", metavar="SPEC", panel=RANKED, help="Training examples to rank: 0,5,10:20, @ids.txt or - (default all).")
 ]
 Queries = Annotated[str | None, option("--queries", metavar="SPEC", panel=RANKED, help="Queries: 0,5,10:20, @ids.txt or - (default all).")]
-Method = Annotated[str, option("--method", metavar="NAME", panel=RANKED, help="; ".join(f"{n}: {m.about}" for n, m in METHODS.items()) + ".")]
+Method = Annotated[
+    str, option("--method", metavar="NAME", panel=RANKED, help="; ".join(f"{n}: {m.about}" for n, m in METHODS.items()) + ".")
+]
 SumQueries = Annotated[bool, option("--sum-queries", panel=RANKED, help="All queries as one: their mean.")]
 GroupBy = Annotated[
     str | None,
@@ -51,7 +53,9 @@ Device = Annotated[str, option("--device", panel=NUMBERS, metavar="NAME", help="
 BatchSize = Annotated[str, option("--batch-size", panel=NUMBERS, metavar="N", help="Examples captured at once: auto or a number.")]
 Precision = Annotated[
     str | None,
-    option("--precision", panel=NUMBERS, metavar="DTYPE", help="float32, float64 or bfloat16: cast model and batches (default the model's)."),
+    option(
+        "--precision", panel=NUMBERS, metavar="DTYPE", help="float32, float64 or bfloat16: cast model and batches (default the model's)."
+    ),
 ]
 StoreAs = Annotated[
     str | None,

@@ -48,7 +48,9 @@ def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> 
         yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, parts)
 
 
-def block_scores(gradients: Gradients, question: Question, queries: list[Rows], ids: np.ndarray, advance: Callable[..., None]) -> np.ndarray:
+def block_scores(
+    gradients: Gradients, question: Question, queries: list[Rows], ids: np.ndarray, advance: Callable[..., None]
+) -> np.ndarray:
     """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
     scores are the same with and without parts."""
     parts = question.parts
@@ -92,7 +94,9 @@ def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint,
     if not question.sum_queries:
         return rows
     forms: dict[str, Form] = {name: mean(form) for name, form in rows.forms.items()}
-    return Rows(rows.ids[:1], rows.losses.mean(0, keepdim=True), rows.digests[:1], {name: form.sqnorm() for name, form in forms.items()}, forms)
+    return Rows(
+        rows.ids[:1], rows.losses.mean(0, keepdim=True), rows.digests[:1], {name: form.sqnorm() for name, form in forms.items()}, forms
+    )
 
 
 def query_passes(gradients: Gradients, question: Question) -> list[Ids]:

@@ -112,7 +112,9 @@ class FullRanking(Ranking):
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
         for first in range(0, len(ids), self._rows):
             at = slice(first, first + self._rows)
-            self._pending.append((ids[at].copy(), scores[:, at].copy(), parts[:, :, at].copy() if self.parts and parts is not None else None))
+            self._pending.append(
+                (ids[at].copy(), scores[:, at].copy(), parts[:, :, at].copy() if self.parts and parts is not None else None)
+            )
             self._waiting += len(ids[at])
             if self._waiting >= self._rows:
                 self._spill()

@@ -77,7 +77,9 @@ def check(format: str, output: Path | None, terminal: bool) -> None:
 
 
 def write(rows: Iterable[Row], columns: Sequence[str], format: str, output: Path | None, stdout: IO[str]) -> None:
-    """Write a table to stdout, or to a file: whole or not at all."""
+    """Write a table to stdout, or to a file: whole or not at all. Nothing is written before the first row is there."""
+    rows = iter(rows)
+    rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
     if output is None:
         try:
             _write(rows, columns, format, stdout)
@@ -165,6 +167,8 @@ def replacing(path: Path) -> Iterator[IO[str]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"{path} can't be written: {error.strerror or error}", "nothing was left there; -o FILE names another place") from error
+        raise OutputError(
+            f"{path} can't be written: {error.strerror or error}", "nothing was left there; -o FILE names another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -59,7 +59,9 @@ def open_run(
     Raises InfluenceError kinds for whatever does not fit.
     """
     if not folder.is_dir():
-        raise UsageProblem(f"no run at {folder}", "expected: a folder with definition.py and checkpoints/", "`influence init DIR` starts one")
+        raise UsageProblem(
+            f"no run at {folder}", "expected: a folder with definition.py and checkpoints/", "`influence init DIR` starts one"
+        )
     loaded = _definition.load(definition or folder / "definition.py")
     found = _checkpoints.find(folder, checkpoints)
     model = _model.build(loaded)
@@ -84,7 +86,9 @@ def at_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple[Che
             if not colon:
                 start, stop = int(low), int(low) + 1
         except ValueError:
-            raise UsageProblem(f"--steps {spec!r} can't be read at {part!r}", "expected: steps like 100,200 or a half-open range like 100:500") from None
+            raise UsageProblem(
+                f"--steps {spec!r} can't be read at {part!r}", "expected: steps like 100,200 or a half-open range like 100:500"
+            ) from None
         chosen = {step for step in steps if start <= step < stop}
         if not chosen:
             raise UsageProblem(f"--steps {part.strip()}: no checkpoint there", f"there are checkpoints of the steps {listed(steps, 20)}")

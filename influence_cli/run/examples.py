@@ -46,7 +46,9 @@ class Examples:
         except Exception as error:
             why = failure(self._definition, self.source.removesuffix("()"), error)
             raise DataError(
-                f"{self.source} raised {type(error).__name__} at example {index}: {error}", *why.details, f"it has {self._length:,} examples"
+                f"{self.source} raised {type(error).__name__} at example {index}: {error}",
+                *why.details,
+                f"it has {self._length:,} examples",
             ) from error
 
     def items(self, ids: Sequence[int] | np.ndarray) -> list[Any]:

@@ -28,7 +28,9 @@ class Weight:
         for name in names:
             if self.groups is not None and name in self.groups:
                 return self.rates[self.groups[name]]
-        raise TrajectoryError(f"no parameter group of the trajectory's header names {names[0]}", "expected: each trained parameter in one group")
+        raise TrajectoryError(
+            f"no parameter group of the trajectory's header names {names[0]}", "expected: each trained parameter in one group"
+        )
 
     @property
     def is_zero(self) -> bool:
@@ -104,7 +106,9 @@ def _of_trainer(checkpoint: Checkpoint, state: Path) -> Weight | None:
         log = json.loads(state.read_text()).get("log_history", [])
         logged = {int(entry["step"]): float(entry["learning_rate"]) for entry in log if "learning_rate" in entry}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{state.parent.name}/{state.name} can't be read: {type(error).__name__} {error}", "--lr X does without") from error
+        raise CheckpointError(
+            f"{state.parent.name}/{state.name} can't be read: {type(error).__name__} {error}", "--lr X does without"
+        ) from error
     before = [step for step in logged if step <= checkpoint.step]
     if not before:
         return None

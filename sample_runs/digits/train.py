@@ -22,12 +22,23 @@ def main() -> None:
     model.train()
     order = torch.Generator().manual_seed(1)
     queue: list[int] = []
-    lines = [{"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}}]
+    lines = [
+        {
+            "format": "influence-trajectory",
+            "version": 1,
+            "reduction": "mean",
+            "optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0},
+        }
+    ]
     (HERE / "checkpoints").mkdir(exist_ok=True)
     for step in range(STEPS + 1):
         rate = 0.5 if step < STEPS // 2 else 0.25
         if step % EVERY == 0:
-            save_file(model.state_dict(), HERE / f"checkpoints/step-{step:06d}.safetensors", metadata={"step": str(step), "learning_rate": str(rate)})
+            save_file(
+                model.state_dict(),
+                HERE / f"checkpoints/step-{step:06d}.safetensors",
+                metadata={"step": str(step), "learning_rate": str(rate)},
+            )
         if step == STEPS:
             break
         if len(queue) < BATCH:

@@ -1,0 +1,269 @@
+"""What is computed, what is reused, and that no order of work, interruption or neighbour changes a byte."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from influence_cli.cache import build, store
+from influence_cli.gradients import capture
+from tests.conftest import DEFINITION, build_run
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """The units of a run's cache: name -> bytes."""
+    cache = run / ".influence"
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("0*.safetensors"))}
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[int]:
+    """How many examples each call captured; probes don't count."""
+    sizes: list[int] = []
+    original = capture.Capture.__call__
+
+    def counting(self, batch, singles, size, values=True):
+        sizes.append(size)
+        return original(self, batch, singles, size, values)
+
+    monkeypatch.setattr(capture.Capture, "__call__", counting)
+    return sizes
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(build, "UNIT_EXAMPLES", 8)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        ["--lr", "3"],
+        ["--lr-weights", "none"],
+        ["--layers", "2"],
+        ["--layers", "!0"],
+        ["--steps", "20"],
+        ["--queries", "3"],
+        ["--train", "3,7,11:13"],
+        ["--method", "grad-cos"],
+        ["--by", "layer"],
+        ["--sum-queries"],
+        ["--top", "all"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_what_is_cached_serves_other_questions(again, make_run, influence, captured):
+    run = make_run()
+    assert influence("cache", run).code == 0
+    assert sum(captured) == 2 * (20 + 6)
+    captured.clear()
+    assert influence("score", run, *again).code == 0
+    assert influence("self", run).code == 0
+    assert captured == []
+
+
+def test_new_queries_touch_no_training_gradient(make_run, influence, captured):
+    run = make_run()
+    influence("score", run, "--queries", "0")
+    captured.clear()
+    influence("score", run, "--queries", "1:3")
+    assert sum(captured) == 2 * 2
+
+
+def test_new_layers_and_examples_compute_only_what_is_missing(make_run, influence, captured):
+    run = make_run()
+    influence("cache", run, "--layers", "2", "--train", "0:10", "--queries", "0")
+    captured.clear()
+    result = influence("cache", run, "--layers", "2", "--queries", "0")
+    assert sum(captured) == 2 * 10
+    assert "train: 20 gradients computed, 20 were there" in result.err
+    captured.clear()
+    influence("cache", run, "--queries", "0")
+    columns = {path.parent.name for path in (run / ".influence").rglob("*-*.safetensors")}
+    assert sum(captured) == 2 * 21
+    assert len(columns) == 2, "the head is not captured again"
+    pieced, fresh = influence("score", run).rows, influence("score", make_run("fresh")).rows
+    assert [row["train"] for row in pieced] == [row["train"] for row in fresh]
+    assert [float(row["score"]) for row in pieced] == pytest.approx([float(row["score"]) for row in fresh], rel=1e-4)  # other batches
+
+
+def test_no_cache_keeps_nothing_and_scores_the_same(make_run, influence):
+    run = make_run()
+    live = influence("score", run, "--cache", "none")
+    assert live.code == 0
+    assert not (run / ".influence").exists()
+    assert live.out == influence("score", run).out
+    assert influence("self", run, "--cache", "none").out == influence("self", run).out
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "1"], ["--batch-size", "7"], ["--batch-size", "64"]], ids=" ".join)
+def test_the_batch_size_does_not_change_scores(flags, make_run, influence):
+    expected, found = (influence("score", make_run(name), "--precision", "float64", *more).rows for name, more in (("a", []), ("b", flags)))
+    assert [row["train"] for row in found] == [row["train"] for row in expected]
+    assert [float(row["score"]) for row in found] == pytest.approx([float(row["score"]) for row in expected], rel=1e-12)
+
+
+def test_the_unit_size_does_not_change_scores(make_run, influence, monkeypatch):
+    expected = influence("score", make_run("a"), "--precision", "float64")
+    monkeypatch.setattr(build, "UNIT_EXAMPLES", 8)
+    found = influence("score", make_run("b"), "--precision", "float64")
+    assert [row["train"] for row in found.rows] == [row["train"] for row in expected.rows]
+    assert [float(r["score"]) for r in found.rows] == pytest.approx([float(r["score"]) for r in expected.rows], rel=1e-12)
+
+
+def test_any_finished_units_plus_the_rest_are_the_same_bytes(make_run, influence, small_units):
+    """Every unit in turn is taken away; computing what is missing gives the same files and the same table."""
+    run = make_run()
+    table = influence("score", run).out
+    whole = files(run)
+    assert len(whole) == 2 * 3 + 2
+    for name in whole:
+        (run / ".influence" / name).unlink()
+        assert influence("score", run).out == table
+        assert files(run) == whole
+
+
+def test_the_order_of_work_does_not_change_bytes(make_run, influence, small_units):
+    run, other = make_run("a"), make_run("b")
+    influence("cache", run)
+    for step in ("20", "10"):
+        influence("cache", other, "--steps", step)
+    assert files(run) == files(other)
+
+
+SLOW = DEFINITION.replace("def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.01)").replace(
+    "examples(0, 20)", "examples(0, 64)"
+)
+SMALL = "from influence_cli.cache import build; build.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
+
+
+def start(run: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", SMALL, "score", str(run), "--batch-size", "1", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_units(run: Path, count: int, process: subprocess.Popen) -> None:
+    limit = time.monotonic() + 60
+    while len(list(run.rglob("0*.safetensors"))) < count and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[str, dict[str, bytes]]:
+    """The table and the cache files of the slow run, left alone."""
+    run = build_run(tmp_path_factory.mktemp("undisturbed"), SLOW)
+    table = start(run).communicate()[0]
+    assert table
+    return table, files(run)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturbed):
+    """kill -9, SIGTERM and Ctrl-C in the middle: finished units stay, the same command finishes, nothing differs."""
+    table, whole = undisturbed
+    run = make_run("stopped", SLOW)
+    process = start(run)
+    wait_for_units(run, 9, process)
+    process.send_signal(stop)
+    out, err = process.communicate()
+    assert process.returncode == code
+    assert out == ""
+    assert "Traceback" not in err
+    if code > 0:
+        assert err.endswith("interrupted: finished work is kept; the same command goes on from here\n")
+        assert not list(run.rglob(".tmp-*"))
+    kept = files(run)
+    assert 9 <= len(kept) < len(whole), "work was lost, or the process was too fast to be stopped"
+    process = start(run)
+    assert process.communicate()[0] == table
+    assert files(run) == whole
+    assert kept.items() <= files(run).items()
+    assert not list(run.rglob(".tmp-*"))
+
+
+def test_two_processes_on_one_cache_do_no_harm(make_run, undisturbed):
+    table, whole = undisturbed
+    run = make_run("both", SLOW)
+    both = [start(run), start(run)]
+    assert [process.communicate()[0] for process in both] == [table, table]
+    assert files(run) == whole
+
+
+def test_a_comment_in_the_definition_reuses_the_cache_and_says_so(make_run, influence, captured):
+    run = make_run()
+    influence("cache", run)
+    (run / "definition.py").write_text(DEFINITION + "\n# a comment\n")
+    captured.clear()
+    result = influence("score", run)
+    assert result.code == 0, result.err
+    assert "the definition changed; 8 cached train examples at checkpoints/step-000010.safetensors were taken again and agree" in result.err
+    assert sum(captured) == 2 * (8 + 6)
+    captured.clear()
+    assert "changed" not in influence("score", run).err
+    assert captured == []
+
+
+def test_a_changed_loss_is_refused_by_layer_and_example(make_run, influence):
+    run = make_run()
+    influence("cache", run)
+    (run / "definition.py").write_text(DEFINITION.replace('reduction="none")', 'reduction="none", label_smoothing=0.1)'))
+    result = influence("score", run)
+    assert result.code == 1
+    assert result.out == ""
+    assert "gradients taken again differ" in result.err
+    assert "first at 0.weight, example 0 of query_data()" in result.err
+
+
+def test_changed_data_is_refused_even_when_the_definition_is_the_same(make_run, influence):
+    text = DEFINITION.replace("examples(0, 20)", "examples(int(open(__file__ + '.seed').read()), 20)")
+    run = make_run(definition=text, model=lambda: torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)))
+    seed = run / "definition.py.seed"
+    seed.write_text("0")
+    influence("cache", run)
+    seed.write_text("5")
+    result = influence("score", run)
+    assert result.code == 1
+    assert "belongs to other data: example 0 of train_data() is not the one that was cached" in result.err
+
+
+def test_a_grown_training_set_keeps_what_it_has(make_run, influence, captured):
+    run = make_run()
+    influence("cache", run)
+    (run / "definition.py").write_text(
+        DEFINITION.replace("return examples(0, 20)", "return torch.utils.data.ConcatDataset([examples(0, 20), examples(9, 5)])")
+    )
+    captured.clear()
+    result = influence("cache", run)
+    assert "train: 10 gradients computed, 40 were there" in result.err
+    fresh = make_run("fresh", (run / "definition.py").read_text())
+    assert influence("score", run, "--precision", "float64").out == influence("score", fresh, "--precision", "float64").out
+
+
+def test_a_new_checkpoint_under_an_old_name_is_computed_anew(make_run, influence):
+    run, other = make_run(), make_run("other", steps=(30, 40))
+    influence("score", run)
+    for old, new in (("10", "30"), ("20", "40")):
+        shutil.copy(other / f"checkpoints/step-0000{new}.safetensors", run / f"checkpoints/step-0000{old}.safetensors")
+    for name in ("step-000010", "step-000020"):  # the names are those of the first run, so are the steps
+        from safetensors.torch import load_file, save_file
+
+        path = run / f"checkpoints/{name}.safetensors"
+        save_file(load_file(path), path, metadata={"learning_rate": "0.1" if name.endswith("10") else "0.05"})
+    assert [row["score"] for row in influence("score", run).rows] == [row["score"] for row in influence("score", other).rows]
+
+
+def test_units_appear_whole_and_are_synced_before_they_are_named(make_run, influence, monkeypatch):
+    order: list[str] = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(store.os, name, lambda *args, name=name, original=original: (order.append(name), original(*args))[1])
+    influence("cache", make_run())
+    assert order[:3] == ["fsync", "replace", "fsync"]
+    assert order.count("replace") * 2 == order.count("fsync")

@@ -1,0 +1,123 @@
+"""The files of the cache: what is written is what is read, whatever the store and however units overlap."""
+
+import numpy as np
+import pytest
+import torch
+
+from influence_cli.cache.store import Held, Rows, Store, pack, sweep, unpack
+from influence_cli.gradients.forms import Dense, Factors, Projected, smallest
+
+
+def rows(ids, seed=0) -> Rows:
+    """Rows whose numbers follow from the example id, so that any order of reading can be checked."""
+    ids = np.asarray(ids)
+    values = torch.stack([torch.randn(3, 4, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+    sparse = torch.stack([torch.randn(50, 2, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+    sparse[:, 3:] = 0
+    forms = {"a": Dense((3, 4), values.flatten(1)), "b": smallest(sparse, embedding=True)}
+    at = torch.from_numpy(ids)
+    return Rows(ids, at.double() / 10, at * 7, {name: form.sqnorm() for name, form in forms.items()}, forms)
+
+
+def same(found: Rows, expected: Rows) -> None:
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert torch.equal(found.losses, expected.losses)
+    assert torch.equal(found.digests, expected.digests)
+    for name in found.sqnorms:
+        assert torch.equal(found.sqnorms[name], expected.sqnorms[name])
+    for name in found.forms:
+        assert torch.equal(found.forms[name].dense().values, expected.forms[name].dense().values)
+
+
+def test_a_unit_round_trips_bit_for_bit(tmp_path):
+    store = Store(tmp_path / "c")
+    unit = store.unit_for(store.folder / "x", ["a", "b"], "values", 0, 8, np.arange(8))
+    store.write(unit, rows(range(8)), torch.float32)
+    held = store.held(store.folder / "x")
+    same(held.read(["a", "b"], "values", np.arange(8)), rows(range(8)))
+    same(held.read(["b"], "values", np.array([2, 5])), rows([2, 5]))
+    assert held.read(["a"], "norms", np.array([2])).forms == {}
+
+
+def test_every_form_is_kept_in_its_own_form(tmp_path):
+    store = Store(tmp_path / "c")
+    forms = {
+        "dense": Dense((2, 3), torch.randn(4, 6)),
+        "factors": Factors((2, 3), torch.randn(4, 5, 2), torch.randn(4, 5, 3)),
+        "projected": Projected((2, 3), torch.randn(4, 2)),
+        "rows": rows(range(4)).forms["b"],
+    }
+    norms = {name: form.sqnorm() for name, form in forms.items()}
+    unit = store.unit_for(store.folder / "x", list(forms), "values", 0, 4, np.arange(4))
+    store.write(unit, Rows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms), None)
+    again = store.held(store.folder / "x").read(list(forms), "values", np.arange(4)).forms
+    for name, form in forms.items():
+        assert again[name].kind == form.kind == name
+        assert torch.equal(again[name].dense().values, form.dense().values)
+
+
+def test_units_that_overlap_are_read_as_one(tmp_path):
+    """Other columns, other ranges, single examples: each cell is found once, in the order asked for."""
+    store = Store(tmp_path / "c")
+    place = store.folder / "x"
+    for columns, start, stop, ids in [
+        (["a", "b"], 0, 8, [1, 4, 6]),
+        (["a"], 0, 16, range(16)),
+        (["b"], 0, 8, [0, 2, 3, 5, 7]),
+        (["b"], 8, 16, range(8, 16)),
+    ]:
+        ids = np.asarray(ids)
+        store.write(store.unit_for(place, columns, "values", start, stop, ids), rows(ids), torch.float32)
+    held = store.held(place)
+    for ids in (np.arange(16), np.array([0, 1, 5, 6, 9]), np.array([15])):
+        same(held.read(["a", "b"], "values", ids), rows(ids))
+    assert (held.where("a", "values", np.arange(20)) >= 0).tolist() == [True] * 16 + [False] * 4
+
+
+def test_norms_are_found_in_every_unit_and_values_only_where_they_are(tmp_path):
+    store = Store(tmp_path / "c")
+    unit = store.unit_for(store.folder / "x", ["a"], "norms", 0, 4, np.arange(4))
+    store.write(unit, rows(range(4)), torch.float32)
+    held = store.held(store.folder / "x")
+    assert (held.where("a", "norms", np.arange(4)) >= 0).all()
+    assert (held.where("a", "values", np.arange(4)) < 0).all()
+
+
+def test_the_same_unit_has_the_same_name_and_bytes(tmp_path):
+    contents = []
+    for name in ("one", "two"):
+        store = Store(tmp_path / name)
+        unit = store.unit_for(store.folder / "x", ["a", "b"], "values", 0, 8, np.array([1, 2, 5]))
+        store.write(unit, rows([1, 2, 5]), torch.float16)
+        contents.append((unit.path.relative_to(store.folder), unit.path.read_bytes()))
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_scale_of_each_row(dtype):
+    """Values of 1e-12 and of 1e12 side by side: each row is right to the precision, relative to its largest."""
+    values = torch.randn(4, 100) * torch.tensor([1e-12, 1.0, 1e12, 0.0])[:, None]
+    stored = pack("x", values, dtype)
+    again = unpack(stored["x"], stored["x.scale"])
+    limit = values.abs().amax(1) * torch.finfo(dtype).eps
+    assert ((again - values).abs().amax(1) <= limit).all()
+    assert stored["x"].dtype == dtype
+    assert stored["x.scale"].dtype == torch.float32
+
+
+def test_only_stale_temporary_files_are_swept(tmp_path):
+    import os
+    import socket
+
+    here = socket.gethostname()
+    (tmp_path / f".tmp-{here}-999999999-x").touch()
+    (tmp_path / f".tmp-{here}-{os.getpid()}-x").touch()
+    (tmp_path / ".tmp-elsewhere-1-x").touch()
+    (tmp_path / ".tmp-elsewhere-2-x").touch()
+    os.utime(tmp_path / ".tmp-elsewhere-2-x", (1, 1))
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f".tmp-{here}-{os.getpid()}-x", ".tmp-elsewhere-1-x"])
+
+
+def test_an_empty_cache_holds_nothing():
+    assert (Held([]).where("a", "values", np.arange(3)) == -1).all()

@@ -1,0 +1,126 @@
+"""Per-example gradients against batch-size-one autograd in float64, over the table of models."""
+
+import pytest
+import torch
+from torch import nn
+
+from influence_cli.errors import GradientError
+from influence_cli.gradients.batches import to
+from influence_cli.gradients.capture import Capture
+from tests import reference
+from tests.cases import CASES, Case, squared
+
+
+def captured(case: Case, dtype: torch.dtype = torch.float64, at_once: bool | None = None):
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    model = case.model().to(dtype).eval()
+    items, notes = case.examples(), []
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    embeddings = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+
+    def batch(chosen):
+        return to(case.collate(chosen), device, dtype)
+
+    capture = Capture(model, case.loss, names, embeddings, note=notes.append)
+    capture.probe(batch(items[:2]), [batch([item]) for item in items[:2]])
+    if at_once is not None:
+        capture.at_once = at_once
+    result = capture(batch(items), lambda i: batch([items[i]]), len(items))
+    singles = [to(case.collate([item]), device, torch.float64) for item in items]
+    return result, reference.gradients(model.double(), case.loss, singles), capture, notes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_autograd_one_by_one(name):
+    case = CASES[name]
+    result, expected, capture, notes = captured(case)
+    assert case.at_once is None or capture.at_once == case.at_once, notes
+    assert capture.at_once or any("one example at a time" in note for note in notes), "the slow way is announced"
+    for parameter, value in expected.items():
+        rows = value.reshape(len(value), -1)
+        assert (result.forms[parameter].dense().values - rows).norm() <= 1e-9 * max(1e-3, rows.norm()), parameter
+        torch.testing.assert_close(result.sqnorms[parameter], rows.square().sum(1), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_in_float32_are_right_to_float32(name):
+    result, expected, _, _ = captured(CASES[name], torch.float32)
+    found = torch.cat([form.dense().values.double() for form in result.forms.values()], dim=1)
+    wanted = reference.flat(expected)
+    # 1e-5 of the example's whole gradient: float32 keeps 1e-7, the models here lose at most two digits
+    assert ((found - wanted).norm(dim=1) <= 1e-5 * wanted.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.at_once])
+def test_both_ways_agree(name):
+    fast, _, _, _ = captured(CASES[name], at_once=True)
+    slow, _, _, _ = captured(CASES[name], at_once=False)
+    for parameter in fast.forms:
+        torch.testing.assert_close(fast.forms[parameter].dense().values, slow.forms[parameter].dense().values, rtol=1e-9, atol=1e-12)
+
+
+def test_an_embedding_keeps_only_the_rows_of_its_tokens():
+    result, _, _, _ = captured(CASES["embedding"])
+    rows = result.forms["weight"]
+    assert rows.kind == "rows" or rows.nbytes <= 5 * 9 * 4 * 8
+    big = Case(lambda: nn.Embedding(1000, 4), CASES["embedding"].examples)
+    assert captured(big)[0].forms["weight"].kind == "rows"
+
+
+def test_a_batch_unlike_the_first_is_taken_one_by_one_and_said():
+    class Short(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            if x.shape[1] > 4:
+                return torch.stack([self.layer(row) * float(row.sum()) for row in x])
+            return self.layer(x)
+
+    model, notes = Short().double().eval(), []
+    capture = Capture(model, squared, ["layer.weight", "layer.bias"], note=notes.append)
+    first = torch.randn(2, 4, 3, dtype=torch.float64)
+    capture.probe(first, [first[i : i + 1] for i in range(2)])
+    assert capture.at_once
+    later = torch.randn(3, 5, 3, dtype=torch.float64)
+    result = capture(later, lambda i: later[i : i + 1], 3)
+    expected = reference.gradients(model, squared, [later[i : i + 1] for i in range(3)])
+    torch.testing.assert_close(result.forms["layer.weight"].dense().values, expected["layer.weight"].flatten(1), rtol=1e-9, atol=1e-12)
+    assert len(notes) == 1
+    assert "one example at a time" in notes[0]
+
+
+def test_examples_that_influence_each_other_are_named():
+    notes = []
+    model = nn.Linear(3, 2).double()
+
+    def contrast(model, batch):
+        out = model(batch)
+        return (out - out.mean(0)).square().sum(1) + out.sum(1)
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    Capture(model, contrast, ["weight"], note=notes.append).probe(x, [x[:1], x[1:]])
+    assert any("influence each other" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda model, batch: model(batch).sum(), "returned a scalar"),
+        (lambda model, batch: model(batch), r"returned shape \(2, 2\) for a batch of 2"),
+        (lambda model, batch: model(batch).sum(1).detach(), "not differentiable"),
+        (lambda model, batch: model(batch).argmax(1), "returned torch.int64"),
+        (lambda model, batch: [1.0, 2.0], "returned a list"),
+    ],
+)
+def test_a_wrong_loss_is_refused(loss, says):
+    x = torch.randn(2, 3)
+    with pytest.raises(GradientError, match=says):
+        Capture(nn.Linear(3, 2), loss, ["weight"]).probe(x, [x[:1], x[1:]])
+
+
+def test_fused_attention_is_restored_afterwards():
+    captured(CASES["encoder"])
+    assert torch.backends.mha.get_fastpath_enabled()

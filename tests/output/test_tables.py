@@ -1,0 +1,77 @@
+"""Every format through the same rows."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from influence_cli.errors import OutputError, UsageProblem
+from influence_cli.output import tables
+
+ROWS = [(0, "proponent", 1, 7, 0.1 + 0.2, "a", "b,c", 'say "hi"', "two\nlines"), (0, "opponent", 1, 3, -1e-12, "a", "", "ü", "")]
+
+
+def text(format: str, rows=ROWS) -> str:
+    out = io.StringIO()
+    tables.write(iter(rows), tables.SCORE_COLUMNS, format, None, out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("format", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_delimited_text_keeps_every_digit_and_every_character(format, delimiter):
+    content = text(format)
+    assert "\r" not in content
+    head, *rows = csv.reader(io.StringIO(content), delimiter=delimiter)
+    assert tuple(head) == tables.SCORE_COLUMNS
+    assert [[type(value)(cell) for value, cell in zip(row, cells, strict=True)] for row, cells in zip(ROWS, rows, strict=True)] == [
+        list(row) for row in ROWS
+    ]
+
+
+def test_jsonl_keeps_numbers_as_numbers():
+    rows = [json.loads(line) for line in text("jsonl").splitlines()]
+    assert [tuple(row.values()) for row in rows] == ROWS
+    assert tuple(rows[0]) == tables.SCORE_COLUMNS
+
+
+@pytest.mark.parametrize("rows", [ROWS, []])
+def test_parquet_has_typed_columns(tmp_path, rows):
+    pq = pytest.importorskip("pyarrow.parquet")
+    tables.write(iter(rows), tables.SCORE_COLUMNS, "parquet", tmp_path / "x.parquet", io.StringIO())
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert [tuple(row.values()) for row in table.to_pylist()] == rows
+    assert str(table.schema.field("score").type) == "double"
+    assert str(table.schema.field("train").type) == "int64"
+
+
+def test_terminal_table_leaves_out_empty_columns_and_keeps_one_line_a_row():
+    shown = text("table", [row[:6] + ("", "", "") for row in ROWS])
+    assert "train_text" not in shown
+    assert "query_label" in shown
+    assert len(shown.strip().splitlines()) == 3
+
+
+def test_an_output_file_is_whole_or_not_there(tmp_path):
+    def broken():
+        yield ROWS[0]
+        raise RuntimeError
+
+    target = tmp_path / "out.csv"
+    target.write_text("before")
+    with pytest.raises(RuntimeError):
+        tables.write(broken(), tables.SCORE_COLUMNS, "csv", target, io.StringIO())
+    assert target.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OutputError, match="can't be written"):
+        tables.write(iter(ROWS), tables.SCORE_COLUMNS, "csv", tmp_path / "no" / "out.csv", io.StringIO())
+
+
+def test_the_format_follows_flag_then_file_then_terminal(tmp_path):
+    assert tables.chosen_format(None, tmp_path / "x.jsonl", terminal=True) == "jsonl"
+    assert tables.chosen_format(None, tmp_path / "x.txt", terminal=True) == "csv"
+    assert tables.chosen_format(None, None, terminal=True) == "table"
+    assert tables.chosen_format(None, None, terminal=False) == "csv"
+    assert tables.chosen_format("tsv", tmp_path / "x.jsonl", terminal=False) == "tsv"
+    with pytest.raises(UsageProblem, match="unknown"):
+        tables.chosen_format("xml", None, terminal=False)

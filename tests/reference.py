@@ -1,0 +1,39 @@
+"""The slow reference: float64, plain autograd, one example at a time, straight from the formulas. Shares no code with the fast paths."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def gradients(model: nn.Module, quantity: Callable[[nn.Module, Any], Tensor], singles: Sequence[Any]) -> dict[str, Tensor]:
+    """Per trained parameter an (N, *shape) tensor: autograd at a batch of one, N times; zeros where the loss does not reach."""
+    model.eval()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for single in singles:
+        found = torch.autograd.grad(quantity(model, single).sum(), list(parameters.values()), allow_unused=True)
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+            rows[name].append(torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient)
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def flat(grads: dict[str, Tensor], names: Sequence[str] | None = None) -> Tensor:
+    """(N, all numbers), of the parameters `names` or all."""
+    return torch.cat([value.reshape(len(value), -1) for name, value in grads.items() if names is None or name in names], dim=1)
+
+
+def tracin(train: Sequence[Tensor], query: Sequence[Tensor], rates: Sequence[float], normalize: bool = False) -> Tensor:
+    """(Q, N): sum over checkpoints of rate x query gradients x train gradients; cosines with `normalize`."""
+    total = torch.zeros(len(query[0]), len(train[0]), dtype=torch.float64)
+    for g, q, rate in zip(train, query, rates, strict=True):
+        if normalize:
+            g, q = g / g.norm(dim=1, keepdim=True), q / q.norm(dim=1, keepdim=True)
+        total += rate * (q @ g.T)
+    return total
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest deviation relative to the largest value."""
+    return float((found.double() - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,128 @@
+"""The house keeps its shape: who may import whom, how quickly it answers, and that help and docs cover every command."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import influence_cli
+from influence_cli.methods import METHODS
+
+ROOT = Path(influence_cli.__file__).parent
+COMMANDS = ("cache", "init", "inspect", "score", "self")
+
+# room -> what of ours it may use; `talk` and `errors` are everybody's (docs/architecture.md)
+MAY_USE = {
+    "errors": (),
+    "talk": (),
+    "run": ("run",),
+    "gradients": ("gradients",),
+    "cache.store": ("gradients.forms",),
+    "cache.fingerprint": ("cache.store", "run.checkpoints"),
+    "cache.build": ("cache", "gradients", "run"),
+    "methods": ("cache", "gradients.forms", "run", "output.ranking", "methods"),
+    "output": ("output",),
+    "cli": ("",),
+}
+THIRD_PARTY = {
+    "errors": (),
+    "talk": (),
+    "run": ("torch", "safetensors", "numpy"),
+    "gradients": ("torch",),
+    "cache": ("torch", "safetensors", "numpy"),
+    "methods": ("torch", "numpy"),
+    "output": ("numpy", "rich", "pyarrow"),
+    "cli": ("typer", "rich", "numpy", "torch"),
+}
+MODULES = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    for path in ROOT.rglob("*.py")
+    if "templates" not in path.parts and path.parent != ROOT or path.stem in ("errors", "talk")
+)
+
+
+def imports(module: str) -> set[str]:
+    path = ROOT / module.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} if node.module else set()
+            modules = {
+                name
+                for name in inner
+                if (ROOT.parent / (name.replace(".", "/") + ".py")).exists() or (ROOT.parent / name.replace(".", "/")).is_dir()
+            }
+            found |= modules or {node.module or ""}
+    return found
+
+
+def room(table: dict, module: str):
+    return table[next(name for name in sorted(table, key=len, reverse=True) if module == name or module.startswith(f"{name}."))]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_only_what_the_table_allows(module):
+    if module == "cache":
+        return  # its __init__ says what the room is for
+    allowed = (*room(MAY_USE, module), "errors", "talk")
+    for name in imports(module):
+        top = name.split(".")[0]
+        if top == "influence_cli":
+            inner = name.removeprefix("influence_cli").lstrip(".")
+            fits = inner == "" or any(rule == "" or inner == rule or inner.startswith(f"{rule}.") for rule in allowed)
+            assert fits, f"{module} imports {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in room(THIRD_PARTY, module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("method", sorted({method.module for method in METHODS.values()}))
+def test_methods_do_not_import_each_other(method):
+    others = {f"influence_cli.methods.{other.module}" for other in METHODS.values()} - {f"influence_cli.methods.{method}"}
+    assert not imports(f"methods.{method}") & others
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_leaves_torch_alone(arguments):
+    loaded = run(
+        f"import sys; sys.argv = ['influence', *{arguments}]\n"
+        "from influence_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print('LOADED', [m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules])"
+    )
+    assert loaded.rstrip().endswith("LOADED []")
+
+
+def test_importing_the_package_imports_no_torch():
+    assert run("import sys, influence_cli; print('torch' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example(command, influence):
+    result = influence(command, "--help")
+    assert result.code == 0
+    assert f"Example: influence {command}" in result.out
+
+
+def test_the_version_is_the_packages():
+    text = (ROOT.parent / "pyproject.toml").read_text()
+    assert re.search(r'^version = "(.*)"', text, re.M)[1] == influence_cli.__version__  # type: ignore[index]
+    assert f"## {influence_cli.__version__}" in (ROOT.parent / "CHANGELOG.md").read_text()
+
+
+def test_the_command_reference_names_every_flag(influence):
+    reference = (ROOT.parent / "docs" / "commands.md").read_text()
+    for command in COMMANDS:
+        section = reference.split(f"\n## influence {command}\n")[1].split("\n## ")[0]
+        flags = set(re.findall(r"(--[a-z][a-z-]+)", influence(command, "--help").out))
+        assert flags <= set(re.findall(r"(--[a-z][a-z-]+)", section)), command
