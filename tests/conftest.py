@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_model
 
 from influence_cli import cli
-from influence_cli.cli import cache, init, inspect, score, self_influence  # noqa: F401  register the commands
+
+cli.register()
 
 DEFINITION = """
 import torch

@@ -108,6 +108,12 @@ class Gradients:
                     jobs.append(Job(checkpoint, self.store.unit_for(place, names, level, start, stop, block[absent]), block[absent]))
         return jobs
 
+    def lacking(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids) -> int:
+        """How many (checkpoint, example) pairs of gradients are not cached yet."""
+        if self.store is None:
+            return len(checkpoints) * len(ids)
+        return sum(len(job.ids) for job in self.missing(split, checkpoints, columns, ids, "values"))
+
     def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
         """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""
         held = self.held(self.place(split, checkpoint)) if self.store else None
@@ -263,7 +269,8 @@ class Gradients:
             if known != now:
                 self._compare_gradients(split, checkpoint, held)
                 self.talk.note(
-                    f"the definition changed; {VERIFIED} cached {split} examples at {checkpoint.name} were taken again and agree: reusing the rest"
+                    f"the definition changed; {VERIFIED} cached {split} examples at {checkpoint.name} were taken again and "
+                    "agree: reusing the rest"
                 )
         if known != now:
             with writing(self.store.folder):

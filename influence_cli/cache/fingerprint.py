@@ -85,8 +85,9 @@ def compare_data(stored: Rows, digests: torch.Tensor, split: str, cache: Path) -
     """Raise CacheError, naming the first example, where the items behind cached rows are not the dataset's items now."""
     changed = (stored.digests != digests).nonzero().flatten().tolist()
     if changed:
+        first = int(stored.ids[changed[0]])
         raise CacheError(
-            f"the cache {cache} belongs to other data: example {int(stored.ids[changed[0]])} of {split}_data() is not the one that was cached",
+            f"the cache {cache} belongs to other data: example {first} of {split}_data() is not the one that was cached",
             f"compared {len(digests)} examples, {len(changed)} differ",
             "--cache DIR starts another cache; deleting the old one starts afresh",
         )

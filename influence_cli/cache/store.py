@@ -169,7 +169,10 @@ class Held:
         self._stops = np.array([unit.stop for unit in units])
 
     def where(self, column: str, level: Level, ids: np.ndarray) -> np.ndarray:
-        """For each of these (rising) ids the number of the first unit that holds the column at this level, or -1. Norms are in every unit."""
+        """For each of these (rising) ids the number of the first unit that holds the column at this level, or -1.
+
+        Norms are in every unit.
+        """
         found = np.full(len(ids), -1)
         if not len(ids) or not self.units:
             return found

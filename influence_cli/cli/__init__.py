@@ -78,7 +78,11 @@ def influence(
     """
 
 
-def main() -> None:
-    from influence_cli.cli import cache, init, inspect, score, self_influence  # noqa: F401  they register themselves
+def register() -> None:
+    """Import the commands, which add themselves to `app`."""
+    from influence_cli.cli import cache, init, inspect, score, self_influence  # noqa: F401
 
+
+def main() -> None:
+    register()
     app()

@@ -5,7 +5,7 @@ from pathlib import Path
 from influence_cli.cli import app, options, reporting
 
 
-@app.command(epilog="Example: influence cache my_run --store float16, then: influence score my_run --store float16")
+@app.command(epilog="Example: influence cache my_run --train 0:10000 --layers head")
 @reporting
 def cache(
     run: options.Run = Path("."),
@@ -41,7 +41,7 @@ def cache(
     for split, flag, spec in (("query", "--queries", queries), ("train", "--train", train)):
         ids = opened.ids(flag, spec, split)
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
-        total = len(ids) * len(opened.checkpoints)
+        there = len(ids) * len(opened.checkpoints) - new
         opened.talk.note(
-            f"{split}: {new:,} gradients computed, {total - new:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
+            f"{split}: {new:,} gradients computed, {there:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
         )

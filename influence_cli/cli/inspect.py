@@ -1,13 +1,17 @@
 """influence inspect: a dry run. What is there, what it weighs, what it would cost, what would be reused."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import app, options, reporting
 
 if TYPE_CHECKING:
+    from influence_cli.cache.build import Ids
     from influence_cli.cli.opening import Opened
+
+Row = tuple[str, ...]
 
 
 @app.command(epilog="Example: influence inspect my_run --layers head --store float16")
@@ -35,65 +39,64 @@ def inspect(
 
     Takes the gradients of one small batch to measure, and writes none.
     """
-    import shutil
-
-    from rich.console import Console
-
     from influence_cli.cli.opening import Shared, open_shared
-    from influence_cli.errors import UsageProblem
 
-    stdout = sys.__stdout__ or sys.stdout
-    console = Console(file=stdout, highlight=False, soft_wrap=True)
     opened = open_shared(
         Shared(run, definition, checkpoints, trajectory, cache, steps, layers, device, batch_size, precision, store, quiet), create=False
     )
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
-    try:
-        weights = {weight.step: (str(weight), weight.source) for weight in opened.weights(lr, lr_weights)}
-    except UsageProblem as error:  # no rates: a dry run still shows the rest
-        weights, problem = {}, error
-    else:
-        problem = None
-    gradients = opened.gradients
-    rows = [
-        (str(c.step), c.name, size(c.bytes), *weights.get(c.step, ("unknown", "not found: --lr X or --lr-weights none")))
-        for c in opened.checkpoints
-    ]
-    show(console, "checkpoints", ("step", "file", "size", "weight", "from"), rows)
-    if problem:
-        opened.talk.note(str(problem).replace("\n  ", "; "))
-
     seconds, forms = measured(opened)
-    names = list(opened.columns)
-    bytes_each = sum(each for _, each in forms.values())
-    rows = [
-        (
-            name + "".join(f" = {other}" for other in column.names[1:]),
-            column.layer,
-            shape(column.shape),
-            forms[name][0],
-            size(forms[name][1]),
-        )
+    show("checkpoints", ("step", "file", "size", "weight", "from"), checkpoint_rows(opened, lr, lr_weights))
+    show("parameters", ("name", "layer", "shape", "form", "bytes per example"), parameter_rows(opened, forms))
+    lacking = {split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted) for split, wanted in ids.items()}
+    rows = gradient_rows(ids, lacking, len(opened.checkpoints), sum(each for _, each in forms.values()))
+    show("gradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), rows)
+    show("", ("setting", "value"), setting_rows(opened, sum(lacking.values()), seconds))
+
+
+def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) -> list[Row]:
+    from influence_cli.errors import UsageProblem
+
+    weights = {checkpoint.step: ("unknown", "not found") for checkpoint in opened.checkpoints}
+    try:
+        weights |= {weight.step: (str(weight), weight.source) for weight in opened.weights(lr, lr_weights)}
+    except UsageProblem as error:  # without rates a dry run still shows the rest
+        opened.talk.note(str(error).replace("\n  ", "; "))
+    return [(str(c.step), c.name, size(c.bytes), *weights[c.step]) for c in opened.checkpoints]
+
+
+def parameter_rows(opened: "Opened", forms: dict[str, tuple[str, int]]) -> list[Row]:
+    return [
+        (" = ".join(column.names), column.layer, " x ".join(map(str, column.shape)) or "1", forms[name][0], size(forms[name][1]))
         for name, column in opened.columns.items()
     ]
-    show(console, "\nparameters", ("name", "layer", "shape", "form", "bytes per example"), rows)
 
-    rows, todo = [], 0
+
+def gradient_rows(ids: "dict[str, Ids]", lacking: dict[str, int], checkpoints: int, bytes_each: int) -> list[Row]:
+    rows: list[Row] = []
     for split, wanted in ids.items():
-        total = len(wanted) * len(opened.checkpoints)
-        lacking = total
-        if gradients.store is not None:
-            lacking = sum(len(job.ids) for job in gradients.missing(split, opened.checkpoints, names, wanted, "values"))
-        todo += lacking
-        rows.append((split, f"{len(wanted):,}", f"{total:,}", f"{total - lacking:,}", f"{lacking:,}", size(lacking * bytes_each)))
-    show(console, "\ngradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), rows)
-    where = gradients.store.folder if gradients.store else None
-    free = shutil.disk_usage(opened.run.folder).free
-    kept = f"in {where}, {size(free)} free" if where else "nothing is kept" if cache == "none" else f"no cache yet, {size(free)} free"
-    console.print(
-        f"\n{gradients.settings.key}; {kept}; device {gradients.device}, batches of {gradients.batch_size(names)}; "
-        f"about {duration(todo * seconds)} for what is to compute ({seconds * 1e3:.3g} ms each, measured on one batch)"
-    )
+        total, missing = len(wanted) * checkpoints, lacking[split]
+        rows.append((split, f"{len(wanted):,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(missing * bytes_each)))
+    return rows
+
+
+def setting_rows(opened: "Opened", todo: int, seconds: float) -> list[Row]:
+    import shutil
+
+    def name(dtype: object) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    gradients, folder = opened.gradients, opened.folder
+    place = "none: nothing is kept"
+    if folder is not None:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        place = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {size(shutil.disk_usage(there).free)} free"
+    return [
+        ("cache", place),
+        ("precision", f"{name(gradients.settings.precision)}, stored as {name(gradients.settings.store)}"),
+        ("device", f"{gradients.device}, batches of {gradients.batch_size(list(opened.columns))}"),
+        ("time to compute", f"about {duration(todo * seconds)} ({seconds * 1e3:.3g} ms per gradient, measured on one batch)"),
+    ]
 
 
 def measured(opened: "Opened") -> tuple[float, dict[str, tuple[str, int]]]:
@@ -105,7 +108,7 @@ def measured(opened: "Opened") -> tuple[float, dict[str, tuple[str, int]]]:
     gradients, names = opened.gradients, list(opened.columns)
     batch = np.arange(min(gradients.batch_size(names), len(opened.run.train)))
     first = opened.checkpoints[0]
-    gradients.capture("train", first, names, batch[:2])  # loads, checks and warms up
+    gradients.capture("train", first, names, batch)  # loads, checks and warms up
     started = time.perf_counter()
     rows = gradients.capture("train", first, names, batch)
     seconds = (time.perf_counter() - started) / len(batch)
@@ -113,15 +116,15 @@ def measured(opened: "Opened") -> tuple[float, dict[str, tuple[str, int]]]:
     return seconds, {name: (form.kind, round(form.nbytes / len(batch) * wide)) for name, form in rows.forms.items()}
 
 
-def show(console, title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A plain table, the same in a terminal and in a pipe; numbers to the right."""
+def show(title: str, heads: Row, rows: Sequence[Row]) -> None:
+    """A plain table on stdout, the same in a terminal and in a pipe; numbers to the right."""
     numeric = {"step", "size", "bytes per example", "examples", "x checkpoints", "cached", "to compute", "to store"}
-    table = [heads, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-    console.print(title, style="bold", markup=False)
-    for row in table:
-        cells = [cell.rjust(w) if head in numeric else cell.ljust(w) for cell, w, head in zip(row, widths, heads, strict=True)]
-        console.print("  " + "  ".join(cells).rstrip(), style="dim" if row is heads else "", markup=False)
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    stdout = sys.__stdout__ or sys.stdout
+    for row in ((title,), heads, *rows) if title else rows:
+        cells = [cell.rjust(w) if head in numeric else cell.ljust(w) for cell, w, head in zip(row, widths, heads, strict=False)]
+        print("  ".join(cells).rstrip() if row == (title,) else "  " + "  ".join(cells).rstrip(), file=stdout)
+    print(file=stdout, flush=True)
 
 
 def size(count: float) -> str:
@@ -136,7 +139,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def shape(numbers: tuple[int, ...]) -> str:
-    return " x ".join(map(str, numbers)) or "1"

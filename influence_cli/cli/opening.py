@@ -48,6 +48,7 @@ class Opened:
     checkpoints: tuple[Checkpoint, ...]
     columns: dict[str, Column]
     gradients: Gradients
+    folder: Path | None  # the cache's; None: --cache none
     talk: Talk
 
     def ids(self, flag: str, spec: str | None, split: str, stdin: IO[str] = sys.stdin) -> Ids:
@@ -98,7 +99,10 @@ class Opened:
 
 
 def open_shared(flags: Shared, create: bool = True) -> Opened:
-    """Open the run and its cache (not `create`: only if it is there). Raises UsageProblem for flags that contradict each other or the machine."""
+    """Open the run and its cache (not `create`: only if it is there).
+
+    Raises UsageProblem for flags that contradict each other or the machine.
+    """
     if flags.cache == "none" and flags.store is not None:
         raise UsageProblem("--cache none keeps nothing, --store says how to keep it", "give one of them")
     precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)] if flags.precision else None
@@ -112,10 +116,9 @@ def open_shared(flags: Shared, create: bool = True) -> Opened:
     widest = max((column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize)
     settings = Settings(precision or widest, store or precision or widest)
     folder = None if flags.cache == "none" else Path(flags.cache) if flags.cache else run.folder / ".influence"
-    if folder is not None and not create and not folder.exists():
-        folder = None
-    gradients = Gradients(run, settings, open_store(folder) if folder else None, device, batch_size, precision, talk)
-    return Opened(run, checkpoints, columns, gradients, talk)
+    opened = open_store(folder) if folder is not None and (create or folder.exists()) else None
+    gradients = Gradients(run, settings, opened, device, batch_size, precision, talk)
+    return Opened(run, checkpoints, columns, gradients, folder, talk)
 
 
 def find_device(name: str) -> torch.device:

@@ -61,7 +61,7 @@ class Capture:
             together = self._checked(self.quantity(self.model, batch), size).detach()
         alone = [self._single(single) for single in singles]
         apart = torch.cat([loss for loss, _ in alone])
-        if not torch.allclose(together, apart, **tolerance(apart.dtype)):
+        if not close(together, apart):
             worst = int((together - apart).abs().argmax())
             self._note(
                 f"{self.name} of example {worst} is {apart[worst]:.6g} alone and {together[worst]:.6g} in a batch: examples influence "
@@ -83,7 +83,7 @@ class Capture:
             losses, grads = self._at_once(batch)
         except Exception as error:  # whatever a model does that vmap can't; the user hears of it, and the other way is right
             return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        same = torch.allclose(losses, torch.cat([loss for loss, _ in alone]), **tolerance(losses.dtype))
+        same = close(losses, torch.cat([loss for loss, _ in alone]))
         if same and all(agree(grads[name], torch.stack([single[name] for _, single in alone])) for name in self.names):
             return ""
         return "its batched gradients differ from those of single examples"
@@ -140,7 +140,7 @@ class Capture:
         return losses.detach(), {name: value.detach() for name, value in zip(self.names, dense, strict=True)}
 
     def _checked(self, losses: Any, size: int, traced: bool = False) -> Tensor:
-        """`losses` if it is one differentiable number per example, else the GradientError that says what it is. `traced`: inside torch.func."""
+        """`losses` if it is one differentiable number per example, else a GradientError. `traced`: inside torch.func."""
         expected = f"expected: a tensor of shape ({size},), one unreduced loss per example of the batch"
         if not isinstance(losses, Tensor):
             raise GradientError(f"{self.name} returned a {type(losses).__name__}", expected)
@@ -178,16 +178,16 @@ def is_batched(tensor: Tensor, size: int) -> bool:
     return tensor.ndim > 0 and len(tensor) == size
 
 
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    """Rounding between two ways to compute one number: about the square root of the precision, relative."""
-    eps = torch.finfo(dtype).eps ** 0.5
-    return {"rtol": eps, "atol": eps}
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Equal within the rounding between two ways to compute one number: about the square root of the precision."""
+    eps = torch.finfo(expected.dtype).eps ** 0.5
+    return torch.allclose(found, expected, rtol=eps, atol=eps)
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
-    """Equal within rounding, relative to the largest gradient of the batch."""
-    scale = expected.abs().max()
-    return bool((found - expected).abs().max() <= tolerance(expected.dtype)["rtol"] * scale) if expected.numel() else True
+    """The same within rounding, relative to the largest gradient of the batch."""
+    scale = expected.abs().max() if expected.numel() else expected.new_ones(())
+    return bool(((found - expected).abs() <= torch.finfo(expected.dtype).eps ** 0.5 * scale).all())
 
 
 @contextmanager

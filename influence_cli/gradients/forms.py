@@ -155,7 +155,7 @@ class Rows(Form):
         return Rows(self.shape, self.ids[place], self.values[place], offsets)
 
     def dot(self, queries: Form) -> Tensor:
-        """Per query, each stored row times the query's row of that id, summed per example: T*d multiplications, nothing of size V*d per example."""
+        """Per query, each stored row times the query's row of that id, summed per example: T*d multiplications."""
         out = self.values.new_zeros(len(self), len(queries))
         example = self.example
         for q in range(len(queries)):

@@ -42,7 +42,7 @@ def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> 
                 if groups is None or question.groups is None:
                     ranking.add(block, totals[0], totals[1:])
                 else:
-                    np.add.at(groups, (slice(None), slice(None), question.groups.of[block]), totals)
+                    np.add.at(groups.transpose(2, 0, 1), question.groups.of[block], totals.transpose(2, 0, 1))
             if groups is not None:
                 ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
         yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, parts)
@@ -82,7 +82,7 @@ def dtype_of(form: Form) -> torch.dtype:
 
 
 def inverse_norms(rows: Rows, queries: Rows, gradients: Gradients) -> np.ndarray:
-    """(N, Q) of 1/(|g(z)| |g(q)|) over the selected parameters, from the exact norms; 0 where a gradient is zero, which has no direction."""
+    """(N, Q) of 1/(|g(z)| |g(q)|) over the selected parameters, from the exact norms; 0 where a gradient is zero."""
     ours, theirs = (sum(part.sqnorms.values(), torch.zeros(())).sqrt() for part in (rows, queries))
     norms: Tensor = ours[:, None] * theirs[None, :]
     return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms)).numpy()

@@ -117,7 +117,7 @@ def _parquet(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> None
     schema = pa.schema(list(kinds.items()))
     file.flush()
     with pq.ParquetWriter(file.buffer, schema) as writer:  # type: ignore[attr-defined]
-        chunks = itertools.chain([first], iter(lambda: list(itertools.islice(rows, CHUNK * 64)), []))  # type: ignore[arg-type]
+        chunks = itertools.chain([first], iter(lambda: list(itertools.islice(rows, CHUNK * 64)), []))
         for chunk in chunks:
             writer.write_table(pa.table([list(part) for part in zip(*chunk, strict=True)] or [[] for _ in columns], schema=schema))
 
@@ -135,8 +135,11 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
     while True:
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         for name in shown:
-            number = name in ("rank", "score", "query", "train")
-            table.add_column(name, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", ratio=None)
+            number, text = name in ("rank", "score", "query", "train"), name.endswith("_text")
+            width = max(len(name), *(len(_cell(row[columns.index(name)])) for row in chunk), 0)
+            table.add_column(
+                name, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", min_width=4 if text else min(width, 30)
+            )
         before: Any = None
         for row in chunk:
             if before is not None and "query" in columns and row[0] != before:

@@ -62,13 +62,17 @@ def open_run(
         raise UsageProblem(
             f"no run at {folder}", "expected: a folder with definition.py and checkpoints/", "`influence init DIR` starts one"
         )
+    if definition is not None and not definition.is_file():
+        raise UsageProblem(f"--definition {definition}: no such file", "expected: a Python file like RUN/definition.py")
+    if checkpoints is not None and not checkpoints.is_dir():
+        raise UsageProblem(f"--checkpoints {checkpoints}: no such folder", "expected: a folder of checkpoints like RUN/checkpoints")
+    if trajectory is not None and not trajectory.is_file():
+        raise UsageProblem(f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl")
     loaded = _definition.load(definition or folder / "definition.py")
     found = _checkpoints.find(folder, checkpoints)
     model = _model.build(loaded)
     _checkpoints.check(found, model, cast=precision is not None)
     model = _model.cast(model, precision, device or torch.device("cpu"))
-    if trajectory is not None and not trajectory.is_file():
-        raise UsageProblem(f"--trajectory {trajectory}: no such file")
     default = folder / "trajectory.jsonl"
     return Run(folder, loaded, model, _model.columns(model), tuple(found), trajectory or (default if default.is_file() else None))
 

@@ -1,5 +1,6 @@
 """Saved checkpoints: found, ordered by step, checked against the model before any work, loaded strictly. Never unpickled."""
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def find(run: Path, folder: Path | None = None) -> list[Checkpoint]:
     if problems:
         raise CheckpointError(*_together(problems, "checkpoints can't be used"))
     found.sort(key=lambda checkpoint: checkpoint.step)
-    twice = [f"step {a.step}: {a.name} and {b.name}" for a, b in zip(found, found[1:], strict=False) if a.step == b.step]
+    twice = [f"step {a.step}: {a.name} and {b.name}" for a, b in itertools.pairwise(found) if a.step == b.step]
     if twice:
         raise CheckpointError("two checkpoints have one step", *twice, "keep one of each, or name another folder with --checkpoints DIR")
     return found
@@ -127,11 +128,11 @@ def shards(path: Path) -> tuple[Path, ...]:
     try:
         weights = json.loads((path / INDEX).read_text())["weight_map"]
         names = sorted(set(weights.values()))
+        absent = [name for name in names if not (path / name).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{path.name}/{INDEX} can't be read: {type(error).__name__} {error}", "expected: an object with `weight_map`"
         ) from error
-    absent = [name for name in names if not (path / name).is_file()]
     if absent:
         raise CheckpointError(f"{path.name}/{INDEX} names files that are not there: {listed(absent)}", "copy the missing shards")
     found = headers(tuple(path / name for name in names)).tensors
@@ -156,7 +157,7 @@ def headers(files: tuple[Path, ...]) -> Header:
                     part = content.get_slice(key)
                     tensors[key] = (file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
-            cut = "incomplete" in str(error) or "invalid header length" in str(error)
+            cut = any(part in str(error) for part in ("incomplete", "invalid header length", "header too small"))
             what = "is truncated" if cut else "is not a safetensors file"
             raise CheckpointError(f"{file.name} {what} ({size:,} bytes: {error})", "save or copy it again") from error
     return Header(tensors, metadata)

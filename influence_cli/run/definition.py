@@ -51,9 +51,10 @@ def load(path: Path) -> Definition:
     try:
         code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        where = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        text = (error.text or "").strip() if isinstance(error, SyntaxError) else ""
-        raise DefinitionError(f"{path.name} is not valid Python", f"{path}{where}: {error}", *([f"> {text}"] if text else [])) from error
+        where, what, text = "", str(error), ""
+        if isinstance(error, SyntaxError):
+            where, what, text = f" line {error.lineno}" if error.lineno else "", error.msg, (error.text or "").strip()
+        raise DefinitionError(f"{path.name} is not valid Python", f"{path}{where}: {what}", *([f"> {text}"] if text else [])) from error
     spec = importlib.util.spec_from_loader("influence_definition", loader=None, origin=str(path))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,7 +64,7 @@ def load(path: Path) -> Definition:
         sys.path.insert(0, str(path.parent))
     try:
         exec(code, module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DefinitionError(
             f"{path.name} raised {type(error).__name__} while it was loaded: {error}", *frames(error, path.parent)
         ) from error

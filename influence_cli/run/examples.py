@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from influence_cli.errors import DataError
 from influence_cli.run.definition import Definition, failure
@@ -23,7 +23,8 @@ class Examples:
         self._dataset = definition.call(f"{split}_data")
         self._described = lru_cache(maxsize=65_536)(self._describe)  # bounded, so that memory stays flat
         kind = type(self._dataset).__name__
-        if not hasattr(self._dataset, "__getitem__") or not hasattr(self._dataset, "__len__"):
+        indexed = hasattr(self._dataset, "__getitem__") and hasattr(self._dataset, "__len__")
+        if not indexed or isinstance(self._dataset, IterableDataset):
             raise DataError(
                 f"{self.source} returned a {kind}, which can't be read by index",
                 "expected: a map-style dataset, with len(dataset) and dataset[i]",
@@ -91,7 +92,7 @@ class Examples:
 
 
 def digest(item: Any) -> int:
-    """A 32-bit digest of one example. Numbers, text, bytes, tensors, arrays, pictures and nests of them count; other objects by type alone."""
+    """A 32-bit digest of one example: numbers, text, bytes, tensors, arrays, pictures and nests of them; other objects by type."""
     value = 0
 
     def add(part: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from influence_cli.errors import DefinitionError, UsageProblem, listed
+from influence_cli.errors import DefinitionError, GradientError, UsageProblem, listed
 from influence_cli.run.definition import Definition
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +60,15 @@ def build(definition: Definition) -> nn.Module:
 
 
 def cast(model: nn.Module, precision: torch.dtype | None, device: torch.device) -> nn.Module:
-    return model.to(device=device, dtype=precision) if precision is not None else model.to(device=device)
+    """The model on its device, in the precision asked for. Raises GradientError where it does not fit into memory."""
+    try:
+        return model.to(device=device, dtype=precision) if precision is not None else model.to(device=device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise GradientError(
+            f"the model does not fit into the memory of {device}",
+            str(error).partition("\n")[0],
+            "--device takes another one; --precision bfloat16 halves a float32 model",
+        ) from error
 
 
 def columns(model: nn.Module) -> dict[str, Column]:

@@ -36,7 +36,7 @@ def read(path: Path, n_train: int | None) -> Trajectory:
     notes: list[str] = []
     try:
         with path.open("rb") as lines:
-            header, groups = _header(path, next(lines, b""))
+            groups = _header(path, next(lines, b""))
             for number, line in enumerate(lines, start=2):
                 if not line.endswith(b"\n"):
                     try:
@@ -58,7 +58,7 @@ def read(path: Path, n_train: int | None) -> Trajectory:
     return Trajectory(path, lr, groups, tuple(notes))
 
 
-def _header(path: Path, line: bytes) -> tuple[dict[str, Any], tuple[tuple[str, ...], ...]]:
+def _header(path: Path, line: bytes) -> tuple[tuple[str, ...], ...]:
     expected = f'expected: {{"format": "{FORMAT}", "version": 1, "reduction": "mean", "optimizer": {{"name": "sgd"}}}}'
     try:
         header = json.loads(line)
@@ -70,7 +70,7 @@ def _header(path: Path, line: bytes) -> tuple[dict[str, Any], tuple[tuple[str, .
         raise TrajectoryError(f"{path.name} is a trajectory of version {header.get('version')!r}", "this influence reads version 1")
     groups = header.get("groups", [])
     try:
-        return header, tuple(tuple(str(name) for name in group["params"]) for group in groups)
+        return tuple(tuple(str(name) for name in group["params"]) for group in groups)
     except (TypeError, KeyError):
         raise TrajectoryError(
             f"{path.name} line 1: `groups` can't be read", 'expected: [{"params": ["head.weight", ...], ...}, ...], one per parameter group'

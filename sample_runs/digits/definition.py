@@ -22,21 +22,26 @@ def digits():
 
 
 def train_data():
-    images, labels = digits()
+    images, truth = digits()
+    labels = truth.clone()
     for index, wrong in json.loads((HERE / "flipped.json").read_text()).items():
         labels[int(index)] = wrong
-    return torch.utils.data.TensorDataset(images[:TRAIN], labels[:TRAIN])
+    return torch.utils.data.TensorDataset(images[:TRAIN], labels[:TRAIN], truth[:TRAIN])
 
 
 def query_data():
-    images, labels = digits()
-    return torch.utils.data.TensorDataset(images[TRAIN:], labels[TRAIN:])
+    images, truth = digits()
+    return torch.utils.data.TensorDataset(images[TRAIN:], truth[TRAIN:], truth[TRAIN:])
 
 
 def loss(model, batch):
-    images, labels = batch
+    images, labels, _ = batch
     return F.cross_entropy(model(images), labels, reduction="none")
 
 
 def label(example):
     return int(example[1])
+
+
+def describe(example):
+    return "" if example[1] == example[2] else f"flipped: really a {int(example[2])}"

@@ -18,7 +18,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, data = definition.model(), definition.train_data()
-    images, labels = (torch.stack(part) for part in zip(*data, strict=True))
+    images, labels, truth = data.tensors
     model.train()
     order = torch.Generator().manual_seed(1)
     queue: list[int] = []
@@ -37,7 +37,7 @@ def main() -> None:
             save_file(
                 model.state_dict(),
                 HERE / f"checkpoints/step-{step:06d}.safetensors",
-                metadata={"step": str(step), "learning_rate": str(rate)},
+                metadata={"learning_rate": str(rate)},
             )
         if step == STEPS:
             break
@@ -45,14 +45,14 @@ def main() -> None:
             queue = torch.randperm(len(data), generator=order).tolist()
         batch, queue = queue[:BATCH], queue[BATCH:]
         lines.append({"step": step, "lr": rate, "examples": batch})
-        mean = definition.loss(model, (images[batch], labels[batch])).mean()
+        mean = definition.loss(model, (images[batch], labels[batch], truth[batch])).mean()
         gradients = torch.autograd.grad(mean, list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= rate * gradient
     (HERE / "trajectory.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-    queries, truth = (torch.stack(part) for part in zip(*definition.query_data(), strict=True))
-    right = (model(queries).argmax(1) == truth).float().mean()
+    queries, answers, _ = definition.query_data().tensors
+    right = (model(queries).argmax(1) == answers).float().mean()
     flipped = json.loads((HERE / "flipped.json").read_text())
     print(f"accuracy on the queries {right:.3f}; {len(flipped)} of {len(data)} training labels are flipped")
 

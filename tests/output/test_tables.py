@@ -46,7 +46,7 @@ def test_parquet_has_typed_columns(tmp_path, rows):
 
 
 def test_terminal_table_leaves_out_empty_columns_and_keeps_one_line_a_row():
-    shown = text("table", [row[:6] + ("", "", "") for row in ROWS])
+    shown = text("table", [(*row[:6], "", "", "") for row in ROWS])
     assert "train_text" not in shown
     assert "query_label" in shown
     assert len(shown.strip().splitlines()) == 3

@@ -1,0 +1,48 @@
+# make demo: the first table. make test: lint, types, tests. Both make .venv and install what they need.
+# On Linux without a GPU, name PyTorch's index of CPU builds (pytorch.org, "Get started") to avoid gigabytes of CUDA libraries:
+#   make demo TORCH_INDEX=https://...
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV ?= .venv
+PIP = $(VENV)/bin/pip --disable-pip-version-check
+RUN = sample_runs/digits
+CORE = pyproject.toml constraints.txt
+
+.PHONY: demo test check lint types tests clean mislabelled sample-runs
+
+demo: $(VENV)/core
+	$(VENV)/bin/influence score $(RUN) --queries 7,10 --top 3 --format table
+
+test check: lint types tests
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: $(VENV)/dev
+	$(VENV)/bin/mypy
+
+tests: $(VENV)/dev
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core: $(VENV)/bin/python $(CORE)
+	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+mislabelled: $(VENV)/core
+	$(VENV)/bin/influence self $(RUN) --top 40 | $(VENV)/bin/python $(RUN)/count_flipped.py
+
+sample-runs: $(VENV)/core
+	$(VENV)/bin/python $(RUN)/train.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence
