@@ -51,6 +51,17 @@ class OutputError(InfluenceError):
     """A table that can't be written."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's, a device's, or torch's on a CPU, which is a plain RuntimeError."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in text
+        or "not enough memory" in text
+    )
+
+
 def listed(names, most: int = 8) -> str:
     """`a, b, c and 12 more`: a list short enough for an error message."""
     names = [str(name) for name in names]

@@ -68,7 +68,9 @@ def test_a_wrong_value_names_its_flag_and_what_was_expected(flags, run, influenc
 
 
 @pytest.mark.parametrize("command", ["score", "self", "cache", "inspect"])
-@pytest.mark.parametrize("flags", ["--precision float8", "--store double", "--device tpu", "--batch-size 0", "--steps 40", "--layers head", "--train 99"])
+@pytest.mark.parametrize(
+    "flags", ["--precision float8", "--store double", "--device tpu", "--batch-size 0", "--steps 40", "--layers head", "--train 99"]
+)
 def test_a_shared_flag_is_refused_alike_by_every_command(flags, command, run, influence):
     refused(influence(command, run, *flags.split()), 2, flags.split()[0], *WRONG.get(flags, ())[:1])
 
@@ -166,7 +168,13 @@ def test_contradicting_flags_are_refused(flags, run, influence):
     assert not list(run.rglob("0*.safetensors")), "work was done before the flags were refused"
 
 
-@pytest.mark.parametrize("command", ["self", "inspect"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "self",
+        "inspect",
+    ],
+)
 def test_two_sources_of_rates_are_refused_by_every_command(command, run, influence):
     refused(influence(command, run, "--lr", "0.1", "--lr-weights", "none"), 2, "--lr and --lr-weights both", "give one")
 
@@ -217,7 +225,9 @@ def test_a_group_file_that_does_not_fit_is_refused(text, says, run, influence, t
 
 def test_a_group_file_that_is_no_text_is_refused(run, influence, tmp_path):
     (tmp_path / "groups.bin").write_bytes(b"\xff\xfe\x00")
-    refused(influence("score", run, "--group-by", tmp_path / "groups.bin"), 2, "--group-by", "groups.bin", "one group name per training example")
+    refused(
+        influence("score", run, "--group-by", tmp_path / "groups.bin"), 2, "--group-by", "groups.bin", "one group name per training example"
+    )
 
 
 @pytest.mark.parametrize("command", ["score", "self"])
@@ -239,7 +249,9 @@ def test_cuda_where_there_is_none_is_refused(device, run, influence):
 
 
 def test_more_cuda_devices_than_there_are_is_refused(run, influence):
-    refused(influence("score", run, "--device", "cuda:99"), 2, "--device cuda:99", f"{torch.cuda.device_count()} CUDA devices", "--device auto")
+    refused(
+        influence("score", run, "--device", "cuda:99"), 2, "--device cuda:99", f"{torch.cuda.device_count()} CUDA devices", "--device auto"
+    )
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is here")

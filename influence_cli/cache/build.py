@@ -23,7 +23,7 @@ from influence_cli.cache.store import (
     write_json,
     writing,
 )
-from influence_cli.errors import CacheError, GradientError, InfluenceError, listed
+from influence_cli.errors import CacheError, GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
 from influence_cli.run import Checkpoint, Run
@@ -144,8 +144,7 @@ class Gradients:
     # ------------------------------------------------------------ places
     def place(self, split: str, checkpoint: Checkpoint) -> Path:
         assert self.store is not None
-        with writing(self.store.folder):
-            key = checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
+        key = checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
         name = f"query-{'measure' if self.run.definition.has('measure') else 'loss'}" if split == "query" else split
         return self.store.folder / self.settings.key / key / name
 
@@ -186,8 +185,8 @@ class Gradients:
             def single(i: int, items: list[Any] = items) -> Any:
                 return self._to_device(examples.collate([items[i]]))
 
-            batch = self._to_device(examples.collate(items))
             try:
+                batch = self._to_device(examples.collate(items))
                 captured = capture(batch, single, len(items), level == "values")
             except InfluenceError:
                 raise
@@ -237,7 +236,7 @@ class Gradients:
 
     def _explained(self, split: str, error: Exception, size: int) -> InfluenceError:
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        if is_out_of_memory(error):
             return GradientError(
                 f"out of memory while taking the gradients of a batch of {size}",
                 text.splitlines()[0] if text else type(error).__name__,

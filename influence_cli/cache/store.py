@@ -121,6 +121,8 @@ class Store:
             if not listing.is_file():
                 continue  # begun and killed before its first unit
             head = read_json(listing)
+            if not isinstance(head.get("columns"), list) or head.get("level") not in ("values", "norms"):
+                raise CacheError(f"{listing} does not list columns and a level", "delete that folder; what it held is computed again")
             for path in sorted(folder.glob("*.safetensors")):
                 if match := re.fullmatch(r"(\d{12})-(\d{12})(-[0-9a-f]{8})?", path.stem):
                     ids = read_ids(path) if match[3] else None
@@ -260,7 +262,10 @@ def unpack(value: Tensor, scale: Tensor | None) -> Tensor:
 # ---------------------------------------------------------------- files
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, found {type(content).__name__}")
+        return content
     except (OSError, ValueError) as error:
         raise CacheError(f"{path} can't be read: {error}", "delete the cache folder to start afresh") from error
 

@@ -13,10 +13,13 @@ from typing import Any, NoReturn, TypeVar
 import typer
 
 from influence_cli import __version__
-from influence_cli.errors import InfluenceError
+from influence_cli.errors import InfluenceError, is_out_of_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+OUT_OF_MEMORY = ("fewer --queries or --layers at once need less; finished units are kept", "--debug shows where it happened")
 
 
 class Terminated(BaseException):
@@ -35,12 +38,15 @@ def reporting(command: Command) -> Command:
         try:
             with redirect_stdout(sys.stderr):  # what the user's own code prints is talk
                 command(*args, **kwargs)
-        except InfluenceError as error:
+        except (InfluenceError, MemoryError, RuntimeError) as error:
+            if isinstance(error, typer.Exit) or not (isinstance(error, InfluenceError) or is_out_of_memory(error)):
+                raise
             if kwargs.get("debug"):
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
+            known = error if isinstance(error, InfluenceError) else InfluenceError("out of memory", *OUT_OF_MEMORY)
+            print(f"error: {known}", file=sys.stderr)
             silence_stdout()
-            raise typer.Exit(error.exit_code) from None
+            raise typer.Exit(known.exit_code) from None
         except BrokenPipeError:  # `| head`: the reader has enough
             silence_stdout()
             raise typer.Exit(0) from None

@@ -27,12 +27,12 @@ def cache(
 
     Stopped at any moment, the same command goes on: at most one unit of work is lost.
     """
+    from influence_cli.cli import specs
     from influence_cli.errors import UsageProblem
 
     if cache == "none":
         raise UsageProblem("influence cache fills a cache, --cache none keeps nothing", "leave it out, or name a folder")
-    if queries == "-" and train == "-":
-        raise UsageProblem("--queries - and --train - both read the ids from stdin", "put one of them in a file: @ids.txt")
+    specs.check_stdin(queries, train)
 
     from influence_cli.cli.opening import Shared, open_shared
 

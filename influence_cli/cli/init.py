@@ -25,13 +25,13 @@ def init(
     one_of("--template", template, TEMPLATES)
     text = (Path(__file__).parent / "templates" / f"{template}.py").read_text(encoding="utf-8")
     path = directory / "definition.py"
+    if path.exists():
+        raise UsageProblem(f"{path} is there already", "name another folder, or delete it first")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        raise UsageProblem(f"{path} is there already", "name another folder, or delete it first") from None
     except OSError as error:
-        raise UsageProblem(f"{path} can't be written: {error.strerror}") from error
+        raise UsageProblem(f"{path} can't be written: {error.strerror}", f"expected: {directory} is a folder, or can be made") from error
     print(f"wrote {path}", file=sys.stderr)
     print(f"next: edit it, put checkpoints into {directory / 'checkpoints'}, then: influence inspect {directory}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,28 +40,34 @@ def inspect(
 
     Takes the gradients of one small batch to measure, and writes none.
     """
+    from influence_cli.cli import specs
     from influence_cli.cli.opening import Shared, open_shared
+    from influence_cli.output.tables import to_stdout
 
+    specs.check_stdin(queries, train)
     opened = open_shared(
         Shared(run, definition, checkpoints, trajectory, cache, steps, layers, device, batch_size, precision, store, quiet), create=False
     )
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
+    weights = checkpoint_rows(opened, lr, lr_weights)
     seconds, forms = measured(opened)
-    show("checkpoints", ("step", "file", "size", "weight", "from"), checkpoint_rows(opened, lr, lr_weights))
-    show("parameters", ("name", "layer", "shape", "form", "bytes per example"), parameter_rows(opened, forms))
     lacking = {split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted) for split, wanted in ids.items()}
-    rows = gradient_rows(ids, lacking, len(opened.checkpoints), sum(each for _, each in forms.values()))
-    show("gradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), rows)
-    show("", ("setting", "value"), setting_rows(opened, sum(lacking.values()), seconds))
+    cells = gradient_rows(ids, lacking, len(opened.checkpoints), sum(each for _, each in forms.values()))
+    stdout = sys.__stdout__ or sys.stdout
+    with to_stdout(stdout), redirect_stdout(stdout):
+        show("checkpoints", ("step", "file", "size", "weight", "from"), weights)
+        show("parameters", ("name", "layer", "shape", "form", "bytes per example"), parameter_rows(opened, forms))
+        show("gradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), cells)
+        show("", ("setting", "value"), setting_rows(opened, sum(lacking.values()), seconds))
 
 
 def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) -> list[Row]:
-    from influence_cli.errors import UsageProblem
+    from influence_cli.run.learning_rates import NoLearningRate
 
     weights = {checkpoint.step: ("unknown", "not found") for checkpoint in opened.checkpoints}
     try:
         weights |= {weight.step: (str(weight), weight.source) for weight in opened.weights(lr, lr_weights)}
-    except UsageProblem as error:  # without rates a dry run still shows the rest
+    except NoLearningRate as error:  # without rates a dry run still shows the rest
         opened.talk.note(str(error).replace("\n  ", "; "))
     return [(str(c.step), c.name, size(c.bytes), *weights[c.step]) for c in opened.checkpoints]
 
@@ -117,14 +124,13 @@ def measured(opened: "Opened") -> tuple[float, dict[str, tuple[str, int]]]:
 
 
 def show(title: str, heads: Row, rows: Sequence[Row]) -> None:
-    """A plain table on stdout, the same in a terminal and in a pipe; numbers to the right."""
+    """A plain table, the same in a terminal and in a pipe; numbers to the right."""
     numeric = {"step", "size", "bytes per example", "examples", "x checkpoints", "cached", "to compute", "to store"}
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    stdout = sys.__stdout__ or sys.stdout
     for row in ((title,), heads, *rows) if title else rows:
         cells = [cell.rjust(w) if head in numeric else cell.ljust(w) for cell, w, head in zip(row, widths, heads, strict=False)]
-        print("  ".join(cells).rstrip() if row == (title,) else "  " + "  ".join(cells).rstrip(), file=stdout)
-    print(file=stdout, flush=True)
+        print("  ".join(cells).rstrip() if row == (title,) else "  " + "  ".join(cells).rstrip())
+    print()
 
 
 def size(count: float) -> str:

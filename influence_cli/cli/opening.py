@@ -51,8 +51,8 @@ class Opened:
     folder: Path | None  # the cache's; None: --cache none
     talk: Talk
 
-    def ids(self, flag: str, spec: str | None, split: str, stdin: IO[str] = sys.stdin) -> Ids:
-        return specs.ids(flag, spec, len(self.run.examples(split)), split, stdin)
+    def ids(self, flag: str, spec: str | None, split: str, stdin: IO[str] | None = None) -> Ids:
+        return specs.ids(flag, spec, len(self.run.examples(split)), split, stdin or sys.stdin)
 
     def weights(self, lr: float | None, lr_weights: str | None, selected: tuple[Checkpoint, ...] | None = None) -> tuple[Weight, ...]:
         """The learning-rate weights of the selected checkpoints. Weights of zero are named on stderr."""

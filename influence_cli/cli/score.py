@@ -51,8 +51,7 @@ def score(
     k = specs.top(top)
     if by is not None and by not in chosen.parts:
         raise UsageProblem(f"--by {by}: the scores of {method} have no such parts", f"expected: {', '.join(chosen.parts)}")
-    if queries == "-" and train == "-":
-        raise UsageProblem("--queries - and --train - both read the ids from stdin", "put one of them in a file: @ids.txt")
+    specs.check_stdin(queries, train)
     if not chosen.weighted and (lr is not None or lr_weights is not None):
         raise UsageProblem(f"--method {method} has no learning-rate weights", "leave out --lr and --lr-weights, or use --method tracin")
 

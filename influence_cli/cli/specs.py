@@ -55,11 +55,16 @@ def _range(flag: str, part: str, size: int, split: str) -> range:
     return range(start, stop)
 
 
+def check_stdin(queries: str | None, train: str | None) -> None:
+    if queries == "-" and train == "-":
+        raise UsageProblem("--queries - and --train - both read the ids from stdin", "put one of them in a file: @ids.txt")
+
+
 def top(value: str) -> int | None:
     """`--top`: a number from 1, or None for `all`."""
     if value == "all":
         return None
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or int(value) < 1:
         raise UsageProblem(f"--top {value}", "expected: a number from 1, or all")
     return int(value)
 
@@ -68,7 +73,7 @@ def batch_size(value: str) -> int | None:
     """`--batch-size`: a number from 1, or None for `auto`."""
     if value == "auto":
         return None
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or int(value) < 1:
         raise UsageProblem(f"--batch-size {value}", "expected: a number from 1, or auto")
     return int(value)
 

@@ -104,7 +104,10 @@ class FullRanking(Ranking):
         super().__init__(queries, parts)
         self._row = np.dtype([("kind", "i1"), ("key", "f8"), ("id", "i8"), ("parts", "f8", (parts,))])
         self._rows = max(1, run_bytes // (queries * self._row.itemsize))
-        self._folder = tempfile.TemporaryDirectory(prefix="influence-ranking-")
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="influence-ranking-")
+        except OSError as error:
+            raise OutputError(f"--top all has no place to spill to: {error}", "TMPDIR names a folder that can be written") from error
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._waiting, self._runs = 0, 0
         self._sizes: list[int] = []

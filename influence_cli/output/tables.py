@@ -81,13 +81,8 @@ def write(rows: Iterable[Row], columns: Sequence[str], format: str, output: Path
     rows = iter(rows)
     rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
     if output is None:
-        try:
+        with to_stdout(stdout):
             _write(rows, columns, format, stdout)
-            stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise OutputError(f"stdout can't be written: {error.strerror or error}") from error
         return
     with replacing(output) as file:
         _write(rows, columns, format, file)
@@ -157,6 +152,18 @@ _COLOURS = {"proponent": "green", "opponent": "red"}
 
 def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+@contextmanager
+def to_stdout(stdout: IO[str]) -> Iterator[None]:
+    """Flushes at the end. Raises OutputError where stdout can't be written; a closed pipe stays a BrokenPipeError."""
+    try:
+        yield
+        stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout can't be written: {error.strerror or error}", "free some space, or write elsewhere") from error
 
 
 @contextmanager

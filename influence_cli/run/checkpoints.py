@@ -57,7 +57,7 @@ def find(run: Path, folder: Path | None = None) -> list[Checkpoint]:
     place = folder or (run / "checkpoints" if (run / "checkpoints").is_dir() else run)
     if not place.is_dir():
         raise CheckpointError(f"no checkpoints: {place} is not a folder", "--checkpoints DIR names another place")
-    paths = sorted(path for path in place.iterdir() if is_checkpoint(path, strict=place == run))
+    paths = sorted(path for path in place.iterdir() if is_checkpoint(path, strict=folder is None and place == run))
     if not paths:
         pickled = [path.name for path in sorted(place.rglob("*")) if path.suffix in {".pt", ".pth", ".ckpt", ".bin"}]
         raise CheckpointError(

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import site
 import sys
 import sysconfig
@@ -81,13 +82,13 @@ def source_digest(path: Path) -> str:
     """sha256 of the definition and of the loaded modules that lie outside the interpreter's own and installed packages."""
     installed = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.prefix, sys.base_prefix}
     installed |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
+    roots, beside = tuple(root + os.sep for root in installed), str(path.parent) + os.sep
     sources = {path}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         if not file or not file.endswith(".py"):
             continue
-        beside = Path(file).is_relative_to(path.parent)
-        if (beside and "site-packages" not in file) or not any(file.startswith(root) for root in installed):
+        if (file.startswith(beside) and "site-packages" not in file) or not file.startswith(roots):
             sources.add(Path(file))
     digest = hashlib.sha256()
     for text in sorted(source.read_bytes() for source in sources if source.is_file()):

@@ -106,12 +106,13 @@ def digest(item: Any) -> int:
     return value
 
 
-def _bytes(part: Any) -> tuple[str, bytes]:
+def _bytes(part: Any) -> tuple[str, Any]:
+    """What an example's part is, and its content as a buffer."""
     if isinstance(part, torch.Tensor):
         flat = part.detach().cpu().contiguous().reshape(-1)
-        return f"{part.dtype}{tuple(part.shape)}", flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        return f"{part.dtype}{tuple(part.shape)}", flat.view(torch.uint8).numpy() if flat.numel() else b""
     if isinstance(part, np.ndarray | np.generic) and part.dtype != object:
-        return f"{part.dtype}{part.shape}", np.ascontiguousarray(part).tobytes()
+        return f"{part.dtype}{part.shape}", np.ascontiguousarray(part).view(np.uint8) if part.size and part.ndim else part.tobytes()
     if isinstance(part, bool | int | float | complex | str | type(None)):
         return type(part).__name__, repr(part).encode("utf-8", "surrogatepass")
     if isinstance(part, bytes | bytearray | memoryview):

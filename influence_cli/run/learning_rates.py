@@ -12,6 +12,10 @@ from influence_cli.run.trajectory import Trajectory
 CHOICES = ("point", "segment", "none")
 
 
+class NoLearningRate(UsageProblem):
+    """A checkpoint's learning rate is found nowhere."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """η of one checkpoint: the same for every parameter, or one per parameter group. `source` says where it was found."""
@@ -45,7 +49,7 @@ def weigh(
 ) -> list[Weight]:
     """One weight per checkpoint of the run, in order. Segments reach back to the previous checkpoint of the whole folder.
 
-    Raises UsageProblem naming the flag where a weight is found nowhere.
+    Raises NoLearningRate naming the flag where a weight is found nowhere.
     """
     if override is not None:
         return [Weight(checkpoint.step, (override,), "--lr") for checkpoint in checkpoints]
@@ -61,7 +65,7 @@ def weigh(
         weights += [found] if found else []
         missing += [] if found else [checkpoint.name]
     if missing:
-        raise UsageProblem(
+        raise NoLearningRate(
             f"no learning rate for {listed(missing)}",
             "looked in: trajectory.jsonl, the checkpoint's metadata (learning_rate), trainer_state.json",
             "--lr X gives one for all checkpoints; --lr-weights none weighs them alike",
