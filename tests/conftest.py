@@ -1,6 +1,7 @@
 """Run folders made from a few lines, and the command line called in this process with stdout and stderr kept apart."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; before torch is imported
+
 import torch
 from safetensors.torch import save_model
 

@@ -1,5 +1,6 @@
 """What is missing is captured and stored; what is there is read. The order of work, cut into units that follow from the request alone."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from influence_cli.talk import Advance, Talk
 
 Ids = range | np.ndarray  # rising example ids
 VERIFIED = 8  # examples captured again, per checkpoint, after the definition changed
-COMPARED = 64  # items read again, per split, to notice changed data
+COMPARED = 1024  # items read again, per split, to notice changed data
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class Gradients:
         Raises CacheError where it does not.
         """
         assert self.store is not None
-        jobs = []
+        jobs, again = [], 0
         for checkpoint in checkpoints:
             place = self.place(split, checkpoint)
             held = self.held(place)
             if verify:
-                self._verify(split, checkpoint, place, held)
+                again += self._verify(split, checkpoint, place, held)
             for block in blocks(ids, self.unit_size(columns, level)):
                 lacking = {column: held.where(column, level, block) < 0 for column in columns}
                 absent = np.logical_or.reduce(list(lacking.values()))
@@ -106,6 +107,11 @@ class Gradients:
                     start = int(block[0]) // size * size
                     stop = min(start + size, len(self.run.examples(split)))
                     jobs.append(Job(checkpoint, self.store.unit_for(place, names, level, start, stop, block[absent]), block[absent]))
+        if again:
+            self.talk.note(
+                f"the definition changed since {split} gradients were cached: {VERIFIED} were taken again at each of {again} "
+                "checkpoints and agree, so the cache is used"
+            )
         return jobs
 
     def lacking(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids) -> int:
@@ -258,32 +264,32 @@ class Gradients:
                 )
 
     # ------------------------------------------------------------ does the cache still hold
-    def _verify(self, split: str, checkpoint: Checkpoint, place: Path, held: Held) -> None:
-        """Compare what is cached with the run as it is: some items always, some gradients where the definition changed since."""
+    def _verify(self, split: str, checkpoint: Checkpoint, place: Path, held: Held) -> bool:
+        """Compare what is cached with the run as it is: items always; gradients where the definition changed since (then: True)."""
         assert self.store is not None
         recorded, now = place / "definition.json", {"digest": self.run.definition.digest}
         known = read_json(recorded) if recorded.is_file() else None
-        if held.units:
-            self._compare_items(split, held)
-            if known != now:
-                self._compare_gradients(split, checkpoint, held)
-                self.talk.note(
-                    f"the definition changed; {VERIFIED} cached {split} examples at {checkpoint.name} were taken again and "
-                    "agree: reusing the rest"
-                )
-        if known != now:
-            with writing(self.store.folder):
-                place.mkdir(parents=True, exist_ok=True)
-                write_json(recorded, now)
+        if known == now:
+            self._compare_items(split, held, COMPARED)
+            return False
+        self._compare_items(split, held, len(self.run.examples(split)))
+        self._compare_gradients(split, checkpoint, held)
+        with writing(self.store.folder):
+            place.mkdir(parents=True, exist_ok=True)
+            write_json(recorded, now)
+        return bool(held.units)
 
-    def _compare_items(self, split: str, held: Held) -> None:
-        if split in self._compared:
+    def _compare_items(self, split: str, held: Held, most: int) -> None:
+        """Read up to `most` cached examples again, once per split, and compare their digests."""
+        if split in self._compared or not held.units:
             return
         self._compared.add(split)
         assert self.store is not None
-        for unit, ids in sampled(held, COMPARED, len(self.run.examples(split))):
-            digests = torch.tensor([digest(item) for item in self.run.examples(split).items(ids)])
-            compare_data(Held([unit]).read(unit.columns[:1], "norms", ids), digests, split, self.store.folder)
+        with self.talk.progress(f"comparing {split} examples", min(most, len(self.run.examples(split)))) as advance:
+            for unit, ids in sampled(held, most, len(self.run.examples(split))):
+                digests = torch.tensor([digest(item) for item in self.run.examples(split).items(ids)])
+                compare_data(Held([unit]).read(unit.columns[:1], "norms", ids), digests, split, self.store.folder)
+                advance(len(ids))
 
     def _compare_gradients(self, split: str, checkpoint: Checkpoint, held: Held) -> None:
         assert self.store is not None
@@ -329,11 +335,11 @@ def floor_power(number: int) -> int:
 
 
 def sampled(held: Held, most: int, length: int) -> Iterator[tuple[Unit, np.ndarray]]:
-    """About `most` cached examples below `length`, spread evenly over the units and within them."""
+    """About `most` cached examples below `length`, spread evenly over the units, as many of each as it has to all, and within them."""
     chosen = [held.units[i] for i in np.unique(np.linspace(0, len(held.units) - 1, min(most, len(held.units))).astype(int))]
-    for unit in chosen:
-        ids = unit.ids if unit.ids is not None else np.arange(unit.start, unit.stop)
-        ids = ids[ids < length]
-        each = -(-most // len(chosen))
-        if len(ids):
-            yield unit, ids[np.unique(np.linspace(0, len(ids) - 1, min(each, len(ids))).astype(int))]
+    ids_of = [unit.ids if unit.ids is not None else np.arange(unit.start, unit.stop) for unit in chosen]
+    share = min(1.0, most / max(1, sum(map(len, ids_of))))
+    for unit, ids in zip(chosen, ids_of, strict=True):
+        some = ids[np.unique(np.linspace(0, len(ids) - 1, math.ceil(len(ids) * share)).astype(int))]
+        if len(some := some[some < length]):
+            yield unit, some

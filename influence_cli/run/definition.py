@@ -63,6 +63,7 @@ def load(path: Path) -> Definition:
     sys.modules[module.__name__] = module  # dataclasses and torch look their module up
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
+    before = set(sys.modules)
     try:
         exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
@@ -75,20 +76,19 @@ def load(path: Path) -> Definition:
             f"{path.name} lacks {' and '.join(f'{name}()' for name in missing)}",
             f"expected: {', '.join(REQUIRED)}; `influence init` writes a commented example",
         )
-    return Definition(path, source_digest(path), module)
+    return Definition(path, source_digest(path, set(sys.modules) - before), module)
 
 
-def source_digest(path: Path) -> str:
-    """sha256 of the definition and of the loaded modules that lie outside the interpreter's own and installed packages."""
+def source_digest(path: Path, imported: set[str]) -> str:
+    """sha256 of the definition and of the user's own modules: those beside it, and those it `imported` that are not installed."""
     installed = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.prefix, sys.base_prefix}
     installed |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
     roots, beside = tuple(root + os.sep for root in installed), str(path.parent) + os.sep
     sources = {path}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if not file or not file.endswith(".py"):
-            continue
-        if (file.startswith(beside) and "site-packages" not in file) or not file.startswith(roots):
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        own = (file.startswith(beside) and "site-packages" not in file) or (name in imported and not file.startswith(roots))
+        if own and file.endswith(".py"):
             sources.add(Path(file))
     digest = hashlib.sha256()
     for text in sorted(source.read_bytes() for source in sources if source.is_file()):

@@ -138,8 +138,8 @@ def test_the_order_of_work_does_not_change_bytes(make_run, influence, small_unit
     assert files(run) == files(other)
 
 
-SLOW = DEFINITION.replace("def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.01)").replace(
-    "examples(0, 20)", "examples(0, 64)"
+SLOW = DEFINITION.replace("def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)").replace(
+    "examples(0, 20)", "examples(0, 40)"
 )
 SMALL = "from influence_cli.cache import build; build.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
 
@@ -203,7 +203,7 @@ def test_a_comment_in_the_definition_reuses_the_cache_and_says_so(make_run, infl
     captured.clear()
     result = influence("score", run)
     assert result.code == 0, result.err
-    assert "the definition changed; 8 cached train examples at checkpoints/step-000010.safetensors were taken again and agree" in result.err
+    assert "the definition changed since train gradients were cached: 8 were taken again at each of 2 checkpoints and agree" in result.err
     assert sum(captured) == 2 * (8 + 6)
     captured.clear()
     assert "changed" not in influence("score", run).err
@@ -231,6 +231,21 @@ def test_changed_data_is_refused_even_when_the_definition_is_the_same(make_run, 
     result = influence("score", run)
     assert result.code == 1
     assert "belongs to other data: example 0 of train_data() is not the one that was cached" in result.err
+
+
+def test_one_corrected_label_is_noticed_when_the_definition_changed(make_run, influence):
+    run = make_run(definition=DEFINITION.replace("examples(0, 20)", "examples(0, 3000)"))
+    influence("cache", run, "--steps", "10", "--layers", "2.bias")
+    text = (run / "definition.py").read_text()
+    (run / "definition.py").write_text(
+        text.replace(
+            "return examples(0, 3000)",
+            "data = examples(0, 3000)\n    data.tensors[1][1717] = (data.tensors[1][1717] + 1) % 3\n    return data",
+        )
+    )
+    result = influence("score", run, "--steps", "10", "--layers", "2.bias", "--queries", "0")
+    assert result.code == 1
+    assert "example 1717 of train_data() is not the one that was cached" in result.err
 
 
 def test_a_grown_training_set_keeps_what_it_has(make_run, influence, captured):
