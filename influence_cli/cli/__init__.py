@@ -1,22 +1,23 @@
 """The commands: words and flags only. Each imports what it needs when it runs, so that --help is instant."""
 
-import functools
+import dataclasses
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from inspect import Parameter, Signature, getdoc, signature  # `inspect` itself is a command here
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import typer
 
 from influence_cli import __version__
+from influence_cli.cli.options import Debug
 from influence_cli.errors import InfluenceError, is_out_of_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 OUT_OF_MEMORY = ("fewer --queries or --layers at once need less; finished units are kept", "--debug shows where it happened")
@@ -26,38 +27,64 @@ class Terminated(BaseException):
     """SIGTERM, raised where it came so that temporary files are removed."""
 
 
-def reporting(command: Command) -> Command:
-    """Everything a command can end with, mapped to its message and exit code in one place. stdout is kept for the table."""
+def command(name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function to the command line. A parameter that is a group of flags (a dataclass of options.py) stands for each of them.
 
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        def terminate(number: int, frame: FrameType | None) -> NoReturn:
-            raise Terminated
+    Everything a command can end with is mapped to its message and exit code here. stdout is kept for the table.
+    """
 
-        previous = signal.signal(signal.SIGTERM, terminate)
-        try:
-            with redirect_stdout(sys.stderr):  # what the user's own code prints is talk
-                command(*args, **kwargs)
-        except (InfluenceError, MemoryError, RuntimeError) as error:
-            if isinstance(error, typer.Exit) or not (isinstance(error, InfluenceError) or is_out_of_memory(error)):
-                raise
-            if kwargs.get("debug"):
-                traceback.print_exc()
-            known = error if isinstance(error, InfluenceError) else InfluenceError("out of memory", *OUT_OF_MEMORY)
-            print(f"error: {known}", file=sys.stderr)
-            silence_stdout()
-            raise typer.Exit(known.exit_code) from None
-        except BrokenPipeError:  # `| head`: the reader has enough
-            silence_stdout()
-            raise typer.Exit(0) from None
-        except (KeyboardInterrupt, Terminated) as stop:
-            code = 143 if isinstance(stop, Terminated) else 130
-            print("interrupted: finished work is kept; the same command goes on from here", file=sys.stderr)
-            raise typer.Exit(code) from None
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        groups: dict[str, Any] = {}
+        parameters: list[Parameter] = []
+        for parameter in signature(function).parameters.values():
+            if dataclasses.is_dataclass(parameter.annotation):
+                groups[parameter.name] = parameter.annotation
+                flags = [(field.name, field.default, field.type) for field in dataclasses.fields(parameter.annotation)]
+            else:
+                flags = [(parameter.name, parameter.default, parameter.annotation)]
+            parameters += [Parameter(n, Parameter.KEYWORD_ONLY, default=d, annotation=t) for n, d, t in flags]
+        debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
 
-    return wrapped  # type: ignore[return-value]
+        def run(debug: bool, **flags: Any) -> None:
+            for group, kind in groups.items():
+                flags[group] = kind(**{field.name: flags.pop(field.name) for field in dataclasses.fields(kind)})
+            report(lambda: function(**flags), debug)
+
+        run.__signature__ = Signature([*parameters, debug])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, debug)}
+        app.command(name, epilog=f"Example: {example}", help=getdoc(function))(run)
+        return function
+
+    return add
+
+
+def report(work: Callable[[], None], debug: bool) -> None:
+    """Run a command's work; raises typer.Exit with the code that its end means."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with redirect_stdout(sys.stderr):  # what the user's own code prints is talk
+            work()
+    except (InfluenceError, MemoryError, RuntimeError) as error:
+        if isinstance(error, typer.Exit) or not (isinstance(error, InfluenceError) or is_out_of_memory(error)):
+            raise
+        if debug:
+            traceback.print_exc()
+        known = error if isinstance(error, InfluenceError) else InfluenceError("out of memory", *OUT_OF_MEMORY)
+        print(f"error: {known}", file=sys.stderr)
+        silence_stdout()
+        raise typer.Exit(known.exit_code) from None
+    except BrokenPipeError:  # `| head`: the reader has enough
+        silence_stdout()
+        raise typer.Exit(0) from None
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("interrupted: finished work is kept; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def silence_stdout() -> None:

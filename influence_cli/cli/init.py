@@ -6,17 +6,15 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from influence_cli.cli import app, reporting
+from influence_cli.cli import command
 
 TEMPLATES = ("classifier", "language-model", "trainer")
 
 
-@app.command(epilog="Example: influence init my_run --template language-model")
-@reporting
+@command("init", example="influence init my_run --template language-model")
 def init(
     directory: Annotated[Path, Argument(metavar="DIR", help="Where to write it; made if it is not there.", show_default=".")] = Path("."),
     template: Annotated[str, Option(metavar="NAME", help=f"What to start from: {', '.join(TEMPLATES)}.")] = "classifier",
-    debug: Annotated[bool, Option("--debug", help="Show the stack trace of an error.")] = False,
 ) -> None:
     """Write a commented definition.py: model, data and loss, in plain functions. Never overwrites one."""
     from influence_cli.cli.specs import one_of

@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from influence_cli.cli import app, options, reporting
+from influence_cli.cli import command, options
 
 if TYPE_CHECKING:
     from influence_cli.cache.build import Ids
@@ -15,39 +14,25 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 
 
-@app.command(epilog="Example: influence inspect my_run --layers head --store float16")
-@reporting
+@command("inspect", example="influence inspect my_run --layers head --store float16")
 def inspect(
-    run: options.Run = Path("."),
+    shared: options.Shared,
     queries: options.Queries = None,
     train: options.Train = None,
-    steps: options.Steps = None,
-    layers: options.Layers = None,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
-    precision: options.Precision = None,
-    store: options.StoreAs = None,
-    device: options.Device = "auto",
-    batch_size: options.BatchSize = "auto",
-    definition: options.Definition = None,
-    checkpoints: options.Checkpoints = None,
     trajectory: options.Trajectory = None,
-    cache: options.Cache = None,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
 ) -> None:
     """A dry run: checkpoints and their weights, layers and their sizes, what is cached, what the rest would cost.
 
     Takes the gradients of one small batch to measure, and writes none.
     """
     from influence_cli.cli import specs
-    from influence_cli.cli.opening import Shared, open_shared
+    from influence_cli.cli.opening import open_shared
     from influence_cli.output.tables import to_stdout
 
     specs.check_stdin(queries, train)
-    opened = open_shared(
-        Shared(run, definition, checkpoints, trajectory, cache, steps, layers, device, batch_size, precision, store, quiet), create=False
-    )
+    opened = open_shared(shared, trajectory, create=False)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     weights = checkpoint_rows(opened, lr, lr_weights)
     seconds, forms = measured(opened)

@@ -11,6 +11,7 @@ import torch
 from influence_cli.cache.build import Gradients, Ids, open_store
 from influence_cli.cache.fingerprint import Settings
 from influence_cli.cli import specs
+from influence_cli.cli.options import Shared
 from influence_cli.cli.talk import StderrTalk
 from influence_cli.errors import UsageProblem
 from influence_cli.methods import Groups
@@ -20,24 +21,6 @@ from influence_cli.run.model import PRECISIONS, select
 from influence_cli.talk import Talk
 
 PRECISION_NAMES, STORE_NAMES = ("float32", "float64", "bfloat16"), ("float64", "float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Shared:
-    """The flags of all commands that work on a run, as the user gave them."""
-
-    run: Path
-    definition: Path | None
-    checkpoints: Path | None
-    trajectory: Path | None
-    cache: str | None
-    steps: str | None
-    layers: list[str] | None
-    device: str
-    batch_size: str
-    precision: str | None
-    store: str | None
-    quiet: bool
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,7 @@ class Opened:
         return examples.label(index), examples.text(index)
 
 
-def open_shared(flags: Shared, create: bool = True) -> Opened:
+def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = True) -> Opened:
     """Open the run and its cache (not `create`: only if it is there).
 
     Raises UsageProblem for flags that contradict each other or the machine.
@@ -110,7 +93,7 @@ def open_shared(flags: Shared, create: bool = True) -> Opened:
     batch_size = specs.batch_size(flags.batch_size)
     device = find_device(flags.device)
     talk = Talk() if flags.quiet else StderrTalk()
-    run = open_run(flags.run, flags.definition, flags.checkpoints, flags.trajectory, precision, device)
+    run = open_run(flags.run, flags.definition, flags.checkpoints, trajectory, precision, device)
     checkpoints = at_steps(run.checkpoints, flags.steps)
     columns = select(run.columns, flags.layers)
     widest = max((column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize)

@@ -1,5 +1,6 @@
 """The flags, each written once: the same word means the same in every command."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,6 @@ Definition = Annotated[Path | None, option("--definition", metavar="FILE", panel
 Checkpoints = Annotated[Path | None, option("--checkpoints", metavar="DIR", panel=RUN, help="In place of RUN/checkpoints.")]
 Trajectory = Annotated[Path | None, option("--trajectory", metavar="FILE", panel=RUN, help="In place of RUN/trajectory.jsonl.")]
 Cache = Annotated[str | None, option("--cache", metavar="DIR|none", panel=RUN, help="In place of RUN/.influence; none: keep nothing.")]
-CacheFolder = Annotated[str | None, option("--cache", metavar="DIR", panel=RUN, help="In place of RUN/.influence.")]
 Steps = Annotated[str | None, option("--steps", metavar="SPEC", panel=RANKED, help="Checkpoints by step: 100,200 or 100: (default all).")]
 Layers = Annotated[
     list[str] | None,
@@ -71,3 +71,29 @@ Output = Annotated[
 ]
 Quiet = Annotated[bool, option("--quiet", panel=OUT, help="No progress and no notes on stderr.")]
 Debug = Annotated[bool, option("--debug", panel=OUT, help="Show the stack trace of an error.")]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The flags of every command that opens a run, as the user gave them."""
+
+    run: Run = Path(".")
+    steps: Steps = None
+    layers: Layers = None
+    precision: Precision = None
+    store: StoreAs = None
+    device: Device = "auto"
+    batch_size: BatchSize = "auto"
+    definition: Definition = None
+    checkpoints: Checkpoints = None
+    cache: Cache = None
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The flags of every command that prints a ranked table."""
+
+    top: Top = "10"
+    format: Format = None
+    output: Output = None

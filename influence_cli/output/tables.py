@@ -1,12 +1,14 @@
 """Tables for people and pipes: csv, tsv, jsonl, parquet, and a terminal table. Rows are written as they come."""
 
 import csv
-import io
+import importlib.util
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,40 +54,39 @@ def self_rows(entries: Iterable[Entry], describe: Describe) -> Iterator[Row]:
 
 
 # ---------------------------------------------------------------- writing
-def chosen_format(asked: str | None, output: Path | None, terminal: bool) -> str:
-    """`--format`, else the ending of `-o`, else a table for a terminal and csv for a pipe or a file."""
-    if asked is not None:
-        if asked not in FORMATS:
-            raise UsageProblem(f"--format {asked}: unknown", f"expected: {', '.join(FORMATS)}")
-        return asked
-    if output is not None:
-        return SUFFIXES.get(output.suffix.lower(), "csv")
-    return "table" if terminal else "csv"
+@dataclass(frozen=True)
+class Sink:
+    """Where a table goes, and how: stdout, or a file that is written whole or not at all."""
 
+    format: str
+    output: Path | None
+    stdout: IO[str]
 
-def check(format: str, output: Path | None, terminal: bool) -> None:
-    """What can be known before the work: the folder of `-o`, the library for parquet."""
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise UsageProblem(f"-o {output}: {'a folder is there' if output.is_dir() else 'no such folder'}")
-    if format == "parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise UsageProblem("--format parquet needs pyarrow", "install it: pip install 'influence-cli[parquet]'") from None
-        if output is None and terminal:
-            raise UsageProblem("--format parquet is binary and stdout is a terminal", "-o FILE writes it to a file")
+    @classmethod
+    def open(cls, asked: str | None, output: Path | None, stdout: IO[str] | None = None) -> "Sink":
+        """From `--format` and `-o`: what is asked, else the ending of the file, else a table for a terminal and csv for a pipe.
 
+        Raises UsageProblem for what can be known before the work: an unknown format, a missing folder or library.
+        """
+        stdout = stdout or sys.__stdout__ or sys.stdout
+        format = asked or (SUFFIXES.get(output.suffix.lower(), "csv") if output else "table" if stdout.isatty() else "csv")
+        if format not in FORMATS:
+            raise UsageProblem(f"--format {format}: unknown", f"expected: {', '.join(FORMATS)}")
+        if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+            raise UsageProblem(f"-o {output}: {'a folder is there' if output.is_dir() else 'no such folder'}", "expected: a file's name")
+        if format == "parquet":
+            if importlib.util.find_spec("pyarrow") is None:
+                raise UsageProblem("--format parquet needs pyarrow", "install it: pip install 'influence-cli[parquet]'")
+            if output is None and stdout.isatty():
+                raise UsageProblem("--format parquet is binary and stdout is a terminal", "-o FILE writes it to a file")
+        return cls(format, output, stdout)
 
-def write(rows: Iterable[Row], columns: Sequence[str], format: str, output: Path | None, stdout: IO[str]) -> None:
-    """Write a table to stdout, or to a file: whole or not at all. Nothing is written before the first row is there."""
-    rows = iter(rows)
-    rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
-    if output is None:
-        with to_stdout(stdout):
-            _write(rows, columns, format, stdout)
-        return
-    with replacing(output) as file:
-        _write(rows, columns, format, file)
+    def write(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
+        """Write a table. Nothing is written before the first row is there."""
+        rows = iter(rows)
+        rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
+        with to_stdout(self.stdout) if self.output is None else replacing(self.output) as file:
+            _write(rows, columns, self.format, file)
 
 
 def _write(rows: Iterable[Row], columns: Sequence[str], format: str, file: IO[str]) -> None:
@@ -155,10 +156,10 @@ def _cell(value: Any) -> str:
 
 
 @contextmanager
-def to_stdout(stdout: IO[str]) -> Iterator[None]:
+def to_stdout(stdout: IO[str]) -> Iterator[IO[str]]:
     """Flushes at the end. Raises OutputError where stdout can't be written; a closed pipe stays a BrokenPipeError."""
     try:
-        yield
+        yield stdout
         stdout.flush()
     except BrokenPipeError:
         raise
@@ -171,7 +172,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     """A text file (utf-8, LF) that replaces `path` when it is complete. Raises OutputError where it can't be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with io.open(temporary, "w", encoding="utf-8", newline="\n") as file:  # noqa: UP020
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ ROWS = [(0, "proponent", 1, 7, 0.1 + 0.2, "a", "b,c", 'say "hi"', "two\nlines"),
 
 def text(format: str, rows=ROWS) -> str:
     out = io.StringIO()
-    tables.write(iter(rows), tables.SCORE_COLUMNS, format, None, out)
+    tables.Sink(format, None, out).write(iter(rows), tables.SCORE_COLUMNS)
     return out.getvalue()
 
 
@@ -38,7 +38,7 @@ def test_jsonl_keeps_numbers_as_numbers():
 @pytest.mark.parametrize("rows", [ROWS, []])
 def test_parquet_has_typed_columns(tmp_path, rows):
     pq = pytest.importorskip("pyarrow.parquet")
-    tables.write(iter(rows), tables.SCORE_COLUMNS, "parquet", tmp_path / "x.parquet", io.StringIO())
+    tables.Sink.open(None, tmp_path / "x.parquet").write(iter(rows), tables.SCORE_COLUMNS)
     table = pq.read_table(tmp_path / "x.parquet")
     assert [tuple(row.values()) for row in table.to_pylist()] == rows
     assert str(table.schema.field("score").type) == "double"
@@ -60,18 +60,27 @@ def test_an_output_file_is_whole_or_not_there(tmp_path):
     target = tmp_path / "out.csv"
     target.write_text("before")
     with pytest.raises(RuntimeError):
-        tables.write(broken(), tables.SCORE_COLUMNS, "csv", target, io.StringIO())
+        tables.Sink.open("csv", target).write(broken(), tables.SCORE_COLUMNS)
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(OutputError, match="can't be written"):
-        tables.write(iter(ROWS), tables.SCORE_COLUMNS, "csv", tmp_path / "no" / "out.csv", io.StringIO())
+        tables.Sink("csv", tmp_path / "no" / "out.csv", io.StringIO()).write(iter(ROWS), tables.SCORE_COLUMNS)
 
 
 def test_the_format_follows_flag_then_file_then_terminal(tmp_path):
-    assert tables.chosen_format(None, tmp_path / "x.jsonl", terminal=True) == "jsonl"
-    assert tables.chosen_format(None, tmp_path / "x.txt", terminal=True) == "csv"
-    assert tables.chosen_format(None, None, terminal=True) == "table"
-    assert tables.chosen_format(None, None, terminal=False) == "csv"
-    assert tables.chosen_format("tsv", tmp_path / "x.jsonl", terminal=False) == "tsv"
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for asked, output, stdout, expected in [
+        (None, tmp_path / "x.jsonl", Terminal(), "jsonl"),
+        (None, tmp_path / "x.txt", Terminal(), "csv"),
+        (None, None, Terminal(), "table"),
+        (None, None, io.StringIO(), "csv"),
+        ("tsv", tmp_path / "x.jsonl", io.StringIO(), "tsv"),
+    ]:
+        assert tables.Sink.open(asked, output, stdout).format == expected
     with pytest.raises(UsageProblem, match="unknown"):
-        tables.chosen_format("xml", None, terminal=False)
+        tables.Sink.open("xml", None)
+    with pytest.raises(UsageProblem, match="binary"):
+        tables.Sink.open("parquet", None, Terminal())
