@@ -193,11 +193,6 @@ def concat(forms: Sequence[Form]) -> Form:
     return from_tensors(first.kind, first.shape, {name: torch.cat([form.tensors()[name] for form in forms]) for name in first.tensors()})
 
 
-def mean(form: Form) -> Dense:
-    """The mean gradient as one example."""
-    return Dense(form.shape, form.dense().values.mean(0, keepdim=True))
-
-
 def smallest(gradients: Tensor, embedding: bool) -> Form:
     """(B, *shape) gradients in the exact form of fewer bytes: rows where most rows of an embedding are zero, else dense."""
     shape = tuple(gradients.shape[1:])

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from influence_cli.cache.build import Gradients, Ids, blocks
 from influence_cli.cache.store import Rows, concat_rows
-from influence_cli.gradients.forms import Form, mean
+from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods import Answer, Question
 from influence_cli.output.ranking import Ranking
 from influence_cli.run import Checkpoint
 
 QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints; more queries go in several passes
-TOTAL_BYTES = 64 << 20  # scores of a block of training examples
+TOTAL_BYTES = 16 << 20  # scores of a block of training examples
 NewRanking = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
 
 
@@ -33,7 +33,8 @@ def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> 
     for number, ids in enumerate(passes, start=1):
         of = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
         with gradients.talk.progress(f"scores{of}", len(question.train) * len(question.checkpoints)) as advance:
-            queries = [query_rows(gradients, question, checkpoint, ids) for checkpoint in question.checkpoints]
+            rows_of = mean_query_row if question.sum_queries else query_rows
+            queries = [rows_of(gradients, question, checkpoint, ids) for checkpoint in question.checkpoints]
             width, parts = len(queries[0].losses), question.parts
             ranking = new_ranking(width, len(parts))
             groups = np.zeros((len(parts) + 1, width, len(question.groups.names))) if question.groups else None
@@ -53,20 +54,20 @@ def block_scores(
 ) -> np.ndarray:
     """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
     scores are the same with and without parts."""
-    parts = question.parts
-    totals = np.zeros((1 + len(parts), len(queries[0].losses), len(ids)))
+    part_of = {name: number for number, name in enumerate(question.parts, start=1)}
+    totals = np.zeros((1 + len(part_of), len(queries[0].losses), len(ids)))
     for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
         query = {name: form.to(gradients.device) for name, form in queries[k].forms.items()}
         done = 0
         for rows in gradients.read("train", checkpoint, list(question.columns), ids):
             at = slice(done, done + len(rows.ids))
             done = at.stop
-            scale = inverse_norms(rows, queries[k], gradients) if question.normalize else 1.0
+            scale = inverse_norms(rows, queries[k]) if question.normalize else 1.0
             for name, column in question.columns.items():
                 products = product(rows.forms[name], query[name], gradients.device) * (weight.of(column.names) * scale)
                 totals[0, :, at] += products.T
-                if parts:
-                    totals[1 + parts.index(str(checkpoint.step) if question.by == "checkpoint" else column.layer), :, at] += products.T
+                if part_of:
+                    totals[part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer], :, at] += products.T
             advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
     return totals
 
@@ -81,7 +82,7 @@ def dtype_of(form: Form) -> torch.dtype:
     return next(value.dtype for value in form.tensors().values() if value.is_floating_point())
 
 
-def inverse_norms(rows: Rows, queries: Rows, gradients: Gradients) -> np.ndarray:
+def inverse_norms(rows: Rows, queries: Rows) -> np.ndarray:
     """(N, Q) of 1/(|g(z)| |g(q)|) over the selected parameters, from the exact norms; 0 where a gradient is zero."""
     ours, theirs = (sum(part.sqnorms.values(), torch.zeros(())).sqrt() for part in (rows, queries))
     norms: Tensor = ours[:, None] * theirs[None, :]
@@ -89,14 +90,21 @@ def inverse_norms(rows: Rows, queries: Rows, gradients: Gradients) -> np.ndarray
 
 
 def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
-    """The queries' gradients at one checkpoint, all in memory; with --sum-queries their mean as one query."""
-    rows = concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
-    if not question.sum_queries:
-        return rows
-    forms: dict[str, Form] = {name: mean(form) for name, form in rows.forms.items()}
-    return Rows(
-        rows.ids[:1], rows.losses.mean(0, keepdim=True), rows.digests[:1], {name: form.sqnorm() for name, form in forms.items()}, forms
-    )
+    """The queries' gradients at one checkpoint, all in memory."""
+    return concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
+
+
+def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
+    """--sum-queries: the mean of the queries' gradients at one checkpoint as one row, summed in float64 as they are read."""
+    sums: dict[str, Tensor] = {}
+    kept: dict[str, torch.dtype] = {}
+    for rows in gradients.read("query", checkpoint, list(question.columns), ids):
+        for name, form in rows.forms.items():
+            part, kept[name] = form.dense().values.sum(0, keepdim=True, dtype=torch.float64), dtype_of(form)
+            sums[name] = sums[name] + part if name in sums else part
+    forms: dict[str, Form] = {name: Dense(question.columns[name].shape, (value / len(ids)).to(kept[name])) for name, value in sums.items()}
+    one = torch.zeros(1, dtype=torch.float64)
+    return Rows(np.zeros(1, np.int64), one, one, {name: form.sqnorm() for name, form in forms.items()}, forms)
 
 
 def query_passes(gradients: Gradients, question: Question) -> list[Ids]:
