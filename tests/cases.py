@@ -179,10 +179,10 @@ def texts() -> list[Tensor]:
     return [torch.randint(1, 9, (length,), generator=generator) for length in (3, 6, 1, 4, 6)]
 
 
-def pairs(as_dict: bool) -> Callable[[], list[Any]]:
+def pairs(as_dict: bool, **more: Any) -> Callable[[], list[Any]]:
     def make() -> list[Any]:
         rows = zip(numbers(4)(), numbers(2)(), strict=True)
-        return [{"left": a, "right": b, "name": "x"} if as_dict else (a, b) for a, b in rows]
+        return [{"left": a, "right": b, **more} if as_dict else (a, b) for a, b in rows]
 
     return make
 
@@ -218,6 +218,7 @@ CASES = {
     "embedding-bag": Case(lambda: nn.EmbeddingBag(9, 4), tokens(6)),
     "tuple-batch": Case(Pair, pairs(as_dict=False)),
     "dict-batch": Case(Pair, pairs(as_dict=True)),
+    "batch-with-text": Case(Pair, pairs(as_dict=True, name="x"), at_once=False),
     "padded-texts": Case(Reader, texts, collate=padded),
     "shared-tensor": Case(Constant, numbers(5, 5), collate=with_shared),
     "control-flow": Case(Branching, numbers(4), at_once=False),

@@ -586,14 +586,9 @@ def test_a_cache_of_other_data_names_the_example(cached, influence):
     refused(influence("score", cached), 1, ".influence belongs to other data", "example 4 of train_data()", "--cache DIR")
 
 
-def test_a_cache_of_other_queries_names_the_example(cached, influence):
-    (cached / "definition.py").write_text(replaced(DEFINITION, (QUERY, "return examples(2, 6)")))
-    refused(influence("score", cached), 1, ".influence belongs to other data", "example 0 of query_data()", "--cache DIR")
-
-
-def test_a_cache_of_another_loss_names_layer_and_example(cached, influence):
+def test_a_cache_of_another_loss_names_checkpoint_and_example(cached, influence):
     (cached / "definition.py").write_text(replaced(DEFINITION, (LOSS, f"{LOSS} * 2")))
-    says = (".influence belongs to another run", "first at 0.weight, example 0 of query_data()", f"checkpoints/{FIRST}", "norm ")
+    says = (".influence belongs to another run", "first at example 0 of train_data()", f"checkpoints/{FIRST}", "cached, ", " now")
     refused(influence("score", cached), 1, *says, "--cache DIR", "deleting")
 
 
@@ -674,8 +669,8 @@ def test_damaged_checkpoint_digests_are_named(text, cached, influence):
     refused(influence("score", cached), 1, str(path), "delet")
 
 
-def test_a_damaged_record_of_the_definition_is_named(cached, influence):
-    path = next((cached / ".influence").rglob("definition.json"))
+def test_a_damaged_record_of_columns_is_named(cached, influence):
+    path = next((cached / ".influence").rglob("columns.json"))
     path.write_text("{")
     refused(influence("score", cached), 1, str(path), "delet")
 

@@ -1,6 +1,6 @@
 """What is missing is captured and stored; what is there is read. The order of work, cut into units that follow from the request alone."""
 
-import math
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_cli.cache.fingerprint import Settings, checkpoint_key, compare, compare_data
+from influence_cli.cache import verify
+from influence_cli.cache.fingerprint import Settings, checkpoint_key
 from influence_cli.cache.store import (
     UNIT_BYTES,
     UNIT_EXAMPLES,
@@ -19,12 +20,9 @@ from influence_cli.cache.store import (
     Store,
     Unit,
     concat_rows,
-    read_json,
     sweep,
-    write_json,
-    writing,
 )
-from influence_cli.errors import CacheError, GradientError, InfluenceError, is_out_of_memory, listed
+from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
 from influence_cli.run import Checkpoint, Run
@@ -34,8 +32,7 @@ from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
 Ids = range | np.ndarray  # rising example ids
-VERIFIED = 8  # examples captured again, per checkpoint, after the definition changed
-COMPARED = 1024  # items read again, per split, to notice changed data
+ROWS = 256  # distinct tokens that an example is taken to have, where a size must be guessed
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,15 @@ class Gradients:
         self._loaded: Checkpoint | None = None
         self._captures: dict[tuple[str, tuple[str, ...]], Capture] = {}
         self._held: dict[Path, Held] = {}
-        self._compared: set[str] = set()
+        self._verified: set[tuple[str, int]] = set()
+        self._digests: dict[int, int] = {}
 
     # ------------------------------------------------------------ asking
     def ensure(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level = "values") -> int:
         """Capture and store what is missing of these cells; returns how many (checkpoint, example) pairs that were. No store: nothing."""
         if self.store is None:
             return 0
-        jobs = self.missing(split, checkpoints, columns, ids, level, verify=True)
+        jobs = self.missing(split, checkpoints, columns, ids, level, check=True)
         total = sum(len(job.ids) for job in jobs)
         order = {checkpoint.step: f"checkpoint {k} of {len(checkpoints)}" for k, checkpoint in enumerate(checkpoints, start=1)}
         if jobs:
@@ -85,34 +83,57 @@ class Gradients:
         return total
 
     def missing(
-        self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level, verify: bool = False
+        self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level, check: bool = False
     ) -> list[Job]:
-        """The units of work that `ensure` would do, in order. `verify`: first check that what is cached still holds.
+        """The units of work that `ensure` would do, in order. `check`: first see that what is cached still holds.
 
         Raises CacheError where it does not.
         """
         assert self.store is not None
-        jobs, again = [], 0
+        if check:
+            self._verify(split, checkpoints)
+        jobs = []
+        size = self.unit_size(columns, level)
         for checkpoint in checkpoints:
-            place = self.place(split, checkpoint)
-            held = self.held(place)
-            if verify:
-                again += self._verify(split, checkpoint, place, held)
-            for block in blocks(ids, self.unit_size(columns, level)):
+            place, held = self.place(split, checkpoint), self.held(split, checkpoint)
+            for block in blocks(ids, size):
                 lacking = {column: held.where(column, level, block) < 0 for column in columns}
                 absent = np.logical_or.reduce(list(lacking.values()))
                 if absent.any():
                     names = [column for column in columns if lacking[column].any()]
-                    size = self.unit_size(columns, level)
                     start = int(block[0]) // size * size
-                    stop = min(start + size, len(self.run.examples(split)))
-                    jobs.append(Job(checkpoint, self.store.unit_for(place, names, level, start, stop, block[absent]), block[absent]))
+                    stop, some = min(start + size, len(self.run.examples(split))), block[absent]
+                    unit = self.store.unit_for(place, names, level, self._definition(split, some), start, stop, some)
+                    jobs.append(Job(checkpoint, unit, some))
+        return jobs
+
+    def _verify(self, split: str, checkpoints: Sequence[Checkpoint]) -> None:
+        """Once per checkpoint: compare what is cached of the training examples with the run as it is."""
+        assert self.store is not None
+        todo = [checkpoint for checkpoint in checkpoints if (split, checkpoint.step) not in self._verified]
+        if split != "train" or not todo:
+            return
+        helds = {checkpoint: self.held(split, checkpoint) for checkpoint in todo}
+        verify.verify_items(self.run, split, list(helds.values()), self.store, self.talk)
+        again = 0
+        for checkpoint, held in helds.items():
+            place = self.place(split, checkpoint)
+            again += verify.verify(
+                self.run, split, checkpoint, place, held, self.store, self.settings.rounding, lambda *what: self.capture(*what)
+            )
+            self._verified.add((split, checkpoint.step))
         if again:
             self.talk.note(
-                f"the definition changed since {split} gradients were cached: {VERIFIED} were taken again at each of {again} "
+                f"the definition changed since {split} gradients were cached: {verify.GRADIENTS} were taken again at each of {again} "
                 "checkpoints and agree, so the cache is used"
             )
-        return jobs
+
+    def _definition(self, split: str, ids: np.ndarray) -> str:
+        """What a new unit is captured under: the definition; of queries, which are edited often, also the items themselves."""
+        if split == "train":
+            return self.run.definition.digest
+        items = np.array([self._query_digest(index) for index in ids], dtype="<i8")
+        return hashlib.sha256(self.run.definition.digest.encode() + items.tobytes()).hexdigest()
 
     def lacking(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids) -> int:
         """How many (checkpoint, example) pairs of gradients are not cached yet."""
@@ -122,7 +143,7 @@ class Gradients:
 
     def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
         """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""
-        held = self.held(self.place(split, checkpoint)) if self.store else None
+        held = self.held(split, checkpoint) if self.store else None
         for block in blocks(ids, self.unit_size(columns, level)):
             if held is not None:
                 yield held.read(columns, level, block)
@@ -134,13 +155,16 @@ class Gradients:
 
     # ------------------------------------------------------------ sizes
     def bytes_per_example(self, columns: Sequence[str]) -> int:
-        """Of the gradients of one example at one checkpoint, dense, as stored. Embeddings usually take far less."""
-        return sum(self.run.columns[name].numel for name in columns) * self.settings.store.itemsize
+        """About what the gradients of one example take as stored: an embedding that is nothing else is kept as some rows, others dense."""
+        chosen = [self.run.columns[name] for name in columns]
+        numbers = (min(c.numel, ROWS * c.shape[1]) if c.embedding and len(c.names) == 1 else c.numel for c in chosen)
+        return sum(numbers) * self.settings.store.itemsize
 
     def unit_size(self, columns: Sequence[str], level: Level) -> int:
         """Examples of a unit: a power of two, by the bytes of these columns."""
-        most = UNIT_EXAMPLES if level == "values" else UNIT_EXAMPLES // 4
-        return min(most, floor_power(UNIT_BYTES // max(1, self.bytes_per_example(columns)))) if level == "values" else most
+        if level == "norms":
+            return UNIT_EXAMPLES // 4
+        return min(UNIT_EXAMPLES, floor_power(UNIT_BYTES // max(1, self.bytes_per_example(columns))))
 
     def batch_size(self, columns: Sequence[str]) -> int:
         """Examples captured at once. It follows from the model, not from the machine, so that every machine cuts alike."""
@@ -149,16 +173,33 @@ class Gradients:
 
     # ------------------------------------------------------------ places
     def place(self, split: str, checkpoint: Checkpoint) -> Path:
+        """Queries are cheap and edited often: theirs are kept apart for each text of the definition."""
         assert self.store is not None
         key = checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
-        name = f"query-{'measure' if self.run.definition.has('measure') else 'loss'}" if split == "query" else split
-        return self.store.folder / self.settings.key / key / name
+        place = self.store.folder / self.settings.key / key / split
+        return place if split == "train" else place / self.run.definition.digest[:12]
 
-    def held(self, place: Path) -> Held:
+    def held(self, split: str, checkpoint: Checkpoint) -> Held:
+        """What is there; of queries the ones that are still the same items."""
         assert self.store is not None
+        place = self.place(split, checkpoint)
         if place not in self._held:
-            self._held[place] = self.store.held(place)
+            held = self.store.held(place)
+            if split == "query":
+                held = Held([unit.only(self._unchanged(unit)) for unit in held.units])
+            self._held[place] = held
         return self._held[place]
+
+    def _unchanged(self, unit: Unit) -> np.ndarray:
+        """Mask over a unit's queries: whose item is the one that was captured."""
+        known = Held([unit]).read(unit.columns[:1], "norms", unit.held_ids).digests.tolist()
+        there = zip(unit.held_ids, known, strict=True)
+        return np.array([index < len(self.run.query) and self._query_digest(index) == value for index, value in there], dtype=bool)
+
+    def _query_digest(self, index: int) -> int:
+        if index not in self._digests:
+            self._digests[index] = digest(self.run.query.item(index))
+        return self._digests[index]
 
     # ------------------------------------------------------------ working
     def _work(self, split: str, job: Job, advance: Advance, where: str) -> None:
@@ -196,7 +237,7 @@ class Gradients:
                 captured = capture(batch, single, len(items), level == "values")
             except InfluenceError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._explained(split, error, len(items)) from error
             sqnorms = {name: value.cpu() for name, value in captured.sqnorms.items()}
             losses = captured.losses.cpu()
@@ -232,7 +273,7 @@ class Gradients:
                 capture.probe(self._to_device(examples.collate(items)), [self._to_device(examples.collate([item])) for item in items])
             except InfluenceError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._explained(split, error, len(items)) from error
             self._captures[key] = capture
         return self._captures[key]
@@ -240,7 +281,7 @@ class Gradients:
     def _to_device(self, batch: Any) -> Any:
         return to(batch, self.device, self._cast)
 
-    def _explained(self, split: str, error: Exception, size: int) -> InfluenceError:
+    def _explained(self, split: str, error: Exception | SystemExit, size: int) -> InfluenceError:
         text = str(error)
         if is_out_of_memory(error):
             return GradientError(
@@ -262,47 +303,6 @@ class Gradients:
                     f"{len(wrong)} of the {len(ids)} examples of its batch: {listed(wrong)}",
                     "look at that example and the loss; --precision float64 helps against overflow; --steps or --train leaves it out",
                 )
-
-    # ------------------------------------------------------------ does the cache still hold
-    def _verify(self, split: str, checkpoint: Checkpoint, place: Path, held: Held) -> bool:
-        """Compare what is cached with the run as it is: items always; gradients where the definition changed since (then: True)."""
-        assert self.store is not None
-        recorded, now = place / "definition.json", {"digest": self.run.definition.digest}
-        known = read_json(recorded) if recorded.is_file() else None
-        if known == now:
-            self._compare_items(split, held, COMPARED)
-            return False
-        self._compare_items(split, held, len(self.run.examples(split)))
-        self._compare_gradients(split, checkpoint, held)
-        with writing(self.store.folder):
-            place.mkdir(parents=True, exist_ok=True)
-            write_json(recorded, now)
-        return bool(held.units)
-
-    def _compare_items(self, split: str, held: Held, most: int) -> None:
-        """Read up to `most` cached examples again, once per split, and compare their digests."""
-        if split in self._compared or not held.units:
-            return
-        self._compared.add(split)
-        assert self.store is not None
-        with self.talk.progress(f"comparing {split} examples", min(most, len(self.run.examples(split)))) as advance:
-            for unit, ids in sampled(held, most, len(self.run.examples(split))):
-                digests = torch.tensor([digest(item) for item in self.run.examples(split).items(ids)])
-                compare_data(Held([unit]).read(unit.columns[:1], "norms", ids), digests, split, self.store.folder)
-                advance(len(ids))
-
-    def _compare_gradients(self, split: str, checkpoint: Checkpoint, held: Held) -> None:
-        assert self.store is not None
-        for unit, ids in sampled(held, VERIFIED, len(self.run.examples(split))):
-            gone = [column for column in unit.columns if column not in self.run.columns]
-            if gone:
-                raise CacheError(
-                    f"the cache {self.store.folder} belongs to another run: the model has no trained parameter {listed(gone)}",
-                    "--cache DIR starts another cache; deleting the old one starts afresh",
-                )
-            again = self.capture(split, checkpoint, unit.columns, ids)
-            stored = Held([unit]).read(unit.columns, unit.level, ids)
-            compare(stored, again, self.settings.rounding, checkpoint.name, split, self.store.folder)
 
 
 def open_store(folder: Path) -> Store:
@@ -332,14 +332,3 @@ def within(ids: Ids, start: int, stop: int) -> np.ndarray:
 def floor_power(number: int) -> int:
     """The largest power of two that is not above `number`, at least 1."""
     return 1 << max(0, number.bit_length() - 1)
-
-
-def sampled(held: Held, most: int, length: int) -> Iterator[tuple[Unit, np.ndarray]]:
-    """About `most` cached examples below `length`, spread evenly over the units, as many of each as it has to all, and within them."""
-    chosen = [held.units[i] for i in np.unique(np.linspace(0, len(held.units) - 1, min(most, len(held.units))).astype(int))]
-    ids_of = [unit.ids if unit.ids is not None else np.arange(unit.start, unit.stop) for unit in chosen]
-    share = min(1.0, most / max(1, sum(map(len, ids_of))))
-    for unit, ids in zip(chosen, ids_of, strict=True):
-        some = ids[np.unique(np.linspace(0, len(ids) - 1, math.ceil(len(ids) * share)).astype(int))]
-        if len(some := some[some < length]):
-            yield unit, some

@@ -15,22 +15,26 @@ from influence_cli.run.checkpoints import Checkpoint
 
 @dataclass(frozen=True)
 class Settings:
-    """How gradients are taken and kept: the dtype they are computed in and the one they are stored in."""
+    """How gradients are taken and kept: the dtype they are computed in and the one they are stored in.
+
+    `mixed`: the model has parameters of several dtypes and is used as it is; `precision` is then the widest.
+    """
 
     precision: torch.dtype
     store: torch.dtype
-    projection: str = "exact"
+    mixed: bool = False
 
     @property
     def key(self) -> str:
         """The name of the folder of all units taken and kept so."""
         precision, store = (str(dtype).removeprefix("torch.") for dtype in (self.precision, self.store))
-        return f"{precision}-stored-{store}-{self.projection}"
+        return f"{'mixed' if self.mixed else precision}-stored-{store}-exact"
 
     @property
     def rounding(self) -> float:
         """How far two captures of one gradient may be apart, relative to the largest norm beside it."""
-        return 4 * max(torch.finfo(self.precision).eps ** 0.5, torch.finfo(self.store).eps)
+        eps = torch.finfo(self.precision).eps
+        return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * torch.finfo(self.store).eps)
 
 
 def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:
@@ -67,6 +71,15 @@ def compare(stored: Rows, again: Rows, rounding: float, where: str, split: str, 
     """
     remedy = "the run changed since they were cached; --cache DIR starts another cache, deleting the old one starts afresh"
     compare_data(stored, again.digests, split, cache)
+    apart = (stored.losses - again.losses).abs() > rounding * again.losses.abs().max() + 1e-30
+    if apart.any():
+        first = int(apart.nonzero()[0])
+        raise CacheError(
+            f"the cache {cache} belongs to another run: losses taken again differ",
+            f"first at example {int(stored.ids[first])} of {split}_data(), {where}: "
+            f"{float(stored.losses[first]):.6g} cached, {float(again.losses[first]):.6g} now",
+            remedy,
+        )
     for column, squares in again.sqnorms.items():
         norms, kept = squares.sqrt(), stored.sqnorms[column].sqrt()
         off = (kept - norms).abs()

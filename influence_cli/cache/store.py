@@ -6,9 +6,11 @@
     000000000000-000000000512-1f0c9a3e.safetensors         a unit of some examples of that range, named by their digest
 """
 
+import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -68,21 +70,36 @@ def concat_rows(parts: Sequence[Rows]) -> Rows:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit file: the columns at a level for the examples start..stop, or those of `ids` where it holds some of them only."""
+    """A unit file: the columns at a level for the examples start..stop, or those of `ids` where it holds some of them only.
+
+    `definition`: digest of what it was captured under. `rows`: where not all rows of the file count, the rows of `ids` in it.
+    """
 
     path: Path
     columns: tuple[str, ...]
     level: Level
+    definition: str
     start: int
     stop: int
     ids: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    @property
+    def held_ids(self) -> np.ndarray:
+        return np.arange(self.start, self.stop) if self.ids is None else self.ids
 
     def position(self, ids: np.ndarray) -> np.ndarray:
-        """Row of each of these examples within the unit, -1 where it is not there."""
+        """Row in the file of each of these examples, -1 where it is not there."""
         if self.ids is None:
             return np.where((ids >= self.start) & (ids < self.stop), ids - self.start, -1)
+        if not len(self.ids):
+            return np.full(len(ids), -1)
         place = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
-        return np.where(self.ids[place] == ids, place, -1)
+        return np.where(self.ids[place] == ids, place if self.rows is None else self.rows[place], -1)
+
+    def only(self, kept: np.ndarray) -> "Unit":
+        """The unit without the examples for which `kept`, a mask over its own, is False."""
+        return dataclasses.replace(self, ids=self.held_ids[kept], rows=np.flatnonzero(kept))
 
 
 class Store:
@@ -105,12 +122,13 @@ class Store:
                     "--cache DIR names another place; deleting the folder starts afresh",
                 )
             return
-        if folder.is_dir() and any(folder.iterdir()):
+        begun = (".tmp-", ".gitignore")  # by another process, or by one that was killed
+        if folder.is_dir() and any(not path.name.startswith(begun) for path in folder.iterdir()):
             raise CacheError(f"{folder} is not an influence cache: it holds other files", "--cache DIR names an empty or a new folder")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / ".gitignore", "*\n")
             write_json(head, {"format": FORMAT, "version": VERSION})
+            write_text(folder / ".gitignore", "*\n")
 
     # ------------------------------------------------------------ what is there
     def held(self, place: Path) -> "Held":
@@ -121,22 +139,22 @@ class Store:
             if not listing.is_file():
                 continue  # begun and killed before its first unit
             head = read_json(listing)
-            if not isinstance(head.get("columns"), list) or head.get("level") not in ("values", "norms"):
-                raise CacheError(f"{listing} does not list columns and a level", "delete that folder; what it held is computed again")
+            if not isinstance(head.get("columns"), list) or head.get("level") not in ("values", "norms") or "definition" not in head:
+                raise CacheError(f"{listing} does not list columns, level and definition", "delete that folder; it is computed again")
             for path in sorted(folder.glob("*.safetensors")):
                 if match := re.fullmatch(r"(\d{12})-(\d{12})(-[0-9a-f]{8})?", path.stem):
                     ids = read_ids(path) if match[3] else None
-                    found.append(Unit(path, tuple(head["columns"]), head["level"], int(match[1]), int(match[2]), ids))
+                    found.append(Unit(path, tuple(head["columns"]), head["level"], head["definition"], int(match[1]), int(match[2]), ids))
         return Held(found)
 
     # ------------------------------------------------------------ writing
-    def unit_for(self, place: Path, columns: Sequence[str], level: Level, start: int, stop: int, ids: np.ndarray) -> Unit:
+    def unit_for(self, place: Path, columns: Sequence[str], level: Level, definition: str, start: int, stop: int, ids: np.ndarray) -> Unit:
         """The unit that would hold these examples of start..stop; its name says so."""
-        folder = place / hashlib.sha256(json.dumps([list(columns), level]).encode()).hexdigest()[:12]
+        folder = place / hashlib.sha256(json.dumps([list(columns), level, definition]).encode()).hexdigest()[:12]
         name, some = f"{start:012d}-{stop:012d}", None
         if len(ids) < stop - start:
             name, some = f"{name}-{hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()[:8]}", ids
-        return Unit(folder / f"{name}.safetensors", tuple(columns), level, start, stop, some)
+        return Unit(folder / f"{name}.safetensors", tuple(columns), level, definition, start, stop, some)
 
     def write(self, unit: Unit, rows: Rows, store: torch.dtype | None) -> None:
         """Write a unit: temporary name, sync, rename. Raises CacheError for a full disk or a folder that can't be written."""
@@ -152,10 +170,15 @@ class Store:
                 for name, value in form.tensors().items():
                     tensors |= pack(f"{column}:{name}", value, store)
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        owners: dict[int, str] = {}  # two gradients may be one storage (broadcast parameters); safetensors wants each its own
+        for name, value in tensors.items():
+            if owners.setdefault(value.untyped_storage().data_ptr(), name) != name:
+                tensors[name] = value.clone()
         with writing(self.folder):
             unit.path.parent.mkdir(parents=True, exist_ok=True)
             if not (unit.path.parent / "columns.json").is_file():
-                write_json(unit.path.parent / "columns.json", {"columns": list(unit.columns), "level": unit.level})
+                head = {"columns": list(unit.columns), "level": unit.level, "definition": unit.definition}
+                write_json(unit.path.parent / "columns.json", head)
             with replacing(unit.path) as temporary:
                 save_file(
                     tensors, temporary, metadata={"influence-unit": json.dumps(forms)}
@@ -219,15 +242,17 @@ def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray)
                 }
                 forms[column] = from_tensors(kind, shape, tensors)
             sqnorms = {column: content.get_tensor(f"{column}:sqnorms") for column in columns}
-            held = unit.ids if unit.ids is not None else np.arange(unit.start, unit.stop)
+            count = len(content.get_tensor("losses"))
+            held = unit.held_ids if unit.rows is None else np.arange(count)  # ids of rows that don't count are not asked for
+            if len(held) != count or any(len(norms) != count for norms in sqnorms.values()):
+                raise ValueError(f"{count} rows for {len(held)} examples")
             rows = Rows(held, content.get_tensor("losses"), content.get_tensor("digests"), sqnorms, forms)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CacheError(
             f"the cache file {unit.path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again"
         ) from error
-    if not len(held) == len(rows.losses) == len(rows.digests):
-        raise CacheError(f"the cache file {unit.path} is damaged: {len(rows.losses)} rows for {len(held)} examples", "delete it")
-    return rows if len(ids) == len(held) else rows.take(unit.position(ids))
+    taken = rows if len(ids) == len(held) else rows.take(unit.position(ids))
+    return dataclasses.replace(taken, ids=ids)
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -246,9 +271,9 @@ def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tenso
     store = store or value.dtype
     if store not in SCALED:
         return {name: value.to(store)}
-    rows = value.double().reshape(len(value), -1)
-    scale = rows.abs().amax(1) if rows.shape[1] else rows.new_ones(len(rows))
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    rows = value.double().reshape(len(value), math.prod(value.shape[1:]))
+    scale = rows.abs().amax(1) if rows.numel() else rows.new_ones(len(rows))
+    scale = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale)).float()
     return {name: (rows / scale[:, None]).to(store).reshape(value.shape), f"{name}.scale": scale}
 
 
@@ -288,16 +313,19 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode  # as the user's umask has it; safetensors writes files for their owner alone
         yield temporary
         temporary.chmod(mode)
-        for synced in (temporary, path.parent):
-            if synced == path.parent:
-                os.replace(temporary, path)
-            descriptor = os.open(synced, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

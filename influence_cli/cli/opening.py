@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -34,10 +33,10 @@ class Opened:
     folder: Path | None  # the cache's; None: --cache none
     talk: Talk
 
-    def ids(self, flag: str, spec: str | None, split: str, stdin: IO[str] | None = None) -> Ids:
-        return specs.ids(flag, spec, len(self.run.examples(split)), split, stdin or sys.stdin)
+    def ids(self, flag: str, spec: str | None, split: str) -> Ids:
+        return specs.ids(flag, spec, len(self.run.examples(split)), split, sys.stdin)
 
-    def weights(self, lr: float | None, lr_weights: str | None, selected: tuple[Checkpoint, ...] | None = None) -> tuple[Weight, ...]:
+    def weights(self, lr: float | None, lr_weights: str | None) -> tuple[Weight, ...]:
         """The learning-rate weights of the selected checkpoints. Weights of zero are named on stderr."""
         if lr is not None and lr_weights is not None:
             raise UsageProblem("--lr and --lr-weights both say how checkpoints weigh", "give one of them")
@@ -48,9 +47,7 @@ class Opened:
         trajectory = self.run.trajectory if needs_trajectory else None
         for note in trajectory.notes if trajectory else ():
             self.talk.note(note)
-        wanted = {checkpoint.step for checkpoint in selected or self.checkpoints}
-        every = self.run.checkpoints if choice == "segment" else selected or self.checkpoints
-        found = tuple(weight for weight in weigh(every, trajectory, choice, lr) if weight.step in wanted)
+        found = tuple(weigh(self.checkpoints, trajectory, choice, lr, self.run.checkpoints))
         zero = [str(weight.step) for weight in found if weight.is_zero]
         if zero:
             self.talk.note(f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for nothing in the scores")
@@ -97,7 +94,8 @@ def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = Tr
     checkpoints = at_steps(run.checkpoints, flags.steps)
     columns = select(run.columns, flags.layers)
     widest = max((column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize)
-    settings = Settings(precision or widest, store or precision or widest)
+    mixed = precision is None and len({column.dtype for column in run.columns.values()}) > 1
+    settings = Settings(precision or widest, store or precision or widest, mixed)
     folder = None if flags.cache == "none" else Path(flags.cache) if flags.cache else run.folder / ".influence"
     opened = open_store(folder) if folder is not None and (create or folder.exists()) else None
     gradients = Gradients(run, settings, opened, device, batch_size, precision, talk)

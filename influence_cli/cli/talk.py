@@ -1,5 +1,6 @@
 """What goes to stderr: notes, and progress as a bar in a terminal or a plain line now and then in a log."""
 
+import datetime
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ class StderrTalk(Talk):
             now = time.monotonic()
             if now - last >= EVERY:
                 last, rate = now, done / (now - started)
-                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+                left = datetime.timedelta(seconds=round((total - done) / rate))
                 print(f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left, {where}".rstrip(", "), file=sys.stderr, flush=True)
 
         return advance

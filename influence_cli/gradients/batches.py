@@ -1,6 +1,5 @@
 """What a collate function may return: a tensor, tuple, list, dict or any mapping, nested as it likes."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,10 +12,11 @@ def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         return apply(batch)
     if isinstance(batch, Mapping):
-        result: Any = copy.copy(batch)
-        for key in batch:
-            result[key] = map_tensors(apply, batch[key])
-        return result
+        mapped = {key: map_tensors(apply, value) for key, value in batch.items()}
+        try:  # a mapping of another type (OrderedDict, a tokenizer's BatchEncoding) keeps it where it can be built from a dict
+            return type(batch)(mapped)  # type: ignore[call-arg]
+        except TypeError:
+            return mapped
     if isinstance(batch, tuple):
         parts = [map_tensors(apply, part) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
@@ -40,5 +40,15 @@ def to(batch: Any, device: torch.device, precision: torch.dtype | None) -> Any:
 def leaves(batch: Any) -> list[torch.Tensor]:
     """Every tensor of the batch, in the order in which `map_tensors` meets them."""
     found: list[torch.Tensor] = []
-    map_tensors(found.append, batch)
+
+    def collect(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(collect, batch)
     return found
+
+
+def without_tensors(batch: Any) -> Any:
+    """What of the batch is not a tensor, in place: equal for two batches whose other content is the same for all examples."""
+    return map_tensors(lambda tensor: None, batch)

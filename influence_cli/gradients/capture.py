@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from influence_cli.errors import GradientError
-from influence_cli.gradients.batches import leaves, map_tensors
+from influence_cli.errors import GradientError, is_out_of_memory, listed
+from influence_cli.gradients.batches import leaves, map_tensors, without_tensors
 from influence_cli.gradients.forms import Form, smallest, squares
 
 Quantity = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> (B,), smaller is better
@@ -33,7 +33,7 @@ class Capture:
     """Captures gradients of `quantity` with respect to the parameters `names` of a model in eval mode.
 
     `name` is what errors call the quantity; `note` hears what the user should know. The way (all at once, or one by one) is settled
-    by `probe` before any work, so that it never depends on where a run was interrupted.
+    by `probe` before any work, on fixed examples.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class Capture:
         Raises GradientError: scalar loss, wrong length, not differentiable.
         """
         size = len(singles)
-        with quiet(), torch.enable_grad():
+        with self._ready(), torch.enable_grad():
             together = self._checked(self.quantity(self.model, batch), size).detach()
         alone = [self._single(single) for single in singles]
+        self._check_repeats(singles, alone)
         apart = torch.cat([loss for loss, _ in alone])
         if not close(together, apart):
             worst = int((together - apart).abs().argmax())
@@ -73,11 +74,37 @@ class Capture:
             if why:
                 self._note(f"gradients are taken one example at a time, right but slow: torch.func can't batch this model ({why})")
 
+    def _check_repeats(self, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        """Raise GradientError where the same example gives another gradient the second time, or the model has left eval mode."""
+        training = [name or "the model" for name, module in self.model.named_modules() if module.training]
+        if training:
+            raise GradientError(
+                f"{self.name} switched {listed(training)} to train mode",
+                "expected: the model stays in eval mode, where an example has a gradient of its own",
+                "take .train() out of it; dropout and batch statistics have no place here",
+            )
+        for i, single in enumerate(singles):
+            loss, grads = self._single(single)
+            if not all(bool(torch.isfinite(value).all()) for value in (loss, *grads.values())):
+                continue  # said with its checkpoint when it is captured
+            if not close(loss, alone[i][0]) or not all(agree(grads[name], alone[i][1][name]) for name in self.names):
+                raise GradientError(
+                    f"{self.name} of example {i} is random: {float(alone[i][0][0]):.6g}, and {float(loss[0]):.6g} when taken again",
+                    "expected: the same loss and gradient each time",
+                    "look for functional dropout (F.dropout needs training=self.training), noise or sampling",
+                )
+
     def _why_not_at_once(self, batch: Any, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> str:
         """Try the batched way against the single one; empty where they agree."""
         size, first = len(singles), leaves(singles[0])
         if len(leaves(batch)) != len(first):
             return "a batch of one has another structure"
+        try:
+            alike = all(bool(without_tensors(batch) == without_tensors(single)) for single in singles)
+        except Exception:  # things that can't be compared
+            alike = False
+        if not alike:
+            return "batches hold more than tensors, and it differs between examples"
         self._batched = [is_batched(tensor, size) and is_batched(one, 1) for tensor, one in zip(leaves(batch), first, strict=True)]
         try:
             losses, grads = self._at_once(batch)
@@ -95,9 +122,9 @@ class Capture:
         if at_once:
             try:
                 losses, grads = self._at_once(batch)
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
             except Exception as error:  # a batch unlike the first: another length, another branch
+                if is_out_of_memory(error):
+                    raise
                 at_once = False
                 if not self._noted:
                     self._note(f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})")
@@ -125,7 +152,7 @@ class Capture:
             alone = map_tensors(lambda tensor: next(examples).unsqueeze(0) if next(batched) else tensor, batch)
             return self._checked(functional_call(wrapper, theta, (alone,)), 1, traced=True).sum()
 
-        with quiet():
+        with self._ready():
             grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, *[0] * len(mapped)))(theta, *mapped)
         return losses.detach(), {name: grads[f"model.{name}"].detach() for name in self.names}
 
@@ -133,11 +160,24 @@ class Capture:
         """Plain autograd on a batch of one; a parameter that the loss does not reach has gradient zero."""
         parameters = dict(self.model.named_parameters())
         theta = [parameters[name] for name in self.names]
-        with quiet(), torch.enable_grad():
+        with self._ready(), torch.enable_grad():
             losses = self._checked(self.quantity(self.model, single), 1)
             grads = torch.autograd.grad(losses.sum(), theta, allow_unused=True)
         dense = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for p, g in zip(theta, grads, strict=True)]
         return losses.detach(), {name: value.detach() for name, value in zip(self.names, dense, strict=True)}
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Quiet, and no autograd tape for the parameters that are not asked for."""
+        others = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in self.names]
+        try:
+            for parameter in others:
+                parameter.requires_grad_(False)
+            with quiet():
+                yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def _checked(self, losses: Any, size: int, traced: bool = False) -> Tensor:
         """`losses` if it is one differentiable number per example, else a GradientError. `traced`: inside torch.func."""
@@ -178,16 +218,22 @@ def is_batched(tensor: Tensor, size: int) -> bool:
     return tensor.ndim > 0 and len(tensor) == size
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """How far two ways to compute one number may be apart, relative: the square root of the precision, or 8 units of half precisions."""
+    eps = torch.finfo(dtype).eps
+    return eps**0.5 if eps < 1e-6 else 8 * eps
+
+
 def close(found: Tensor, expected: Tensor) -> bool:
-    """Equal within the rounding between two ways to compute one number: about the square root of the precision."""
-    eps = torch.finfo(expected.dtype).eps ** 0.5
+    """Equal within the rounding between two ways to compute one number."""
+    eps = rounding(expected.dtype)
     return torch.allclose(found, expected, rtol=eps, atol=eps)
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
     """The same within rounding, relative to the largest gradient of the batch."""
     scale = expected.abs().max() if expected.numel() else expected.new_ones(())
-    return bool(((found - expected).abs() <= torch.finfo(expected.dtype).eps ** 0.5 * scale).all())
+    return bool(((found - expected).abs() <= rounding(expected.dtype) * scale).all())
 
 
 @contextmanager

@@ -48,6 +48,10 @@ class Form(ABC):
     def sqnorm(self) -> Tensor:
         """Squared norm of each example's gradient: (N,), float64 wherever the device has it."""
 
+    def total(self) -> Tensor:
+        """The sum over the examples: (1, D) float64."""
+        return self.dense().values.sum(0, keepdim=True, dtype=torch.float64)
+
     @property
     def nbytes(self) -> int:
         return sum(value.numel() * value.element_size() for value in self.tensors().values())
@@ -124,7 +128,7 @@ class Factors(Form):
 
 @dataclass(frozen=True)
 class Rows(Form):
-    """Few rows of a V x d matrix: example n has the rows `ids[offsets[n]:offsets[n+1]]`, each id once."""
+    """Few rows of a V x d matrix: example n has the rows `ids[offsets[n]:offsets[n+1]]`, rising."""
 
     kind = "rows"
     ids: Tensor  # (T,) int64
@@ -159,9 +163,22 @@ class Rows(Form):
         out = self.values.new_zeros(len(self), len(queries))
         example = self.example
         for q in range(len(queries)):
-            one = queries.take(torch.tensor([q], device=self.ids.device)).dense().values.view(self.shape[0], -1)  # (V, d)
-            out[:, q].index_add_(0, example, (self.values * one[self.ids]).sum(1))
+            one = queries.take(torch.tensor([q], device=self.ids.device))
+            if isinstance(one, Rows) and len(one.ids):
+                place = torch.searchsorted(one.ids, self.ids).clamp(max=len(one.ids) - 1)  # ids of an example rise
+                at = (one.ids[place] == self.ids).nonzero().flatten()
+                products = (self.values[at] * one.values[place[at]]).sum(1)
+            elif isinstance(one, Rows):
+                continue
+            else:
+                at = torch.arange(len(self.ids), device=self.ids.device)
+                products = (self.values * one.dense().values.view(self.shape[0], -1)[self.ids]).sum(1)
+            out[:, q].index_add_(0, example[at], products)
         return out
+
+    def total(self) -> Tensor:
+        rows = torch.zeros(self.shape[0], self.values.shape[1], dtype=torch.float64, device=self.ids.device)
+        return rows.index_add_(0, self.ids, self.values.double()).view(1, -1)
 
     def sqnorm(self) -> Tensor:
         return squares(self.values).new_zeros(len(self)).index_add_(0, self.example, squares(self.values))

@@ -75,7 +75,7 @@ def block_scores(
 def product(rows: Form, queries: Form, device: torch.device) -> np.ndarray:
     """(N, Q) inner products, in the wider of the two precisions; float64 from there on."""
     wide = torch.float64 if torch.float64 in (dtype_of(rows), dtype_of(queries)) else torch.float32
-    return rows.to(device, wide).dot(queries.to(device, wide)).double().cpu().numpy()
+    return rows.to(device, wide).dot(queries.to(device, wide)).cpu().double().numpy()
 
 
 def dtype_of(form: Form) -> torch.dtype:
@@ -100,7 +100,7 @@ def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpo
     kept: dict[str, torch.dtype] = {}
     for rows in gradients.read("query", checkpoint, list(question.columns), ids):
         for name, form in rows.forms.items():
-            part, kept[name] = form.dense().values.sum(0, keepdim=True, dtype=torch.float64), dtype_of(form)
+            part, kept[name] = form.total(), dtype_of(form)
             sums[name] = sums[name] + part if name in sums else part
     forms: dict[str, Form] = {name: Dense(question.columns[name].shape, (value / len(ids)).to(kept[name])) for name, value in sums.items()}
     one = torch.zeros(1, dtype=torch.float64)
@@ -108,10 +108,12 @@ def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpo
 
 
 def query_passes(gradients: Gradients, question: Question) -> list[Ids]:
-    """The queries, cut so that the gradients of each part fit into QUERY_BYTES over all checkpoints; one part with --sum-queries."""
+    """The queries, cut so that the gradients of each cut fit into QUERY_BYTES over all checkpoints, and its scores of the smallest block
+    into 8 TOTAL_BYTES; uncut with --sum-queries."""
     numbers = sum(column.numel for column in question.columns.values())
     bytes_each = numbers * max(4, gradients.settings.store.itemsize) * len(question.checkpoints)
-    most = len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // bytes_each)
+    fit = min(QUERY_BYTES // bytes_each, 8 * TOTAL_BYTES // (4096 * 8 * (1 + len(question.parts))))
+    most = len(question.queries) if question.sum_queries else max(1, fit)
     return [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from influence_cli.errors import OutputError
 
 RUN_BYTES = 64 << 20  # scores sorted in memory at once, where all are ranked
-READ_ROWS = 8192  # rows of a sorted run read at once while runs are merged
+READ_ROWS = 1 << 17  # rows of all sorted runs read at once while they are merged
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,12 @@ class FullRanking(Ranking):
         self._pending, self._waiting = [], 0
 
     def _run(self, run: int, query: int) -> Iterator[tuple[int, float, int, tuple[float, ...]]]:
-        size = self._sizes[run]
-        with (Path(self._folder.name) / f"{run}").open("rb") as file:
-            for first in range(0, size, READ_ROWS):
-                file.seek((query * size + first) * self._row.itemsize)
-                rows = np.fromfile(file, self._row, min(READ_ROWS, size - first))
-                parts = map(tuple, rows["parts"].tolist()) if self.parts else [()] * len(rows)
-                yield from zip(rows["kind"].tolist(), rows["key"].tolist(), rows["id"].tolist(), parts, strict=True)
+        size, step = self._sizes[run], max(64, READ_ROWS // self._runs)
+        for first in range(0, size, step):  # opened anew each time: there may be more runs than a process may have open files
+            offset = (query * size + first) * self._row.itemsize
+            rows = np.fromfile(Path(self._folder.name) / f"{run}", self._row, min(step, size - first), offset=offset)
+            parts = map(tuple, rows["parts"].tolist()) if self.parts else [()] * len(rows)
+            yield from zip(rows["kind"].tolist(), rows["key"].tolist(), rows["id"].tolist(), parts, strict=True)
 
     def entries(self, query: int) -> Iterator[Entry]:
         self._spill()

@@ -37,7 +37,7 @@ class Definition:
         """The user's function; an exception in it becomes a DefinitionError that names its line."""
         try:
             return self.raw(name)(*args)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failure(self, name, error) from error
 
 
@@ -84,7 +84,7 @@ def source_digest(path: Path, imported: set[str]) -> str:
     installed = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.prefix, sys.base_prefix}
     installed |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
     roots, beside = tuple(root + os.sep for root in installed), str(path.parent) + os.sep
-    sources = {path}
+    sources = {path, *path.parent.glob("*.py")}  # those beside it may be imported later, inside a function
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         own = (file.startswith(beside) and "site-packages" not in file) or (name in imported and not file.startswith(roots))
@@ -96,7 +96,7 @@ def source_digest(path: Path, imported: set[str]) -> str:
     return digest.hexdigest()
 
 
-def failure(definition: Definition, name: str, error: Exception) -> DefinitionError:
+def failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:
     """What a user function's exception becomes: type, text, and the last line of the user's own code."""
     return DefinitionError(
         f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}", *frames(error, definition.path.parent)

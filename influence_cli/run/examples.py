@@ -44,7 +44,7 @@ class Examples:
         """Example `index` as the dataset gives it. Raises DataError naming the example."""
         try:
             return self._dataset[int(index)]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             why = failure(self._definition, self.source.removesuffix("()"), error)
             raise DataError(
                 f"{self.source} raised {type(error).__name__} at example {index}: {error}",
@@ -109,6 +109,7 @@ def digest(item: Any) -> int:
 def _bytes(part: Any) -> tuple[str, Any]:
     """What an example's part is, and its content as a buffer."""
     if isinstance(part, torch.Tensor):
+        part = part.to_dense() if part.layout != torch.strided else part
         flat = part.detach().cpu().contiguous().reshape(-1)
         return f"{part.dtype}{tuple(part.shape)}", flat.view(torch.uint8).numpy() if flat.numel() else b""
     if isinstance(part, np.ndarray | np.generic) and part.dtype != object:

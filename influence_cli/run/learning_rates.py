@@ -1,6 +1,7 @@
 """Which step size weighs a checkpoint in TracIn: a line of the trajectory, a sum of lines, the file's own, or the user's."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,13 @@ class Weight:
 
 
 def weigh(
-    checkpoints: Sequence[Checkpoint], trajectory: Trajectory | None, choice: str = "point", override: float | None = None
+    checkpoints: Sequence[Checkpoint],
+    trajectory: Trajectory | None,
+    choice: str = "point",
+    override: float | None = None,
+    every: Sequence[Checkpoint] | None = None,
 ) -> list[Weight]:
-    """One weight per checkpoint of the run, in order. Segments reach back to the previous checkpoint of the whole folder.
+    """One weight per checkpoint, in order. Segments reach back to the previous checkpoint of `every` one of the run.
 
     Raises NoLearningRate naming the flag where a weight is found nowhere.
     """
@@ -56,7 +61,11 @@ def weigh(
     if choice == "none":
         return [Weight(checkpoint.step, (1.0,), "--lr-weights none") for checkpoint in checkpoints]
     if trajectory is not None:
-        return [_of_trajectory(trajectory, checkpoints, index, choice) for index in range(len(checkpoints))]
+        steps = [checkpoint.step for checkpoint in every or checkpoints]
+        return [
+            _of_trajectory(trajectory, checkpoint, max([0, *(s for s in steps if s < checkpoint.step)]), choice)
+            for checkpoint in checkpoints
+        ]
     if choice == "segment":
         raise UsageProblem("--lr-weights segment needs a trajectory.jsonl", "--trajectory FILE names one; --lr-weights point does without")
     weights, missing = [], []
@@ -73,20 +82,19 @@ def weigh(
     return weights
 
 
-def _of_trajectory(trajectory: Trajectory, checkpoints: Sequence[Checkpoint], index: int, choice: str) -> Weight:
-    step, last = checkpoints[index].step, trajectory.steps
+def _of_trajectory(trajectory: Trajectory, checkpoint: Checkpoint, previous: int, choice: str) -> Weight:
+    step, last = checkpoint.step, trajectory.steps
     names = {name: group for group, members in enumerate(trajectory.groups) for name in members}
     if step > last:
         raise TrajectoryError(
-            f"{trajectory.path.name} ends before {checkpoints[index].name}",
+            f"{trajectory.path.name} ends before {checkpoint.name}",
             f"it has the steps 0 to {last - 1:,}; a checkpoint of step {last:,} is the last it can explain",
             "the trajectory is of another run, or lines are missing at its end; --lr X weighs without it",
         )
     if choice == "segment":
-        start = checkpoints[index - 1].step if index else 0
-        lines = [_rates(trajectory, line) for line in range(start, step)]
+        lines = [_rates(trajectory, line) for line in range(previous, step)]
         rates = tuple(map(sum, zip(*lines, strict=True))) if lines else (0.0,)
-        return Weight(step, rates, f"lines {start} to {step - 1}" if lines else "no line before it", names)
+        return Weight(step, rates, f"lines {previous} to {step - 1}" if lines else "no line before it", names)
     line = step if step < last else last - 1
     return Weight(step, _rates(trajectory, line), f"line {line}", names)
 
@@ -100,8 +108,12 @@ def _rates(trajectory: Trajectory, line: int) -> tuple[float, ...]:
 
 def _own(checkpoint: Checkpoint) -> Weight | None:
     if checkpoint.learning_rate is not None:
-        return Weight(checkpoint.step, (checkpoint.learning_rate,), "metadata")
-    return _of_trainer(checkpoint, checkpoint.state) if checkpoint.state else None
+        found: Weight | None = Weight(checkpoint.step, (checkpoint.learning_rate,), "metadata")
+    else:
+        found = _of_trainer(checkpoint, checkpoint.state) if checkpoint.state else None
+    if found and not 0 <= found.rates[0] < math.inf:
+        raise CheckpointError(f"{checkpoint.name} has the learning rate {found} ({found.source})", "expected: 0 or more; --lr X overrides")
+    return found
 
 
 def _of_trainer(checkpoint: Checkpoint, state: Path) -> Weight | None:

@@ -92,8 +92,8 @@ def _line(path: Path, number: int, line: bytes, n_train: int | None, groups: int
     if not _is_index(step):
         raise bad(f"step is {step!r}", "expected: a whole number from 0")
     rates = rate if isinstance(rate, list) else [rate]
-    if not rates or not all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in rates):
-        raise bad(f"lr is {rate!r}", "expected: a finite number, or a list with one per parameter group")
+    if not rates or not all(isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf for value in rates):
+        raise bad(f"lr is {rate!r}", "expected: a finite number from 0, or a list with one per parameter group")
     if isinstance(rate, list) and len(rate) != groups:
         raise bad(f"lr has {len(rate)} numbers, the header's `groups` {groups}", "expected: as many, in the same order")
     if not isinstance(examples, list) or not all(_is_index(value) for value in examples):

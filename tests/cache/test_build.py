@@ -86,7 +86,7 @@ def test_new_layers_and_examples_compute_only_what_is_missing(make_run, influenc
     assert "train: 20 gradients computed, 20 were there" in result.err
     captured.clear()
     influence("cache", run, "--queries", "0")
-    columns = {path.parent.name for path in (run / ".influence").rglob("*-*.safetensors")}
+    columns = {path.parent.name for path in (run / ".influence").glob("*/*/train/*/*.safetensors")}
     assert sum(captured) == 2 * 21
     assert len(columns) == 2, "the head is not captured again"
     pieced, fresh = influence("score", run).rows, influence("score", make_run("fresh")).rows
@@ -217,8 +217,77 @@ def test_a_changed_loss_is_refused_by_layer_and_example(make_run, influence):
     result = influence("score", run)
     assert result.code == 1
     assert result.out == ""
+    assert "losses taken again differ" in result.err
+    assert "first at example 0 of train_data(), checkpoints/step-000010.safetensors" in result.err
+
+
+def test_a_changed_model_is_refused_by_layer_and_example(make_run, influence):
+    """The loss is the same at the saved weights, the gradient is not."""
+    run = make_run()
+    influence("cache", run)
+    (run / "definition.py").write_text(DEFINITION.replace("model(batch[0])", "(2 * model(batch[0]) - model(batch[0]).detach())"))
+    result = influence("score", run)
+    assert result.code == 1
     assert "gradients taken again differ" in result.err
-    assert "first at 0.weight, example 0 of query_data()" in result.err
+    assert "first at 0.weight, example 0 of train_data()" in result.err
+
+
+@pytest.mark.parametrize("extra", ["\ndef measure(model, batch):\n    return model(batch[0])[:, 0]\n", "seed"])
+def test_other_queries_or_another_measure_touch_no_training_gradient(extra, make_run, influence, captured):
+    run = make_run()
+    influence("score", run)
+    edited = DEFINITION.replace("examples(1, 6)", "examples(7, 6)") if extra == "seed" else DEFINITION + extra
+    (run / "definition.py").write_text(edited)
+    captured.clear()
+    result = influence("score", run)
+    assert result.code == 0, result.err
+    assert sum(captured) == 2 * 8 + 2 * 6, "8 training examples a checkpoint are compared, the queries are taken anew"
+    assert result.out == influence("score", make_run("fresh", edited)).out
+    captured.clear()
+    (run / "definition.py").write_text(DEFINITION)
+    assert influence("score", run).code == 0
+    assert captured == [], "what was there for the first text still is"
+
+
+def test_queries_that_change_under_the_same_definition_are_taken_anew(make_run, influence):
+    text = DEFINITION.replace("examples(1, 6)", "examples(int(open(__file__ + '.seed').read()), 6)")
+    model = lambda: torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))  # noqa: E731
+    run = make_run(definition=text, model=model)
+    tables = []
+    for seed in "151":
+        (run / "definition.py.seed").write_text(seed)
+        tables.append(influence("score", run).out)
+    assert tables[0] == tables[2] != tables[1]
+    fresh = make_run("fresh", text, model=model)
+    (fresh / "definition.py.seed").write_text("5")
+    assert tables[1] == influence("score", fresh).out
+
+
+def test_a_corrected_label_is_noticed_whatever_was_cached_before(make_run, influence):
+    """Norms and gradients in overlapping units, and checkpoints cached under different texts of the definition."""
+    first = DEFINITION.replace("examples(0, 20)", "examples(0, 3000)")
+    fixed = first.replace(
+        "return examples(0, 3000)", "data = examples(0, 3000)\n    data.tensors[1][501] = (data.tensors[1][501] + 1) % 3\n    return data"
+    )
+    run = make_run(definition=first)
+    influence("self", run, "--steps", "10", "--layers", "2.bias")
+    influence("cache", run, "--steps", "20", "--layers", "2.bias")
+    (run / "definition.py").write_text(fixed)
+    for steps in ("10", "20", "10:"):
+        result = influence("score", run, "--steps", steps, "--layers", "2.bias", "--queries", "0")
+        assert result.code == 1, steps
+        assert "example 501 of train_data()" in result.err
+    influence("score", run, "--steps", "10", "--layers", "2.bias", "--cache", run / "other")
+    assert influence("score", run, "--steps", "10:", "--layers", "2.bias", "--cache", run / "other").code == 0
+
+
+def test_a_helper_imported_inside_the_loss_belongs_to_the_definition(make_run, influence):
+    run = make_run(definition=DEFINITION.replace("    return F.cross", "    from mylib_of_a_test import scale\n    return scale * F.cross"))
+    (run / "mylib_of_a_test.py").write_text("scale = 1.0\n")
+    assert influence("score", run).code == 0
+    (run / "mylib_of_a_test.py").write_text("scale = -5.0\n")
+    sys.modules.pop("mylib_of_a_test")
+    assert influence("score", run).code == 1
 
 
 def test_changed_data_is_refused_even_when_the_definition_is_the_same(make_run, influence):

@@ -31,7 +31,7 @@ def same(found: Rows, expected: Rows) -> None:
 
 def test_a_unit_round_trips_bit_for_bit(tmp_path):
     store = Store(tmp_path / "c")
-    unit = store.unit_for(store.folder / "x", ["a", "b"], "values", 0, 8, np.arange(8))
+    unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, 8, np.arange(8))
     store.write(unit, rows(range(8)), torch.float32)
     held = store.held(store.folder / "x")
     same(held.read(["a", "b"], "values", np.arange(8)), rows(range(8)))
@@ -48,7 +48,7 @@ def test_every_form_is_kept_in_its_own_form(tmp_path):
         "rows": rows(range(4)).forms["b"],
     }
     norms = {name: form.sqnorm() for name, form in forms.items()}
-    unit = store.unit_for(store.folder / "x", list(forms), "values", 0, 4, np.arange(4))
+    unit = store.unit_for(store.folder / "x", list(forms), "values", "digest", 0, 4, np.arange(4))
     store.write(unit, Rows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms), None)
     again = store.held(store.folder / "x").read(list(forms), "values", np.arange(4)).forms
     for name, form in forms.items():
@@ -67,7 +67,7 @@ def test_units_that_overlap_are_read_as_one(tmp_path):
         (["b"], 8, 16, range(8, 16)),
     ]:
         ids = np.asarray(ids)
-        store.write(store.unit_for(place, columns, "values", start, stop, ids), rows(ids), torch.float32)
+        store.write(store.unit_for(place, columns, "values", "digest", start, stop, ids), rows(ids), torch.float32)
     held = store.held(place)
     for ids in (np.arange(16), np.array([0, 1, 5, 6, 9]), np.array([15])):
         same(held.read(["a", "b"], "values", ids), rows(ids))
@@ -76,7 +76,7 @@ def test_units_that_overlap_are_read_as_one(tmp_path):
 
 def test_norms_are_found_in_every_unit_and_values_only_where_they_are(tmp_path):
     store = Store(tmp_path / "c")
-    unit = store.unit_for(store.folder / "x", ["a"], "norms", 0, 4, np.arange(4))
+    unit = store.unit_for(store.folder / "x", ["a"], "norms", "digest", 0, 4, np.arange(4))
     store.write(unit, rows(range(4)), torch.float32)
     held = store.held(store.folder / "x")
     assert (held.where("a", "norms", np.arange(4)) >= 0).all()
@@ -87,7 +87,7 @@ def test_the_same_unit_has_the_same_name_and_bytes(tmp_path):
     contents = []
     for name in ("one", "two"):
         store = Store(tmp_path / name)
-        unit = store.unit_for(store.folder / "x", ["a", "b"], "values", 0, 8, np.array([1, 2, 5]))
+        unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, 8, np.array([1, 2, 5]))
         store.write(unit, rows([1, 2, 5]), torch.float16)
         contents.append((unit.path.relative_to(store.folder), unit.path.read_bytes()))
     assert contents[0] == contents[1]
@@ -117,6 +117,30 @@ def test_only_stale_temporary_files_are_swept(tmp_path):
     os.utime(tmp_path / ".tmp-elsewhere-2-x", (1, 1))
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f".tmp-{here}-{os.getpid()}-x", ".tmp-elsewhere-1-x"])
+
+
+def test_gradients_that_share_one_storage_are_written(tmp_path):
+    """Two broadcast parameters have the same gradient tensor."""
+    store, one = Store(tmp_path / "c"), torch.randn(4, 3)
+    forms = {name: Dense((3,), one) for name in "pq"}
+    unit = store.unit_for(store.folder / "x", ["p", "q"], "values", "digest", 0, 4, np.arange(4))
+    norms = {name: form.sqnorm() for name, form in forms.items()}
+    store.write(unit, Rows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms), torch.float32)
+    again = store.held(store.folder / "x").read(["p", "q"], "values", np.arange(4))
+    assert torch.equal(again.forms["q"].dense().values, one)
+
+
+def test_a_row_below_any_scale_becomes_zero_not_nan():
+    stored = pack("x", torch.full((2, 3), 2e-50, dtype=torch.float64), torch.float16)
+    assert (unpack(stored["x"], stored["x.scale"]) == 0).all()
+    assert pack("x", torch.empty(0, 4), torch.float16)["x"].shape == (0, 4)
+
+
+def test_a_cache_begun_by_another_process_is_joined(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / ".gitignore").write_text("*")
+    (tmp_path / "c" / ".tmp-host-1-cache.json").touch()
+    assert Store(tmp_path / "c").folder.is_dir()
 
 
 def test_an_empty_cache_holds_nothing():

@@ -19,8 +19,8 @@ def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
             advance(10, "checkpoint 1 of 2")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "gradients of train examples: 20 of 100, 0.3/s, 00:04:00 left, checkpoint 1 of 2",
-        "gradients of train examples: 40 of 100, 0.4/s, 00:02:30 left, checkpoint 1 of 2",
+        "gradients of train examples: 20 of 100, 0.3/s, 0:04:00 left, checkpoint 1 of 2",
+        "gradients of train examples: 40 of 100, 0.4/s, 0:02:30 left, checkpoint 1 of 2",
     ]
 
 

@@ -94,7 +94,7 @@ def test_a_batch_unlike_the_first_is_taken_one_by_one_and_said():
 
 def test_examples_that_influence_each_other_are_named():
     notes = []
-    model = nn.Linear(3, 2).double()
+    model = nn.Linear(3, 2).double().eval()
 
     def contrast(model, batch):
         out = model(batch)
@@ -118,7 +118,49 @@ def test_examples_that_influence_each_other_are_named():
 def test_a_wrong_loss_is_refused(loss, says):
     x = torch.randn(2, 3)
     with pytest.raises(GradientError, match=says):
-        Capture(nn.Linear(3, 2), loss, ["weight"]).probe(x, [x[:1], x[1:]])
+        Capture(nn.Linear(3, 2).eval(), loss, ["weight"]).probe(x, [x[:1], x[1:]])
+
+
+def test_text_in_a_batch_stays_with_its_example():
+    """The first two examples are of one source, so that only a rule, not the probe, can know that others differ."""
+    x = torch.randn(6, 3, dtype=torch.float64)
+    sources = ["a", "a", "a", "b", "b", "b"]
+
+    def loss(model, batch):
+        return model(batch[0]).sum(1) * torch.tensor([1.0 if source == "a" else 0.1 for source in batch[1]], dtype=torch.float64)
+
+    model, notes = nn.Linear(3, 2).double().eval(), []
+    singles = [(x[i : i + 1], sources[i : i + 1]) for i in range(6)]
+    capture = Capture(model, loss, ["weight"], note=notes.append)
+    capture.probe((x[:2], sources[:2]), singles[:2])
+    result = capture((x, sources), lambda i: singles[i], 6)
+    expected = reference.gradients(model, loss, singles)["weight"]
+    torch.testing.assert_close(result.forms["weight"].dense().values, expected.flatten(1), rtol=1e-12, atol=1e-12)
+    assert "more than tensors" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda model, batch: torch.nn.functional.dropout(model(batch), 0.5).square().sum(1), "loss.. of example 0 is random"),
+        (lambda model, batch: model.train()(batch).sum(1), "switched the model to train mode"),
+    ],
+)
+def test_a_loss_without_one_value_per_example_is_refused(loss, says):
+    torch.manual_seed(0)
+    x = torch.randn(2, 30)
+    with pytest.raises(GradientError, match=says):
+        Capture(nn.Linear(30, 20).eval(), loss, ["weight"]).probe(x, [x[:1], x[1:]])
+
+
+def test_parameters_that_are_not_asked_for_keep_their_requires_grad():
+    x = torch.randn(4, 3)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).eval()
+    model[0].bias.requires_grad_(False)
+    capture = Capture(model, squared, ["1.weight"])
+    capture.probe(x[:2], [x[:1], x[1:2]])
+    capture(x, lambda i: x[i : i + 1], 4)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
 
 
 def test_fused_attention_is_restored_afterwards():

@@ -1,0 +1,83 @@
+"""Does the cache still hold? Items and gradients that are there are compared with the run as it is now."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from influence_cli.cache.fingerprint import compare, compare_data
+from influence_cli.cache.store import Held, Rows, Store, Unit, read_json, write_json, writing
+from influence_cli.errors import CacheError, listed
+from influence_cli.run import Checkpoint, Run
+from influence_cli.run.examples import digest
+from influence_cli.talk import Talk
+
+GRADIENTS = 8  # examples taken again, per checkpoint and older definition
+ITEMS = 1024  # items read again, per split, while the definition is the same
+Capture = Callable[[str, Checkpoint, Sequence[str], np.ndarray], Rows]
+
+
+def current_digests(run: Run, split: str, ids: np.ndarray) -> torch.Tensor:
+    """Digests of these items as the dataset gives them now, read one at a time."""
+    examples = run.examples(split)
+    return torch.tensor([digest(examples.item(index)) for index in ids], dtype=torch.int64)
+
+
+def verify(run: Run, split: str, checkpoint: Checkpoint, place: Path, held: Held, store: Store, rounding: float, capture: Capture) -> bool:
+    """Compare gradients that were cached under other texts of the definition, once for each; True where that was done.
+
+    What was found is kept in agrees.json. Raises CacheError, naming layer and example, where they differ.
+    """
+    now = run.definition.digest
+    known = read_json(place / "agrees.json") if (place / "agrees.json").is_file() else {}
+    agreed = set(known.get(now, []))
+    older = sorted({unit.definition for unit in held.units} - agreed - {now})
+    for definition in older:
+        for unit, ids in sampled([unit for unit in held.units if unit.definition == definition], GRADIENTS, len(run.examples(split))):
+            gone = [column for column in unit.columns if column not in run.columns]
+            if gone:
+                raise CacheError(
+                    f"the cache {store.folder} belongs to another run: the model has no trained parameter {listed(gone)}",
+                    "--cache DIR starts another cache; deleting the old one starts afresh",
+                )
+            stored = Held([unit]).read(unit.columns, unit.level, ids)
+            compare(stored, capture(split, checkpoint, unit.columns, ids), rounding, checkpoint.name, split, store.folder)
+    if older:
+        with writing(store.folder):
+            write_json(place / "agrees.json", {now: sorted(agreed | set(older))})
+    return bool(older)
+
+
+def verify_items(run: Run, split: str, everything: Sequence[Held], store: Store, talk: Talk) -> None:
+    """Compare the items behind cached training rows with the dataset: all of them where some were cached under another definition, else
+    ITEMS of them, evenly spread. Each item is read once, over all checkpoints. Raises CacheError naming the first that differs.
+    """
+    units = [unit for held in everything for unit in held.units]
+    if not units:
+        return
+    length = len(run.examples(split))
+    changed = any(unit.definition != run.definition.digest for unit in units)
+    stop = min(length, max(unit.stop for unit in units))
+    chosen = np.arange(stop) if changed or stop <= ITEMS else np.unique(np.linspace(0, stop - 1, ITEMS).astype(int))
+    with talk.progress(f"comparing {split} examples", len(chosen)) as advance:
+        for first in range(0, len(chosen), ITEMS):
+            ids = chosen[first : first + ITEMS]
+            now: torch.Tensor | None = None
+            for unit in units:
+                at = unit.position(ids)
+                if (at >= 0).any():
+                    now = current_digests(run, split, ids) if now is None else now
+                    here = ids[at >= 0]
+                    compare_data(Held([unit]).read(unit.columns[:1], "norms", here), now[torch.from_numpy(at >= 0)], split, store.folder)
+            advance(len(ids))
+
+
+def sampled(units: Sequence[Unit], most: int, length: int) -> Iterator[tuple[Unit, np.ndarray]]:
+    """About `most` examples below `length`, spread evenly over the units and within them."""
+    chosen = [units[i] for i in np.unique(np.linspace(0, len(units) - 1, min(most, len(units))).astype(int))]
+    for unit in chosen:
+        ids = unit.held_ids[unit.held_ids < length]
+        if len(ids):
+            yield unit, ids[np.unique(np.linspace(0, len(ids) - 1, min(math.ceil(most / len(chosen)), len(ids))).astype(int))]
