@@ -11,7 +11,7 @@ CORE = pyproject.toml constraints.txt
 .PHONY: demo test check lint types tests clean mislabelled sample-runs
 
 demo: $(VENV)/core
-	$(VENV)/bin/influence score $(RUN) --queries 7,10 --top 3 --format table
+	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
 
 test check: lint types tests
 

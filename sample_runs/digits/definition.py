@@ -44,4 +44,4 @@ def label(example):
 
 
 def describe(example):
-    return "" if example[1] == example[2] else f"flipped: really a {int(example[2])}"
+    return "" if example[1] == example[2] else f"really a {int(example[2])}"

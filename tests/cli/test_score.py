@@ -18,22 +18,22 @@ DIGITS = ROOT / "sample_runs" / "digits"
 GOLDEN = """\
 query,kind,rank,train,score,query_label,train_label,query_text,train_text
 57,proponent,1,387,139.282,1,1,,
-57,proponent,2,641,133.846,1,1,,flipped: really a 9
-57,opponent,1,1204,-172.759,1,9,,flipped: really a 1
-57,opponent,2,407,-121.773,1,7,,flipped: really a 1
+57,proponent,2,641,133.846,1,1,,really a 9
+57,opponent,1,1204,-172.759,1,9,,really a 1
+57,opponent,2,407,-121.773,1,7,,really a 1
 """
 GOLDEN_PARTS = """\
 query,kind,rank,train,layer,score,query_label,train_label,query_text,train_text
 57,proponent,1,387,0,108.053,1,1,,
 57,proponent,1,387,2,31.2284,1,1,,
-57,opponent,1,1204,0,-122.718,1,9,,flipped: really a 1
-57,opponent,1,1204,2,-50.0404,1,9,,flipped: really a 1
+57,opponent,1,1204,0,-122.718,1,9,,really a 1
+57,opponent,1,1204,2,-50.0404,1,9,,really a 1
 """
 GOLDEN_SELF = """\
 rank,train,score,train_label,train_text
-1,407,420.193,7,flipped: really a 1
-2,844,407.785,3,flipped: really a 4
-3,729,381.882,6,flipped: really a 3
+1,407,420.193,7,really a 1
+2,844,407.785,3,really a 4
+3,729,381.882,6,really a 3
 """
 
 
