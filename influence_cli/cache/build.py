@@ -113,14 +113,11 @@ class Gradients:
         todo = [checkpoint for checkpoint in checkpoints if (split, checkpoint.step) not in self._verified]
         if split != "train" or not todo:
             return
-        helds = {checkpoint: self.held(split, checkpoint) for checkpoint in todo}
-        verify.verify_items(self.run, split, list(helds.values()), self.store, self.talk)
+        everything = {self.place(split, checkpoint): self.held(split, checkpoint) for checkpoint in todo}
+        verify.verify_items(self.run, split, everything, self.store, self.talk)
         again = 0
-        for checkpoint, held in helds.items():
-            place = self.place(split, checkpoint)
-            again += verify.verify(
-                self.run, split, checkpoint, place, held, self.store, self.settings.rounding, lambda *what: self.capture(*what)
-            )
+        for checkpoint, (place, held) in zip(todo, everything.items(), strict=True):
+            again += verify.verify(self.run, split, checkpoint, place, held, self.store, self.settings.rounding, self.capture)
             self._verified.add((split, checkpoint.step))
         if again:
             self.talk.note(

@@ -1,7 +1,7 @@
 """Does the cache still hold? Items and gradients that are there are compared with the run as it is now."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,21 @@ def current_digests(run: Run, split: str, ids: np.ndarray) -> torch.Tensor:
     return torch.tensor([digest(examples.item(index)) for index in ids], dtype=torch.int64)
 
 
+def trusted(place: Path, now: str) -> set[str]:
+    """Texts of the definition, by digest, whose units hold under the present one: it, and those that were compared and agree."""
+    path = place / "agrees.json"
+    known = read_json(path).get(now, []) if path.is_file() else []
+    return {now, *known}
+
+
 def verify(run: Run, split: str, checkpoint: Checkpoint, place: Path, held: Held, store: Store, rounding: float, capture: Capture) -> bool:
     """Compare gradients that were cached under other texts of the definition, once for each; True where that was done.
 
     What was found is kept in agrees.json. Raises CacheError, naming layer and example, where they differ.
     """
     now = run.definition.digest
-    known = read_json(place / "agrees.json") if (place / "agrees.json").is_file() else {}
-    agreed = set(known.get(now, []))
-    older = sorted({unit.definition for unit in held.units} - agreed - {now})
+    agreed = trusted(place, now)
+    older = sorted({unit.definition for unit in held.units} - agreed)
     for definition in older:
         for unit, ids in sampled([unit for unit in held.units if unit.definition == definition], GRADIENTS, len(run.examples(split))):
             gone = [column for column in unit.columns if column not in run.columns]
@@ -46,19 +52,21 @@ def verify(run: Run, split: str, checkpoint: Checkpoint, place: Path, held: Held
             compare(stored, capture(split, checkpoint, unit.columns, ids), rounding, checkpoint.name, split, store.folder)
     if older:
         with writing(store.folder):
-            write_json(place / "agrees.json", {now: sorted(agreed | set(older))})
+            write_json(place / "agrees.json", {now: sorted(agreed.union(older) - {now})})
     return bool(older)
 
 
-def verify_items(run: Run, split: str, everything: Sequence[Held], store: Store, talk: Talk) -> None:
-    """Compare the items behind cached training rows with the dataset: all of them where some were cached under another definition, else
-    ITEMS of them, evenly spread. Each item is read once, over all checkpoints. Raises CacheError naming the first that differs.
+def verify_items(run: Run, split: str, everything: Mapping[Path, Held], store: Store, talk: Talk) -> None:
+    """Compare the items behind cached training rows with the dataset: all of them where some were cached under a text of the definition
+    that is not trusted yet, else ITEMS of them, evenly spread. Each item is read once, over all checkpoints (place -> what it holds).
+
+    Raises CacheError naming the first that differs.
     """
-    units = [unit for held in everything for unit in held.units]
+    units = [unit for held in everything.values() for unit in held.units]
     if not units:
         return
     length = len(run.examples(split))
-    changed = any(unit.definition != run.definition.digest for unit in units)
+    changed = any({u.definition for u in held.units} - trusted(place, run.definition.digest) for place, held in everything.items())
     stop = min(length, max(unit.stop for unit in units))
     chosen = np.arange(stop) if changed or stop <= ITEMS else np.unique(np.linspace(0, stop - 1, ITEMS).astype(int))
     with talk.progress(f"comparing {split} examples", len(chosen)) as advance:
