@@ -130,18 +130,25 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
     at = [columns.index(name) for name in shown]
     while True:
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        widths = {name: max(len(name), *(len(_cell(row[columns.index(name)])) for row in chunk), 0) for name in shown}
+        texts = [name for name in shown if name.endswith("_text")]
+        room = console.width - sum(width + 2 for name, width in widths.items() if name not in texts)
+        widths |= {name: min(widths[name], max(len(name), room // len(texts) - 2)) for name in texts}  # texts give way, numbers never
+        console.width = max(console.width, sum(widths.values()) + 2 * len(widths))
         for name in shown:
-            number, text = name in ("rank", "score", "query", "train"), name.endswith("_text")
-            width = max(len(name), *(len(_cell(row[columns.index(name)])) for row in chunk), 0)
-            table.add_column(
-                name, justify="right" if number else "left", no_wrap=True, overflow="ellipsis", min_width=4 if text else min(width, 30)
-            )
+            number = name in ("rank", "score", "query", "train")
+            table.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=widths[name], max_width=widths[name])
         before: Any = None
         for row in chunk:
             if before is not None and "query" in columns and row[0] != before:
                 table.add_row()
             before = row[0]
-            table.add_row(*(Text(_cell(row[i]), style="" if columns[i] != "kind" else _COLOURS.get(row[i], "")) for i in at))
+            table.add_row(
+                *(
+                    Text(_short(_cell(row[i]), widths[columns[i]]), style="" if columns[i] != "kind" else _COLOURS.get(row[i], ""))
+                    for i in at
+                )
+            )
         console.print(table)
         chunk = list(itertools.islice(rows, CHUNK))
         if not chunk:
@@ -149,6 +156,10 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
 
 
 _COLOURS = {"proponent": "green", "opponent": "red"}
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _cell(value: Any) -> str:
