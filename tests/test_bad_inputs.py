@@ -669,12 +669,6 @@ def test_damaged_checkpoint_digests_are_named(text, cached, influence):
     refused(influence("score", cached), 1, str(path), "delet")
 
 
-def test_a_damaged_record_of_columns_is_named(cached, influence):
-    path = next((cached / ".influence").rglob("columns.json"))
-    path.write_text("{")
-    refused(influence("score", cached), 1, str(path), "delet")
-
-
 # ---------------------------------------------------------------- the disk
 def fails(number: int):
     def call(*args, **kwargs):
