@@ -214,7 +214,7 @@ CASES = {
     "encoder": Case(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), numbers(6, 8)),
     "sdpa": Case(ScaledDotProduct, numbers(6, 8)),
     "embedding": Case(lambda: nn.Embedding(9, 4), tokens(6)),
-    "embedding-sparse": Case(lambda: nn.Embedding(9, 4, sparse=True), tokens(6), at_once=False),
+    "embedding-sparse": Case(lambda: nn.Embedding(9, 4, sparse=True), tokens(6)),
     "embedding-bag": Case(lambda: nn.EmbeddingBag(9, 4), tokens(6)),
     "tuple-batch": Case(Pair, pairs(as_dict=False)),
     "dict-batch": Case(Pair, pairs(as_dict=True)),

@@ -1,6 +1,8 @@
 """One batch -> per-example gradients of every trained parameter, right for any nn.Module.
 
-All examples at once by torch.func (vmap of grad) where the model allows it, else one example at a time by plain autograd.
+Three ways, each checked against the last on the user's own model before any work: by hooks, all examples in one forward and backward, for
+the parameters that a rule knows; by torch.func (vmap of grad) for the others; one example at a time by plain autograd where nothing else is
+right.
 """
 
 import warnings
@@ -15,7 +17,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from influence_cli.errors import GradientError, is_out_of_memory, listed
 from influence_cli.gradients.batches import leaves, map_tensors, without_tensors
-from influence_cli.gradients.forms import Form, smallest, squares
+from influence_cli.gradients.forms import Form, smallest
+from influence_cli.gradients.hooks import Hooks, Past, Plan, Unhooked, make_plan
 
 Quantity = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> (B,), smaller is better
 
@@ -48,7 +51,15 @@ class Capture:
         self.model, self.quantity, self.names, self.embeddings, self.name = model, quantity, tuple(names), set(embeddings), name
         self._note, self._noted = note, False
         self._batched: list[bool] = []  # per tensor of a batch: whether its leading axis is the examples
-        self.at_once = False
+        self.at_once = False  # batches are taken as such; else one example at a time
+        self.hooked: tuple[str, ...] = ()  # parameters whose gradients the hooks take; torch.func takes the others
+        self.why_not_hooked: dict[str, str] = {}
+        self._plan: Plan = ()
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Parameters that torch.func takes."""
+        return tuple(name for name in self.names if name not in self.hooked)
 
     # ------------------------------------------------------------ settling the way
     def probe(self, batch: Any, singles: Sequence[Any]) -> None:
@@ -106,46 +117,111 @@ class Capture:
         if not alike:
             return "batches hold more than tensors, and it differs between examples"
         self._batched = [is_batched(tensor, size) and is_batched(one, 1) for tensor, one in zip(leaves(batch), first, strict=True)]
+        expected = {name: torch.stack([single[name] for _, single in alone]) for name in self.names}
+        losses = torch.cat([loss for loss, _ in alone])
+        self._settle_hooks(batch, losses, expected)
+        if not self.others:
+            return ""
         try:
-            losses, grads = self._at_once(batch)
+            found, grads = self._at_once(batch, self.others)
         except Exception as error:  # whatever a model does that vmap can't; the user hears of it, and the other way is right
             return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        same = close(losses, torch.cat([loss for loss, _ in alone]))
-        if same and all(agree(grads[name], torch.stack([single[name] for _, single in alone])) for name in self.names):
+        if close(found, losses) and all(agree(grads[name], expected[name]) for name in self.others):
             return ""
         return "its batched gradients differ from those of single examples"
+
+    def _settle_hooks(self, batch: Any, losses: Tensor, expected: dict[str, Tensor]) -> None:
+        """Find the parameters whose gradients by hooks are those of single examples; the others are left, with the reason."""
+        self.hooked = self.names
+        while self.hooked:
+            try:
+                self._plan = self._make_plan(batch, len(losses))
+                found, forms = self._by_hooks(batch, len(losses), lambda form: form)
+            except Past as past:
+                wrong = dict.fromkeys(past.names, "it is used where no layer rule knows")
+            except Exception as error:  # whatever a model does that hooks can't; torch.func takes it then
+                wrong = dict.fromkeys(self.hooked, f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+            else:
+                wrong = {
+                    name: "its rule disagrees with autograd"
+                    for name in self.hooked
+                    if not (close(found, losses) and agree(forms[name].dense().values.view_as(expected[name]), expected[name]))
+                }
+                if not wrong:
+                    return
+            self.why_not_hooked |= wrong
+            self.hooked = tuple(name for name in self.hooked if name not in wrong)
+
+    def _make_plan(self, batch: Any, size: int) -> Plan:
+        """From at most two examples of a batch, and the same twice."""
+        few = min(2, size)
+        flags = iter(self._batched * 2)
+        two = map_tensors(lambda tensor: tensor[:few] if next(flags) else tensor, batch)
+        twice = map_tensors(lambda tensor: torch.cat([tensor, tensor]) if next(flags) else tensor, two)
+        with self._ready(), torch.enable_grad():
+            return make_plan(lambda examples: self.quantity(self.model, examples), two, twice, few)
 
     # ------------------------------------------------------------ capturing
     def __call__(self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True) -> Captured:
         """Gradients of a batch of `size`. `singles(i)`: example i collated alone. `values` False: norms and losses only."""
-        at_once = self.at_once and size > 1
-        if at_once:
-            try:
-                losses, grads = self._at_once(batch)
-            except Exception as error:  # a batch unlike the first: another length, another branch
-                if is_out_of_memory(error):
-                    raise
-                at_once = False
-                if not self._noted:
-                    self._note(f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})")
-                self._noted = True
-        if not at_once:
+        taken = self._batch(batch, size, values) if self.at_once else None
+        if taken is None:
             parts = [self._single(singles(i)) for i in range(size)]
-            losses = torch.cat([loss for loss, _ in parts])
             grads = {name: torch.stack([part[name] for _, part in parts]) for name in self.names}
-        if losses.device.type == "mps":  # no float64 there
-            losses, grads = losses.cpu(), {name: value.cpu() for name, value in grads.items()}
-        sqnorms = {name: squares(value.reshape(size, -1)) for name, value in grads.items()}
-        forms = {name: smallest(value, name in self.embeddings) for name, value in grads.items()} if values else {}
-        return Captured(losses.double(), sqnorms, forms)
+            taken = torch.cat([loss for loss, _ in parts]), self._measured(grads, values)
+        losses, found = taken
+        losses = losses.cpu().double() if losses.device.type == "mps" else losses.double()
+        sqnorms = {name: found[name][0] for name in self.names}
+        return Captured(losses, sqnorms, {name: form for name in self.names if (form := found[name][1]) is not None})
 
-    def _at_once(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _measured(self, grads: dict[str, Tensor], values: bool) -> dict[str, "Measured"]:
+        return {name: measured(smallest(value, name in self.embeddings), values) for name, value in grads.items()}
+
+    def _batch(self, batch: Any, size: int, values: bool) -> tuple[Tensor, dict[str, "Measured"]] | None:
+        """Losses and gradients of all examples at once; None where this batch can't be taken so, which is said."""
+        try:
+            losses, found = self._hooked_batch(batch, size, values)
+            others = [name for name in self.names if name not in found]
+            if others or losses is None:
+                losses, grads = self._at_once(batch, others)
+                found |= self._measured(grads, values)
+            return losses, found
+        except Exception as error:  # a batch unlike the first: another length, another branch
+            if is_out_of_memory(error):
+                raise
+            if not self._noted:
+                self._note(f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})")
+            self._noted = True
+            return None
+
+    def _hooked_batch(self, batch: Any, size: int, values: bool) -> tuple[Tensor | None, dict[str, "Measured"]]:
+        """By hooks; a batch that computes otherwise than the plan gets a plan of its own, and nothing is found where that fails too."""
+        for _ in range(2 if self.hooked else 0):
+            try:
+                return self._by_hooks(batch, size, lambda form: measured(form, values))
+            except Unhooked:
+                try:
+                    self._plan = self._make_plan(batch, size)
+                except Unhooked:
+                    break
+        return None, {}
+
+    def _by_hooks(self, batch: Any, size: int, keep: Callable[[Form], Any]) -> tuple[Tensor, dict[str, Any]]:
+        parameters = dict(self.model.named_parameters())
+        with self._ready(self.hooked), torch.enable_grad():
+            hooks = Hooks(self._plan, {name: parameters[name] for name in self.hooked}, size, keep)
+            with hooks:
+                losses = self.quantity(self.model, batch)
+            hooks.finish(self._checked(losses, size, traced=True))
+        return losses.detach(), hooks.found
+
+    def _at_once(self, batch: Any, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """vmap over the examples of the gradient at a batch of one; tensors without an axis of examples are shared."""
         tensors = leaves(batch)
         mapped = [tensor for tensor, batched in zip(tensors, self._batched, strict=True) if batched]
         wrapper = _Call(self.model, self.quantity)
         parameters = dict(self.model.named_parameters())
-        theta = {f"model.{name}": parameters[name].detach() for name in self.names}
+        theta = {f"model.{name}": parameters[name].detach() for name in names}
 
         def loss_of_one(theta: dict[str, Tensor], *one: Tensor) -> Tensor:
             examples, batched = iter(one), iter(self._batched)
@@ -154,7 +230,7 @@ class Capture:
 
         with self._ready():
             grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, *[0] * len(mapped)))(theta, *mapped)
-        return losses.detach(), {name: grads[f"model.{name}"].detach() for name in self.names}
+        return losses.detach(), {name: grads[f"model.{name}"].detach() for name in names}
 
     def _single(self, single: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Plain autograd on a batch of one; a parameter that the loss does not reach has gradient zero."""
@@ -167,9 +243,10 @@ class Capture:
         return losses.detach(), {name: value.detach() for name, value in zip(self.names, dense, strict=True)}
 
     @contextmanager
-    def _ready(self) -> Iterator[None]:
+    def _ready(self, names: Sequence[str] | None = None) -> Iterator[None]:
         """Quiet, and no autograd tape for the parameters that are not asked for."""
-        others = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in self.names]
+        wanted = set(self.names if names is None else names)
+        others = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in wanted]
         try:
             for parameter in others:
                 parameter.requires_grad_(False)
@@ -201,6 +278,15 @@ class Capture:
                 "look for torch.no_grad(), .detach(), .item(), .argmax() or another model than the one passed in",
             )
         return losses
+
+
+Measured = tuple[Tensor, Form | None]  # squared norms (B,), and the gradients where they are kept
+
+
+def measured(form: Form, values: bool) -> Measured:
+    if form.device.type == "mps":  # no float64 there
+        form = form.to(torch.device("cpu"))
+    return form.sqnorm(), form if values else None
 
 
 class _Call(nn.Module):

@@ -1,16 +1,22 @@
 """The forms of per-example gradients: dense, factors, rows, projected. One linear-operator interface, exact conversions between them.
 
-N examples, Q queries, D numbers of a parameter (of shape O x I, or V x d for rows), S positions, T stored rows, K projected numbers.
+Seen as a matrix of N rows and D columns, each form gives products with other gradients (`dot`), with vectors (`matvec`), of its transpose
+with vectors (`rmatvec`), and squared norms of its rows. What is cheapest is counted, not tried: disk by bytes, products by multiplications.
+
+N examples, Q queries, D numbers of a parameter (of shape o x i, or V x d for rows), S positions, T stored rows, K vectors or projected
+numbers.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+PART_BYTES = 16 << 20  # dense gradients made from factors at once
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,24 @@ class Form(ABC):
         """Inner products with the queries' gradients: (N, Q)."""
 
     @abstractmethod
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """G v for the columns of (D, K): (N, K)."""
+
+    @abstractmethod
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        """G^T w for the columns of (N, K), a weighted sum of the gradients: (D, K)."""
+
+    @abstractmethod
     def sqnorm(self) -> Tensor:
         """Squared norm of each example's gradient: (N,), float64 wherever the device has it."""
 
-    def total(self) -> Tensor:
-        """The sum over the examples: (1, D) float64."""
-        return self.dense().values.sum(0, keepdim=True, dtype=torch.float64)
+    def ready(self) -> "Form":
+        """The form in which these gradients, as queries, are multiplied with fewest operations."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
 
     @property
     def nbytes(self) -> int:
@@ -75,9 +93,15 @@ class Dense(Form):
         return type(self)(self.shape, self.values[index])
 
     def dot(self, queries: Form) -> Tensor:
-        if isinstance(queries, Rows):
-            return queries.dot(self).T
+        if isinstance(queries, Rows | Factors):
+            return queries.matvec(self.values.T).T
         return self.values @ queries.dense().values.T
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return self.values @ vectors
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        return self.values.T @ weights
 
     def sqnorm(self) -> Tensor:
         return squares(self.values)
@@ -95,11 +119,11 @@ class Projected(Dense):
 
 @dataclass(frozen=True)
 class Factors(Form):
-    """Sums of S outer products: G = sum over s of left_s (O numbers) x right_s (I numbers)."""
+    """Sums of S outer products: G = sum over s of left_s (o numbers) x right_s (i numbers)."""
 
     kind = "factors"
-    left: Tensor  # (N, S, O)
-    right: Tensor  # (N, S, I)
+    left: Tensor  # (N, S, o)
+    right: Tensor  # (N, S, i)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"left": self.left, "right": self.right}
@@ -107,22 +131,68 @@ class Factors(Form):
     def __len__(self) -> int:
         return len(self.left)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, S, o, i."""
+        return (*self.left.shape, self.right.shape[2])
+
     def dense(self) -> "Dense":
-        return Dense(self.shape, torch.einsum("nso,nsi->noi", self.left, self.right).flatten(1))
+        N, S, o, _ = self.sizes
+        if S == 1:
+            return Dense(self.shape, (self.left.view(N, o, 1) * self.right).flatten(1))
+        return Dense(self.shape, torch.bmm(self.left.transpose(1, 2), self.right).flatten(1))
 
     def take(self, index: Tensor) -> "Form":
         return Factors(self.shape, self.left[index], self.right[index])
 
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some of the examples at a time as dense matrices, in one reused buffer."""
+        N, _, o, i = self.sizes
+        step = max(1, PART_BYTES // (o * i * self.left.element_size()))
+        buffer = self.left.new_empty(min(step, N), o, i)
+        for first in range(0, N, step):
+            at = slice(first, min(first + step, N))
+            part = torch.bmm(self.left[at].transpose(1, 2), self.right[at], out=buffer[: at.stop - first])
+            yield at, part.view(len(part), -1)
+
+    def ready(self) -> Form:
+        """Over S positions each, a pair costs S^2 (o + i) from factors and o i from dense gradients."""
+        _, S, o, i = self.sizes
+        return self.dense() if S * S * (o + i) >= o * i else self
+
     def dot(self, queries: Form) -> Tensor:
         if isinstance(queries, Factors):
-            (N, S, _), (Q, R, _) = self.left.shape, queries.left.shape
-            lefts = self.left.flatten(0, 1) @ queries.left.flatten(0, 1).T  # (N*S, Q*R)
-            rights = self.right.flatten(0, 1) @ queries.right.flatten(0, 1).T
-            return (lefts * rights).view(N, S, Q, R).sum((1, 3))
-        return self.dense().dot(queries)
+            (N, S, o, i), (Q, R) = self.sizes, queries.left.shape[:2]
+            if S * R * (o + i) < o * i:
+                lefts = self.left.flatten(0, 1) @ queries.left.flatten(0, 1).T  # (N*S, Q*R)
+                lefts *= self.right.flatten(0, 1) @ queries.right.flatten(0, 1).T
+                return lefts if S == R == 1 else lefts.view(N, S, Q, R).sum((1, 3))
+        return queries.dot(self).T if isinstance(queries, Rows) else self.matvec(queries.dense().values.T)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        (N, S, o, i), K = self.sizes, vectors.shape[1]
+        out = self.left.new_empty(N, K)
+        if S * K <= S + K:  # left^T (V right) for each position, else the gradients first
+            for k in range(K):
+                turned = self.right @ vectors[:, k].view(o, i).T
+                out[:, k] = (self.left * turned).sum((1, 2))
+            return out
+        for at, part in self.parts():
+            torch.mm(part, vectors, out=out[at])
+        return out
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        right = self.right.flatten(0, 1)
+        columns = [((self.left * w.view(-1, 1, 1)).flatten(0, 1).T @ right).flatten() for w in weights.T]
+        return torch.stack(columns, dim=1)
 
     def sqnorm(self) -> Tensor:
-        grams = torch.einsum("nso,nto->nst", self.left, self.left) * torch.einsum("nsi,nti->nst", self.right, self.right)
+        _, S, o, i = self.sizes
+        if S == 1:
+            return squares(self.left.flatten(1)) * squares(self.right.flatten(1))
+        if S * (o + i) >= o * i:
+            return torch.cat([squares(part) for _, part in self.parts()])
+        grams = torch.bmm(self.left, self.left.transpose(1, 2)) * torch.bmm(self.right, self.right.transpose(1, 2))
         return grams.sum((1, 2), dtype=torch.float64)
 
 
@@ -159,26 +229,38 @@ class Rows(Form):
         return Rows(self.shape, self.ids[place], self.values[place], offsets)
 
     def dot(self, queries: Form) -> Tensor:
-        """Per query, each stored row times the query's row of that id, summed per example: T*d multiplications."""
+        """Only rows of one token meet: per token of the queries, its rows here times its rows there."""
+        if not isinstance(queries, Rows):
+            return self.matvec(queries.dense().values.T)
         out = self.values.new_zeros(len(self), len(queries))
-        example = self.example
-        for q in range(len(queries)):
-            one = queries.take(torch.tensor([q], device=self.ids.device))
-            if isinstance(one, Rows) and len(one.ids):
-                place = torch.searchsorted(one.ids, self.ids).clamp(max=len(one.ids) - 1)  # ids of an example rise
-                at = (one.ids[place] == self.ids).nonzero().flatten()
-                products = (self.values[at] * one.values[place[at]]).sum(1)
-            elif isinstance(one, Rows):
-                continue
-            else:
-                at = torch.arange(len(self.ids), device=self.ids.device)
-                products = (self.values * one.dense().values.view(self.shape[0], -1)[self.ids]).sum(1)
-            out[:, q].index_add_(0, example[at], products)
+        ours, theirs = self.by_id(), queries.by_id()
+        example, asked = self.example, queries.example
+        for token, at in theirs.items():
+            if token in ours:
+                here = ours[token]
+                products = self.values[here] @ queries.values[at].T
+                out.view(-1).index_add_(0, (example[here, None] * len(queries) + asked[at]).flatten(), products.flatten())
         return out
 
-    def total(self) -> Tensor:
-        rows = torch.zeros(self.shape[0], self.values.shape[1], dtype=torch.float64, device=self.ids.device)
-        return rows.index_add_(0, self.ids, self.values.double()).view(1, -1)
+    def by_id(self) -> dict[int, Tensor]:
+        """Which stored rows belong to each id."""
+        order = torch.argsort(self.ids, stable=True)
+        ids, counts = torch.unique_consecutive(self.ids[order], return_counts=True)
+        return dict(zip(ids.tolist(), order.split(counts.tolist()), strict=True))
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        K = vectors.shape[1]
+        out = self.values.new_zeros(len(self), K)
+        for k in range(K):  # one at a time: T x d numbers, whatever K
+            products = (self.values * vectors[:, k].reshape(self.shape[0], -1)[self.ids]).sum(1)
+            out[:, k].index_add_(0, self.example, products)
+        return out
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        rows = self.values.new_zeros(weights.shape[1], self.shape[0], self.values.shape[1])
+        for out, w in zip(rows, weights.T, strict=True):
+            out.index_add_(0, self.ids, self.values * w[self.example, None])
+        return rows.flatten(1).T
 
     def sqnorm(self) -> Tensor:
         return squares(self.values).new_zeros(len(self)).index_add_(0, self.example, squares(self.values))
@@ -196,6 +278,29 @@ def squares(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
 
 
+def cheapest(form: Form) -> Form:
+    """The same gradients in the exact form of fewer bytes, of those it can become: factors S (o + i), dense o i."""
+    if isinstance(form, Factors):
+        _, S, o, i = form.sizes
+        return form if S * (o + i) < o * i else form.dense()
+    return form
+
+
+def merged(first: Form, second: Form) -> Form:
+    """The sum of two forms of the same examples: a parameter that is used twice has one gradient."""
+    if isinstance(first, Factors) and isinstance(second, Factors):
+        pairs = zip(first.tensors().values(), second.tensors().values(), strict=True)
+        return Factors(first.shape, *(torch.cat(pair, dim=1) for pair in pairs))
+    if isinstance(first, Rows):
+        first, second = second, first
+    values = first.values.clone() if isinstance(first, Dense) else first.dense().values
+    if isinstance(second, Rows):  # an example's ids are distinct
+        values.view(len(second), second.shape[0], -1)[second.example, second.ids] += second.values
+    else:
+        values += second.dense().values
+    return Dense(first.shape, values)
+
+
 def concat(forms: Sequence[Form]) -> Form:
     """The examples of several forms of one parameter, one after the other; dense where the kinds differ."""
     if len(forms) == 1:
@@ -205,9 +310,20 @@ def concat(forms: Sequence[Form]) -> Form:
     first = forms[0]
     if isinstance(first, Rows):
         counts = torch.cat([form.tensors()["offsets"].diff() for form in forms])
-        merged = {name: torch.cat([form.tensors()[name] for form in forms]) for name in ("ids", "values")}
-        return Rows(first.shape, **merged, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+        merged_rows = {name: torch.cat([form.tensors()[name] for form in forms]) for name in ("ids", "values")}
+        return Rows(first.shape, **merged_rows, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    if isinstance(first, Factors):
+        longest = max(form.tensors()["left"].shape[1] for form in forms)
+        forms = [padded(form, longest) for form in forms if isinstance(form, Factors)]
     return from_tensors(first.kind, first.shape, {name: torch.cat([form.tensors()[name] for form in forms]) for name in first.tensors()})
+
+
+def padded(form: Factors, positions: int) -> Factors:
+    """Factors of more positions, the added ones zero."""
+    more = positions - form.left.shape[1]
+    if not more:
+        return form
+    return Factors(form.shape, *(torch.nn.functional.pad(value, (0, 0, 0, more)) for value in (form.left, form.right)))
 
 
 def smallest(gradients: Tensor, embedding: bool) -> Form:

@@ -99,8 +99,9 @@ def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpo
     sums: dict[str, Tensor] = {}
     kept: dict[str, torch.dtype] = {}
     for rows in gradients.read("query", checkpoint, list(question.columns), ids):
+        ones = torch.ones(len(rows.ids), 1, dtype=torch.float64)
         for name, form in rows.forms.items():
-            part, kept[name] = form.total(), dtype_of(form)
+            part, kept[name] = form.to(form.device, torch.float64).rmatvec(ones).T, dtype_of(form)
             sums[name] = sums[name] + part if name in sums else part
     forms: dict[str, Form] = {name: Dense(question.columns[name].shape, (value / len(ids)).to(kept[name])) for name, value in sums.items()}
     one = torch.zeros(1, dtype=torch.float64)

@@ -1,0 +1,366 @@
+"""Per-example gradients by hooks: one batched forward and backward in which weights are frozen and each layer's output is watched.
+
+Autograd then computes activation gradients only; a layer's rule (layers.py) turns its input and the gradient at its output into the
+gradients of its parameters, example by example. A parameter used several times sums its uses.
+
+A `Plan` says which axis of each tensor is the examples. It is found by running two examples, and the same two twice: the axis that
+doubles is theirs. What depends on no example (a table of positions, a weight computed from two parameters) stays one for all; where it
+meets the batch by broadcasting it is given an axis of examples, and the gradient there is pulled back to the parameters.
+
+Parameters keep requiring gradients, and only calls that have a rule see them detached: whatever gradient still arrives at a parameter
+came past the hooks, and is reported instead of lost.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from influence_cli.gradients.forms import Dense, Form, cheapest, merged
+from influence_cli.gradients.layers import BROADCAST, EXPAND, RULES, Rule
+
+
+class Unhooked(Exception):
+    """The hooks can't take this batch: its operations are not those of the plan, or some gradient came past them."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Which axis of a tensor is the examples, `inner` where it holds other positions too and the example varies fastest."""
+
+    dim: int
+    inner: bool = False
+
+    def first(self, value: Tensor, size: int) -> Tensor:
+        """(B, m, ...): the examples first, then what else their axis holds."""
+        if value.shape[self.dim] == size:
+            return value.movedim(self.dim, 0).unsqueeze(1)
+        rows, odd = divmod(value.shape[self.dim], size)
+        if odd:
+            raise Unhooked(f"an axis of {value.shape[self.dim]} for {size} examples")
+        parts = value.movedim(self.dim, 0).unflatten(0, (rows, size) if self.inner else (size, rows))
+        return parts.transpose(0, 1) if self.inner else parts
+
+
+MIXED = Axis(-1)  # several axes grow with the examples: a product of examples with each other
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a torch function: the axes of its tensors (None: one for all examples), and of its first result."""
+
+    function: Callable[..., Any]
+    axes: tuple[Axis | None, ...]
+    result: Axis | None
+
+
+Plan = tuple[Step, ...]
+
+
+def make_plan(forward: Callable[[Any], Any], two: Any, twice: Any, size: int) -> Plan:
+    """The plan of `forward`, from a batch of `size` examples and one of the same examples twice.
+
+    Raises Unhooked where the two runs differ in more than sizes.
+    """
+    single, double = Recorder(), Recorder()
+    with single:
+        forward(two)
+    double.other, double.size = single.calls, size
+    with double:
+        forward(twice)
+    if len(double.calls) != len(single.calls):
+        raise Unhooked("the model computes differently for other batch sizes")
+    return tuple(double.steps)
+
+
+class Watcher(TorchFunctionMode):
+    """Sees each call of a torch function. What attention does inside one such call is seen too."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            return self.attention(function, args, kwargs)
+        if getattr(function, "__name__", "") in ("__get__", "__set__"):
+            return function(*args, **kwargs)
+        return self.seen(function, args, kwargs)
+
+    def attention(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Its projections are calls of F.linear, made where no mode reaches: by the name in torch.nn.functional, restored after."""
+        plain = F.linear
+        F.linear = lambda *a, **k: self.seen(plain, a, k)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            F.linear = plain
+
+    def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        raise AssertionError("subclasses say what they do")
+
+
+class Recorder(Watcher):
+    """Keeps the shapes of every call; in the second run, beside `other`, the axes that grew with the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, list[torch.Size]]] = []
+        self.other: list[tuple[Any, list[torch.Size]]] | None = None
+        self.steps: list[Step] = []
+        self.size = 0
+
+    def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = [value.detach() for value in tensors_in((args, kwargs))]
+        shapes = [value.shape for value in given]
+        axes: list[Axis | None] = []
+        if self.other is not None:
+            then, sizes = self.other[len(self.calls)] if len(self.calls) < len(self.other) else (None, [])
+            if then is not function or len(shapes) > len(sizes):
+                raise Unhooked("the model computes differently for other batch sizes")
+            axes = [find_axis(value, shape, self.size) for value, shape in zip(given, sizes, strict=False)]
+        result = function(*args, **kwargs)
+        found = [value.detach() for value in tensors_in((result,))][:1]
+        if self.other is not None:
+            sizes = self.other[len(self.calls)][1][len(given) :]
+            grown = find_axis(found[0], sizes[0], self.size) if found and sizes else None
+            self.steps.append(Step(function, tuple(axes), grown))
+        self.calls.append((function, shapes + [value.shape for value in found]))
+        return result
+
+
+def find_axis(value: Tensor, shape: torch.Size, size: int) -> Axis | None:
+    """The axis of `value`, of 2 x `size` examples, that is larger than in `shape`, of `size`; examples i and i + size are the same."""
+    if value.ndim != len(shape):
+        raise Unhooked("the model computes differently for other batch sizes")
+    grown = [dim for dim, (large, small) in enumerate(zip(value.shape, shape, strict=True)) if large != small]
+    if not grown:
+        return None
+    if len(grown) > 1 or value.shape[grown[0]] != 2 * shape[grown[0]] or shape[grown[0]] % size:
+        return MIXED
+    rows = shape[grown[0]] // size
+    if rows == 1:
+        return Axis(grown[0])
+    for axis in (Axis(grown[0]), Axis(grown[0], inner=True)):
+        parts = axis.first(value, 2 * size)
+        if torch.allclose(parts[:size].double(), parts[size:].double(), rtol=1e-3, equal_nan=True):
+            return axis
+    return MIXED
+
+
+class Hooks(Watcher):
+    """One batch of `size` under a plan. `found`: per parameter what was taken; `keep` turns the sum of its uses into that."""
+
+    def __init__(self, plan: Plan, parameters: Mapping[str, nn.Parameter], size: int, keep: Callable[[Form], Any]) -> None:
+        super().__init__()
+        self.plan, self.parameters, self.size, self.keep = plan, parameters, size, keep
+        self.name_of = {id(parameter): name for name, parameter in parameters.items()}
+        self.shared: dict[int, Tensor] = {id(parameter): parameter for parameter in parameters.values()}  # one for all examples
+        self.cuts: list[tuple[Tensor, Tensor, int]] = []  # a shared tensor, its copies per example, their axis
+        self.pulls: list[tuple[Tensor, Tensor]] = []  # a shared tensor that is computed, and the gradients (B, ...) at it
+        self.found: dict[str, Any] = {}
+        self._sums: dict[str, Form] = {}
+        self._waiting: Counter[str] = Counter()
+        self._at, self._problem = 0, ""
+        token = next(iter(parameters.values()))
+        self.token = torch.zeros((), device=token.device, dtype=token.dtype, requires_grad=True)
+
+    # ------------------------------------------------------------ forward
+    def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        step = self.plan[self._at] if self._at < len(self.plan) else None
+        self._at += 1
+        if step is None or step.function is not function:
+            self._problem = self._problem or "its operations are not those of the first batch"
+        if self._problem or step is None or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        given = list(tensors_in((args, kwargs)))
+        ours = [value for value in given if self._is_shared(value)]
+        if not ours:
+            return function(*args, **kwargs)
+        axis_of = {id(value): axis for value, axis in zip(given, step.axes, strict=False)}
+        if step.result is None:
+            result = function(*args, **kwargs)
+            if all(axis is None for axis in axis_of.values()):
+                self.shared |= {id(value): value for value in tensors_in((result,)) if value.requires_grad}
+            return result
+        if step.result is not MIXED:
+            rule = RULES.get(function)
+            call = rule.bind(args, kwargs) if rule else {}
+            if rule and (axis := self._fits(rule, call, step.result, axis_of)):
+                return self._hooked(rule, function, args, kwargs, call, axis, step.result)
+            if function in BROADCAST or function in EXPAND:
+                return self._cut(function, args, kwargs, ours, step.result)
+        return function(*args, **kwargs)  # no rule: the gradient arrives at the parameter, and is noticed there
+
+    def _is_shared(self, value: Tensor) -> bool:
+        """A parameter, what was computed from parameters alone, or a part of one (attention splits its packed weights unseen)."""
+        if id(value) not in self.shared and value._base is not None and id(value._base) in self.shared and value.requires_grad:
+            self.shared[id(value)] = value
+        return id(value) in self.shared
+
+    def _fits(self, rule: Rule, call: Mapping[str, Any], result: Axis, axis_of: Mapping[int, Axis | None]) -> Axis | None:
+        """The axis of the input where a call is one of its rule: examples in the input, none in the weights; else None."""
+        x, roles = call["input"], [call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)]
+        axis = axis_of.get(id(x))
+        if not isinstance(x, Tensor) or axis is None or axis is MIXED or not roles or id(x) in self.shared or not rule.applies(call):
+            return None
+        leading = axis.dim == result.dim == 0 if rule.rows_first else axis.dim < max(1, x.ndim - len(call.get("normalized_shape", (0,))))
+        lookup = not x.is_floating_point()  # of an embedding every axis is a position
+        return axis if (leading or lookup) and all(axis_of.get(id(value)) is None for value in roles) else None
+
+    def _hooked(
+        self, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: dict[str, Any], axis: Axis, grown: Axis
+    ) -> Tensor:
+        roles = {role: call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)}
+        frozen = {id(value): value.detach() for value in roles.values()}
+        result = function(*replaced(args, frozen), **replaced(dict(kwargs), frozen))
+        call |= {role: frozen[id(value)] for role, value in roles.items()}
+        wanted = {role: value for role, value in roles.items() if id(value) in self.shared}
+        x = call["input"].detach()
+        version = x._version
+        self._waiting.update(name for value in wanted.values() for name in self._owners(value))
+
+        def take(gradient: Tensor) -> None:
+            if x._version != version:
+                raise Unhooked("a layer's input was changed in place after the layer had read it")
+            with torch.no_grad():
+                forms = rule.gradients(call, axis.first(x, self.size), grown.first(gradient, self.size))
+                for role, value in wanted.items():
+                    self._add(value, forms[role])
+
+        if not result.requires_grad:
+            result = Begin.apply(result, self.token)
+        result.register_hook(take)
+        return result
+
+    def _cut(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ours: Sequence[Tensor], grown: Axis) -> Any:
+        """Give each shared tensor an axis of examples; where it can't have one the call stays as it is, and is noticed."""
+        if function in EXPAND:
+            copies = function(ours[0].detach(), *args[1:], **kwargs).requires_grad_()
+            self._remember(ours[0], copies, grown)
+            return copies
+        dims = max(value.ndim for value in tensors_in((args, kwargs)))
+        swapped = {}
+        for value in ours:
+            shape = [1] * (dims - value.ndim) + list(value.shape)
+            if shape[grown.dim] != 1:
+                return function(*args, **kwargs)
+            wide = [self.size if dim == grown.dim else n for dim, n in enumerate(shape)]
+            swapped[id(value)] = value.detach().view(shape).expand(wide).requires_grad_()
+        result = function(*replaced(args, swapped), **replaced(dict(kwargs), swapped))
+        if result.shape[grown.dim] != self.size:
+            raise Unhooked("a parameter is broadcast over an axis that holds more than examples")
+        for value in ours:
+            self._remember(value, swapped[id(value)], grown)
+        return result
+
+    def _remember(self, value: Tensor, copy: Tensor, grown: Axis) -> None:
+        self.cuts.append((value, copy, grown.dim))
+        self._waiting.update(self._owners(value))
+
+    def _owners(self, value: Tensor) -> set[str]:
+        """The parameters that a shared tensor is, or was computed from."""
+        if id(value) in self.name_of:
+            return {self.name_of[id(value)]}
+        found, todo, seen = set(), [value.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            found.add(self.name_of.get(id(getattr(node, "variable", None)), ""))
+            todo += [following for following, _ in node.next_functions]
+        return found - {""}
+
+    # ------------------------------------------------------------ backward
+    def finish(self, losses: Tensor) -> None:
+        """Backward, and what each parameter got. Raises Unhooked where some of it came past the hooks, naming the parameters."""
+        if self._problem or self._at != len(self.plan):
+            raise Unhooked(self._problem or "its operations are not those of the first batch")
+        copies = [copy for _, copy, _ in self.cuts]
+        targets = [self.token, *copies, *self.parameters.values()]
+        grads = torch.autograd.grad(losses.sum(), targets, allow_unused=True) if losses.requires_grad else [None] * len(targets)
+        past = [name for name, grad in zip(self.parameters, grads[1 + len(copies) :], strict=True) if grad is not None]
+        if past:
+            raise Past(past)
+        for (value, copy, dim), grad in zip(self.cuts, grads[1:], strict=False):
+            if grad is not None:
+                self._add(value, Dense(tuple(value.shape), summed_to(grad.movedim(dim, 0), value, copy, dim)))
+        for value, gradient in self.pulls:
+            self._pull(value, gradient)
+        for name, parameter in self.parameters.items():
+            if name in self._sums:
+                self.found[name] = self.keep(cheapest(self._sums.pop(name)))
+            elif name not in self.found:
+                self.found[name] = self.keep(Dense(tuple(parameter.shape), parameter.new_zeros(self.size, parameter.numel())))
+
+    def _add(self, value: Tensor, form: Form) -> None:
+        name = self.name_of.get(id(value))
+        if name is None:
+            self.pulls.append((value, form.dense().values.view(self.size, *value.shape)))
+            return
+        self._waiting[name] -= 1
+        form = merged(self._sums.pop(name), form) if name in self._sums else form
+        if self._waiting[name] == 0:
+            self.found[name] = self.keep(cheapest(form))
+        else:
+            self._sums[name] = form
+
+    def _pull(self, value: Tensor, gradient: Tensor) -> None:
+        """From gradients (B, ...) at a shared tensor to those of the parameters that it was computed from."""
+        owners = list(self.parameters.values())
+        pulled = torch.autograd.grad(value, owners, gradient, is_grads_batched=True, allow_unused=True, retain_graph=True)
+        for parameter, grad in zip(owners, pulled, strict=True):
+            if grad is not None:
+                self._add(parameter, Dense(tuple(parameter.shape), grad.detach().reshape(self.size, -1)))
+
+
+class Past(Unhooked):
+    """Gradients arrived at these parameters past the hooks: they are used where no rule knows."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(f"a use without a rule of {', '.join(names[:3])}")
+        self.names = names
+
+
+class Begin(torch.autograd.Function):
+    """The identity that begins a tape: the first layers' outputs depend on nothing that needs a gradient, their weights being frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, token: Tensor) -> Tensor:
+        ctx.mark_dirty(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient.new_zeros(())
+
+
+def summed_to(gradient: Tensor, value: Tensor, copy: Tensor, dim: int) -> Tensor:
+    """(B, D) of a gradient (B, ...) at copies of `value`, summed over the axes along which it was repeated."""
+    shape = [1] * (copy.ndim - value.ndim) + list(value.shape)
+    del shape[dim]
+    repeated = [axis + 1 for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis + 1] != 1]
+    return (gradient.sum(repeated) if repeated else gradient).reshape(len(gradient), -1)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples, lists and dicts, in order."""
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list | dict):
+            yield from tensors_in(value)
+
+
+def replaced(values: Any, by: Mapping[int, Tensor]) -> Any:
+    """Nested tuples, lists and dicts with some tensors replaced, by identity."""
+    if isinstance(values, Tensor):
+        return by.get(id(values), values)
+    if isinstance(values, dict):
+        return {key: replaced(value, by) for key, value in values.items()}
+    if isinstance(values, tuple | list) and type(values) in (tuple, list):
+        return type(values)(replaced(value, by) for value in values)
+    return values
