@@ -1,7 +1,7 @@
 """What is missing is captured and stored; what is there is read. The order of work, cut into units that follow from the request alone."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,20 @@ import torch
 
 from influence_cli.cache import verify
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
+from influence_cli.cache.sizes import Sizes, batch_for, key_of, stored_bytes
 from influence_cli.cache.store import (
-    UNIT_BYTES,
     UNIT_EXAMPLES,
     Held,
     Level,
     Rows,
     Store,
     Unit,
-    concat_rows,
     sweep,
 )
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
+from influence_cli.gradients.forms import Filling
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
@@ -32,7 +32,6 @@ from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
 Ids = range | np.ndarray  # rising example ids
-ROWS = 256  # distinct tokens that an example is taken to have, where a size must be guessed
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Gradients:
         self._held: dict[Path, Held] = {}
         self._verified: set[tuple[str, int]] = set()
         self._digests: dict[int, int] = {}
+        self._sizes: dict[str, Sizes] = {}
 
     # ------------------------------------------------------------ asking
     def ensure(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level = "values") -> int:
@@ -76,9 +76,10 @@ class Gradients:
         total = sum(len(job.ids) for job in jobs)
         order = {checkpoint.step: f"checkpoint {k} of {len(checkpoints)}" for k, checkpoint in enumerate(checkpoints, start=1)}
         if jobs:
-            with self.talk.progress(f"gradients of {split} examples", total) as advance:
+            progress = self.talk.progress(f"gradients of {split} examples", total)
+            with progress as advance, self.store.writer(self.settings.store) as write:
                 for job in jobs:
-                    self._work(split, job, advance, order[job.checkpoint.step])
+                    self._work(split, job, advance, order[job.checkpoint.step], write)
             self._held.clear()
         return total
 
@@ -93,7 +94,7 @@ class Gradients:
         if check:
             self._verify(split, checkpoints)
         jobs = []
-        size = self.unit_size(columns, level)
+        size = self.unit_size(split, columns, level)
         for checkpoint in checkpoints:
             place, held = self.place(split, checkpoint), self.held(split, checkpoint)
             for block in blocks(ids, size):
@@ -141,32 +142,41 @@ class Gradients:
     def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
         """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""
         held = self.held(split, checkpoint) if self.store else None
-        for block in blocks(ids, self.unit_size(columns, level)):
+        for block in blocks(ids, self.unit_size(split, columns, level)):
             if held is not None:
                 yield held.read(columns, level, block)
             else:
                 rows = self.capture(split, checkpoint, columns, block, level)
                 narrow = self.settings.precision in (torch.float16, torch.bfloat16)
-                forms = {name: form.to(torch.device("cpu"), torch.float32 if narrow else None) for name, form in rows.forms.items()}
+                forms = {name: form.to(torch.device("cpu"), torch.float32) if narrow else form for name, form in rows.forms.items()}
                 yield Rows(rows.ids, rows.losses, rows.digests, rows.sqnorms, forms)
 
     # ------------------------------------------------------------ sizes
-    def bytes_per_example(self, columns: Sequence[str]) -> int:
-        """About what the gradients of one example take as stored: an embedding that is nothing else is kept as some rows, others dense."""
-        chosen = [self.run.columns[name] for name in columns]
-        numbers = (min(c.numel, ROWS * c.shape[1]) if c.embedding and len(c.names) == 1 else c.numel for c in chosen)
-        return sum(numbers) * self.settings.store.itemsize
+    def sizes(self, split: str, columns: Sequence[str], probe: bool = True) -> Sizes:
+        """What these columns weigh; measured on two examples at the first checkpoint where it is not on record."""
+        if split not in self._sizes:
+            self._sizes[split] = Sizes.open(self.store.folder / self.settings.key if self.store else None, split)
+        known = self._sizes[split]
+        if probe and not (known.knows(columns) and key_of(columns) in known.batches):
+            if self._loaded is None:
+                self.load(self.run.checkpoints[0])
+            capture = self._capture_of(split, columns)
+            ratio = self.settings.store.itemsize / self.settings.precision.itemsize
+            found = {name: (form.kind, stored_bytes(form.tensors(), len(form), ratio)) for name, form in capture.sample.items()}
+            working = round(capture.activations) * 2 + sum(form.nbytes // len(form) for form in capture.sample.values())
+            known.add(columns, found, batch_for(working, self.device), working)
+        return known
 
-    def unit_size(self, columns: Sequence[str], level: Level) -> int:
+    def unit_size(self, split: str, columns: Sequence[str], level: Level) -> int:
         """Examples of a unit: a power of two, by the bytes of these columns."""
         if level == "norms":
             return UNIT_EXAMPLES // 4
-        return min(UNIT_EXAMPLES, floor_power(UNIT_BYTES // max(1, self.bytes_per_example(columns))))
+        known = self.sizes(split, columns, probe=False)
+        return (known if known.knows(columns) else self.sizes(split, columns)).unit(columns, UNIT_EXAMPLES)
 
-    def batch_size(self, columns: Sequence[str]) -> int:
-        """Examples captured at once. It follows from the model, not from the machine, so that every machine cuts alike."""
-        bytes_each = sum(self.run.columns[name].numel for name in columns) * self.settings.precision.itemsize
-        return self._batch_size or min(64, floor_power(UNIT_BYTES // max(1, bytes_each)))
+    def batch_size(self, split: str, columns: Sequence[str]) -> int:
+        """Examples captured at once: as asked for, else as recorded."""
+        return self._batch_size or self.sizes(split, columns).batches[key_of(columns)][0]
 
     # ------------------------------------------------------------ places
     def place(self, split: str, checkpoint: Checkpoint) -> Path:
@@ -199,13 +209,11 @@ class Gradients:
         return self._digests[index]
 
     # ------------------------------------------------------------ working
-    def _work(self, split: str, job: Job, advance: Advance, where: str) -> None:
-        assert self.store is not None
+    def _work(self, split: str, job: Job, advance: Advance, where: str, write: Callable[[Unit, Rows], None]) -> None:
         if job.unit.path.is_file():  # another process was faster
             advance(len(job.ids), where)
             return
-        rows = self.capture(split, job.checkpoint, job.unit.columns, job.ids, job.unit.level, advance, where)
-        self.store.write(job.unit, rows, self.settings.store)
+        write(job.unit, self.capture(split, job.checkpoint, job.unit.columns, job.ids, job.unit.level, advance, where))
 
     def capture(
         self,
@@ -217,32 +225,75 @@ class Gradients:
         advance: Advance = lambda examples, where="": None,
         where: str = "",
     ) -> Rows:
-        """Take the gradients of these examples now, batch by batch."""
+        """Take the gradients of these examples now, batch by batch, into one buffer per column. On a device that runs out of memory the
+        batch is halved, recorded, and the examples are taken again."""
         self.load(checkpoint)
-        examples, size = self.run.examples(split), self.batch_size(columns)
-        capture = self._capture_of(split, columns)
-        parts = []
-        for first in range(0, len(ids), size):
-            chosen = ids[first : first + size]
-            items = examples.items(chosen)
+        while True:
+            done = 0
 
-            def single(i: int, items: list[Any] = items) -> Any:
-                return self._to_device(examples.collate([items[i]]))
+            def count(examples: int) -> None:
+                nonlocal done
+                done += examples
+                advance(examples, where)
 
             try:
-                batch = self._to_device(examples.collate(items))
-                captured = capture(batch, single, len(items), level == "values")
+                return self._capture(split, checkpoint, columns, ids, level, count)
+            except GradientError as error:
+                size = self.batch_size(split, columns)
+                if self.device.type == "cpu" or self._batch_size or size == 1 or not is_out_of_memory(error.__cause__ or error):
+                    raise
+                known = self.sizes(split, columns)
+                known.add(columns, {}, size // 2, known.batches[key_of(columns)][1])
+                self.talk.note(f"out of memory on {self.device}: going on with batches of {size // 2}")
+                advance(-done, where)
+                torch.cuda.empty_cache()
+
+    def _capture(
+        self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: np.ndarray, level: Level, advance: Callable[[int], None]
+    ) -> Rows:
+        capture, size = self._capture_of(split, columns), self.batch_size(split, columns)
+        losses, digests = [], []
+        sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
+        forms = {name: Filling(len(ids)) for name in columns}
+        for first in range(0, len(ids), size):
+            chosen = ids[first : first + size]
+            batch, single = self._batch(split, chosen)
+            try:
+                captured = capture(batch, single, len(chosen), level == "values")
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
-                raise self._explained(split, error, len(items)) from error
-            sqnorms = {name: value.cpu() for name, value in captured.sqnorms.items()}
-            losses = captured.losses.cpu()
-            self._check_finite(checkpoint, split, chosen, losses, sqnorms)
-            forms = {name: form.to(torch.device("cpu")) for name, form in captured.forms.items()}
-            parts.append(Rows(chosen, losses, torch.tensor([digest(item) for item in items]), sqnorms, forms))
-            advance(len(items), where)
-        return concat_rows(parts)
+                raise self._explained(split, error, len(chosen)) from error
+            norms = {name: value.cpu() for name, value in captured.sqnorms.items()}
+            losses.append(captured.losses.cpu())
+            self._check_finite(checkpoint, split, chosen, losses[-1], norms)
+            for name in columns:
+                sqnorms[name].append(norms[name])
+                if level == "values":
+                    forms[name].add(captured.forms[name])
+            digests.append(self.run.examples(split).digests(chosen) if self.store else torch.zeros(len(chosen), dtype=torch.int64))
+            advance(len(chosen))
+        return Rows(
+            ids,
+            torch.cat(losses),
+            torch.cat(digests),
+            {name: torch.cat(values) for name, values in sqnorms.items()},
+            {name: forms[name].done() for name in columns} if level == "values" else {},
+        )
+
+    def _batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:
+        """A batch on the device, and a function that gives its examples as batches of one."""
+        examples = self.run.examples(split)
+
+        def single(i: int) -> Any:
+            return self._to_device(examples.batch(ids[i : i + 1]))
+
+        try:
+            return self._to_device(examples.batch(ids)), single
+        except InfluenceError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._explained(split, error, len(ids)) from error
 
     def load(self, checkpoint: Checkpoint) -> None:
         if self._loaded != checkpoint:
@@ -265,13 +316,13 @@ class Gradients:
             capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note)
             first = range(min(2, len(examples)))
             examples.check_stable(range(min(4, len(examples))))
-            items = examples.items(first)
+            batch, single = self._batch(split, np.array(first))
             try:
-                capture.probe(self._to_device(examples.collate(items)), [self._to_device(examples.collate([item])) for item in items])
+                capture.probe(batch, [single(i) for i in first])
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
-                raise self._explained(split, error, len(items)) from error
+                raise self._explained(split, error, len(first)) from error
             self._captures[key] = capture
         return self._captures[key]
 
@@ -324,8 +375,3 @@ def within(ids: Ids, start: int, stop: int) -> np.ndarray:
     if isinstance(ids, range):
         return np.arange(max(start, ids.start), min(stop, ids.stop))
     return ids[np.searchsorted(ids, start) : np.searchsorted(ids, stop)]
-
-
-def floor_power(number: int) -> int:
-    """The largest power of two that is not above `number`, at least 1."""
-    return 1 << max(0, number.bit_length() - 1)

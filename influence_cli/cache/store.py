@@ -16,7 +16,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form, concat, from_tensors
 
 FORMAT, VERSION = "influence-cache", 1
-UNIT_BYTES = 256 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once
+UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once
 UNIT_EXAMPLES = 4096
 SCALED = (torch.float16, torch.bfloat16)  # stored with a float32 scale per row, so that small gradients survive
 Level = str  # "values": gradients and norms; "norms": norms alone
@@ -183,6 +184,21 @@ class Store:
                 save_file(
                     tensors, temporary, metadata={"influence-unit": json.dumps(forms)}
                 )  # one key: safetensors orders several at random
+
+    @contextmanager
+    def writer(self, store: torch.dtype | None) -> Iterator[Callable[[Unit, Rows], None]]:
+        """Yields a `write` that returns while the disk works: one unit is written while the next is computed. All are there at the end."""
+        with ThreadPoolExecutor(1) as thread:
+            pending: list[Future[None]] = []
+
+            def write(unit: Unit, rows: Rows) -> None:
+                while pending:
+                    pending.pop().result()
+                pending.append(thread.submit(self.write, unit, rows, store))
+
+            yield write
+            while pending:
+                pending.pop().result()
 
 
 class Held:

@@ -11,18 +11,11 @@ from influence_cli.cache.fingerprint import compare, compare_data
 from influence_cli.cache.store import Held, Rows, Store, Unit, read_json, write_json, writing
 from influence_cli.errors import CacheError, listed
 from influence_cli.run import Checkpoint, Run
-from influence_cli.run.examples import digest
 from influence_cli.talk import Talk
 
 GRADIENTS = 8  # examples taken again, per checkpoint and older definition
 ITEMS = 1024  # items read again, per split, while the definition is the same
 Capture = Callable[[str, Checkpoint, Sequence[str], np.ndarray], Rows]
-
-
-def current_digests(run: Run, split: str, ids: np.ndarray) -> torch.Tensor:
-    """Digests of these items as the dataset gives them now, read one at a time."""
-    examples = run.examples(split)
-    return torch.tensor([digest(examples.item(index)) for index in ids], dtype=torch.int64)
 
 
 def trusted(place: Path, now: str) -> set[str]:
@@ -76,7 +69,7 @@ def verify_items(run: Run, split: str, everything: Mapping[Path, Held], store: S
             for unit in units:
                 at = unit.position(ids)
                 if (at >= 0).any():
-                    now = current_digests(run, split, ids) if now is None else now
+                    now = run.examples(split).digests(ids) if now is None else now
                     here = ids[at >= 0]
                     compare_data(Held([unit]).read(unit.columns[:1], "norms", here), now[torch.from_numpy(at >= 0)], split, store.folder)
             advance(len(ids))

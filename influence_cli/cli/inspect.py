@@ -86,7 +86,7 @@ def setting_rows(opened: "Opened", todo: int, seconds: float) -> list[Row]:
     return [
         ("cache", place),
         ("precision", f"{name(gradients.settings.precision)}, stored as {name(gradients.settings.store)}"),
-        ("device", f"{gradients.device}, batches of {gradients.batch_size(list(opened.columns))}"),
+        ("device", f"{gradients.device}, batches of {gradients.batch_size('train', list(opened.columns))}"),
         ("time to compute", f"about {duration(todo * seconds)} ({seconds * 1e3:.3g} ms per gradient, measured on one batch)"),
     ]
 
@@ -98,7 +98,7 @@ def measured(opened: "Opened") -> tuple[float, dict[str, tuple[str, int]]]:
     import numpy as np
 
     gradients, names = opened.gradients, list(opened.columns)
-    batch = np.arange(min(gradients.batch_size(names), len(opened.run.train)))
+    batch = np.arange(min(gradients.batch_size("train", names), len(opened.run.train)))
     first = opened.checkpoints[0]
     gradients.capture("train", first, names, batch)  # loads, checks and warms up
     started = time.perf_counter()

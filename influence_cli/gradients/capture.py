@@ -54,7 +54,13 @@ class Capture:
         self.at_once = False  # batches are taken as such; else one example at a time
         self.hooked: tuple[str, ...] = ()  # parameters whose gradients the hooks take; torch.func takes the others
         self.why_not_hooked: dict[str, str] = {}
-        self._plan: Plan = ()
+        self.sample: dict[str, Form] = {}  # the gradients of the probe's examples
+        self._plan = Plan()
+
+    @property
+    def activations(self) -> float:
+        """Bytes per example of what a forward pass computes, where that is known; a backward pass needs about as much."""
+        return self._plan.activations
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -79,6 +85,7 @@ class Capture:
                 f"{self.name} of example {worst} is {apart[worst]:.6g} alone and {together[worst]:.6g} in a batch: examples influence "
                 "each other (batch statistics? padding that is not masked?), so gradients depend on how examples are batched"
             )
+        self.sample = {name: smallest(torch.stack([grads[name] for _, grads in alone]), name in self.embeddings) for name in self.names}
         if size > 1:
             why = self._why_not_at_once(batch, singles, alone)
             self.at_once = not why
@@ -148,6 +155,7 @@ class Capture:
                     if not (close(found, losses) and agree(forms[name].dense().values.view_as(expected[name]), expected[name]))
                 }
                 if not wrong:
+                    self.sample |= forms
                     return
             self.why_not_hooked |= wrong
             self.hooked = tuple(name for name in self.hooked if name not in wrong)

@@ -274,8 +274,22 @@ def from_tensors(kind: str, shape: Sequence[int], tensors: dict[str, Tensor]) ->
 
 
 def squares(values: Tensor) -> Tensor:
-    """Sum of squares of each row of an (N, D) tensor, in float64 without a float64 copy."""
-    return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
+    """Sum of squares of each row of an (N, D) tensor, float64: stretches of 1,024 in the tensor's precision, their sum in float64.
+
+    Rows that would under- or overflow so are taken in float64 throughout.
+    """
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    whole = values.shape[1] // 1024 * 1024
+    parts = [values[:, whole:].unsqueeze(1)] + ([values[:, :whole].unflatten(1, (-1, 1024))] if whole else [])
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=2) for part in parts], dim=1).double()
+    found = norms.square().sum(1)
+    if values.dtype != torch.float64:
+        limits = torch.finfo(values.dtype)
+        odd = ~((norms.amax(1) > limits.tiny**0.5 * 1e4) & (norms.amax(1) < limits.max**0.5))
+        if bool(odd.any()):
+            found[odd] = values[odd].double().square().sum(1)
+    return found
 
 
 def cheapest(form: Form) -> Form:
@@ -316,6 +330,34 @@ def concat(forms: Sequence[Form]) -> Form:
         longest = max(form.tensors()["left"].shape[1] for form in forms)
         forms = [padded(form, longest) for form in forms if isinstance(form, Factors)]
     return from_tensors(first.kind, first.shape, {name: torch.cat([form.tensors()[name] for form in forms]) for name in first.tensors()})
+
+
+class Filling:
+    """The gradients of `count` examples, batch after batch, on the CPU: in one buffer that is filled, where all batches have one form."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._filled = count, 0
+        self._buffer: Form | None = None
+        self._others: list[Form] = []
+
+    def add(self, form: Form) -> None:
+        tensors = form.tensors()
+        if self._buffer is None and not self._others and not isinstance(form, Rows):
+            empty = {name: torch.empty(self._count, *value.shape[1:], dtype=value.dtype) for name, value in tensors.items()}
+            self._buffer = from_tensors(form.kind, form.shape, empty)
+        mine = self._buffer.tensors() if self._buffer else {}
+        alike = self._buffer is not None and form.kind == self._buffer.kind
+        if self._others or not alike or any(value.shape[1:] != mine[name].shape[1:] for name, value in tensors.items()):
+            self._others.append(form.to(torch.device("cpu")))
+            return
+        for name, value in tensors.items():
+            mine[name][self._filled : self._filled + len(form)].copy_(value)
+        self._filled += len(form)
+
+    def done(self) -> Form:
+        if self._buffer is None or not self._others:
+            return self._buffer or concat(self._others)
+        return concat([self._buffer.take(torch.arange(self._filled)), *self._others])
 
 
 def padded(form: Factors, positions: int) -> Factors:

@@ -59,7 +59,12 @@ class Step:
     result: Axis | None
 
 
-Plan = tuple[Step, ...]
+@dataclass(frozen=True)
+class Plan:
+    """The calls of a batch, in order. `activations`: bytes per example of what they compute."""
+
+    steps: tuple[Step, ...] = ()
+    activations: float = 0.0
 
 
 def make_plan(forward: Callable[[Any], Any], two: Any, twice: Any, size: int) -> Plan:
@@ -75,7 +80,7 @@ def make_plan(forward: Callable[[Any], Any], two: Any, twice: Any, size: int) ->
         forward(twice)
     if len(double.calls) != len(single.calls):
         raise Unhooked("the model computes differently for other batch sizes")
-    return tuple(double.steps)
+    return Plan(tuple(double.steps), (double.bytes - single.bytes) / size)
 
 
 class Watcher(TorchFunctionMode):
@@ -110,7 +115,7 @@ class Recorder(Watcher):
         self.calls: list[tuple[Any, list[torch.Size]]] = []
         self.other: list[tuple[Any, list[torch.Size]]] | None = None
         self.steps: list[Step] = []
-        self.size = 0
+        self.size, self.bytes = 0, 0
 
     def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = [value.detach() for value in tensors_in((args, kwargs))]
@@ -123,6 +128,8 @@ class Recorder(Watcher):
             axes = [find_axis(value, shape, self.size) for value, shape in zip(given, sizes, strict=False)]
         result = function(*args, **kwargs)
         found = [value.detach() for value in tensors_in((result,))][:1]
+        if found and found[0].data_ptr() not in {value.data_ptr() for value in given}:  # neither a view nor in place
+            self.bytes += found[0].numel() * found[0].element_size()
         if self.other is not None:
             sizes = self.other[len(self.calls)][1][len(given) :]
             grown = find_axis(found[0], sizes[0], self.size) if found and sizes else None
@@ -155,7 +162,7 @@ class Hooks(Watcher):
 
     def __init__(self, plan: Plan, parameters: Mapping[str, nn.Parameter], size: int, keep: Callable[[Form], Any]) -> None:
         super().__init__()
-        self.plan, self.parameters, self.size, self.keep = plan, parameters, size, keep
+        self.steps, self.parameters, self.size, self.keep = plan.steps, parameters, size, keep
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
         self.shared: dict[int, Tensor] = {id(parameter): parameter for parameter in parameters.values()}  # one for all examples
         self.cuts: list[tuple[Tensor, Tensor, int]] = []  # a shared tensor, its copies per example, their axis
@@ -169,7 +176,7 @@ class Hooks(Watcher):
 
     # ------------------------------------------------------------ forward
     def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        step = self.plan[self._at] if self._at < len(self.plan) else None
+        step = self.steps[self._at] if self._at < len(self.steps) else None
         self._at += 1
         if step is None or step.function is not function:
             self._problem = self._problem or "its operations are not those of the first batch"
@@ -277,7 +284,7 @@ class Hooks(Watcher):
     # ------------------------------------------------------------ backward
     def finish(self, losses: Tensor) -> None:
         """Backward, and what each parameter got. Raises Unhooked where some of it came past the hooks, naming the parameters."""
-        if self._problem or self._at != len(self.plan):
+        if self._problem or self._at != len(self.steps):
             raise Unhooked(self._problem or "its operations are not those of the first batch")
         copies = [copy for _, copy, _ in self.cuts]
         targets = [self.token, *copies, *self.parameters.values()]

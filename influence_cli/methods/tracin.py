@@ -6,6 +6,7 @@ query's loss. eta enters once. GradDot is one checkpoint with eta = 1, GradCos t
 N train, Q query, P parts of a score.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -55,43 +56,47 @@ def block_scores(
     """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
     scores are the same with and without parts."""
     part_of = {name: number for number, name in enumerate(question.parts, start=1)}
-    totals = np.zeros((1 + len(part_of), len(queries[0].losses), len(ids)))
+    totals = torch.zeros(1 + len(part_of), len(queries[0].losses), len(ids), dtype=torch.float64)
     for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
         query = {name: form.to(gradients.device) for name, form in queries[k].forms.items()}
         done = 0
         for rows in gradients.read("train", checkpoint, list(question.columns), ids):
             at = slice(done, done + len(rows.ids))
             done = at.stop
-            scale = inverse_norms(rows, queries[k]) if question.normalize else 1.0
+            scale = inverse_norms(rows, queries[k]).T if question.normalize else None
             for name, column in question.columns.items():
-                products = product(rows.forms[name], query[name], gradients.device) * (weight.of(column.names) * scale)
-                totals[0, :, at] += products.T
+                products = product(rows.forms[name], query[name], gradients.device)
+                if scale is not None:
+                    products = products * scale
+                totals[0, :, at].add_(products, alpha=weight.of(column.names))
                 if part_of:
-                    totals[part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer], :, at] += products.T
+                    part = part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer]
+                    totals[part, :, at].add_(products, alpha=weight.of(column.names))
             advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
-    return totals
+    return totals.numpy()
 
 
-def product(rows: Form, queries: Form, device: torch.device) -> np.ndarray:
-    """(N, Q) inner products, in the wider of the two precisions; float64 from there on."""
+def product(rows: Form, queries: Form, device: torch.device) -> Tensor:
+    """(Q, N) inner products on the CPU, in the wider of the two precisions."""
     wide = torch.float64 if torch.float64 in (dtype_of(rows), dtype_of(queries)) else torch.float32
-    return rows.to(device, wide).dot(queries.to(device, wide)).cpu().double().numpy()
+    return queries.to(device, wide).dot(rows.to(device, wide)).cpu()
 
 
 def dtype_of(form: Form) -> torch.dtype:
     return next(value.dtype for value in form.tensors().values() if value.is_floating_point())
 
 
-def inverse_norms(rows: Rows, queries: Rows) -> np.ndarray:
+def inverse_norms(rows: Rows, queries: Rows) -> Tensor:
     """(N, Q) of 1/(|g(z)| |g(q)|) over the selected parameters, from the exact norms; 0 where a gradient is zero."""
     ours, theirs = (sum(part.sqnorms.values(), torch.zeros(())).sqrt() for part in (rows, queries))
     norms: Tensor = ours[:, None] * theirs[None, :]
-    return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms)).numpy()
+    return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
 
 
 def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
-    """The queries' gradients at one checkpoint, all in memory."""
-    return concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
+    """The queries' gradients at one checkpoint, all in memory, each in the form in which products cost least."""
+    rows = concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
+    return dataclasses.replace(rows, forms={name: form.ready() for name, form in rows.forms.items()})
 
 
 def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:

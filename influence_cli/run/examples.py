@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from influence_cli.errors import DataError
 from influence_cli.run.definition import Definition, failure
@@ -21,6 +21,8 @@ class Examples:
         self.split, self.source = split, f"{split}_data()"
         self._definition = definition
         self._dataset = definition.call(f"{split}_data")
+        plain = type(self._dataset) is TensorDataset and not definition.has("collate")
+        self._tensors = self._dataset.tensors if plain else None
         self._described = lru_cache(maxsize=65_536)(self._describe)  # bounded, so that memory stays flat
         kind = type(self._dataset).__name__
         indexed = hasattr(self._dataset, "__getitem__") and hasattr(self._dataset, "__len__")
@@ -65,6 +67,23 @@ class Examples:
                 f"examples of {self.source} can't be batched by torch's default collate: {error}",
                 "examples of different sizes need a collate(items) in definition.py",
             ) from error
+
+    def batch(self, ids: Sequence[int] | np.ndarray) -> Any:
+        """These examples, collated. A plain TensorDataset is indexed, which gives what reading one by one would."""
+        if self._tensors is None:
+            return self.collate(self.items(ids))
+        return [tensor[torch.as_tensor(ids, dtype=torch.int64)] for tensor in self._tensors]
+
+    def digests(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """(N,) the `digest` of each of these examples, int64."""
+        if self._tensors is None or not all(tensor.is_cpu and tensor.dtype != torch.bfloat16 for tensor in self._tensors):
+            return torch.tensor([digest(self.item(index)) for index in ids], dtype=torch.int64)
+        values = [zlib.crc32(b"tuple")] * len(ids)
+        for tensor in self._tensors:
+            rows = tensor[torch.as_tensor(ids, dtype=torch.int64)].numpy()
+            name = f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode()
+            values = [zlib.crc32(row, zlib.crc32(name, value)) for row, value in zip(rows, values, strict=True)]
+        return torch.tensor(values, dtype=torch.int64)
 
     def check_stable(self, ids: Sequence[int] | np.ndarray) -> None:
         """Read each example twice. Raises DataError where the two differ (random augmentation, a moving file)."""
