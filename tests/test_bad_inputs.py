@@ -16,6 +16,7 @@ from torch import nn
 
 from influence_cli import cli
 from influence_cli.cache import build, store
+from influence_cli.cache.store import VERSION
 from influence_cli.gradients.capture import Capture
 from tests.conftest import DEFINITION, build_run
 from tests.refusals import refused, replaced
@@ -601,7 +602,9 @@ def test_a_cache_of_a_model_with_other_parameters_is_refused(cached, influence):
 @pytest.mark.parametrize("head", [{"format": "influence-cache", "version": 99}, {"format": "influence-cache"}])
 def test_a_cache_of_another_version_is_refused(head, cached, influence):
     (cached / ".influence" / "cache.json").write_text(json.dumps(head))
-    refused(influence("score", cached), 1, ".influence is of version", str(head.get("version")), "version 1", "--cache DIR", "deleting")
+    refused(
+        influence("score", cached), 1, ".influence is of version", str(head.get("version")), f"version {VERSION}", "--cache DIR", "deleting"
+    )
 
 
 def test_a_folder_that_is_not_a_cache_is_refused_and_left_alone(make_run, influence, tmp_path):

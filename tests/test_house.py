@@ -22,7 +22,7 @@ MAY_USE = {
     "gradients": ("gradients",),
     "cache.store": ("gradients.forms",),
     "cache.fingerprint": ("cache.store", "run.checkpoints"),
-    "cache.sizes": ("cache.store",),
+    "cache.sizes": ("cache.store", "gradients.forms"),
     "cache.verify": ("cache", "run"),
     "cache.build": ("cache", "gradients", "run"),
     "methods": ("cache", "gradients.forms", "run", "output.ranking", "methods"),

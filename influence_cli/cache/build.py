@@ -11,7 +11,7 @@ import torch
 
 from influence_cli.cache import verify
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
-from influence_cli.cache.sizes import Sizes, batch_for, key_of, stored_bytes
+from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
 from influence_cli.cache.store import (
     UNIT_EXAMPLES,
     Held,
@@ -24,7 +24,7 @@ from influence_cli.cache.store import (
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.forms import Filling
+from influence_cli.gradients.filling import Filling
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
@@ -74,6 +74,8 @@ class Gradients:
             return 0
         jobs = self.missing(split, checkpoints, columns, ids, level, check=True)
         total = sum(len(job.ids) for job in jobs)
+        if jobs:
+            check_fits(self.store.folder, *self.needs(split, columns, total, level))
         order = {checkpoint.step: f"checkpoint {k} of {len(checkpoints)}" for k, checkpoint in enumerate(checkpoints, start=1)}
         if jobs:
             progress = self.talk.progress(f"gradients of {split} examples", total)
@@ -161,8 +163,7 @@ class Gradients:
             if self._loaded is None:
                 self.load(self.run.checkpoints[0])
             capture = self._capture_of(split, columns)
-            ratio = self.settings.store.itemsize / self.settings.precision.itemsize
-            found = {name: (form.kind, stored_bytes(form.tensors(), len(form), ratio)) for name, form in capture.sample.items()}
+            found = weigh(capture.sample, self.settings.store.itemsize / self.settings.precision.itemsize)
             working = round(capture.activations) * 2 + sum(form.nbytes // len(form) for form in capture.sample.values())
             known.add(columns, found, batch_for(working, self.device), working)
         return known
@@ -174,9 +175,27 @@ class Gradients:
         known = self.sizes(split, columns, probe=False)
         return (known if known.knows(columns) else self.sizes(split, columns)).unit(columns, UNIT_EXAMPLES)
 
+    def needs(self, split: str, columns: Sequence[str], cells: int, level: Level = "values") -> tuple[int, int]:
+        """Bytes on disk of so many (checkpoint, example) pairs, and of memory while they are taken: a batch at work, a unit that fills,
+        a unit that is being written."""
+        known = self.sizes(split, columns)
+        each = 16 + 8 * len(columns) + (known.bytes_of(columns) if level == "values" else 0)
+        host = 0 if self.device.type == "cuda" else known.batches[key_of(columns)][1] * self.batch_size(split, columns)
+        units = 2 * min(self.unit_size(split, columns, level), cells) * each if level == "values" else 0
+        return cells * each, host + units
+
     def batch_size(self, split: str, columns: Sequence[str]) -> int:
         """Examples captured at once: as asked for, else as recorded."""
         return self._batch_size or self.sizes(split, columns).batches[key_of(columns)][0]
+
+    def ways(self, split: str, columns: Sequence[str]) -> dict[str, str]:
+        """How the gradients of each column are taken: by a layer rule, by torch.func, or one example at a time."""
+        if self._loaded is None:
+            self.load(self.run.checkpoints[0])
+        capture = self._capture_of(split, columns)
+        if not capture.at_once:
+            return dict.fromkeys(columns, "one by one")
+        return {name: "rule" if name in capture.hooked else "torch.func" for name in columns}
 
     # ------------------------------------------------------------ places
     def place(self, split: str, checkpoint: Checkpoint) -> Path:
@@ -254,7 +273,7 @@ class Gradients:
         capture, size = self._capture_of(split, columns), self.batch_size(split, columns)
         losses, digests = [], []
         sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
-        forms = {name: Filling(len(ids)) for name in columns}
+        forms = Filling(len(ids))
         for first in range(0, len(ids), size):
             chosen = ids[first : first + size]
             batch, single = self._batch(split, chosen)
@@ -269,8 +288,8 @@ class Gradients:
             self._check_finite(checkpoint, split, chosen, losses[-1], norms)
             for name in columns:
                 sqnorms[name].append(norms[name])
-                if level == "values":
-                    forms[name].add(captured.forms[name])
+            if level == "values":
+                forms.add(captured.forms)
             digests.append(self.run.examples(split).digests(chosen) if self.store else torch.zeros(len(chosen), dtype=torch.int64))
             advance(len(chosen))
         return Rows(
@@ -278,7 +297,7 @@ class Gradients:
             torch.cat(losses),
             torch.cat(digests),
             {name: torch.cat(values) for name, values in sqnorms.items()},
-            {name: forms[name].done() for name in columns} if level == "values" else {},
+            forms.done(),
         )
 
     def _batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:

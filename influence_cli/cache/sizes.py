@@ -8,18 +8,22 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from influence_cli.cache.store import UNIT_BYTES, read_json, write_json, writing
 from influence_cli.errors import CacheError
+from influence_cli.gradients.forms import Form
 
 BATCH_BYTES = 384 << 20  # working memory of a batch on the CPU; about what its caches and allocator like
-BATCH_MOST = 512
+BATCH_MOST = 1024
 
 
 @dataclass
@@ -71,13 +75,33 @@ def key_of(columns: Sequence[str]) -> str:
 def batch_for(working: int, device: torch.device) -> int:
     """Examples captured at once, by the working bytes of each: on the CPU the same on every machine, on a GPU a quarter of what is free."""
     if device.type == "cuda":
-        return min(8 * BATCH_MOST, floor_power(torch.cuda.mem_get_info(device)[0] // 4 // max(1, working)))
+        return min(4 * BATCH_MOST, floor_power(torch.cuda.mem_get_info(device)[0] // 4 // max(1, working)))
     return min(BATCH_MOST, floor_power(BATCH_BYTES // max(1, working)))
 
 
 def floor_power(number: int) -> int:
     """The largest power of two that is not above `number`, at least 1."""
     return 1 << max(0, number.bit_length() - 1)
+
+
+def check_fits(folder: Path | None, stored: int, memory: int) -> None:
+    """Raise CacheError where the disk of the cache has no room for `stored` bytes, or this process none for `memory` more."""
+    if folder is not None:
+        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+        if stored > free:
+            raise CacheError(
+                f"the gradients do not fit on the disk of the cache {folder}",
+                f"{stored:,} bytes are to be stored, {free:,} are free",
+                "--store float16 halves a float32 cache, --layers GLOB takes fewer parameters, --steps fewer checkpoints",
+                "--cache DIR puts it elsewhere, --cache none keeps nothing",
+            )
+    available = available_memory()
+    if available is not None and memory > available:
+        raise CacheError(
+            "capturing these gradients does not fit into memory",
+            f"about {memory:,} bytes more are needed, {available:,} are available",
+            "--batch-size N takes fewer examples at once, --layers GLOB fewer parameters",
+        )
 
 
 def available_memory() -> int | None:
@@ -95,13 +119,35 @@ def available_memory() -> int | None:
     return min(found) if found else None
 
 
-def used_memory() -> int:
-    """Resident bytes of this process; 0 where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
+def peak_memory() -> int:
+    """The most bytes that this process has held so far."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def stored_bytes(tensors: dict[str, Any], examples: int, ratio: float) -> int:
-    """Bytes per example of a form's tensors, its floating-point ones scaled by the store's width."""
-    return round(sum(v.numel() * v.element_size() * (ratio if v.is_floating_point() else 1) for v in tensors.values()) / examples)
+def disk_speed(folder: Path, count: int = 64 << 20) -> float:
+    """Bytes per second of synced writing beside `folder`; 0 where nothing can be written there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    started = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(count))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        return 0.0
+    return count / (time.perf_counter() - started)
+
+
+def weigh(forms: Mapping[str, Form], ratio: float) -> dict[str, tuple[str, int]]:
+    """Form and bytes per example of each column as stored, floating-point numbers scaled by the store's width. What is kept once for two
+    columns (the gradients of a bias are its layer's left factors) weighs in the first; the other is "shared"."""
+    found: dict[str, tuple[str, int]] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, form in forms.items():
+        tensors = [value for value in form.tensors().values() if (value.data_ptr(), value.numel()) not in seen or not value.numel()]
+        seen |= {(value.data_ptr(), value.numel()) for value in tensors}
+        count = sum(v.numel() * v.element_size() * (ratio if v.is_floating_point() else 1) for v in tensors)
+        found[name] = (form.kind if tensors else "shared", round(count / len(form)))
+    return found

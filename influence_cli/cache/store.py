@@ -32,7 +32,7 @@ from torch import Tensor
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form, concat, from_tensors
 
-FORMAT, VERSION = "influence-cache", 1
+FORMAT, VERSION = "influence-cache", 2
 UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once
 UNIT_EXAMPLES = 4096
 SCALED = (torch.float16, torch.bfloat16)  # stored with a float32 scale per row, so that small gradients survive
@@ -48,6 +48,14 @@ class Rows:
     digests: Tensor
     sqnorms: dict[str, Tensor]
     forms: dict[str, Form]
+
+    def parts(self, size: int) -> "Iterator[Rows]":
+        """The rows a few at a time, as views of the same memory wherever the form allows."""
+        for first in range(0, len(self.ids), size):
+            at = slice(first, first + size)
+            norms = {name: value[at] for name, value in self.sqnorms.items()}
+            forms = {name: form.part(at) for name, form in self.forms.items()}
+            yield Rows(self.ids[at], self.losses[at], self.digests[at], norms, forms)
 
     def take(self, index: np.ndarray) -> "Rows":
         at = torch.from_numpy(index)
@@ -163,17 +171,23 @@ class Store:
         if unit.ids is not None:
             tensors["ids"] = torch.from_numpy(unit.ids)
         forms: dict[str, Any] = {}
+        owners: dict[tuple[int, torch.Size], str] = {}  # two gradients may be one tensor (a bias and its layer's left factors): kept once
         for column in unit.columns:
             tensors[f"{column}:sqnorms"] = rows.sqnorms[column]
             if unit.level == "values":
-                form = rows.forms[column]
-                forms[column] = [form.kind, list(form.shape)]
-                for name, value in form.tensors().items():
-                    tensors |= pack(f"{column}:{name}", value, store)
+                form, shared = rows.forms[column], {}
+                for part, value in form.tensors().items():
+                    name = f"{column}:{part}"
+                    owner = owners.setdefault((value.data_ptr(), torch.Size([len(value), value[:1].numel()])), name)
+                    if owner == name or not value.is_contiguous():
+                        tensors |= pack(name, value, store)
+                    else:
+                        shared[part] = [owner, list(value.shape[1:])]
+                forms[column] = [form.kind, list(form.shape), shared]
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        owners: dict[int, str] = {}  # two gradients may be one storage (broadcast parameters); safetensors wants each its own
+        storages: dict[int, str] = {}  # safetensors wants each tensor in a storage of its own
         for name, value in tensors.items():
-            if owners.setdefault(value.untyped_storage().data_ptr(), name) != name:
+            if storages.setdefault(value.untyped_storage().data_ptr(), name) != name:
                 tensors[name] = value.clone()
         with writing(self.folder):
             unit.path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,14 +262,18 @@ def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray)
             heads = json.loads((content.metadata() or {})["influence-unit"])
             names = set(content.keys())
             forms: dict[str, Form] = {}
+            read: dict[str, Tensor] = {}
             for column in columns if level == "values" else ():
-                kind, shape = heads[column]
-                stored = {name.removeprefix(f"{column}:"): name for name in names if name.startswith(f"{column}:")}
-                tensors = {
-                    part: unpack(content.get_tensor(name), content.get_tensor(f"{name}.scale") if f"{name}.scale" in names else None)
-                    for part, name in stored.items()
-                    if part != "sqnorms" and not part.endswith(".scale")
-                }
+                kind, shape, shared = heads[column]
+                stored = [name for name in names if name.startswith(f"{column}:") and not name.endswith((":sqnorms", ".scale"))]
+                sources = {name.removeprefix(f"{column}:"): name for name in stored} | {part: owner for part, (owner, _) in shared.items()}
+                for name in sources.values():
+                    if name not in read:
+                        scale = content.get_tensor(f"{name}.scale") if f"{name}.scale" in names else None
+                        read[name] = unpack(content.get_tensor(name), scale)
+                tensors = {part: read[name] for part, name in sources.items()}
+                for part, (_, tail) in shared.items():
+                    tensors[part] = tensors[part].view(-1, *tail)
                 forms[column] = from_tensors(kind, shape, tensors)
             sqnorms = {column: content.get_tensor(f"{column}:sqnorms") for column in columns}
             count = len(content.get_tensor("losses"))

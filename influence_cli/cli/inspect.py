@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from influence_cli.cli.opening import Opened
 
 Row = tuple[str, ...]
+SECONDS = 1.5  # how long gradients are taken to measure their time
 
 
 @command("inspect", example="influence inspect my_run --layers head --store float16")
@@ -25,8 +27,9 @@ def inspect(
 ) -> None:
     """A dry run: checkpoints and their weights, layers and their sizes, what is cached, what the rest would cost.
 
-    Takes the gradients of one small batch to measure, and writes none.
+    Takes gradients for about two seconds to measure, and keeps none. Ends with an error where disk or memory would not do.
     """
+    from influence_cli.cache import sizes
     from influence_cli.cli import specs
     from influence_cli.cli.opening import open_shared
     from influence_cli.output.tables import to_stdout
@@ -35,15 +38,17 @@ def inspect(
     opened = open_shared(shared, trajectory, create=False)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     weights = checkpoint_rows(opened, lr, lr_weights)
-    seconds, forms = measured(opened)
+    measured = measure(opened)
     lacking = {split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted) for split, wanted in ids.items()}
-    cells = gradient_rows(ids, lacking, len(opened.checkpoints), sum(each for _, each in forms.values()))
+    cells = gradient_rows(opened, ids, lacking)
     stdout = sys.__stdout__ or sys.stdout
     with to_stdout(stdout), redirect_stdout(stdout):
         show("checkpoints", ("step", "file", "size", "weight", "from"), weights)
-        show("parameters", ("name", "layer", "shape", "form", "bytes per example"), parameter_rows(opened, forms))
+        show("parameters", ("name", "layer", "shape", "way", "form", "bytes per example"), parameter_rows(opened))
         show("gradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), cells)
-        show("", ("setting", "value"), setting_rows(opened, sum(lacking.values()), seconds))
+        show("", ("setting", "value"), setting_rows(opened, lacking, measured))
+    stored, memory = needs(opened, lacking)
+    sizes.check_fits(opened.folder, stored, memory)
 
 
 def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) -> list[Row]:
@@ -57,55 +62,97 @@ def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) 
     return [(str(c.step), c.name, size(c.bytes), *weights[c.step]) for c in opened.checkpoints]
 
 
-def parameter_rows(opened: "Opened", forms: dict[str, tuple[str, int]]) -> list[Row]:
+def parameter_rows(opened: "Opened") -> list[Row]:
+    known, ways = opened.gradients.sizes("train", list(opened.columns)).forms, opened.gradients.ways("train", list(opened.columns))
     return [
-        (" = ".join(column.names), column.layer, " x ".join(map(str, column.shape)) or "1", forms[name][0], size(forms[name][1]))
+        (
+            " = ".join(column.names),
+            column.layer,
+            " x ".join(map(str, column.shape)) or "1",
+            ways[name],
+            known[name][0],
+            size(known[name][1]),
+        )
         for name, column in opened.columns.items()
     ]
 
 
-def gradient_rows(ids: "dict[str, Ids]", lacking: dict[str, int], checkpoints: int, bytes_each: int) -> list[Row]:
+def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, int]) -> list[Row]:
     rows: list[Row] = []
     for split, wanted in ids.items():
-        total, missing = len(wanted) * checkpoints, lacking[split]
-        rows.append((split, f"{len(wanted):,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(missing * bytes_each)))
+        total, missing = len(wanted) * len(opened.checkpoints), lacking[split]
+        stored, _ = opened.gradients.needs(split, list(opened.columns), missing)
+        rows.append((split, f"{len(wanted):,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored)))
     return rows
 
 
-def setting_rows(opened: "Opened", todo: int, seconds: float) -> list[Row]:
+def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured") -> list[Row]:
     import shutil
 
     def name(dtype: object) -> str:
         return str(dtype).removeprefix("torch.")
 
-    gradients, folder = opened.gradients, opened.folder
-    place = "none: nothing is kept"
+    gradients, folder, columns = opened.gradients, opened.folder, list(opened.columns)
+    place, stored = "none: nothing is kept", 0
     if folder is not None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        place = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {size(shutil.disk_usage(there).free)} free"
+        stored, _ = needs(opened, lacking)
+        place = (
+            f"{folder}{'' if folder.exists() else ' (not there yet)'}, {size(stored)} to store, {size(shutil.disk_usage(there).free)} free"
+        )
+    seconds = sum(lacking.values()) * measured.seconds
+    if measured.disk:  # a unit is written while the next is computed; the last has nothing to hide behind
+        last = gradients.needs("train", columns, 1)[0] * gradients.unit_size("train", columns, "values")
+        seconds = max(seconds, stored / measured.disk) + min(stored, last) / measured.disk
+    units = gradients.needs("train", columns, lacking["train"])[1] - gradients.needs("train", columns, 0)[1]
+    batch, unit = gradients.batch_size("train", columns), gradients.unit_size("train", columns, "values")
     return [
         ("cache", place),
         ("precision", f"{name(gradients.settings.precision)}, stored as {name(gradients.settings.store)}"),
-        ("device", f"{gradients.device}, batches of {gradients.batch_size('train', list(opened.columns))}"),
-        ("time to compute", f"about {duration(todo * seconds)} ({seconds * 1e3:.3g} ms per gradient, measured on one batch)"),
+        ("device", f"{gradients.device}, batches of {batch}, units of {unit}"),
+        ("memory", f"about {size(measured.peak + units)} at most while gradients are computed"),
+        ("time to compute", f"about {duration(seconds)} ({measured.seconds * 1e3:.3g} ms per gradient{measured.disk_speed})"),
     ]
 
 
-def measured(opened: "Opened") -> tuple[float, dict[str, tuple[str, int]]]:
-    """Seconds per example and, per column, form and bytes per example as stored: of one batch at the first checkpoint."""
+def needs(opened: "Opened", lacking: dict[str, int]) -> tuple[int, int]:
+    """Bytes on disk, and bytes of memory at work, of what is to be computed."""
+    both = [opened.gradients.needs(split, list(opened.columns), count) for split, count in lacking.items()]
+    return sum(stored for stored, _ in both), max(memory for _, memory in both)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds per gradient, peak bytes of this process so far, bytes per second of the cache's disk (0: not measured)."""
+
+    seconds: float
+    peak: int
+    disk: float
+
+    @property
+    def disk_speed(self) -> str:
+        return f", {size(self.disk)}/s to disk" if self.disk else ""
+
+
+def measure(opened: "Opened") -> Measured:
+    """Batches of training examples for about two seconds at the first checkpoint, and 64 MB of zeros to the cache's disk."""
     import time
 
     import numpy as np
 
-    gradients, names = opened.gradients, list(opened.columns)
-    batch = np.arange(min(gradients.batch_size("train", names), len(opened.run.train)))
-    first = opened.checkpoints[0]
-    gradients.capture("train", first, names, batch)  # loads, checks and warms up
-    started = time.perf_counter()
-    rows = gradients.capture("train", first, names, batch)
-    seconds = (time.perf_counter() - started) / len(batch)
-    wide = gradients.settings.store.itemsize / gradients.settings.precision.itemsize
-    return seconds, {name: (form.kind, round(form.nbytes / len(batch) * wide)) for name, form in rows.forms.items()}
+    from influence_cli.cache import sizes
+
+    gradients, names, first = opened.gradients, list(opened.columns), opened.checkpoints[0]
+    batch, total = gradients.batch_size("train", names), len(opened.run.train)
+    gradients.capture("train", first, names, np.arange(min(batch, total)))  # loads, checks and warms up
+    started, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - started < SECONDS:
+        ids = np.arange(done % total, min(done % total + batch, total))
+        gradients.capture("train", first, names, ids)
+        done += len(ids)
+    seconds = (time.perf_counter() - started) / done
+    speed = sizes.disk_speed(opened.folder) if opened.folder is not None else 0.0
+    return Measured(seconds, sizes.peak_memory(), speed)
 
 
 def show(title: str, heads: Row, rows: Sequence[Row]) -> None:

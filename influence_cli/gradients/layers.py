@@ -43,14 +43,14 @@ def linear(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     """y = x W^T + b over any leading axes: G = sum over positions of g_s (x) x_s."""
     weight: Tensor = call["weight"]
     left, right = positions(g, weight), positions(x, weight)
-    return {"weight": Factors(tuple(weight.shape), left, right), "bias": Dense((left.shape[2],), left.sum(1))}
+    return {"weight": Factors(tuple(weight.shape), left, right), "bias": over_positions(left)}
 
 
 def matmul(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     """y = x W (+ b): a linear layer whose weight stands the other way round, as in GPT-2."""
     weight: Tensor = call["weight"]
     left, right = positions(x, weight), positions(g, weight)
-    return {"weight": Factors(tuple(weight.shape), left, right), "bias": Dense((right.shape[2],), right.sum(1))}
+    return {"weight": Factors(tuple(weight.shape), left, right), "bias": over_positions(right)}
 
 
 def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
@@ -150,6 +150,11 @@ def affine(shape: tuple[int, ...], normed: Tensor, g: Tensor) -> Gradients:
 def positions(value: Tensor, weight: Tensor) -> Tensor:
     """(B, ..., n) as (B, S, n), in the weight's precision."""
     return value.reshape(len(value), -1, value.shape[-1]).to(weight.dtype)
+
+
+def over_positions(value: Tensor) -> Dense:
+    """(B, S, n) summed over the positions; of one position the same tensor, which is then kept once."""
+    return Dense((value.shape[2],), value[:, 0] if value.shape[1] == 1 else value.sum(1))
 
 
 def reads_only(call: Arguments) -> bool:

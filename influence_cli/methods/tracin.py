@@ -15,13 +15,14 @@ from torch import Tensor
 
 from influence_cli.cache.build import Gradients, Ids, blocks
 from influence_cli.cache.store import Rows, concat_rows
-from influence_cli.gradients.forms import Dense, Form
+from influence_cli.gradients.forms import Dense, Form, Memo
 from influence_cli.methods import Answer, Question
 from influence_cli.output.ranking import Ranking
 from influence_cli.run import Checkpoint
 
 QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints; more queries go in several passes
 TOTAL_BYTES = 16 << 20  # scores of a block of training examples
+PART = 512  # training examples multiplied at once: their products stay in the cache
 NewRanking = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
 
 
@@ -56,30 +57,31 @@ def block_scores(
     """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
     scores are the same with and without parts."""
     part_of = {name: number for number, name in enumerate(question.parts, start=1)}
-    totals = torch.zeros(1 + len(part_of), len(queries[0].losses), len(ids), dtype=torch.float64)
+    totals = torch.zeros(1 + len(part_of), len(ids), len(queries[0].losses), dtype=torch.float64)
     for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
         query = {name: form.to(gradients.device) for name, form in queries[k].forms.items()}
         done = 0
-        for rows in gradients.read("train", checkpoint, list(question.columns), ids):
-            at = slice(done, done + len(rows.ids))
-            done = at.stop
-            scale = inverse_norms(rows, queries[k]).T if question.normalize else None
-            for name, column in question.columns.items():
-                products = product(rows.forms[name], query[name], gradients.device)
-                if scale is not None:
-                    products = products * scale
-                totals[0, :, at].add_(products, alpha=weight.of(column.names))
-                if part_of:
-                    part = part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer]
-                    totals[part, :, at].add_(products, alpha=weight.of(column.names))
-            advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
-    return totals.numpy()
+        for unit in gradients.read("train", checkpoint, list(question.columns), ids):
+            for rows in unit.parts(PART):
+                at = slice(done, done + len(rows.ids))
+                done = at.stop
+                scale = inverse_norms(rows, queries[k]) if question.normalize else None
+                memo: Memo = {}
+                for name, column in question.columns.items():
+                    found = product(rows.forms[name], query[name], gradients.device, memo)
+                    found = found if scale is None else found * scale
+                    totals[0, at].add_(found, alpha=weight.of(column.names))
+                    if part_of:
+                        part = part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer]
+                        totals[part, at].add_(found, alpha=weight.of(column.names))
+                advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
+    return totals.transpose(1, 2).contiguous().numpy()
 
 
-def product(rows: Form, queries: Form, device: torch.device) -> Tensor:
-    """(Q, N) inner products on the CPU, in the wider of the two precisions."""
+def product(rows: Form, queries: Form, device: torch.device, memo: Memo) -> Tensor:
+    """(N, Q) inner products on the CPU, in the wider of the two precisions."""
     wide = torch.float64 if torch.float64 in (dtype_of(rows), dtype_of(queries)) else torch.float32
-    return queries.to(device, wide).dot(rows.to(device, wide)).cpu()
+    return rows.to(device, wide).dot(queries.to(device, wide), memo).cpu()
 
 
 def dtype_of(form: Form) -> torch.dtype:

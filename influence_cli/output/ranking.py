@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,7 @@ RUN_BYTES = 64 << 20  # scores sorted in memory at once, where all are ranked
 READ_ROWS = 1 << 17  # rows of all sorted runs read at once while they are merged
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One ranked pair. `kind`: proponent (score >= 0) or opponent; `rank` from 1 within the query and kind; `parts` sum to `score`."""
 
     kind: str
@@ -63,17 +63,17 @@ class TopRanking(Ranking):
         self._best = [[_Best(*empty) for _ in range(queries)] for _ in range(2 if signed else 1)]
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        least = max(0, scores.shape[1] - self.k)
         for sign, kept in zip((1, -1), self._best, strict=False):
-            for query, best in enumerate(kept):
-                keys = sign * scores[query]
-                good = keys > 0 if self.signed else np.ones(len(keys), bool)
-                if len(best.keys) == self.k:
-                    good &= keys >= best.keys.min()  # equal: may still win by its id
-                new = np.flatnonzero(good)
-                if not len(new):
-                    continue
-                new = new[best_of(keys[new], ids[new], self.k)]
-                pool = np.concatenate([best.keys, keys[new]]), np.concatenate([best.ids, ids[new]])
+            keys = sign * scores
+            bars = np.partition(keys, least, axis=1)[:, least]  # no key below its query's bar is among the k best of the block
+            if self.signed:
+                bars = np.maximum(bars, np.nextafter(0, 1))
+            full = [best.keys.min() if len(best.keys) == self.k else -np.inf for best in kept]
+            good = keys >= np.maximum(bars, full)[:, None]  # equal: may still win by its id
+            for query in np.flatnonzero(good.any(axis=1)):
+                best, new = kept[query], np.flatnonzero(good[query])
+                pool = np.concatenate([best.keys, keys[query, new]]), np.concatenate([best.ids, ids[new]])
                 chosen = best_of(*pool, self.k)
                 if self.parts:
                     assert parts is not None

@@ -1,0 +1,62 @@
+"""The gradients of many examples, gathered batch after batch without a second copy."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from influence_cli.gradients.forms import Form, Rows, concat, from_tensors
+
+
+class Filling:
+    """The gradients of `count` examples, batch after batch, on the CPU: in buffers that are filled, where all batches have one form.
+
+    Parameters whose tensors are one in each batch (a layer's left factors are the gradients of its bias) share one buffer.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._filled = count, 0
+        self._buffers: dict[str, Form] = {}
+        self._others: dict[str, list[Form]] = {}
+
+    def add(self, forms: Mapping[str, Form]) -> None:
+        """The next batch: a form of its examples per parameter."""
+        size = len(next(iter(forms.values())))
+        at = slice(self._filled, self._filled + size)
+        copied: dict[tuple[int, int], tuple[int, int]] = {}  # tensors of this batch -> the buffers they are in
+        for name, form in forms.items():
+            if not self._filled and not isinstance(form, Rows):
+                self._buffers[name] = self._begin(form, copied)
+            if name in self._buffers and not fits(form, self._buffers[name]):
+                self._others[name] = [self._buffers.pop(name).take(torch.arange(self._filled))]
+            if name not in self._buffers:
+                self._others.setdefault(name, []).append(form.to(torch.device("cpu")))
+                continue
+            for part, value in form.tensors().items():
+                buffer = self._buffers[name].tensors()[part]
+                if copied.get(identity(value)) != identity(buffer):
+                    buffer[at].copy_(value)
+                    copied[identity(value)] = identity(buffer)
+        self._filled += size
+
+    def _begin(self, form: Form, shared: dict[tuple[int, int], tuple[int, int]]) -> Form:
+        """An empty buffer like `form`, of other parameters' tensors where they hold the same."""
+        mine = {}
+        known = {identity(value): value for other in self._buffers.values() for value in other.tensors().values()}
+        for part, value in form.tensors().items():
+            shape = (self._count, *value.shape[1:])
+            same = known.get(shared.get(identity(value), (0, 0)))
+            mine[part] = torch.empty(shape, dtype=value.dtype) if same is None or not value.numel() else same.view(shape)
+        return from_tensors(form.kind, form.shape, mine)
+
+    def done(self) -> dict[str, Form]:
+        return self._buffers | {name: concat(parts) for name, parts in self._others.items()}
+
+
+def identity(value: Tensor) -> tuple[int, int]:
+    return value.data_ptr(), value.numel()
+
+
+def fits(form: Form, buffer: Form) -> bool:
+    theirs = buffer.tensors()
+    return form.kind == buffer.kind and all(value.shape[1:] == theirs[part].shape[1:] for part, value in form.tensors().items())
