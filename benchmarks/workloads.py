@@ -1,4 +1,4 @@
-"""The four benchmark workloads W1-W4 (design/PERFORMANCE.md), and the floor they are measured against.
+"""The four benchmark workloads W1-W4, and the floor they are measured against.
 
 Everything is seeded and random: only time, memory and numerical agreement are measured on them, never attribution quality.
 `write_run(name, folder)` lays one out as a run folder: safetensors checkpoints with step and learning rate, and a definition.py.

@@ -195,9 +195,7 @@ class Store:
                 head = {"columns": list(unit.columns), "level": unit.level, "definition": unit.definition}
                 write_json(unit.path.parent / "columns.json", head)
             with replacing(unit.path) as temporary:
-                save_file(
-                    tensors, temporary, metadata={"influence-unit": json.dumps(forms)}
-                )  # one key: safetensors orders several at random
+                save_file(tensors, temporary, metadata={"influence-unit": json.dumps(forms)})  # one key: several are ordered at random
 
     @contextmanager
     def writer(self, store: torch.dtype | None) -> Iterator[Callable[[Unit, Rows], None]]:
@@ -240,8 +238,10 @@ class Held:
     def read(self, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
         """The rows of these examples, in this order, gathered from whichever units hold them; all must be there."""
         groups: dict[bytes, list[str]] = {}  # columns that are found in the same units
+        alike = len({(unit.columns, unit.level) for unit in self.units}) == 1 and set(columns) <= set(self.units[0].columns)
+        first = self.where(columns[0], level, ids).tobytes() if alike else b""
         for column in columns:
-            groups.setdefault(self.where(column, level, ids).tobytes(), []).append(column)
+            groups.setdefault(first or self.where(column, level, ids).tobytes(), []).append(column)
         gathered = []
         for key, members in groups.items():
             place = np.frombuffer(key, dtype=np.int64)
@@ -263,10 +263,15 @@ def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray)
             names = set(content.keys())
             forms: dict[str, Form] = {}
             read: dict[str, Tensor] = {}
+            parts_of: dict[str, list[str]] = {}
+            for name in names:
+                column, _, part = name.rpartition(":")
+                if part != "sqnorms" and not part.endswith(".scale"):
+                    parts_of.setdefault(column, []).append(part)
             for column in columns if level == "values" else ():
                 kind, shape, shared = heads[column]
-                stored = [name for name in names if name.startswith(f"{column}:") and not name.endswith((":sqnorms", ".scale"))]
-                sources = {name.removeprefix(f"{column}:"): name for name in stored} | {part: owner for part, (owner, _) in shared.items()}
+                own = {part: f"{column}:{part}" for part in parts_of.get(column, ())}
+                sources = own | {part: owner for part, (owner, _) in shared.items()}
                 for name in sources.values():
                     if name not in read:
                         scale = content.get_tensor(f"{name}.scale") if f"{name}.scale" in names else None

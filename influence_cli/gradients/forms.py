@@ -297,7 +297,7 @@ def products(ours: Tensor, theirs: Tensor, memo: Memo | None = None) -> Tensor:
     key = (ours.data_ptr(), theirs.data_ptr())
     if memo is not None and key in memo and memo[key].shape == (len(ours), len(theirs)):
         return memo[key]
-    found = FAST(ours, theirs, None, "none", [], "") if FAST and ours.is_cpu and ours.dtype == torch.float32 else ours @ theirs.T
+    found = FAST(theirs, ours, None, "none", [], "").T if FAST and ours.is_cpu and ours.dtype == torch.float32 else ours @ theirs.T
     if memo is not None:
         memo[key] = found
     return found

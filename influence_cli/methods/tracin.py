@@ -57,7 +57,7 @@ def block_scores(
     """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
     scores are the same with and without parts."""
     part_of = {name: number for number, name in enumerate(question.parts, start=1)}
-    totals = torch.zeros(1 + len(part_of), len(ids), len(queries[0].losses), dtype=torch.float64)
+    totals = torch.zeros(1 + len(part_of), len(queries[0].losses), len(ids), dtype=torch.float64)
     for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
         query = {name: form.to(gradients.device) for name, form in queries[k].forms.items()}
         done = 0
@@ -70,12 +70,12 @@ def block_scores(
                 for name, column in question.columns.items():
                     found = product(rows.forms[name], query[name], gradients.device, memo)
                     found = found if scale is None else found * scale
-                    totals[0, at].add_(found, alpha=weight.of(column.names))
+                    totals[0, :, at].add_(found.T, alpha=weight.of(column.names))
                     if part_of:
                         part = part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer]
-                        totals[part, at].add_(found, alpha=weight.of(column.names))
+                        totals[part, :, at].add_(found.T, alpha=weight.of(column.names))
                 advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
-    return totals.transpose(1, 2).contiguous().numpy()
+    return totals.numpy()
 
 
 def product(rows: Form, queries: Form, device: torch.device, memo: Memo) -> Tensor:
