@@ -10,17 +10,10 @@ import numpy as np
 import torch
 
 from influence_cli.cache import verify
+from influence_cli.cache.files import sweep
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
 from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
-from influence_cli.cache.store import (
-    UNIT_EXAMPLES,
-    Held,
-    Level,
-    Rows,
-    Store,
-    Unit,
-    sweep,
-)
+from influence_cli.cache.store import UNIT_EXAMPLES, Held, Level, Rows, Store, Unit
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture

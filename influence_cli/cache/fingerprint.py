@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from influence_cli.cache.store import Rows, read_json, write_json
+from influence_cli.cache.files import read_json, write_json
+from influence_cli.cache.store import Rows
 from influence_cli.errors import CacheError
 from influence_cli.run.checkpoints import Checkpoint
 

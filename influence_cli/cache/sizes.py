@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from influence_cli.cache.store import UNIT_BYTES, read_json, write_json, writing
+from influence_cli.cache.files import read_json, write_json, writing
+from influence_cli.cache.store import UNIT_BYTES
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form
 

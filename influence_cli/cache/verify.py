@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from influence_cli.cache.files import read_json, write_json, writing
 from influence_cli.cache.fingerprint import compare, compare_data
-from influence_cli.cache.store import Held, Rows, Store, Unit, read_json, write_json, writing
+from influence_cli.cache.store import Held, Rows, Store, Unit
 from influence_cli.errors import CacheError, listed
 from influence_cli.run import Checkpoint, Run
 from influence_cli.talk import Talk

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from influence_cli.cache import build, store
+from influence_cli.cache import build
+from influence_cli.cache import files as cache_files
 from influence_cli.gradients import capture
 from tests.conftest import DEFINITION, build_run
 
@@ -347,7 +348,7 @@ def test_units_appear_whole_and_are_synced_before_they_are_named(make_run, influ
     order: list[str] = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
-        monkeypatch.setattr(store.os, name, lambda *args, name=name, original=original: (order.append(name), original(*args))[1])
+        monkeypatch.setattr(cache_files.os, name, lambda *args, name=name, original=original: (order.append(name), original(*args))[1])
     influence("cache", make_run())
     assert order[:3] == ["fsync", "replace", "fsync"]
     assert order.count("replace") * 2 == order.count("fsync")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.cache.store import Held, Rows, Store, pack, sweep, unpack
+from influence_cli.cache.files import sweep
+from influence_cli.cache.store import Held, Rows, Store, pack, unpack
 from influence_cli.gradients.forms import Dense, Factors, Projected, smallest
 
 
