@@ -61,15 +61,15 @@ def score(like: Opened, gradients: Gradients, queries: int | None = None, method
     return time.perf_counter() - started
 
 
-def capture(like: Opened, gradients: Gradients) -> float:
+def capture(like: Opened, gradients: Gradients, level: str = "values") -> float:
     """Seconds to take (and, with a cache, keep) the gradients of every training example at every checkpoint."""
     columns, ids = list(like.columns), range(len(like.run.train))
     started = time.perf_counter()
     if gradients.store:
-        gradients.ensure("train", like.checkpoints, columns, ids)
+        gradients.ensure("train", like.checkpoints, columns, ids, level)
     else:
         for checkpoint in like.checkpoints:
-            for _ in gradients.read("train", checkpoint, columns, ids):
+            for _ in gradients.read("train", checkpoint, columns, ids, level):
                 pass
     return time.perf_counter() - started
 
