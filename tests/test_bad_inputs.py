@@ -681,16 +681,16 @@ def fails(number: int):
 
 
 def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(make_run, influence, monkeypatch):
-    run, written, save = make_run(), [], store.save_file
+    run, written, save = make_run(), [], store.save
 
-    def full_after_one(tensors, path, metadata=None):
+    def full_after_one(path, *content):
         if written:
             path.write_bytes(b"the first few bytes")
             fails(errno.ENOSPC)()
         written.append(path)
-        save(tensors, path, metadata=metadata)
+        save(path, *content)
 
-    monkeypatch.setattr(store, "save_file", full_after_one)
+    monkeypatch.setattr(store, "save", full_after_one)
     refused(influence("score", run), 1, "the disk of the cache", ".influence is full", "bytes free", "--store float16", "--cache none")
     assert len(units(run)) == 1
     assert not list((run / ".influence").rglob(".tmp-*"))
@@ -768,14 +768,14 @@ def test_a_read_only_cache_is_enough_when_nothing_is_missing(moved, filled, cach
     run = cached if moved else filled
     for name in ("touch", "mkdir", "write_text"):
         monkeypatch.setattr(Path, name, fails(errno.EROFS))
-    monkeypatch.setattr(store, "save_file", fails(errno.EROFS))
+    monkeypatch.setattr(store, "save", fails(errno.EROFS))
     result = influence("score", run)
     assert result.code == 0, result.err
     assert result.rows
 
 
 def test_a_unit_that_can_not_be_written_names_cache(make_run, influence, monkeypatch):
-    monkeypatch.setattr(store, "save_file", fails(errno.EACCES))
+    monkeypatch.setattr(store, "save", fails(errno.EACCES))
     refused(influence("score", make_run()), 1, ".influence can't be written: Permission denied", "--cache DIR")
 
 

@@ -67,12 +67,12 @@ class Gradients:
             return 0
         jobs = self.missing(split, checkpoints, columns, ids, level, check=True)
         total = sum(len(job.ids) for job in jobs)
-        if jobs:
-            check_fits(self.store.folder, *self.needs(split, columns, total, level))
         order = {checkpoint.step: f"checkpoint {k} of {len(checkpoints)}" for k, checkpoint in enumerate(checkpoints, start=1)}
         if jobs:
+            stored, memory = self.needs(split, columns, total, level)
+            check_fits(self.store.folder, stored, memory)
             progress = self.talk.progress(f"gradients of {split} examples", total)
-            with progress as advance, self.store.writer(self.settings.store) as write:
+            with progress as advance, self.store.writer(self.settings.store, stored) as write:
                 for job in jobs:
                     self._work(split, job, advance, order[job.checkpoint.step], write)
             self._held.clear()

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from influence_cli.errors import CacheError
 
 
@@ -42,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors writes files for their owner alone
+        mode = temporary.stat().st_mode  # as the user's umask has it
         yield temporary
         temporary.chmod(mode)
         sync(temporary)
@@ -65,9 +63,9 @@ def writing(folder: Path) -> Iterator[None]:
     """Turns what the system says of a full disk or a read-only folder into a CacheError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if number in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
             raise CacheError(
                 f"the disk of the cache {folder} is full ({free:,} bytes free)",

@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from influence_cli.cache.files import read_json, replacing, write_json, write_text, writing
+from influence_cli.cache.tensors import TensorFile, save
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form, concat, from_tensors
 
 FORMAT, VERSION = "influence-cache", 2
 UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once
 UNIT_EXAMPLES = 4096
+DIRECT_FROM = 1 << 30  # bytes written in one go from which the page cache is left to others
 SCALED = (torch.float16, torch.bfloat16)  # stored with a float32 scale per row, so that small gradients survive
 Level = str  # "values": gradients and norms; "norms": norms alone
 
@@ -161,8 +161,8 @@ class Store:
             name, some = f"{name}-{hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()[:8]}", ids
         return Unit(folder / f"{name}.safetensors", tuple(columns), level, definition, start, stop, some)
 
-    def write(self, unit: Unit, rows: Rows, store: torch.dtype | None) -> None:
-        """Write a unit: temporary name, sync, rename. Raises CacheError for a full disk or a folder that can't be written."""
+    def write(self, unit: Unit, rows: Rows, store: torch.dtype | None, direct: bool = False) -> None:
+        """Write a unit: temporary name, sync, rename. `direct`: past the page cache. Raises CacheError for a full or read-only disk."""
         tensors: dict[str, Tensor] = {"losses": rows.losses, "digests": rows.digests}
         if unit.ids is not None:
             tensors["ids"] = torch.from_numpy(unit.ids)
@@ -180,29 +180,28 @@ class Store:
                     else:
                         shared[part] = [owner, list(value.shape[1:])]
                 forms[column] = [form.kind, list(form.shape), shared]
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        storages: dict[int, str] = {}  # safetensors wants each tensor in a storage of its own
-        for name, value in tensors.items():
-            if storages.setdefault(value.untyped_storage().data_ptr(), name) != name:
-                tensors[name] = value.clone()
+        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
         with writing(self.folder):
             unit.path.parent.mkdir(parents=True, exist_ok=True)
             if not (unit.path.parent / "columns.json").is_file():
                 head = {"columns": list(unit.columns), "level": unit.level, "definition": unit.definition}
                 write_json(unit.path.parent / "columns.json", head)
             with replacing(unit.path) as temporary:
-                save_file(tensors, temporary, metadata={"influence-unit": json.dumps(forms)})  # one key: several are ordered at random
+                save(temporary, tensors, {"influence-unit": json.dumps(forms)}, direct)
 
     @contextmanager
-    def writer(self, store: torch.dtype | None) -> Iterator[Callable[[Unit, Rows], None]]:
-        """Yields a `write` that returns while the disk works: one unit is written while the next is computed. All are there at the end."""
+    def writer(self, store: torch.dtype | None, size: int = 0) -> Iterator[Callable[[Unit, Rows], None]]:
+        """Yields a `write` that returns while the disk works: one unit is written while the next is computed. All are there at the end.
+
+        `size`: bytes that will be written in all; many go past the page cache.
+        """
         with ThreadPoolExecutor(1) as thread:
             pending: list[Future[None]] = []
 
             def write(unit: Unit, rows: Rows) -> None:
                 while pending:
                     pending.pop().result()
-                pending.append(thread.submit(self.write, unit, rows, store))
+                pending.append(thread.submit(self.write, unit, rows, store, size > DIRECT_FROM))
 
             yield write
             while pending:
@@ -253,49 +252,63 @@ class Held:
 
 def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
     """These examples of one unit. Raises CacheError for a damaged file."""
-    try:
-        with safe_open(unit.path, "pt") as content:
-            heads = json.loads((content.metadata() or {})["influence-unit"])
-            names = set(content.keys())
-            forms: dict[str, Form] = {}
-            read: dict[str, Tensor] = {}
-            parts_of: dict[str, list[str]] = {}
-            for name in names:
-                column, _, part = name.rpartition(":")
-                if part != "sqnorms" and not part.endswith(".scale"):
-                    parts_of.setdefault(column, []).append(part)
-            for column in columns if level == "values" else ():
-                kind, shape, shared = heads[column]
-                own = {part: f"{column}:{part}" for part in parts_of.get(column, ())}
-                sources = own | {part: owner for part, (owner, _) in shared.items()}
-                for name in sources.values():
-                    if name not in read:
-                        scale = content.get_tensor(f"{name}.scale") if f"{name}.scale" in names else None
-                        read[name] = unpack(content.get_tensor(name), scale)
-                tensors = {part: read[name] for part, name in sources.items()}
-                for part, (_, tail) in shared.items():
-                    tensors[part] = tensors[part].view(-1, *tail)
-                forms[column] = from_tensors(kind, shape, tensors)
-            sqnorms = {column: content.get_tensor(f"{column}:sqnorms") for column in columns}
-            count = len(content.get_tensor("losses"))
-            held = unit.held_ids if unit.rows is None else np.arange(count)  # ids of rows that don't count are not asked for
-            if len(held) != count or any(len(norms) != count for norms in sqnorms.values()):
-                raise ValueError(f"{count} rows for {len(held)} examples")
-            rows = Rows(held, content.get_tensor("losses"), content.get_tensor("digests"), sqnorms, forms)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise CacheError(
-            f"the cache file {unit.path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again"
-        ) from error
+    with reading(unit.path) as file:
+        sources = sources_of(file, columns) if level == "values" else {}
+        norms = {column: f"{column}:sqnorms" for column in columns}
+        stored = {name for _, _, parts in sources.values() for name, _ in parts.values()}
+        scales = {f"{name}.scale" for name in stored} & set(file.entries)
+        content = file.read({"losses", "digests", *norms.values(), *stored, *scales})
+        values = {name: unpack(content[name], content.get(f"{name}.scale")) for name in stored}
+        forms: dict[str, Form] = {}
+        for column, (kind, shape, parts) in sources.items():
+            tensors = {part: values[name] if tail is None else values[name].view(-1, *tail) for part, (name, tail) in parts.items()}
+            forms[column] = from_tensors(kind, shape, tensors)
+        count = len(content["losses"])
+        held = unit.held_ids if unit.rows is None else np.arange(count)  # ids of rows that don't count are not asked for
+        sqnorms = {column: content[name] for column, name in norms.items()}
+        if {len(part) for part in (content["losses"], *sqnorms.values())} | {len(form) for form in forms.values()} != {len(held)}:
+            raise ValueError(f"{count} rows for {len(held)} examples")
+        rows = Rows(held, content["losses"], content["digests"], sqnorms, forms)
     taken = rows if len(ids) == len(held) else rows.take(unit.position(ids))
     return dataclasses.replace(taken, ids=ids)
 
 
+Sources = dict[str, tuple[str, list[int], dict[str, tuple[str, list[int] | None]]]]
+
+
+def sources_of(file: TensorFile, columns: Sequence[str]) -> Sources:
+    """Per column its form, shape, and where the form's tensors are: (name, None), or another column's (name, shape of a row)."""
+    heads = json.loads(file.metadata["influence-unit"])
+    own: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
+    for name in file.entries:
+        column, _, part = name.rpartition(":")
+        if part != "sqnorms" and not part.endswith(".scale"):
+            own.setdefault(column, {})[part] = name, None
+    return {
+        column: (
+            heads[column][0],
+            heads[column][1],
+            own.get(column, {}) | {part: (name, tail) for part, (name, tail) in heads[column][2].items()},
+        )
+        for column in columns
+    }
+
+
 def read_ids(path: Path) -> np.ndarray:
+    with reading(path) as file:
+        return file.read(["ids"])["ids"].numpy()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[TensorFile]:
+    """A unit's file. Raises CacheError where it is damaged."""
     try:
-        with safe_open(path, "np") as content:
-            return content.get_tensor("ids")
-    except (SafetensorError, OSError) as error:
-        raise CacheError(f"the cache file {path} is damaged: {error}", "delete it; what it held is computed again") from error
+        with TensorFile(path) as file:
+            yield file
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CacheError(
+            f"the cache file {path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again"
+        ) from error
 
 
 # ---------------------------------------------------------------- numbers

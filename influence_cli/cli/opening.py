@@ -9,6 +9,7 @@ import torch
 
 from influence_cli.cache.build import Gradients, Ids, open_store
 from influence_cli.cache.fingerprint import Settings
+from influence_cli.cache.sizes import keep_freed_memory
 from influence_cli.cli import specs
 from influence_cli.cli.options import Shared
 from influence_cli.cli.talk import StderrTalk
@@ -89,6 +90,7 @@ def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = Tr
     store = PRECISIONS[specs.one_of("--store", flags.store, STORE_NAMES)] if flags.store else None
     batch_size = specs.batch_size(flags.batch_size)
     device = find_device(flags.device)
+    keep_freed_memory()
     talk = Talk() if flags.quiet else StderrTalk()
     run = open_run(flags.run, flags.definition, flags.checkpoints, trajectory, precision, device)
     checkpoints = at_steps(run.checkpoints, flags.steps)

@@ -1,0 +1,200 @@
+"""Safetensors files of a cache: written, and read in parts, without a copy of the whole.
+
+safetensors' own functions copy every tensor before it is written and map files page by page when they are read; at gigabytes that costs the
+processor as much as taking the gradients. Here few large pieces go between memory and disk, and large caches past the system's page cache,
+which they would only fill (docs/log.md has the numbers). The files are ordinary safetensors files.
+"""
+
+import errno
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PAGE = 4096  # what positions, lengths and addresses are multiples of where the page cache is left out
+PIECE = 8 << 20
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int8: "I8",
+}  # fmt: skip
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+DIRECT = getattr(os, "O_DIRECT", 0)  # 0: this system has no such way
+
+
+def memory(size: int) -> mmap.mmap:
+    """Page-aligned memory, in large pages where the system gives them."""
+    block = mmap.mmap(-1, max(PAGE, -(-size // PAGE) * PAGE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+# ---------------------------------------------------------------- writing
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], direct: bool = False) -> None:
+    """Write a file; not synced. `direct`: past the page cache, where the file system allows it. Tensors lie on the CPU."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide numbers first: each then lies aligned
+    head: dict[str, object] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name in names:
+        value = tensors[name]
+        size = value.numel() * value.element_size()
+        head[name] = {"dtype": CODES[value.dtype], "shape": list(value.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)  # the numbers begin on a page
+    with Pieces(path, direct) as file:
+        file.write(memoryview(len(text).to_bytes(8, "little") + text))
+        for name in names:
+            if tensors[name].numel():
+                file.write(memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+class Pieces:
+    """A file that is written in pieces of one reused block of memory."""
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        self.direct = bool(direct and DIRECT)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self.file = os.open(path, flags | (DIRECT if self.direct else 0), 0o666)
+        except OSError as error:
+            if not self.direct or error.errno != errno.EINVAL:
+                raise
+            self.direct, self.file = False, os.open(path, flags, 0o666)  # a file system without that way
+        self.block = memory(PIECE)
+        self.filled, self.size = 0, 0
+
+    def __enter__(self) -> "Pieces":
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._flush(-(-self.filled // PAGE) * PAGE if self.direct else self.filled)
+                os.ftruncate(self.file, self.size)
+        finally:
+            os.close(self.file)
+
+    def write(self, content: memoryview) -> None:
+        view = memoryview(self.block)
+        self.size += len(content)
+        for at in range(0, len(content), PIECE):
+            part = content[at : at + PIECE]
+            first = min(PIECE - self.filled, len(part))
+            view[self.filled : self.filled + first] = part[:first]
+            self.filled += first
+            if self.filled == PIECE:
+                self._flush(PIECE)
+                view[: len(part) - first] = part[first:]
+                self.filled = len(part) - first
+
+    def _flush(self, size: int) -> None:
+        view, done = memoryview(self.block), 0
+        while done < size:
+            done += os.write(self.file, view[done:size])
+        self.filled = 0
+
+
+# ---------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFile:
+    """An opened safetensors file. Raises ValueError where its header and its size do not fit together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = os.open(path, os.O_RDONLY)
+        try:
+            self.size = os.fstat(self.file).st_size
+            length = int.from_bytes(os.pread(self.file, 8, 0), "little")
+            if self.size < 8 or length > self.size - 8:
+                raise ValueError(f"{self.size} bytes are less than its header says")
+            self.metadata, self.entries = read_head(os.pread(self.file, length, 8), 8 + length, self.size)
+        except BaseException:
+            os.close(self.file)
+            raise
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        os.close(self.file)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors, in memory of their own; neighbours in the file are read at once. Raises KeyError for a name that is not there."""
+        wanted = sorted({name: self.entries[name] for name in names}.items(), key=lambda item: item[1].start)
+        found: dict[str, Tensor] = {}
+        first = 0
+        for last in range(1, len(wanted) + 1):
+            if last == len(wanted) or wanted[last][1].start > wanted[last - 1][1].stop + PIECE // 8:
+                found |= self._stretch(wanted[first:last])
+                first = last
+        return found
+
+    def _stretch(self, wanted: list[tuple[str, Entry]]) -> dict[str, Tensor]:
+        start = wanted[0][1].start // PAGE * PAGE
+        stop = max(entry.stop for _, entry in wanted)
+        block = memory(stop - start)
+        self._fill(block, start, stop)
+        found = {}
+        for name, entry in wanted:
+            count = math.prod(entry.shape)
+            offset = entry.start - start
+            flat = torch.frombuffer(block, dtype=entry.dtype, count=count, offset=offset) if count else torch.empty(0, dtype=entry.dtype)
+            found[name] = flat.view(entry.shape)
+        return found
+
+    def _fill(self, block: mmap.mmap, start: int, stop: int) -> None:
+        """Read start..stop: from the page cache where it is there, else past it."""
+        file, view, done = self.file, memoryview(block), 0
+        direct = -1
+        if DIRECT and stop - start > PIECE and not self._cached(start):
+            try:
+                file = direct = os.open(self.path, os.O_RDONLY | DIRECT)
+            except OSError:  # a file system without that way
+                direct = -1
+        try:
+            while done < stop - start:
+                got = os.preadv(file, [view[done : done + PIECE]], start + done)
+                if got <= 0:
+                    raise ValueError("it ends before its last tensor")
+                done += got
+        finally:
+            if direct >= 0:
+                os.close(direct)
+
+    def _cached(self, position: int) -> bool:
+        try:
+            return os.preadv(self.file, [bytearray(1)], position, os.RWF_NOWAIT) == 1
+        except (OSError, AttributeError):
+            return False
+
+
+def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Metadata and entries of a header; offsets become positions in the file. Raises ValueError for one that can't be right."""
+    head = json.loads(text)
+    metadata = head.pop("__metadata__", {})
+    entries = {}
+    for name, entry in head.items():
+        start, stop = (begin + int(offset) for offset in entry["data_offsets"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+        if stop - start != math.prod(shape) * dtype.itemsize or start < begin or stop > size:
+            raise ValueError(f"{name} does not fit into its place")
+        entries[name] = Entry(dtype, shape, start, stop)
+    if begin + sum(entry.stop - entry.start for entry in entries.values()) != size:
+        raise ValueError(f"its tensors do not add up to its {size} bytes")
+    return metadata, entries
