@@ -12,7 +12,7 @@ import influence_cli
 from influence_cli.methods import METHODS
 
 ROOT = Path(influence_cli.__file__).parent
-COMMANDS = ("cache", "init", "inspect", "score", "self")
+COMMANDS = ("cache", "check", "init", "inspect", "score", "self")
 
 # room -> what of ours it may use; `talk` and `errors` are everybody's (docs/architecture.md)
 MAY_USE = {
@@ -26,6 +26,7 @@ MAY_USE = {
     "cache.fingerprint": ("cache.files", "cache.store", "run.checkpoints"),
     "cache.sizes": ("cache.files", "cache.store", "gradients.forms"),
     "cache.verify": ("cache", "run"),
+    "cache.check": ("cache", "gradients", "run"),
     "cache.build": ("cache", "gradients", "run"),
     "methods": ("cache", "gradients.forms", "run", "output.ranking", "methods"),
     "output": ("output",),

@@ -155,7 +155,7 @@ class Gradients:
         if probe and not (known.knows(columns) and key_of(columns) in known.batches):
             if self._loaded is None:
                 self.load(self.run.checkpoints[0])
-            capture = self._capture_of(split, columns)
+            capture = self.capture_of(split, columns)
             found = weigh(capture.sample, self.settings.store.itemsize / self.settings.precision.itemsize)
             working = round(capture.activations) * 2 + sum(form.nbytes // len(form) for form in capture.sample.values())
             known.add(columns, found, batch_for(working, self.device), working)
@@ -185,7 +185,7 @@ class Gradients:
         """How the gradients of each column are taken: by a layer rule, by torch.func, or one example at a time."""
         if self._loaded is None:
             self.load(self.run.checkpoints[0])
-        capture = self._capture_of(split, columns)
+        capture = self.capture_of(split, columns)
         if not capture.at_once:
             return dict.fromkeys(columns, "one by one")
         return {name: "rule" if name in capture.hooked else "torch.func" for name in columns}
@@ -263,13 +263,13 @@ class Gradients:
     def _capture(
         self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: np.ndarray, level: Level, advance: Callable[[int], None]
     ) -> Rows:
-        capture, size = self._capture_of(split, columns), self.batch_size(split, columns)
+        capture, size = self.capture_of(split, columns), self.batch_size(split, columns)
         losses, digests = [], []
         sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
         forms = Filling(len(ids))
         for first in range(0, len(ids), size):
             chosen = ids[first : first + size]
-            batch, single = self._batch(split, chosen)
+            batch, single = self.batch(split, chosen)
             try:
                 captured = capture(batch, single, len(chosen), level == "values")
             except InfluenceError:
@@ -293,7 +293,7 @@ class Gradients:
             forms.done(),
         )
 
-    def _batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:
+    def batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:
         """A batch on the device, and a function that gives its examples as batches of one."""
         examples = self.run.examples(split)
 
@@ -313,7 +313,7 @@ class Gradients:
             checkpoint_files.load(checkpoint, self.run.model)
             self._loaded = checkpoint
 
-    def _capture_of(self, split: str, columns: Sequence[str]) -> Capture:
+    def capture_of(self, split: str, columns: Sequence[str]) -> Capture:
         key = (split, tuple(columns))
         if key not in self._captures:
             definition, examples = self.run.definition, self.run.examples(split)
@@ -328,7 +328,7 @@ class Gradients:
             capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note)
             first = range(min(2, len(examples)))
             examples.check_stable(range(min(4, len(examples))))
-            batch, single = self._batch(split, np.array(first))
+            batch, single = self.batch(split, np.array(first))
             try:
                 capture.probe(batch, [single(i) for i in first])
             except InfluenceError:

@@ -50,9 +50,9 @@ def verify(run: Run, split: str, checkpoint: Checkpoint, place: Path, held: Held
     return bool(older)
 
 
-def verify_items(run: Run, split: str, everything: Mapping[Path, Held], store: Store, talk: Talk) -> None:
-    """Compare the items behind cached training rows with the dataset: all of them where some were cached under a text of the definition
-    that is not trusted yet, else ITEMS of them, evenly spread. Each item is read once, over all checkpoints (place -> what it holds).
+def verify_items(run: Run, split: str, everything: Mapping[Path, Held], store: Store, talk: Talk, all_items: bool = False) -> None:
+    """Compare the items behind cached training rows with the dataset: `all_items`, or where some were cached under a text of the definition
+    that is not trusted yet; else ITEMS of them, evenly spread. Each item is read once, over all checkpoints (place -> what it holds).
 
     Raises CacheError naming the first that differs.
     """
@@ -62,7 +62,7 @@ def verify_items(run: Run, split: str, everything: Mapping[Path, Held], store: S
     length = len(run.examples(split))
     changed = any({u.definition for u in held.units} - trusted(place, run.definition.digest) for place, held in everything.items())
     stop = min(length, max(unit.stop for unit in units))
-    chosen = np.arange(stop) if changed or stop <= ITEMS else np.unique(np.linspace(0, stop - 1, ITEMS).astype(int))
+    chosen = np.arange(stop) if all_items or changed or stop <= ITEMS else np.unique(np.linspace(0, stop - 1, ITEMS).astype(int))
     with talk.progress(f"comparing {split} examples", len(chosen)) as advance:
         for first in range(0, len(chosen), ITEMS):
             ids = chosen[first : first + ITEMS]

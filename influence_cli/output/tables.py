@@ -19,7 +19,8 @@ FORMATS = ("table", "csv", "tsv", "jsonl", "parquet")
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 SCORE_COLUMNS = ("query", "kind", "rank", "train", "score", "query_label", "train_label", "query_text", "train_text")
 SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
-WHOLE_NUMBERS, FLOATS = {"rank"}, {"score"}
+CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
+WHOLE_NUMBERS, FLOATS = {"rank"}, {"score", "error", "allowed"}
 CHUNK = 1000  # rows of a terminal table, or of a parquet row group, held at once
 
 Row = Sequence[Any]
@@ -145,7 +146,10 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
             before = row[0]
             table.add_row(
                 *(
-                    Text(_short(_cell(row[i]), widths[columns[i]]), style="" if columns[i] != "kind" else _COLOURS.get(row[i], ""))
+                    Text(
+                        _short(_cell(row[i]), widths[columns[i]]),
+                        style="" if columns[i] not in ("kind", "result") else _COLOURS.get(row[i], ""),
+                    )
                     for i in at
                 )
             )
@@ -155,7 +159,7 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
             return
 
 
-_COLOURS = {"proponent": "green", "opponent": "red"}
+_COLOURS = {"proponent": "green", "opponent": "red", "ok": "green", "FAILED": "red"}
 
 
 def _short(text: str, width: int) -> str:

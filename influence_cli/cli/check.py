@@ -1,0 +1,44 @@
+"""influence check: are the gradients right, and is the cache whole?"""
+
+from influence_cli.cli import command, options
+
+
+@command("check", example="influence check my_run --layers head")
+def check(
+    shared: options.Shared,
+    train: options.Train = None,
+    queries: options.Queries = None,
+    format: options.Format = None,
+    output: options.Output = None,
+) -> None:
+    """Are the gradients right on this model, and is the cache whole? Exit code 1 where not.
+
+    Takes gradients of a few examples by the fast way and by plain autograd, in other batches, again, and summed; reads every file of the
+    cache. One row per check and parameter: the worst error, relative, and the rounding that is allowed.
+    """
+    from influence_cli.cli import specs
+    from influence_cli.errors import InfluenceError
+    from influence_cli.output import tables
+
+    sink = tables.Sink.open(format, output)
+    specs.check_stdin(queries, train)
+
+    from influence_cli.cache.check import findings
+    from influence_cli.cli.opening import open_shared
+
+    opened = open_shared(shared, create=False)
+    ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
+    found = findings(opened.gradients, opened.checkpoints, list(opened.columns), ids)
+    rows = [(f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note) for f in found]
+    sink.write(rows, tables.CHECK_COLUMNS)
+    frozen = [name for name, parameter in opened.run.model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        opened.talk.note(f"{len(frozen)} frozen parameters have no gradients: {', '.join(frozen[:8])}{', ...' if len(frozen) > 8 else ''}")
+    failed = [f for f in found if not f.passed]
+    if failed:
+        raise InfluenceError(
+            f"{len(failed)} of {len(found)} checks failed",
+            *(f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}" for f in failed[:8]),
+            *([f"and {len(failed) - 8} more"] if len(failed) > 8 else []),
+            "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted",
+        )
