@@ -27,7 +27,8 @@ class Case:
     examples: Callable[[], list[Any]]
     loss: Callable[[nn.Module, Any], Tensor] = squared
     collate: Callable[[list[Any]], Any] = default_collate
-    at_once: bool | None = True  # by torch.func; False: one example at a time; None: either
+    at_once: bool | None = True  # all together; False: one example at a time; None: either
+    falls: tuple[str, ...] = ()  # parameters that no layer rule takes (checked where the layers are: tests/gradients/layers.py)
 
 
 def numbers(*shape: int, count: int = 5) -> Callable[[], list[Tensor]]:

@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 PART_BYTES = 16 << 20  # dense gradients made from factors at once
 
@@ -194,12 +195,22 @@ class Factors(Form):
 
     def sqnorm(self) -> Tensor:
         _, S, o, i = self.sizes
+        if self.left.dtype in HALVES:
+            return self.to(self.device, torch.float32).sqnorm()
         if S == 1:
             return squares(self.left.flatten(1)) * squares(self.right.flatten(1))
         if S * (o + i) >= o * i:
             return torch.cat([squares(part) for _, part in self.parts()])
-        grams = torch.bmm(self.left, self.left.transpose(1, 2)) * torch.bmm(self.right, self.right.transpose(1, 2))
-        return grams.sum((1, 2), dtype=torch.float64)
+        lefts, rights = (torch.bmm(part, part.transpose(1, 2)) for part in (self.left, self.right))
+        found = (lefts * rights).sum((1, 2), dtype=torch.float64)
+        if self.left.dtype == torch.float32:  # where that under- or overflows, or positions cancel, once more in float64
+            traces = [grams.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) for grams in (lefts, rights)]
+            sound = found > 1e-6 * traces[0] * traces[1]
+            for value in (found, *traces):
+                sound &= in_range(value, torch.float32)
+            if not sound.all():
+                found[~sound] = self.take(~sound).to(self.device, torch.float64).sqnorm().clamp_min(0)
+        return found
 
 
 @dataclass(frozen=True)
@@ -285,8 +296,9 @@ def from_tensors(kind: str, shape: Sequence[int], tensors: dict[str, Tensor]) ->
     return FORMS[kind](tuple(shape), **tensors)
 
 
-Memo = dict[tuple[int, int], Tensor]  # products taken, by the addresses of their factors
+Memo = dict[tuple[Any, ...], tuple[Tensor, StorageWeakRef, StorageWeakRef]]  # products taken, by where their factors lie, while they do
 
+HALVES = (torch.float16, torch.bfloat16)
 
 # oneDNN's float32 product, 1.3 times as fast as MKL's on the AMD processor of the benchmarks; torch offers it to its own compiler only
 FAST = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -294,12 +306,12 @@ FAST = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mk
 
 def products(ours: Tensor, theirs: Tensor, memo: Memo | None = None) -> Tensor:
     """(N, Q) inner products of the rows of (N, K) and (Q, K). `memo`: of the same tensors they are taken once."""
-    key = (ours.data_ptr(), theirs.data_ptr())
-    if memo is not None and key in memo and memo[key].shape == (len(ours), len(theirs)):
-        return memo[key]
+    key = tuple((value.data_ptr(), value.shape, value.stride()) for value in (ours, theirs))
+    if memo is not None and key in memo and not any(storage.expired() for storage in memo[key][1:]):
+        return memo[key][0]
     found = FAST(theirs, ours, None, "none", [], "").T if FAST and ours.is_cpu and ours.dtype == torch.float32 else ours @ theirs.T
     if memo is not None:
-        memo[key] = found
+        memo[key] = found, StorageWeakRef(ours.untyped_storage()), StorageWeakRef(theirs.untyped_storage())
     return found
 
 
@@ -308,7 +320,7 @@ def squares(values: Tensor) -> Tensor:
 
     Rows that would under- or overflow so are taken in float64 throughout.
     """
-    if values.dtype in (torch.float16, torch.bfloat16):
+    if values.dtype in HALVES:
         values = values.float()
     size, width = values.shape
     whole = width // 1024 * 1024 if width > 2048 else 0
@@ -317,13 +329,17 @@ def squares(values: Tensor) -> Tensor:
     if whole:
         stretches = torch.linalg.vector_norm(values[:, :whole].view(size, -1, 1024), dim=2)
         found += stretches.double().square().sum(1)
-    if values.dtype != torch.float64 and size and width:
-        limits = torch.finfo(values.dtype)
-        low, high = (float(bound) for bound in torch.aminmax(found))
-        if not (low > limits.tiny * 1e8 and high < limits.max):
-            odd = ~((found > limits.tiny * 1e8) & (found < limits.max))
+    if values.dtype != torch.float64:
+        odd = ~in_range(found, values.dtype)
+        if odd.any():
             found[odd] = values[odd].double().square().sum(1)
     return found
+
+
+def in_range(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which sums of squares are surely of terms that a precision can hold, but for 1e-8 of the sum."""
+    limits = torch.finfo(dtype)
+    return (sums > limits.tiny * 1e8) & (sums < limits.max)
 
 
 def cheapest(form: Form) -> Form:

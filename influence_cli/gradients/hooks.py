@@ -31,18 +31,22 @@ class Unhooked(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """Which axis of a tensor is the examples, `inner` where it holds other positions too and the example varies fastest."""
+    """Which axis of a tensor is the examples, `inner` where it holds other positions too and the example varies fastest; None: unknown."""
 
     dim: int
-    inner: bool = False
+    inner: bool | None = False
+
+    def tells(self, rows: int, size: int) -> bool:
+        """Whether `rows` along the axis can be told apart into `size` examples."""
+        return rows == size or (self.inner is not None and rows % size == 0)
 
     def first(self, value: Tensor, size: int) -> Tensor:
         """(B, m, ...): the examples first, then what else their axis holds."""
         if value.shape[self.dim] == size:
             return value.movedim(self.dim, 0).unsqueeze(1)
-        rows, odd = divmod(value.shape[self.dim], size)
-        if odd:
+        if not self.tells(value.shape[self.dim], size):
             raise Unhooked(f"an axis of {value.shape[self.dim]} for {size} examples")
+        rows = value.shape[self.dim] // size
         parts = value.movedim(self.dim, 0).unflatten(0, (rows, size) if self.inner else (size, rows))
         return parts.transpose(0, 1) if self.inner else parts
 
@@ -116,6 +120,16 @@ class Recorder(Watcher):
         self.other: list[tuple[Any, list[torch.Size]]] | None = None
         self.steps: list[Step] = []
         self.size, self.bytes = 0, 0
+        self.untold: bool | None = None  # how an axis holds examples and positions where its values don't tell
+
+    def attention(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Its last projection reads (L * B, E), the examples inside, whose rows are alike for a single key."""
+        query = kwargs["query"] if "query" in kwargs else args[0]
+        self.untold = True if query.ndim == 3 and query.shape[1] == 2 * self.size else None
+        try:
+            return super().attention(function, args, kwargs)
+        finally:
+            self.untold = None
 
     def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = [value.detach() for value in tensors_in((args, kwargs))]
@@ -125,21 +139,25 @@ class Recorder(Watcher):
             then, sizes = self.other[len(self.calls)] if len(self.calls) < len(self.other) else (None, [])
             if then is not function or len(shapes) > len(sizes):
                 raise Unhooked("the model computes differently for other batch sizes")
-            axes = [find_axis(value, shape, self.size) for value, shape in zip(given, sizes, strict=False)]
+            axes = [find_axis(value, shape, self.size, self.untold) for value, shape in zip(given, sizes, strict=False)]
         result = function(*args, **kwargs)
         found = [value.detach() for value in tensors_in((result,))][:1]
         if found and found[0].data_ptr() not in {value.data_ptr() for value in given}:  # neither a view nor in place
             self.bytes += found[0].numel() * found[0].element_size()
         if self.other is not None:
             sizes = self.other[len(self.calls)][1][len(given) :]
-            grown = find_axis(found[0], sizes[0], self.size) if found and sizes else None
+            grown = find_axis(found[0], sizes[0], self.size, self.untold) if found and sizes else None
             self.steps.append(Step(function, tuple(axes), grown))
         self.calls.append((function, shapes + [value.shape for value in found]))
         return result
 
 
-def find_axis(value: Tensor, shape: torch.Size, size: int) -> Axis | None:
-    """The axis of `value`, of 2 x `size` examples, that is larger than in `shape`, of `size`; examples i and i + size are the same."""
+def find_axis(value: Tensor, shape: torch.Size, size: int, inner: bool | None = None) -> Axis | None:
+    """The axis of `value`, of 2 x `size` examples, that is larger than in `shape`, of `size`; examples i and i + size are the same.
+
+    How an axis holds examples and positions shows only where there are several, unlike each other; else `inner` says it. A batch of longer
+    texts may have several where this one has not.
+    """
     if value.ndim != len(shape):
         raise Unhooked("the model computes differently for other batch sizes")
     grown = [dim for dim, (large, small) in enumerate(zip(value.shape, shape, strict=True)) if large != small]
@@ -149,12 +167,18 @@ def find_axis(value: Tensor, shape: torch.Size, size: int) -> Axis | None:
         return MIXED
     rows = shape[grown[0]] // size
     if rows == 1:
-        return Axis(grown[0])
+        return Axis(grown[0], inner)
+    values = value.double().nan_to_num(0.0, 0.0, 0.0)
+    scale = float(values.abs().max()) if values.numel() else 0.0
+    noise = 64 * torch.finfo(value.dtype).eps * scale if value.is_floating_point() else 0.0
+    errors = []
     for axis in (Axis(grown[0]), Axis(grown[0], inner=True)):
-        parts = axis.first(value, 2 * size)
-        if torch.allclose(parts[:size].double(), parts[size:].double(), rtol=1e-3, equal_nan=True):
-            return axis
-    return MIXED
+        parts = axis.first(values, 2 * size)
+        errors.append(float((parts[:size] - parts[size:]).abs().max()) if parts.numel() else 0.0)
+    low, high = sorted(errors)
+    if low > 1e-3 * scale:
+        return MIXED
+    return Axis(grown[0], errors[1] < errors[0] if high > 8 * low + noise else inner)
 
 
 class Hooks(Watcher):
@@ -165,7 +189,7 @@ class Hooks(Watcher):
         self.steps, self.parameters, self.size, self.keep = plan.steps, parameters, size, keep
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
         self.shared: dict[int, Tensor] = {id(parameter): parameter for parameter in parameters.values()}  # one for all examples
-        self.cuts: list[tuple[Tensor, Tensor, int]] = []  # a shared tensor, its copies per example, their axis
+        self.cuts: list[tuple[Tensor, Tensor, Axis]] = []  # a shared tensor, its copies per example, their axis
         self.pulls: list[tuple[Tensor, Tensor]] = []  # a shared tensor that is computed, and the gradients (B, ...) at it
         self.found: dict[str, Any] = {}
         self._sums: dict[str, Form] = {}
@@ -196,7 +220,7 @@ class Hooks(Watcher):
             rule = RULES.get(function)
             call = rule.bind(args, kwargs) if rule else {}
             if rule and (axis := self._fits(rule, call, step.result, axis_of)):
-                return self._hooked(rule, function, args, kwargs, call, axis, step.result)
+                return self._hooked(rule, function, args, kwargs, call, axis)
             if function in BROADCAST or function in EXPAND:
                 return self._cut(function, args, kwargs, ours, step.result)
         return function(*args, **kwargs)  # no rule: the gradient arrives at the parameter, and is noticed there
@@ -208,17 +232,21 @@ class Hooks(Watcher):
         return id(value) in self.shared
 
     def _fits(self, rule: Rule, call: Mapping[str, Any], result: Axis, axis_of: Mapping[int, Axis | None]) -> Axis | None:
-        """The axis of the input where a call is one of its rule: examples in the input, none in the weights; else None."""
+        """The axis of input and result where a call is one of its rule: examples in the input, none in the weights; else None."""
         x, roles = call["input"], [call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)]
         axis = axis_of.get(id(x))
         if not isinstance(x, Tensor) or axis is None or axis is MIXED or not roles or id(x) in self.shared or not rule.applies(call):
             return None
-        leading = axis.dim == result.dim == 0 if rule.rows_first else axis.dim < max(1, x.ndim - len(call.get("normalized_shape", (0,))))
+        leading = axis.dim == 0 if rule.rows_first else axis.dim < max(1, x.ndim - len(call.get("normalized_shape", (0,))))
         lookup = not x.is_floating_point()  # of an embedding every axis is a position
-        return axis if (leading or lookup) and all(axis_of.get(id(value)) is None for value in roles) else None
+        if axis.dim != result.dim or {axis.inner, result.inner} == {False, True}:
+            return None
+        axis = axis if axis.inner is not None else result  # a layer leaves its positions in place
+        told = axis.tells(x.shape[axis.dim], self.size)
+        return axis if (leading or lookup) and told and all(axis_of.get(id(value)) is None for value in roles) else None
 
     def _hooked(
-        self, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: dict[str, Any], axis: Axis, grown: Axis
+        self, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: dict[str, Any], axis: Axis
     ) -> Tensor:
         roles = {role: call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)}
         frozen = {id(value): value.detach() for value in roles.values()}
@@ -233,7 +261,7 @@ class Hooks(Watcher):
             if x._version != version:
                 raise Unhooked("a layer's input was changed in place after the layer had read it")
             with torch.no_grad():
-                forms = rule.gradients(call, axis.first(x, self.size), grown.first(gradient, self.size))
+                forms = rule.gradients(call, axis.first(x, self.size), axis.first(gradient, self.size))
                 for role, value in wanted.items():
                     self._add(value, forms[role])
 
@@ -246,25 +274,29 @@ class Hooks(Watcher):
         """Give each shared tensor an axis of examples; where it can't have one the call stays as it is, and is noticed."""
         if function in EXPAND:
             copies = function(ours[0].detach(), *args[1:], **kwargs).requires_grad_()
+            if not grown.tells(copies.shape[grown.dim], self.size):
+                return function(*args, **kwargs)
             self._remember(ours[0], copies, grown)
             return copies
-        dims = max(value.ndim for value in tensors_in((args, kwargs)))
+        shapes = [value.shape for value in tensors_in((args, kwargs))]
+        dims = max(map(len, shapes))
+        rows = max(shape[grown.dim - dims] for shape in shapes if len(shape) >= dims - grown.dim)
+        if not grown.tells(rows, self.size):
+            return function(*args, **kwargs)
         swapped = {}
         for value in ours:
             shape = [1] * (dims - value.ndim) + list(value.shape)
             if shape[grown.dim] != 1:
                 return function(*args, **kwargs)
-            wide = [self.size if dim == grown.dim else n for dim, n in enumerate(shape)]
+            wide = [rows if dim == grown.dim else n for dim, n in enumerate(shape)]
             swapped[id(value)] = value.detach().view(shape).expand(wide).requires_grad_()
         result = function(*replaced(args, swapped), **replaced(dict(kwargs), swapped))
-        if result.shape[grown.dim] != self.size:
-            raise Unhooked("a parameter is broadcast over an axis that holds more than examples")
         for value in ours:
             self._remember(value, swapped[id(value)], grown)
         return result
 
     def _remember(self, value: Tensor, copy: Tensor, grown: Axis) -> None:
-        self.cuts.append((value, copy, grown.dim))
+        self.cuts.append((value, copy, grown))
         self._waiting.update(self._owners(value))
 
     def _owners(self, value: Tensor) -> set[str]:
@@ -292,9 +324,9 @@ class Hooks(Watcher):
         past = [name for name, grad in zip(self.parameters, grads[1 + len(copies) :], strict=True) if grad is not None]
         if past:
             raise Past(past)
-        for (value, copy, dim), grad in zip(self.cuts, grads[1:], strict=False):
+        for (value, copy, axis), grad in zip(self.cuts, grads[1:], strict=False):
             if grad is not None:
-                self._add(value, Dense(tuple(value.shape), summed_to(grad.movedim(dim, 0), value, copy, dim)))
+                self._add(value, Dense(tuple(value.shape), summed_to(axis.first(grad, self.size).sum(1), value, copy, axis.dim)))
         for value, gradient in self.pulls:
             self._pull(value, gradient)
         for name, parameter in self.parameters.items():

@@ -8,7 +8,7 @@ B examples, m rows of the layer's batch per example (1, unless positions were fo
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,17 +27,18 @@ UNFOLD_BYTES = 2 << 20  # patches of a convolution held at once: about what a co
 class Rule:
     """`gradients(arguments, x, g)`: x (B, m, ...) the input and g (B, m, ...) the gradient at the output, examples first.
 
-    `arguments`: the function's parameters in order. `applies`: whether the rule is right for these arguments. `rows_first`: the layer's
-    batch must be its first axis (otherwise any axis may be).
+    `arguments`: the function's parameters in order; `keywords`: those of another name there. `applies`: whether the rule is right for
+    these arguments. `rows_first`: the layer's batch must be its first axis (otherwise any axis may be).
     """
 
     arguments: tuple[str, ...]
     gradients: Callable[[Arguments, Tensor, Tensor], Gradients]
     applies: Callable[[Arguments], bool] = lambda arguments: True
     rows_first: bool = False
+    keywords: Mapping[str, str] = field(default_factory=dict)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
+        return dict(zip(self.arguments, args, strict=False)) | {self.keywords.get(name, name): value for name, value in kwargs.items()}
 
 
 def linear(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
@@ -197,13 +198,14 @@ def plain_sum(call: Arguments) -> bool:
 
 
 CONVOLUTION = Rule(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), convolution, rows_first=True)
-MATMUL = Rule(("input", "weight"), matmul, is_matrix)
+MATMUL = Rule(("input", "weight"), matmul, is_matrix, keywords={"other": "weight"})
+ADDMM = Rule(("bias", "input", "weight"), matmul, plain_sum, keywords={"input": "bias", "mat1": "input", "mat2": "weight"})
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: Rule(("input", "weight", "bias"), linear, is_matrix),
     torch.matmul: MATMUL,
     Tensor.matmul: MATMUL,
     Tensor.__matmul__: MATMUL,
-    torch.addmm: Rule(("bias", "input", "weight"), matmul, plain_sum),
+    torch.addmm: ADDMM,
     F.conv1d: CONVOLUTION,
     F.conv2d: CONVOLUTION,
     F.conv3d: CONVOLUTION,

@@ -5,30 +5,10 @@ import torch
 from torch import nn
 
 from influence_cli.errors import GradientError
-from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
 from tests import reference
 from tests.cases import CASES, Case, squared
-
-
-def captured(case: Case, dtype: torch.dtype = torch.float64, at_once: bool | None = None):
-    torch.manual_seed(0)
-    device = torch.device("cpu")
-    model = case.model().to(dtype).eval()
-    items, notes = case.examples(), []
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-
-    def batch(chosen):
-        return to(case.collate(chosen), device, dtype)
-
-    capture = Capture(model, case.loss, names, embeddings, note=notes.append)
-    capture.probe(batch(items[:2]), [batch([item]) for item in items[:2]])
-    if at_once is not None:
-        capture.at_once = at_once
-    result = capture(batch(items), lambda i: batch([items[i]]), len(items))
-    singles = [to(case.collate([item]), device, torch.float64) for item in items]
-    return result, reference.gradients(model.double(), case.loss, singles), capture, notes
+from tests.gradients.capturing import captured
 
 
 @pytest.mark.parametrize("name", CASES)
