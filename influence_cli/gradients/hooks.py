@@ -168,7 +168,7 @@ def find_axis(value: Tensor, shape: torch.Size, size: int, inner: bool | None = 
     rows = shape[grown[0]] // size
     if rows == 1:
         return Axis(grown[0], inner)
-    values = value.double().nan_to_num(0.0, 0.0, 0.0)
+    values = torch.where(torch.isfinite(value), value, torch.zeros_like(value)).double()  # masks may hold -inf, the same in both
     scale = float(values.abs().max()) if values.numel() else 0.0
     noise = 64 * torch.finfo(value.dtype).eps * scale if value.is_floating_point() else 0.0
     errors = []
