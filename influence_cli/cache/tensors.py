@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,10 +50,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)  # the numbers begin on a page
     with Pieces(path, direct) as file:
-        file.write(memoryview(len(text).to_bytes(8, "little") + text))
+        file.write(np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8))
         for name in names:
             if tensors[name].numel():
-                file.write(memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
 
 
 class Pieces:
@@ -67,7 +68,7 @@ class Pieces:
             if not self.direct or error.errno != errno.EINVAL:
                 raise
             self.direct, self.file = False, os.open(path, flags, 0o666)  # a file system without that way
-        self.block = memory(PIECE)
+        self.block = np.frombuffer(memory(PIECE), dtype=np.uint8)
         self.filled, self.size = 0, 0
 
     def __enter__(self) -> "Pieces":
@@ -81,23 +82,21 @@ class Pieces:
         finally:
             os.close(self.file)
 
-    def write(self, content: memoryview) -> None:
-        view = memoryview(self.block)
+    def write(self, content: np.ndarray) -> None:
+        """Bytes; the copy into the block leaves Python's lock to whoever computes."""
         self.size += len(content)
-        for at in range(0, len(content), PIECE):
-            part = content[at : at + PIECE]
-            first = min(PIECE - self.filled, len(part))
-            view[self.filled : self.filled + first] = part[:first]
-            self.filled += first
+        done = 0
+        while done < len(content):
+            count = min(PIECE - self.filled, len(content) - done)
+            np.copyto(self.block[self.filled : self.filled + count], content[done : done + count])
+            self.filled, done = self.filled + count, done + count
             if self.filled == PIECE:
                 self._flush(PIECE)
-                view[: len(part) - first] = part[first:]
-                self.filled = len(part) - first
 
     def _flush(self, size: int) -> None:
-        view, done = memoryview(self.block), 0
+        done = 0
         while done < size:
-            done += os.write(self.file, view[done:size])
+            done += os.write(self.file, self.block[done:size].data)
         self.filled = 0
 
 
