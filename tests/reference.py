@@ -19,6 +19,27 @@ def gradients(model: nn.Module, quantity: Callable[[nn.Module, Any], Tensor], si
     return {name: torch.stack(values) for name, values in rows.items()}
 
 
+def words(model: nn.Module, quantity: Callable[[nn.Module, Any], Tensor], singles: Sequence[Any], module: nn.Embedding) -> Tensor:
+    """(N, V, d): for each token the sum over its positions of the gradient at the embedding's output; padding_idx has none."""
+    rows = torch.zeros(len(singles), *module.weight.shape, dtype=torch.float64)
+    for n, single in enumerate(singles):
+        calls: list[tuple[Tensor, Tensor]] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor], output: Tensor, calls: list[tuple[Tensor, Tensor]] = calls) -> None:
+            output.retain_grad()
+            calls.append((args[0], output))
+
+        hook = module.register_forward_hook(keep)
+        quantity(model, single).sum().backward()
+        hook.remove()
+        for ids, output in calls:
+            assert output.grad is not None
+            for token, gradient in zip(ids.flatten().tolist(), output.grad.reshape(-1, output.shape[-1]), strict=True):
+                if token != module.padding_idx:
+                    rows[n, token] += gradient
+    return rows
+
+
 def flat(grads: dict[str, Tensor], names: Sequence[str] | None = None) -> Tensor:
     """(N, all numbers), of the parameters `names` or all."""
     return torch.cat([value.reshape(len(value), -1) for name, value in grads.items() if names is None or name in names], dim=1)

@@ -23,7 +23,7 @@ MAY_USE = {
     "cache.files": (),
     "cache.tensors": (),
     "cache.store": ("cache.files", "cache.tensors", "gradients.forms"),
-    "cache.fingerprint": ("cache.files", "cache.store", "run.checkpoints"),
+    "cache.fingerprint": ("cache.files", "cache.store", "gradients.forms", "run.checkpoints"),
     "cache.sizes": ("cache.files", "cache.store", "gradients.forms"),
     "cache.verify": ("cache", "run"),
     "cache.check": ("cache", "gradients", "run"),

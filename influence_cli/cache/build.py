@@ -18,6 +18,9 @@ from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.filling import Filling
+from influence_cli.gradients.forms import Postings
+from influence_cli.gradients.forms import Rows as ByExample
+from influence_cli.gradients.words import WordCapture
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
@@ -25,6 +28,7 @@ from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
 Ids = range | np.ndarray  # rising example ids
+AnyCapture = Capture | WordCapture
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Gradients:
         self.talk = talk or Talk()
         self._batch_size, self._cast = batch_size, cast
         self._loaded: Checkpoint | None = None
-        self._captures: dict[tuple[str, tuple[str, ...]], Capture] = {}
+        self._captures: dict[tuple[str, tuple[str, ...]], AnyCapture] = {}
         self._held: dict[Path, Held] = {}
         self._verified: set[tuple[str, int]] = set()
         self._digests: dict[int, int] = {}
@@ -186,6 +190,8 @@ class Gradients:
         if self._loaded is None:
             self.load(self.run.checkpoints[0])
         capture = self.capture_of(split, columns)
+        if isinstance(capture, WordCapture):
+            return dict.fromkeys(columns, "at the output" if capture.at_once else "one by one")
         if not capture.at_once:
             return dict.fromkeys(columns, "one by one")
         return {name: "rule" if name in capture.hooked else "torch.func" for name in columns}
@@ -290,7 +296,10 @@ class Gradients:
             torch.cat(losses),
             torch.cat(digests),
             {name: torch.cat(values) for name, values in sqnorms.items()},
-            forms.done(),
+            {
+                name: Postings.of(form) if name in self.run.embeddings and isinstance(form, ByExample) else form
+                for name, form in forms.done().items()
+            },
         )
 
     def batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:
@@ -313,7 +322,7 @@ class Gradients:
             checkpoint_files.load(checkpoint, self.run.model)
             self._loaded = checkpoint
 
-    def capture_of(self, split: str, columns: Sequence[str]) -> Capture:
+    def capture_of(self, split: str, columns: Sequence[str]) -> AnyCapture:
         key = (split, tuple(columns))
         if key not in self._captures:
             definition, examples = self.run.definition, self.run.examples(split)
@@ -324,8 +333,12 @@ class Gradients:
                 value = function(model, batch)
                 return -value if measured and isinstance(value, torch.Tensor) else value
 
-            embeddings = [column for column in columns if self.run.columns[column].embedding]
-            capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note)
+            words = self.run.embeddings.get(columns[0]) if len(columns) == 1 and columns[0] not in self.run.columns else None
+            if words is not None and words.module is not None:
+                capture: AnyCapture = WordCapture(self.run.model, quantity, words.name, words.module, name, self.talk.note)
+            else:
+                embeddings = [column for column in columns if self.run.columns[column].embedding]
+                capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note)
             first = range(min(2, len(examples)))
             examples.check_stable(range(min(4, len(examples))))
             batch, single = self.batch(split, np.array(first))

@@ -74,6 +74,7 @@ def spread(count: int, most: int) -> list[int]:
 # ---------------------------------------------------------------- gradients
 def check_gradients(gradients: Gradients, checkpoint: Checkpoint, split: str, columns: Sequence[str], ids: np.ndarray) -> Iterator[Finding]:
     capture, size = gradients.capture_of(split, columns), len(ids)
+    assert isinstance(capture, Capture)
     batch, single = gradients.batch(split, ids)
     alone = [capture.single(single(i)) for i in range(size)]
     expected = {name: torch.stack([grads[name] for _, grads in alone]).flatten(1) for name in columns}
@@ -189,7 +190,7 @@ def check_cache(gradients: Gradients, checkpoints: Sequence[Checkpoint]) -> Iter
             advance(1)
     for checkpoint in checkpoints:
         place = gradients.place("train", checkpoint)
-        units = [unit for unit in gradients.held("train", checkpoint).units if set(unit.columns) <= set(gradients.run.columns)]
+        units = [unit for unit in gradients.held("train", checkpoint).units if all(map(gradients.run.has, unit.columns))]
         if units:
             yield taken_again(gradients, checkpoint, place, Held(units))
 

@@ -11,6 +11,7 @@ import torch
 from influence_cli.cache.files import read_json, write_json
 from influence_cli.cache.store import Rows
 from influence_cli.errors import CacheError
+from influence_cli.gradients.forms import distance
 from influence_cli.run.checkpoints import Checkpoint
 
 
@@ -68,7 +69,8 @@ def tensor_digest(file: Path) -> str:
 def compare(stored: Rows, again: Rows, rounding: float, where: str, split: str, cache: Path) -> None:
     """Raise CacheError, naming layer and example, where cached rows and the same rows captured again differ beyond rounding.
 
-    Rounding is relative to the largest gradient among the rows: a well-fit example's own gradient may be all rounding.
+    Rounding is relative to the largest gradient among the rows: a well-fit example's own gradient may be all rounding; so may a parameter's
+    (an attention key's bias), to which a little of the whole gradient's is allowed.
     """
     remedy = "the run changed since they were cached; --cache DIR starts another cache, deleting the old one starts afresh"
     compare_data(stored, again.digests, split, cache)
@@ -81,12 +83,14 @@ def compare(stored: Rows, again: Rows, rounding: float, where: str, split: str, 
             f"{float(stored.losses[first]):.6g} cached, {float(again.losses[first]):.6g} now",
             remedy,
         )
+    whole = float(sum(again.sqnorms.values(), torch.zeros(())).max().sqrt())
     for column, squares in again.sqnorms.items():
         norms, kept = squares.sqrt(), stored.sqnorms[column].sqrt()
+        allowed = max(rounding * float(norms.max()), rounding**1.5 * whole) + 1e-30
         off = (kept - norms).abs()
         if column in stored.forms:
-            off = (stored.forms[column].dense().values.double() - again.forms[column].dense().values.double()).norm(dim=1)
-        wrong = (~(off <= rounding * norms.max() + 1e-30)).nonzero().flatten().tolist()
+            off = distance(stored.forms[column], again.forms[column])
+        wrong = (~(off <= allowed)).nonzero().flatten().tolist()
         if wrong:
             first = wrong[0]
             raise CacheError(

@@ -36,7 +36,7 @@ def verify(run: Run, split: str, checkpoint: Checkpoint, place: Path, held: Held
     older = sorted({unit.definition for unit in held.units} - agreed)
     for definition in older:
         for unit, ids in sampled([unit for unit in held.units if unit.definition == definition], GRADIENTS, len(run.examples(split))):
-            gone = [column for column in unit.columns if column not in run.columns]
+            gone = [column for column in unit.columns if not run.has(column)]
             if gone:
                 raise CacheError(
                     f"the cache {store.folder} belongs to another run: the model has no trained parameter {listed(gone)}",

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from influence_cli.methods import METHODS
 
-RUN, RANKED, NUMBERS, OUT = "The run", "What is scored", "Numbers", "Output"
+RUN, RANKED, WORDS, NUMBERS, OUT = "The run", "What is scored", "Words (tracin-we)", "Numbers", "Output"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None):
@@ -38,9 +38,23 @@ GroupBy = Annotated[
     option("--group-by", metavar="label|FILE", panel=RANKED, help="Sum the scores per group: by label, or by a file with a name per line."),
 ]
 By = Annotated[
-    str | None, option("--by", metavar="PART", panel=RANKED, help="checkpoint or layer: a row per part of each score; parts sum to it.")
+    str | None,
+    option(
+        "--by", metavar="PART", panel=RANKED, help="checkpoint, layer or (tracin-we) word: a row per part of each score; parts sum to it."
+    ),
 ]
 Normalize = Annotated[bool, option("--normalize", panel=NUMBERS, help="Cosine instead of dot product at each checkpoint.")]
+Embedding = Annotated[str | None, option("--embedding", metavar="NAME", panel=WORDS, help="The embedding module, where there are several.")]
+SpecialTokens = Annotated[
+    str, option("--special-tokens", metavar="HOW", panel=WORDS, help="keep, drop or only: tokens that token(id) writes like [CLS] or <s>.")
+]
+PadId = Annotated[int | None, option("--pad-id", metavar="ID", panel=WORDS, help="A token that never counts (padding_idx never does).")]
+TopWords = Annotated[
+    int | None, option("--top-words", metavar="K", panel=WORDS, help="Only the K words of each text with the largest gradient.")
+]
+Synonyms = Annotated[
+    int | None, option("--synonyms", metavar="K", panel=WORDS, help="Also the K tokens nearest to each of the query's, in embedding space.")
+]
 Lr = Annotated[float | None, option("--lr", metavar="X", panel=NUMBERS, help="One learning rate for all checkpoints.")]
 LrWeights = Annotated[
     str | None,
@@ -88,6 +102,17 @@ class Shared:
     checkpoints: Checkpoints = None
     cache: Cache = None
     quiet: Quiet = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """The flags of tracin-we."""
+
+    embedding: Embedding = None
+    special_tokens: SpecialTokens = "keep"
+    pad_id: PadId = None
+    top_words: TopWords = None
+    synonyms: Synonyms = None
 
 
 @dataclass(frozen=True)

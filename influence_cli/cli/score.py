@@ -8,6 +8,7 @@ from influence_cli.methods import METHODS
 def score(
     shared: options.Shared,
     shown: options.Shown,
+    words: options.Words,
     method: options.Method = "tracin",
     queries: options.Queries = None,
     train: options.Train = None,
@@ -36,8 +37,12 @@ def score(
     if not chosen.weighted and (lr is not None or lr_weights is not None):
         raise UsageProblem(f"--method {method} has no learning-rate weights", "leave out --lr and --lr-weights, or use --method tracin")
 
+    specs.check_words(method, chosen.words, words, shared.layers)
+    if by == "word" and group_by:
+        raise UsageProblem("--by word splits pairs of texts, --group-by sums over them", "give one of them")
+
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods import Question
+    from influence_cli.methods import Question, WordOptions
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
     from influence_cli.run.learning_rates import weigh
 
@@ -51,13 +56,14 @@ def score(
     question = Question(
         checkpoints=selected,
         weights=opened.weights(lr, lr_weights) if chosen.weighted else tuple(weigh(selected, None, "none")),
-        columns=opened.columns,
+        columns=opened.embedding(words.embedding) if chosen.words else opened.columns,
         train=train_ids,
         queries=opened.ids("--queries", queries, "query"),
         sum_queries=sum_queries,
         normalize=normalize or chosen.normalized,
         by=by,
         groups=opened.groups(group_by, train_ids) if group_by else None,
+        words=WordOptions(words.special_tokens, words.pad_id, words.top_words, words.synonyms or 0) if chosen.words else None,
     )
     names = question.groups.names if question.groups else None
 
@@ -67,6 +73,6 @@ def score(
     rows = (
         row
         for answer in chosen.score()(opened.gradients, question, new_ranking)
-        for row in tables.score_rows(answer.ranking, answer.queries, by, answer.parts, names, opened.describe)
+        for row in tables.score_rows(answer.ranking, answer.queries, by, answer.parts, names, opened.describe, answer.split)
     )
     sink.write(rows, tables.score_columns(by))

@@ -1,5 +1,6 @@
 """What flags say, read into values: example ids, tops, group names. A problem names the flag."""
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import IO
 
 import numpy as np
 
+from influence_cli.cli.options import Words
 from influence_cli.errors import UsageProblem, listed
 
 EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
@@ -82,6 +84,19 @@ def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise UsageProblem(f"{flag} {value}: unknown", f"expected: {', '.join(choices)}")
     return value
+
+
+def check_words(method: str, reads_words: bool, words: Words, layers: list[str] | None) -> None:
+    """The flags of tracin-we: only there, and what they can be."""
+    given = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(words) if getattr(words, field.name) != field.default]
+    if given and not reads_words:
+        raise UsageProblem(f"{', '.join(given)}: --method {method} does not read words", "--method tracin-we does")
+    if reads_words and layers:
+        raise UsageProblem(f"--layers with --method {method}, which reads one embedding and nothing else", "--embedding NAME chooses it")
+    one_of("--special-tokens", words.special_tokens, ("keep", "drop", "only"))
+    for flag, value in (("--top-words", words.top_words), ("--synonyms", words.synonyms)):
+        if value is not None and value < 1:
+            raise UsageProblem(f"{flag} {value}", "expected: a number from 1")
 
 
 def group_file(path: Path, size: int) -> list[str]:

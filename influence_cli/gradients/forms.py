@@ -7,6 +7,7 @@ N examples, Q queries, D numbers of a parameter (of shape o x i, or V x d for ro
 numbers.
 """
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -289,7 +290,90 @@ class Rows(Form):
         return squares(self.values).new_zeros(len(self)).index_add_(0, self.example, squares(self.values))
 
 
-FORMS: dict[str, type[Form]] = {form.kind: form for form in (Dense, Factors, Rows, Projected)}
+@dataclass(frozen=True)
+class Postings(Form):
+    """Rows in the order of their tokens, an inverted index: token `tokens[u]` has the rows `starts[u]:starts[u+1]`, by rising example.
+
+    The form in which word embeddings are kept: what two texts have in common is found by token, and one token's rows lie together.
+    """
+
+    kind = "postings"
+    tokens: Tensor  # (U,) int64, rising
+    starts: Tensor  # (U+1,) int64
+    example: Tensor  # (T,) int64
+    values: Tensor  # (T, d)
+    counts: Tensor  # (N,) int64: rows of each example
+
+    @classmethod
+    def of(cls, rows: Rows) -> "Postings":
+        order = torch.argsort(rows.ids, stable=True)
+        tokens, counts = torch.unique_consecutive(rows.ids[order], return_counts=True)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(rows.shape, tokens, starts, rows.example[order], rows.values[order], rows.offsets.diff())
+
+    def rows(self) -> Rows:
+        order = torch.argsort(self.example, stable=True)  # by example, then by token
+        ids = torch.repeat_interleave(self.tokens, self.starts.diff())[order]
+        return Rows(self.shape, ids, self.values[order], torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("tokens", "starts", "example", "values", "counts")
+        return {name: getattr(self, name) for name in names}
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def dense(self) -> "Dense":
+        return self.rows().dense()
+
+    def part(self, at: slice) -> "Form":
+        return Postings.of(self.rows().part(at))  # type: ignore[arg-type]
+
+    def take(self, index: Tensor) -> "Form":
+        return Postings.of(self.rows().take(index))  # type: ignore[arg-type]
+
+    def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
+        """Cost d for each pair of rows of one token: one small product per token that both have."""
+        if not isinstance(queries, Postings):
+            return self.rows().dot(queries, memo)
+        out = self.values.new_zeros(len(self), len(queries))
+        for ours, theirs in self.common(queries):
+            found = products(self.values[ours], queries.values[theirs])
+            place = self.example[ours, None] * len(queries) + queries.example[theirs]
+            out.view(-1).index_add_(0, place.flatten(), found.flatten())
+        return out
+
+    def select(self, kept: Tensor) -> "Postings":
+        """Only the rows of a (T,) mask."""
+        if bool(kept.all()):
+            return self
+        token = torch.repeat_interleave(torch.arange(len(self.tokens), device=kept.device), self.starts.diff())
+        counts = torch.bincount(token[kept], minlength=len(self.tokens))
+        there = counts > 0
+        starts = torch.cat([counts.new_zeros(1), counts[there].cumsum(0)])
+        example = self.example[kept]
+        return Postings(self.shape, self.tokens[there], starts, example, self.values[kept], torch.bincount(example, minlength=len(self)))
+
+    def common(self, queries: "Postings") -> Iterator[tuple[slice, slice]]:
+        """The rows of each token that both have."""
+        place = torch.searchsorted(self.tokens, queries.tokens).clamp(max=max(0, len(self.tokens) - 1))
+        both = (self.tokens[place] == queries.tokens).nonzero().flatten() if len(self.tokens) else place[:0]
+        ours, theirs = self.starts.tolist(), queries.starts.tolist()
+        for u, v in zip(place[both].tolist(), both.tolist(), strict=True):
+            yield slice(ours[u], ours[u + 1]), slice(theirs[v], theirs[v + 1])
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return self.rows().matvec(vectors)
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        return self.rows().rmatvec(weights)
+
+    def sqnorm(self) -> Tensor:
+        norms = squares(self.values)
+        return norms.new_zeros(len(self)).index_add_(0, self.example, norms)
+
+
+FORMS: dict[str, type[Form]] = {form.kind: form for form in (Dense, Factors, Rows, Postings, Projected)}
 
 
 def from_tensors(kind: str, shape: Sequence[int], tensors: dict[str, Tensor]) -> Form:
@@ -355,6 +439,14 @@ def merged(first: Form, second: Form) -> Form:
     if isinstance(first, Factors) and isinstance(second, Factors):
         pairs = zip(first.tensors().values(), second.tensors().values(), strict=True)
         return Factors(first.shape, *(torch.cat(pair, dim=1) for pair in pairs))
+    if isinstance(first, Rows) and isinstance(second, Rows):
+        tokens, size = first.shape[0], len(first)
+        keys = torch.cat([part.example * tokens + part.ids for part in (first, second)])
+        distinct, place = torch.unique(keys, return_inverse=True)  # rising: by example, then by id
+        values = first.values.new_zeros(len(distinct), first.values.shape[1])
+        values.index_add_(0, place, torch.cat([first.values, second.values]))
+        counts = torch.bincount(distinct // tokens, minlength=size)
+        return Rows(first.shape, distinct % tokens, values, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
     if isinstance(first, Rows):
         first, second = second, first
     values = first.values.clone() if isinstance(first, Dense) else first.dense().values
@@ -365,10 +457,21 @@ def merged(first: Form, second: Form) -> Form:
     return Dense(first.shape, values)
 
 
+def distance(first: Form, second: Form) -> Tensor:
+    """(N,) float64: the norm of the difference of two gradients of each example."""
+    pair = [form.rows() if isinstance(form, Postings) else form for form in (first, second)]
+    if all(isinstance(form, Rows) for form in pair):
+        ours, theirs = (dataclasses.replace(form, values=form.values.double()) for form in pair if isinstance(form, Rows))
+        return merged(ours, dataclasses.replace(theirs, values=-theirs.values)).sqnorm().sqrt()
+    return (first.dense().values.double() - second.dense().values.double()).norm(dim=1)
+
+
 def concat(forms: Sequence[Form]) -> Form:
     """The examples of several forms of one parameter, one after the other; dense where the kinds differ."""
     if len(forms) == 1:
         return forms[0]
+    if all(isinstance(form, Postings) for form in forms):
+        return Postings.of(concat([form.rows() for form in forms]))  # type: ignore[attr-defined,arg-type]
     if len({form.kind for form in forms}) > 1:
         forms = [form.dense() for form in forms]
     first = forms[0]

@@ -1,7 +1,7 @@
 """The methods, as a table. A method is one file, one line here and one test file; its module is imported when it is used."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from influence_cli.cache.build import Ids
-    from influence_cli.output.ranking import Ranking
+    from influence_cli.output.ranking import Entry, Ranking
     from influence_cli.run import Checkpoint, Column
     from influence_cli.run.learning_rates import Weight
 
@@ -24,6 +24,7 @@ class Method:
     checkpoints: str = "all"  # or "one"
     normalized: bool = False  # is a cosine already
     parts: tuple[str, ...] = ("checkpoint", "layer")  # what --by can split its scores into
+    words: bool = False  # reads an embedding's words, not parameters
 
     def score(self) -> Callable[..., Any]:
         return importlib.import_module(f"influence_cli.methods.{self.module}").score
@@ -33,7 +34,18 @@ METHODS = {
     "tracin": Method("tracin", "sum over checkpoints of learning rate x gradient dot product"),
     "grad-dot": Method("tracin", "gradient dot product at one checkpoint", weighted=False, checkpoints="one"),
     "grad-cos": Method("tracin", "gradient cosine at one checkpoint", weighted=False, checkpoints="one", normalized=True),
+    "tracin-we": Method("tracin_we", "tracin through word embeddings, down to the word", words=True, parts=("checkpoint", "word")),
 }
+
+
+@dataclass(frozen=True)
+class WordOptions:
+    """Which words count: `special` keep, drop or only; `top` words of each text by gradient norm; words near the query's."""
+
+    special: str = "keep"
+    pad_id: int | None = None
+    top: int | None = None
+    synonyms: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Question:
     normalize: bool = False
     by: str | None = None
     groups: "Groups | None" = None
+    words: WordOptions | None = None
 
     @property
     def parts(self) -> list[str]:
@@ -68,8 +81,12 @@ class Groups:
 
 @dataclass(frozen=True)
 class Answer:
-    """Scores of some queries, ranked. `queries`: their ids, or None for all as one; `parts`: names of the parts of each score."""
+    """Scores of some queries, ranked. `queries`: their ids, or None for all as one; `parts`: names of the parts of each score.
+
+    `split`: where each pair has parts of its own, (query position, entries) -> per entry its (part, score).
+    """
 
     queries: "list[int] | None"
     ranking: "Ranking"
     parts: list[str]
+    split: "Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]] | None" = None

@@ -7,7 +7,7 @@ N train, Q query, P parts of a score.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,43 +17,29 @@ from influence_cli.cache.build import Gradients, Ids, blocks
 from influence_cli.cache.store import Rows, concat_rows
 from influence_cli.gradients.forms import Dense, Form, Memo
 from influence_cli.methods import Answer, Question
+from influence_cli.methods.ranked import Advance, NewRanking, block_size, ranked
 from influence_cli.output.ranking import Ranking
 from influence_cli.run import Checkpoint
 
-QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints; more queries go in several passes
-TOTAL_BYTES = 16 << 20  # scores of a block of training examples
 PART = 512  # training examples multiplied at once: their products stay in the cache
-NewRanking = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
 
 
 def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
-    """Scores of every training example asked for, ranked per query. Memory: a block of scores, and the gradients of some queries."""
-    columns = list(question.columns)
-    gradients.ensure("query", question.checkpoints, columns, question.queries)
-    gradients.ensure("train", question.checkpoints, columns, question.train)
-    passes = query_passes(gradients, question)
-    for number, ids in enumerate(passes, start=1):
-        of = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
-        with gradients.talk.progress(f"scores{of}", len(question.train) * len(question.checkpoints)) as advance:
-            rows_of = mean_query_row if question.sum_queries else query_rows
-            queries = [rows_of(gradients, question, checkpoint, ids) for checkpoint in question.checkpoints]
-            width, parts = len(queries[0].losses), question.parts
-            ranking = new_ranking(width, len(parts))
-            groups = np.zeros((len(parts) + 1, width, len(question.groups.names))) if question.groups else None
-            for block in blocks(question.train, block_size(width, len(parts))):
-                totals = block_scores(gradients, question, queries, block, advance)
-                if groups is None or question.groups is None:
-                    ranking.add(block, totals[0], totals[1:])
-                else:
-                    np.add.at(groups.transpose(2, 0, 1), question.groups.of[block], totals.transpose(2, 0, 1))
-            if groups is not None:
-                ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
-        yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, parts)
+    """Scores of every training example asked for, ranked per query."""
+    numbers = sum(column.numel for column in question.columns.values())
+    rows_of = mean_query_row if question.sum_queries else query_rows
+
+    def load(ids: Ids) -> list[Rows]:
+        return [rows_of(gradients, question, checkpoint, ids) for checkpoint in question.checkpoints]
+
+    def scores(queries: list[Rows], ids: np.ndarray, advance: Advance) -> np.ndarray:
+        return block_scores(gradients, question, queries, ids, advance)
+
+    for ids, _, ranking in ranked(gradients, question, new_ranking, numbers * max(4, gradients.settings.store.itemsize), load, scores):
+        yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, question.parts)
 
 
-def block_scores(
-    gradients: Gradients, question: Question, queries: list[Rows], ids: np.ndarray, advance: Callable[..., None]
-) -> np.ndarray:
+def block_scores(gradients: Gradients, question: Question, queries: list[Rows], ids: np.ndarray, advance: Advance) -> np.ndarray:
     """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
     scores are the same with and without parts."""
     part_of = {name: number for number, name in enumerate(question.parts, start=1)}
@@ -113,21 +99,6 @@ def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpo
     forms: dict[str, Form] = {name: Dense(question.columns[name].shape, (value / len(ids)).to(kept[name])) for name, value in sums.items()}
     one = torch.zeros(1, dtype=torch.float64)
     return Rows(np.zeros(1, np.int64), one, one, {name: form.sqnorm() for name, form in forms.items()}, forms)
-
-
-def query_passes(gradients: Gradients, question: Question) -> list[Ids]:
-    """The queries, cut so that the gradients of each cut fit into QUERY_BYTES over all checkpoints, and its scores of the smallest block
-    into 8 TOTAL_BYTES; uncut with --sum-queries."""
-    numbers = sum(column.numel for column in question.columns.values())
-    bytes_each = numbers * max(4, gradients.settings.store.itemsize) * len(question.checkpoints)
-    fit = min(QUERY_BYTES // bytes_each, 8 * TOTAL_BYTES // (4096 * 8 * (1 + len(question.parts))))
-    most = len(question.queries) if question.sum_queries else max(1, fit)
-    return [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
-
-
-def block_size(queries: int, parts: int) -> int:
-    """Training examples whose scores are held at once; at least 4,096, so that rankings are merged rarely."""
-    return max(4096, TOTAL_BYTES // (8 * queries * (1 + parts)) // 4096 * 4096)
 
 
 def self_influence(gradients: Gradients, question: Question, ranking: Ranking) -> None:

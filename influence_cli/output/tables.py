@@ -21,10 +21,12 @@ SCORE_COLUMNS = ("query", "kind", "rank", "train", "score", "query_label", "trai
 SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
 CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
 WHOLE_NUMBERS, FLOATS = {"rank"}, {"score", "error", "allowed"}
+SPLIT = 256  # ranked pairs divided at once
 CHUNK = 1000  # rows of a terminal table, or of a parquet row group, held at once
 
 Row = Sequence[Any]
 Describe = Callable[[str, int], tuple[str, str]]  # (split, id) -> label, text
+Split = Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]  # (query position, entries) -> per entry its (part, score)
 
 
 # ---------------------------------------------------------------- rows
@@ -34,19 +36,31 @@ def score_columns(by: str | None) -> tuple[str, ...]:
 
 
 def score_rows(
-    ranking: Ranking, queries: list[int] | None, by: str | None, parts: Sequence[str], groups: Sequence[str] | None, describe: Describe
+    ranking: Ranking,
+    queries: list[int] | None,
+    by: str | None,
+    parts: Sequence[str],
+    groups: Sequence[str] | None,
+    describe: Describe,
+    split: Split | None = None,
 ) -> Iterator[Row]:
     """One row per ranked pair, or per part of it. `queries` None: all as one, named `all`; `groups`: names in place of training ids."""
     for position in range(ranking.queries):
         query = queries[position] if queries is not None else None
         query_label, query_text = describe("query", query) if query is not None else ("", "")
-        for entry in ranking.entries(position):
-            train_label, train_text = describe("train", entry.train) if groups is None else ("", "")
-            for part, score in zip(parts, entry.parts, strict=True) if by else [(None, entry.score)]:
-                yield (
-                    "all" if query is None else query, entry.kind, entry.rank, entry.train if groups is None else groups[entry.train],
-                    *([part] if by else []), score, query_label, train_label, query_text, train_text,
-                )  # fmt: skip
+        entries = ranking.entries(position)
+        while some := list(itertools.islice(entries, SPLIT)):
+            if split is not None:
+                divided = split(position, some)
+            else:
+                divided = [list(zip(parts, entry.parts, strict=True)) if by else [("", entry.score)] for entry in some]
+            for entry, pieces in zip(some, divided, strict=True):
+                train_label, train_text = describe("train", entry.train) if groups is None else ("", "")
+                for part, score in pieces:
+                    yield (
+                        "all" if query is None else query, entry.kind, entry.rank, entry.train if groups is None else groups[entry.train],
+                        *([part] if by else []), score, query_label, train_label, query_text, train_text,
+                    )  # fmt: skip
 
 
 def self_rows(entries: Iterable[Entry], describe: Describe) -> Iterator[Row]:

@@ -30,6 +30,14 @@ class Run:
     trajectory_path: Path | None
 
     @cached_property
+    def embeddings(self) -> dict[str, Column]:
+        """The embedding modules, by the columns of what they return."""
+        return _model.embeddings(self.model)
+
+    def has(self, column: str) -> bool:
+        return column in self.columns or column in self.embeddings
+
+    @cached_property
     def train(self) -> Examples:
         return Examples(self.definition, "train")
 

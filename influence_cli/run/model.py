@@ -22,6 +22,7 @@ class Column:
     shape: tuple[int, ...]
     dtype: torch.dtype
     embedding: bool  # the weight of an nn.Embedding: gradients are few rows of many
+    module: str | None = None  # not the parameter but what this embedding module returns (words)
 
     @property
     def layer(self) -> str:
@@ -84,6 +85,27 @@ def columns(model: nn.Module) -> dict[str, Column]:
     }
     if not found:
         raise DefinitionError("the model has no trained parameter", "every parameter is frozen (requires_grad=False), or there is none")
+    return found
+
+
+def embeddings(model: nn.Module) -> dict[str, Column]:
+    """What each nn.Embedding returns, as a column `MODULE()`: the path of its input alone, also where its weight is tied to another layer.
+
+    Raises DefinitionError for a padding_idx that is no token.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            if module.padding_idx is not None and not 0 <= module.padding_idx < module.num_embeddings:
+                raise DefinitionError(
+                    f"the embedding {name or 'that is the model'} has padding_idx {module.padding_idx}",
+                    f"expected: a token id from 0 to {module.num_embeddings - 1:,}",
+                )
+            weight = module.weight
+            found[f"{name}()"] = Column(f"{name}()", tuple(names[id(weight)]), tuple(weight.shape), weight.dtype, True, name)
     return found
 
 

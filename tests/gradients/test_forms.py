@@ -11,6 +11,7 @@ from influence_cli.gradients.forms import (
     Dense,
     Factors,
     Form,
+    Postings,
     Projected,
     Rows,
     cheapest,
@@ -36,6 +37,7 @@ def forms() -> dict[str, tuple]:
     factors = Factors((5, 4), torch.randn(6, 3, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64))
     return {
         "rows": (rows, smallest(gradients(4), embedding=True)),
+        "postings": (Postings.of(rows), Postings.of(smallest(gradients(4), embedding=True))),
         "factors": (factors, Factors((5, 4), factors.left[:2], factors.right[:2])),
         "dense": (Dense((7, 3), gradients().flatten(1)), Dense((7, 3), gradients(4).flatten(1))),
         "projected": (Projected((7, 3), gradients()[:, :2].flatten(1)), Projected((7, 3), gradients(4)[:, :2].flatten(1))),
@@ -95,9 +97,10 @@ def random_form(kind: str, N: int, o: int, i: int, S: int, dtype: torch.dtype = 
     if kind == "factors":
         return Factors((o, i), torch.randn(N, S, o, dtype=dtype), torch.randn(N, S, i, dtype=dtype))
     used = (torch.rand(N, o) < 0.4).nonzero()
-    if kind == "rows":
+    if kind in ("rows", "postings"):
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(used[:, 0], minlength=N).cumsum(0)])
-        return Rows((o, i), used[:, 1].contiguous(), torch.randn(len(used), i, dtype=dtype), offsets)
+        rows = Rows((o, i), used[:, 1].contiguous(), torch.randn(len(used), i, dtype=dtype), offsets)
+        return rows if kind == "rows" else Postings.of(rows)
     return FORMS[kind]((o, i), torch.randn(N, o * i, dtype=dtype))  # type: ignore[call-arg]
 
 
@@ -108,7 +111,7 @@ def drawn(data, *kinds: str, dtype: torch.dtype = torch.float64) -> list[Form]:
     return [random_form(kind, data.draw(st.integers(1, 5)), o, i, data.draw(st.integers(1, 6)), dtype) for kind in kinds]
 
 
-EXACT = ("dense", "factors", "rows")
+EXACT = ("dense", "factors", "rows", "postings")
 PAIRS = [(ours, theirs) for ours in EXACT for theirs in EXACT] + [("projected", "projected")]
 
 
@@ -241,3 +244,25 @@ def test_zero_and_broken_gradients_keep_their_norm():
     assert squares(values).tolist()[0] == 0
     assert squares(values).isnan().tolist() == [False, True, False]
     assert squares(values).isinf().tolist() == [False, False, True]
+
+
+@over_random_sizes(25)
+def test_postings_lie_by_token_and_select_keeps_what_it_says(data):
+    (form,) = drawn(data, "postings")
+    assert isinstance(form, Postings)
+    tokens = torch.repeat_interleave(form.tokens, form.starts.diff())
+    assert (tokens.diff() >= 0).all()
+    kept = torch.rand(len(tokens)) < 0.5
+    expected = form.dense().values.view(len(form), *form.shape).clone()
+    expected[form.example[~kept], tokens[~kept]] = 0
+    torch.testing.assert_close(form.select(kept).dense().values, expected.flatten(1))
+    assert len(form.select(kept)) == len(form)
+
+
+@over_random_sizes(25)
+def test_the_distance_of_two_forms_is_that_of_their_matrices(data):
+    for kinds in (("rows", "rows"), ("postings", "postings"), ("dense", "factors"), ("factors", "factors")):
+        first, second = drawn(data, *kinds)
+        second = second.take(torch.zeros(len(first), dtype=torch.int64))
+        expected = (first.dense().values - second.dense().values).norm(dim=1)
+        torch.testing.assert_close(forms_module.distance(first, second), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,64 @@
+"""The loop that methods on cached rows share: queries in passes, blocks of examples outside, checkpoints inside, ranked as they come.
+
+N train, Q query, P parts of a score.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from influence_cli.cache.build import Gradients, Ids, blocks
+from influence_cli.methods import Question
+from influence_cli.output.ranking import Ranking
+
+QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints; more queries go in several passes
+TOTAL_BYTES = 16 << 20  # scores of a block of training examples
+NewRanking = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
+Advance = Callable[..., None]
+
+
+def ranked(
+    gradients: Gradients,
+    question: Question,
+    new_ranking: NewRanking,
+    query_bytes: int,
+    load: Callable[[Ids], Any],
+    scores: Callable[[Any, np.ndarray, Advance], np.ndarray],
+) -> Iterator[tuple[Ids, Any, Ranking]]:
+    """Per pass its query ids, what `load` made of them, and their ranking. Memory: a block of scores, and the gradients of some queries.
+
+    `query_bytes`: of one query at one checkpoint. `scores(queries, ids, advance)`: (1 + P, Q, N) float64, the scores and their parts.
+    """
+    gradients.ensure("query", question.checkpoints, list(question.columns), question.queries)
+    gradients.ensure("train", question.checkpoints, list(question.columns), question.train)
+    passes = query_passes(question, query_bytes)
+    for number, ids in enumerate(passes, start=1):
+        of = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
+        with gradients.talk.progress(f"scores{of}", len(question.train) * len(question.checkpoints)) as advance:
+            queries = load(ids)
+            width, parts = 1 if question.sum_queries else len(ids), question.parts
+            ranking = new_ranking(width, len(parts))
+            groups = np.zeros((len(parts) + 1, width, len(question.groups.names))) if question.groups else None
+            for block in blocks(question.train, block_size(width, len(parts))):
+                totals = scores(queries, block, advance)
+                if groups is None or question.groups is None:
+                    ranking.add(block, totals[0], totals[1:])
+                else:
+                    np.add.at(groups.transpose(2, 0, 1), question.groups.of[block], totals.transpose(2, 0, 1))
+            if groups is not None:
+                ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
+        yield ids, queries, ranking
+
+
+def query_passes(question: Question, query_bytes: int) -> list[Ids]:
+    """The queries, cut so that the gradients of each cut fit into QUERY_BYTES over all checkpoints, and its scores of the smallest block
+    into 8 TOTAL_BYTES; uncut with --sum-queries."""
+    fit = min(QUERY_BYTES // (query_bytes * len(question.checkpoints)), 8 * TOTAL_BYTES // (4096 * 8 * (1 + len(question.parts))))
+    most = len(question.queries) if question.sum_queries else max(1, fit)
+    return [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
+
+
+def block_size(queries: int, parts: int) -> int:
+    """Training examples whose scores are held at once; at least 4,096, so that rankings are merged rarely."""
+    return max(4096, TOTAL_BYTES // (8 * queries * (1 + parts)) // 4096 * 4096)
