@@ -48,10 +48,11 @@ def fresh(like: Opened, cache: str | None) -> Gradients:
     return Gradients(like.run, old.settings, old.store if cache else None, old.device)
 
 
-def score(like: Opened, gradients: Gradients, queries: int | None = None, method: str = "tracin") -> float:
-    """Seconds from an opened run to the ranked top 10 of every query: capture, cache, products, ranking."""
+def score(like: Opened, gradients: Gradients, queries: int | None = None, method: str = "tracin", embedding: str | None = None) -> float:
+    """Seconds from an opened run to the ranked top 10 of every query: capture, cache, products, ranking. `embedding`: for tracin-we."""
+    columns = like.embedding(embedding) if METHODS[method].words else like.columns
     question = Question(
-        like.checkpoints, like.weights(None, None), like.columns, range(len(like.run.train)),
+        like.checkpoints, like.weights(None, None), columns, range(len(like.run.train)),
         parse_ids("--queries", f"0:{queries}" if queries else None, len(like.run.query), "query", sys.stdin),
     )  # fmt: skip
     started = time.perf_counter()

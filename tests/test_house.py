@@ -24,7 +24,7 @@ MAY_USE = {
     "cache.tensors": (),
     "cache.store": ("cache.files", "cache.tensors", "gradients.forms"),
     "cache.fingerprint": ("cache.files", "cache.store", "gradients.forms", "run.checkpoints"),
-    "cache.sizes": ("cache.files", "cache.store", "gradients.forms"),
+    "cache.sizes": ("cache.files", "cache.store", "cache.tensors", "gradients.forms"),
     "cache.verify": ("cache", "run"),
     "cache.check": ("cache", "gradients", "run"),
     "cache.build": ("cache", "gradients", "run"),

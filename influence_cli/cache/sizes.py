@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from influence_cli.cache.files import read_json, write_json, writing
-from influence_cli.cache.store import UNIT_BYTES
+from influence_cli.cache.files import read_json, sync, write_json, writing
+from influence_cli.cache.store import DIRECT_FROM, UNIT_BYTES
+from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form
 
@@ -138,18 +139,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def disk_speed(folder: Path, count: int = 64 << 20) -> float:
-    """Bytes per second of synced writing beside `folder`; 0 where nothing can be written there."""
+def disk_speed(folder: Path, direct: bool, count: int = 128 << 20) -> float:
+    """Bytes per second of synced writing beside `folder`, as units are written; 0 where nothing can be written there."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    started = time.perf_counter()
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
-            file.write(bytes(count))
-            file.flush()
-            os.fsync(file.fileno())
+        with tempfile.TemporaryDirectory(prefix=".tmp-influence-", dir=there) as place:
+            content = {"zeros": torch.zeros(count, dtype=torch.int8)}
+            started = time.perf_counter()
+            save(Path(place) / "speed", content, {}, direct)
+            sync(Path(place) / "speed")
+            return count / (time.perf_counter() - started)
     except OSError:
         return 0.0
-    return count / (time.perf_counter() - started)
 
 
 def weigh(forms: Mapping[str, Form], ratio: float) -> dict[str, tuple[str, int]]:

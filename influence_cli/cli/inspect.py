@@ -38,8 +38,8 @@ def inspect(
     opened = open_shared(shared, trajectory, create=False)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     weights = checkpoint_rows(opened, lr, lr_weights)
-    measured = measure(opened)
     lacking = {split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted) for split, wanted in ids.items()}
+    measured = measure(opened, needs(opened, lacking)[0])
     cells = gradient_rows(opened, ids, lacking)
     stdout = sys.__stdout__ or sys.stdout
     with to_stdout(stdout), redirect_stdout(stdout):
@@ -134,8 +134,9 @@ class Measured:
         return f", {size(self.disk)}/s to disk" if self.disk else ""
 
 
-def measure(opened: "Opened") -> Measured:
-    """Batches of training examples for about two seconds at the first checkpoint, and 64 MB of zeros to the cache's disk."""
+def measure(opened: "Opened", stored: int) -> Measured:
+    """Batches of training examples for about two seconds at the first checkpoint, and 128 MB of zeros to the cache's disk, in the way in
+    which `stored` bytes are written."""
     import time
 
     import numpy as np
@@ -151,7 +152,7 @@ def measure(opened: "Opened") -> Measured:
         gradients.capture("train", first, names, ids)
         done += len(ids)
     seconds = (time.perf_counter() - started) / done
-    speed = sizes.disk_speed(opened.folder) if opened.folder is not None else 0.0
+    speed = sizes.disk_speed(opened.folder, stored > sizes.DIRECT_FROM) if opened.folder is not None else 0.0
     return Measured(seconds, sizes.peak_memory(), speed)
 
 

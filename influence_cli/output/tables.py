@@ -153,24 +153,38 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
         for name in shown:
             number = name in ("rank", "score", "query", "train")
             table.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=widths[name], max_width=widths[name])
+        styles = {"kind": _COLOURS, "result": _COLOURS}
+        shares = word_shares(chunk, columns)
         before: Any = None
-        for row in chunk:
+        for place, row in enumerate(chunk):
             if before is not None and "query" in columns and row[0] != before:
                 table.add_row()
             before = row[0]
-            table.add_row(
-                *(
-                    Text(
-                        _short(_cell(row[i]), widths[columns[i]]),
-                        style="" if columns[i] not in ("kind", "result") else _COLOURS.get(row[i], ""),
-                    )
-                    for i in at
-                )
-            )
+            cells = [Text(_short(_cell(row[i]), widths[columns[i]]), style=styles.get(columns[i], {}).get(row[i], "")) for i in at]
+            if shares:
+                cells[shown.index("word")].style = _shade(shares[place])
+            table.add_row(*cells)
         console.print(table)
         chunk = list(itertools.islice(rows, CHUNK))
         if not chunk:
             return
+
+
+def word_shares(rows: Sequence[Row], columns: Sequence[str]) -> list[float]:
+    """Of each word row its signed share of all that the words of its pair add and take away; empty where rows are no words."""
+    if "word" not in columns:
+        return []
+    score = columns.index("score")
+    whole: dict[Row, float] = {}
+    for row in rows:
+        whole[row[:4]] = whole.get(row[:4], 0.0) + abs(row[score])
+    return [row[score] / whole[row[:4]] if whole[row[:4]] else 0.0 for row in rows]
+
+
+def _shade(share: float) -> str:
+    """Helping words green, hurting ones red (the sign of their score says it without colour), the stronger the brighter."""
+    strength = "bold " if abs(share) >= 0.25 else "dim " if abs(share) < 0.05 else ""
+    return f"{strength}{'green' if share > 0 else 'red'}" if share else "dim"
 
 
 _COLOURS = {"proponent": "green", "opponent": "red", "ok": "green", "FAILED": "red"}

@@ -84,3 +84,17 @@ def test_the_format_follows_flag_then_file_then_terminal(tmp_path):
         tables.Sink.open("xml", None)
     with pytest.raises(UsageProblem, match="binary"):
         tables.Sink.open("parquet", None, Terminal())
+
+
+def test_words_are_coloured_by_their_share_of_the_pair():
+    columns = tables.score_columns("word")
+    rows = [
+        (0, "proponent", 1, 7, "good", 3.0, "", "", "", ""),
+        (0, "proponent", 1, 7, "film", -0.9, "", "", "", ""),
+        (0, "proponent", 1, 7, "the", 0.1, "", "", "", ""),
+        (0, "proponent", 2, 8, "film", 0.0, "", "", "", ""),
+    ]
+    shares = tables.word_shares(rows, columns)
+    assert shares == [0.75, -0.225, 0.025, 0.0]
+    assert [tables._shade(share) for share in shares] == ["bold green", "red", "dim green", "dim"]
+    assert tables.word_shares(rows, tables.SCORE_COLUMNS) == []
