@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from influence_cli.cache.files import read_json, sync, write_json, writing
-from influence_cli.cache.store import DIRECT_FROM, UNIT_BYTES
+from influence_cli.cache.store import UNIT_BYTES
 from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form

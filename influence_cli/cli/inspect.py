@@ -142,6 +142,7 @@ def measure(opened: "Opened", stored: int) -> Measured:
     import numpy as np
 
     from influence_cli.cache import sizes
+    from influence_cli.cache.store import DIRECT_FROM
 
     gradients, names, first = opened.gradients, list(opened.columns), opened.checkpoints[0]
     batch, total = gradients.batch_size("train", names), len(opened.run.train)
@@ -152,7 +153,7 @@ def measure(opened: "Opened", stored: int) -> Measured:
         gradients.capture("train", first, names, ids)
         done += len(ids)
     seconds = (time.perf_counter() - started) / done
-    speed = sizes.disk_speed(opened.folder, stored > sizes.DIRECT_FROM) if opened.folder is not None else 0.0
+    speed = sizes.disk_speed(opened.folder, stored > DIRECT_FROM) if opened.folder is not None else 0.0
     return Measured(seconds, sizes.peak_memory(), speed)
 
 
