@@ -36,7 +36,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; synced and renamed over it on success, removed otherwise."""
+    """A temporary name beside `path` to write to; synced and renamed over it on success, removed otherwise.
+
+    The folder is not synced: a name that a power cut takes back is a file that is written again.
+    """
     temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
         temporary.touch()
@@ -45,7 +48,6 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

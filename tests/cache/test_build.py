@@ -349,6 +349,7 @@ def test_units_appear_whole_and_are_synced_before_they_are_named(make_run, influ
     for name in ("fsync", "replace"):
         original = getattr(os, name)
         monkeypatch.setattr(cache_files.os, name, lambda *args, name=name, original=original: (order.append(name), original(*args))[1])
-    influence("cache", make_run())
-    assert order[:3] == ["fsync", "replace", "fsync"]
-    assert order.count("replace") * 2 == order.count("fsync")
+    run = make_run()
+    influence("cache", run)
+    assert order == ["fsync", "replace"] * (len(order) // 2)
+    assert len(order) >= 2 * len(files(run))
