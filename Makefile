@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests clean mislabelled sample-runs
+.PHONY: demo test check lint types tests clean mislabelled sample-runs bench-peers
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -43,6 +43,23 @@ mislabelled: $(VENV)/core
 
 sample-runs: $(VENV)/core
 	$(VENV)/bin/python $(RUN)/train.py
+	$(VENV)/bin/python sample_runs/words/train.py
+
+# Our whole job beside public peers', each in an environment of its own. WORKLOADS="w1 w3" takes some.
+PEERS = captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 traker==0.3.2 bergson==2.5.1
+PEER_PIP = .venv-peers/$*/bin/pip --disable-pip-version-check
+WORKLOADS ?=
+
+bench-peers: $(VENV)/core $(foreach peer,$(PEERS),.venv-peers/$(firstword $(subst ==, ,$(peer)))/installed)
+	$(VENV)/bin/python benchmarks/peers.py $(WORKLOADS)
+
+# A peer that does not install is left out. kronfluence and bergson ask for torchvision and torchaudio but import neither, and their builds
+# for CUDA break a torch without it.
+.venv-peers/%/installed: constraints.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	$(if $(TORCH_INDEX),$(PEER_PIP) install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	{ $(PEER_PIP) install -q -c constraints.txt torch $(filter $*==%,$(PEERS)) && \
+	  $(PEER_PIP) uninstall -q -y torchvision torchaudio && touch $@; } || echo "$* could not be installed" >&2
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence
+	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence

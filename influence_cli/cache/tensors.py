@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,28 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 DIRECT = getattr(os, "O_DIRECT", 0)  # 0: this system has no such way
 
 
-def memory(size: int) -> mmap.mmap:
-    """Page-aligned memory, in large pages where the system gives them."""
-    block = mmap.mmap(-1, max(PAGE, -(-size // PAGE) * PAGE))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+FREE: dict[int, list[mmap.mmap]] = {}  # memory that nothing refers to any more, by its size, to be read into again
+FREE_BYTES = 512 << 20
+
+
+def memory(size: int) -> np.ndarray:
+    """Page-aligned bytes, in large pages where the system gives them; reused once the array and all that is seen through it are gone.
+
+    Fresh memory is handed out page by page and zeroed: as long as reading a file that the page cache holds.
+    """
+    size = max(PAGE, -(-size // PAGE) * PAGE)
+    waiting = FREE.get(size)
+    block = waiting.pop() if waiting else mmap.mmap(-1, size)
+    if not waiting and hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
-    return block
+    array = np.frombuffer(block, dtype=np.uint8)
+    weakref.finalize(array, release, block, size)
+    return array
+
+
+def release(block: mmap.mmap, size: int) -> None:
+    if size + sum(size * len(blocks) for size, blocks in FREE.items()) <= FREE_BYTES:
+        FREE.setdefault(size, []).append(block)
 
 
 # ---------------------------------------------------------------- writing
@@ -68,7 +85,7 @@ class Pieces:
             if not self.direct or error.errno != errno.EINVAL:
                 raise
             self.direct, self.file = False, os.open(path, flags, 0o666)  # a file system without that way
-        self.block = np.frombuffer(memory(PIECE), dtype=np.uint8)
+        self.block = memory(PIECE)
         self.filled, self.size = 0, 0
 
     def __enter__(self) -> "Pieces":
@@ -149,17 +166,16 @@ class TensorFile:
         stop = max(entry.stop for _, entry in wanted)
         block = memory(stop - start)
         self._fill(block, start, stop)
-        found = {}
+        whole, found = torch.from_numpy(block), {}
         for name, entry in wanted:
             count = math.prod(entry.shape)
             offset = entry.start - start
-            flat = torch.frombuffer(block, dtype=entry.dtype, count=count, offset=offset) if count else torch.empty(0, dtype=entry.dtype)
-            found[name] = flat.view(entry.shape)
+            found[name] = whole[offset : offset + count * entry.dtype.itemsize].view(entry.dtype).view(entry.shape)
         return found
 
-    def _fill(self, block: mmap.mmap, start: int, stop: int) -> None:
+    def _fill(self, block: np.ndarray, start: int, stop: int) -> None:
         """Read start..stop: from the page cache where it is there, else past it."""
-        file, view, done = self.file, memoryview(block), 0
+        file, view, done = self.file, block.data, 0
         direct = -1
         if DIRECT and stop - start > PIECE and not self._cached(start):
             try:
