@@ -248,9 +248,10 @@ def load(checkpoint: Checkpoint, model: nn.Module) -> None:
                 if header.tensors[file_key][0] != file:
                     continue
                 value = content.get_tensor(file_key)
-                if value.is_floating_point():
-                    wrong = ~torch.isfinite(value) if key in parameters else torch.isnan(value)  # a mask buffer may hold -inf
-                    if wrong.any():
+                if value.is_floating_point() and value.numel():
+                    found = torch.isfinite if key in parameters else is_number  # a mask buffer may hold -inf
+                    if not all(bool(found(bound)) for bound in torch.aminmax(value)):
+                        wrong = ~found(value)
                         broken.append(f"{key}: {int(wrong.sum()):,} of {value.numel():,} values are NaN or infinite")
                 target = own[key]
                 if id(target) in seen and not torch.equal(seen[id(target)][1], value):
@@ -265,6 +266,10 @@ def load(checkpoint: Checkpoint, model: nn.Module) -> None:
         raise CheckpointError(
             f"{checkpoint.name} holds two values of one tied tensor", *untied, "definition.py ties parameters that were trained apart"
         )
+
+
+def is_number(values: torch.Tensor) -> torch.Tensor:
+    return ~torch.isnan(values)
 
 
 def _together(problems: list[str], headline: str) -> tuple[str, ...]:
