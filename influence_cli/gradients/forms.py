@@ -12,7 +12,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -101,7 +100,7 @@ class Dense(Form):
         return type(self)(self.shape, self.values[index])
 
     def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
-        if isinstance(queries, Rows | Factors):
+        if isinstance(queries, Rows | Postings | Factors):
             return queries.matvec(self.values.T).T
         return products(self.values, queries.dense().values, memo)
 
@@ -175,7 +174,7 @@ class Factors(Form):
                 lefts = products(self.left.flatten(0, 1), queries.left.flatten(0, 1), memo)  # (N*S, Q*R)
                 both = products(self.right.flatten(0, 1), queries.right.flatten(0, 1)).mul_(lefts)
                 return both if S == R == 1 else both.view(N, S, Q, R).sum((1, 3))
-        return queries.dot(self).T if isinstance(queries, Rows) else self.matvec(queries.dense().values.T)
+        return queries.dot(self).T if isinstance(queries, Rows | Postings) else self.matvec(queries.dense().values.T)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         (N, S, o, i), K = self.sizes, vectors.shape[1]
@@ -252,25 +251,13 @@ class Rows(Form):
         return Rows(self.shape, self.ids[place], self.values[place], offsets)
 
     def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
-        """Only rows of one token meet: per token of the queries, its rows here times its rows there."""
-        if not isinstance(queries, Rows):
-            return self.matvec(queries.dense().values.T)
-        out = self.values.new_zeros(len(self), len(queries))
-        ours, theirs = self.by_id, queries.by_id
-        example, asked = self.example, queries.example
-        for token, at in theirs.items():
-            if token in ours:
-                here = ours[token]
-                products = self.values[here] @ queries.values[at].T
-                out.view(-1).index_add_(0, (example[here, None] * len(queries) + asked[at]).flatten(), products.flatten())
-        return out
+        """Only rows of one token meet."""
+        if isinstance(queries, Rows | Postings):
+            return Postings.of(self).dot(queries.ready(), memo)
+        return self.matvec(queries.dense().values.T)
 
-    @cached_property
-    def by_id(self) -> dict[int, Tensor]:
-        """Which stored rows belong to each id."""
-        order = torch.argsort(self.ids, stable=True)
-        ids, counts = torch.unique_consecutive(self.ids[order], return_counts=True)
-        return dict(zip(ids.tolist(), order.split(counts.tolist()), strict=True))
+    def ready(self) -> Form:
+        return Postings.of(self)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         K = vectors.shape[1]
@@ -334,6 +321,8 @@ class Postings(Form):
 
     def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
         """Cost d for each pair of rows of one token: one small product per token that both have."""
+        if isinstance(queries, Rows):
+            queries = Postings.of(queries)
         if not isinstance(queries, Postings):
             return self.rows().dot(queries, memo)
         out = self.values.new_zeros(len(self), len(queries))
