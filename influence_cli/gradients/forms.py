@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 PART_BYTES = 16 << 20  # dense gradients made from factors at once
+PAIRS = 128  # pairs of a token's rows from which a product of its own is faster
 
 
 @dataclass(frozen=True)
@@ -320,16 +321,27 @@ class Postings(Form):
         return Postings.of(self.rows().take(index))  # type: ignore[arg-type]
 
     def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
-        """Cost d for each pair of rows of one token: one small product per token that both have."""
+        """Cost d for each pair of rows of one token: a product for each token that many of both have, the others pair by pair."""
         if isinstance(queries, Rows):
             queries = Postings.of(queries)
         if not isinstance(queries, Postings):
             return self.rows().dot(queries, memo)
-        out = self.values.new_zeros(len(self), len(queries))
-        for ours, theirs in self.common(queries):
-            found = products(self.values[ours], queries.values[theirs])
-            place = self.example[ours, None] * len(queries) + queries.example[theirs]
-            out.view(-1).index_add_(0, place.flatten(), found.flatten())
+        out = self.values.new_zeros(len(self), Q := len(queries))
+        if not len(self.tokens):
+            return out
+        place = torch.searchsorted(self.tokens, queries.tokens).clamp(max=len(self.tokens) - 1)
+        theirs = (self.tokens[place] == queries.tokens).nonzero().flatten()  # of the tokens that both have
+        ours = place[theirs]
+        meeting = torch.stack(
+            [self.starts[:-1][ours], self.starts.diff()[ours], queries.starts[:-1][theirs], queries.starts.diff()[theirs]]
+        )
+        often = meeting[1] * meeting[3] > PAIRS
+        for a, n, b, m in meeting[:, often].T.tolist():
+            at = self.example[a : a + n, None] * Q + queries.example[b : b + m]
+            out.view(-1).index_add_(0, at.flatten(), products(queries.values[b : b + m], self.values[a : a + n]).T.flatten())
+        for mine, yours in pairs(meeting[:, ~often], max(1, PART_BYTES // (2 * self.values[:1].nbytes))):
+            at = self.example[mine] * Q + queries.example[yours]
+            out.view(-1).index_add_(0, at, (self.values[mine] * queries.values[yours]).sum(1))
         return out
 
     def select(self, kept: Tensor) -> "Postings":
@@ -343,14 +355,6 @@ class Postings(Form):
         example = self.example[kept]
         return Postings(self.shape, self.tokens[there], starts, example, self.values[kept], torch.bincount(example, minlength=len(self)))
 
-    def common(self, queries: "Postings") -> Iterator[tuple[slice, slice]]:
-        """The rows of each token that both have."""
-        place = torch.searchsorted(self.tokens, queries.tokens).clamp(max=max(0, len(self.tokens) - 1))
-        both = (self.tokens[place] == queries.tokens).nonzero().flatten() if len(self.tokens) else place[:0]
-        ours, theirs = self.starts.tolist(), queries.starts.tolist()
-        for u, v in zip(place[both].tolist(), both.tolist(), strict=True):
-            yield slice(ours[u], ours[u + 1]), slice(theirs[v], theirs[v + 1])
-
     def matvec(self, vectors: Tensor) -> Tensor:
         return self.rows().matvec(vectors)
 
@@ -360,6 +364,15 @@ class Postings(Form):
     def sqnorm(self) -> Tensor:
         norms = squares(self.values)
         return norms.new_zeros(len(self)).index_add_(0, self.example, norms)
+
+
+def pairs(meeting: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each column (a, n, b, m) all pairs (a + i, b + j) with i < n and j < m; at most `most` at once."""
+    (ours, _, theirs, columns), counts = meeting, meeting[1] * meeting[3]
+    entry = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    within = torch.arange(len(entry), device=counts.device) - (counts.cumsum(0) - counts)[entry]
+    first, second = ours[entry] + within // columns[entry], theirs[entry] + within % columns[entry]
+    yield from zip(first.split(most), second.split(most), strict=True) if len(entry) else ()
 
 
 FORMS: dict[str, type[Form]] = {form.kind: form for form in (Dense, Factors, Rows, Postings, Projected)}
@@ -373,7 +386,8 @@ Memo = dict[tuple[Any, ...], tuple[Tensor, StorageWeakRef, StorageWeakRef]]  # p
 
 HALVES = (torch.float16, torch.bfloat16)
 
-# oneDNN's float32 product, 1.3 times as fast as MKL's on the AMD processor of the benchmarks; torch offers it to its own compiler only
+# oneDNN's float32 product, 1.3 times as fast as MKL's on the AMD processor of the benchmarks, and the same bits wherever its factors lie in
+# memory, which MKL's are not; torch offers it to its own compiler only
 FAST = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
