@@ -178,7 +178,7 @@ class Gradients:
         known = self.sizes(split, columns)
         each = 16 + 8 * len(columns) + (known.bytes_of(columns) if level == "values" else 0)
         host = 0 if self.device.type == "cuda" else known.batches[key_of(columns)][1] * self.batch_size(split, columns)
-        units = 2 * min(self.unit_size(split, columns, level), cells) * each if level == "values" else 0
+        units = min(2 * self.unit_size(split, columns, level), len(self.run.examples(split)), cells) * each if level == "values" else 0
         return cells * each, host + units
 
     def batch_size(self, split: str, columns: Sequence[str]) -> int:

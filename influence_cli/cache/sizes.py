@@ -26,6 +26,7 @@ from influence_cli.gradients.forms import Form
 
 BATCH_BYTES = 384 << 20  # working memory of a batch on the CPU; about what its caches and allocator like
 BATCH_MOST = 1024
+TRIAL = 128 << 20  # bytes written to measure a disk
 
 
 @dataclass
@@ -139,7 +140,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def disk_speed(folder: Path, direct: bool, count: int = 128 << 20) -> float:
+def disk_speed(folder: Path, direct: bool, count: int = TRIAL) -> float:
     """Bytes per second of synced writing beside `folder`, as units are written; 0 where nothing can be written there."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:

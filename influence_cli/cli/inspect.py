@@ -1,7 +1,7 @@
 """influence inspect: a dry run. What is there, what it weighs, what it would cost, what would be reused."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -103,7 +103,7 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
     seconds = sum(lacking.values()) * measured.seconds
     if measured.disk:  # a unit is written while the next is computed; the last has nothing to hide behind
         last = gradients.needs("train", columns, 1)[0] * gradients.unit_size("train", columns, "values")
-        seconds = max(seconds, stored / measured.disk) + min(stored, last) / measured.disk
+        seconds = max(seconds + stored * measured.beside, stored / measured.disk) + min(stored, last) / measured.disk
     units = gradients.needs("train", columns, lacking["train"])[1] - gradients.needs("train", columns, 0)[1]
     batch, unit = gradients.batch_size("train", columns), gradients.unit_size("train", columns, "values")
     return [
@@ -123,11 +123,13 @@ def needs(opened: "Opened", lacking: dict[str, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds per gradient, peak bytes of this process so far, bytes per second of the cache's disk (0: not measured)."""
+    """Seconds per gradient, peak bytes of this process so far, bytes per second of the cache's disk (0: not measured), and by how many
+    seconds a byte that is written slows down what is computed beside it."""
 
     seconds: float
     peak: int
-    disk: float
+    disk: float = 0.0
+    beside: float = 0.0
 
     @property
     def disk_speed(self) -> str:
@@ -136,8 +138,9 @@ class Measured:
 
 def measure(opened: "Opened", stored: int) -> Measured:
     """Batches of training examples for about two seconds at the first checkpoint, and 128 MB of zeros to the cache's disk, in the way in
-    which `stored` bytes are written."""
+    which `stored` bytes are written, beside more of them."""
     import time
+    from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
 
@@ -146,15 +149,25 @@ def measure(opened: "Opened", stored: int) -> Measured:
 
     gradients, names, first = opened.gradients, list(opened.columns), opened.checkpoints[0]
     batch, total = gradients.batch_size("train", names), len(opened.run.train)
+
+    def take(going_on: Callable[[], bool]) -> tuple[float, int]:
+        started, done = time.perf_counter(), 0
+        while not done or going_on():
+            ids = np.arange(done % total, min(done % total + batch, total))
+            gradients.capture("train", first, names, ids)
+            done += len(ids)
+        return time.perf_counter() - started, done
+
     gradients.capture("train", first, names, np.arange(min(batch, total)))  # loads, checks and warms up
-    started, done = time.perf_counter(), 0
-    while not done or time.perf_counter() - started < SECONDS:
-        ids = np.arange(done % total, min(done % total + batch, total))
-        gradients.capture("train", first, names, ids)
-        done += len(ids)
-    seconds = (time.perf_counter() - started) / done
-    speed = sizes.disk_speed(opened.folder, stored > DIRECT_FROM) if opened.folder is not None else 0.0
-    return Measured(seconds, sizes.peak_memory(), speed)
+    until = time.perf_counter() + SECONDS
+    elapsed, done = take(lambda: time.perf_counter() < until)
+    seconds, peak = elapsed / done, sizes.peak_memory()
+    if opened.folder is None:
+        return Measured(seconds, peak)
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(sizes.disk_speed, opened.folder, stored > DIRECT_FROM)
+        elapsed, done = take(lambda: not writing.done())
+    return Measured(seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / sizes.TRIAL)
 
 
 def show(title: str, heads: Row, rows: Sequence[Row]) -> None:
