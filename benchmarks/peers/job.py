@@ -1,0 +1,75 @@
+"""One job of one runner in one environment: python -P benchmarks/peers/job.py RUNNER JOB WORKLOAD N_TRAIN FOLDER CLOCK [LAYERS...]
+
+Measures the floor and runs the job, in turns, up to five times within 5 seconds; saves the scores (Q, N) as FOLDER/scores.npy and prints
+one JSON line: the least seconds of each, the package's version, and the layers that count (none: all parameters). CLOCK is wall, or
+processor: one thread, and its processor seconds.
+
+A runner is a file beside this one with PACKAGE and JOBS: functions of (work, folder, layers), called before each run and not timed. They
+return the callable that is timed, which returns the scores, and the layers. -P keeps this folder off the import path: its files have the
+names of the packages.
+"""
+
+import json
+import runpy
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from torch import nn
+from workloads import Work, floor_seconds
+
+FLOOR_BATCHES = {"w1": (256, 1000), "w2": (32, 64), "w3": (32, 64, 250), "w4": (8, 16), "gpt2": (8, 16)}
+BATCH = {"w1": 500, "w2": 100, "w3": 100, "w4": 32, "gpt2": 32}  # examples a batch for peers: the largest that are no slower
+REPEATS, ENOUGH = 5, 5.0
+
+
+def load(name: str, train: int) -> Work:
+    work = runpy.run_path(str(Path(__file__).with_name("gpt2.py")))["Work"](train) if name == "gpt2" else Work(name, train)
+    work.batch = BATCH[name]
+    plain = {key: module for key, module in work.model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    uses = Counter(id(module.weight) for module in work.model.modules() if isinstance(getattr(module, "weight", None), torch.Tensor))
+    work.plain = [key for key, module in plain.items() if uses[id(module.weight)] == 1]  # a tied weight's gradient has another part
+    return work
+
+
+def floor_of(work: Work, now: Callable[[], float]) -> float:
+    """The least at any batch size, of as many as fit into two seconds."""
+    best, batches = float("inf"), FLOOR_BATCHES[work.name]
+    for batch in batches:
+        begun = started = now()
+        while started - begun < 2 / len(batches):
+            floor_seconds(work, batch, 1)
+            best, started = min(best, now() - started), now()
+    return best
+
+
+def main() -> None:
+    name, job, workload, train, folder, clock, *layers = sys.argv[1:]
+    now = time.perf_counter
+    if clock == "processor":
+        now = time.process_time
+        torch.set_num_threads(1)
+    work, folder = load(workload, int(train)), Path(folder)
+    runner = runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))
+    floor, taken, scores_QN = float("inf"), [], torch.empty(0)
+    while len(taken) < REPEATS and sum(taken) < ENOUGH:
+        floor = min(floor, floor_of(work, now))
+        run, covered = runner["JOBS"][job](work, folder, layers)
+        started = now()
+        scores_QN = torch.as_tensor(run())
+        torch.topk(scores_QN, 10, dim=1)
+        taken.append(now() - started)
+    np.save(folder / "scores.npy", scores_QN.double().numpy())
+    told = {"seconds": min(taken), "floor": min(floor, floor_of(work, now)), "checkpoints": work.n_ckpt, "layers": covered}
+    print(json.dumps({**told, "version": version(runner["PACKAGE"])}))
+
+
+if __name__ == "__main__":
+    main()
