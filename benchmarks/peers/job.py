@@ -26,7 +26,7 @@ from torch import nn
 from workloads import Work, floor_seconds
 
 FLOOR_BATCHES = {"w1": (256, 1000), "w2": (32, 64), "w3": (32, 64, 250), "w4": (8, 16), "gpt2": (8, 16)}
-BATCH = {"w1": 500, "w2": 100, "w3": 100, "w4": 32, "gpt2": 32}  # examples a batch for peers: the largest that are no slower
+BATCH = {"w1": 500, "w2": 100, "w3": 100, "w4": 32, "gpt2": 32}  # examples a batch for peers; tried on w1 only
 REPEATS, ENOUGH = 5, 5.0
 
 
