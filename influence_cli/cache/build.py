@@ -18,8 +18,8 @@ from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.filling import Filling
-from influence_cli.gradients.forms import Postings
-from influence_cli.gradients.forms import Rows as ByExample
+from influence_cli.gradients.rows import Postings
+from influence_cli.gradients.rows import Rows as ByExample
 from influence_cli.gradients.words import WordCapture
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files

@@ -11,7 +11,7 @@ import torch
 from influence_cli.cache.files import read_json, write_json
 from influence_cli.cache.store import Rows
 from influence_cli.errors import CacheError
-from influence_cli.gradients.forms import distance
+from influence_cli.gradients.joining import distance
 from influence_cli.run.checkpoints import Checkpoint
 
 

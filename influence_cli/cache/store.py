@@ -25,7 +25,8 @@ from torch import Tensor
 from influence_cli.cache.files import read_json, replacing, write_json, write_text, writing
 from influence_cli.cache.tensors import TensorFile, save
 from influence_cli.errors import CacheError
-from influence_cli.gradients.forms import Form, concat, from_tensors
+from influence_cli.gradients.forms import Form
+from influence_cli.gradients.joining import concat, from_tensors
 
 FORMAT, VERSION = "influence-cache", 2
 UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once

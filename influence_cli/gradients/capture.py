@@ -17,8 +17,9 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from influence_cli.errors import GradientError, is_out_of_memory, listed
 from influence_cli.gradients.batches import leaves, map_tensors, without_tensors
-from influence_cli.gradients.forms import Form, smallest
+from influence_cli.gradients.forms import Form
 from influence_cli.gradients.hooks import Hooks, Past, Plan, Unhooked, make_plan
+from influence_cli.gradients.joining import smallest
 
 Quantity = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> (B,), smaller is better
 
@@ -74,8 +75,8 @@ class Capture:
         Raises GradientError: scalar loss, wrong length, not differentiable.
         """
         size = len(singles)
-        with self._ready(), torch.enable_grad():
-            together = self._checked(self.quantity(self.model, batch), size).detach()
+        with frozen(self.model, self.names), torch.enable_grad():
+            together = checked(self.name, self.quantity(self.model, batch), size).detach()
         alone = [self.single(single) for single in singles]
         self._check_repeats(singles, alone)
         apart = torch.cat([loss for loss, _ in alone])
@@ -164,7 +165,7 @@ class Capture:
         flags = iter(self._batched * 2)
         two = map_tensors(lambda tensor: tensor[:few] if next(flags) else tensor, batch)
         twice = map_tensors(lambda tensor: torch.cat([tensor, tensor]) if next(flags) else tensor, two)
-        with self._ready(), torch.enable_grad():
+        with frozen(self.model, self.names), torch.enable_grad():
             return make_plan(lambda examples: self.quantity(self.model, examples), two, twice, few)
 
     # ------------------------------------------------------------ capturing
@@ -214,11 +215,11 @@ class Capture:
 
     def _by_hooks(self, batch: Any, size: int, keep: Callable[[Form], Any]) -> tuple[Tensor, dict[str, Any]]:
         parameters = dict(self.model.named_parameters())
-        with self._ready(self.hooked), torch.enable_grad():
+        with frozen(self.model, self.hooked), torch.enable_grad():
             hooks = Hooks(self._plan, {name: parameters[name] for name in self.hooked}, size, keep)
             with hooks:
                 losses = self.quantity(self.model, batch)
-            hooks.finish(self._checked(losses, size, traced=True))
+            hooks.finish(checked(self.name, losses, size, traced=True))
         return losses.detach(), hooks.found
 
     def _at_once(self, batch: Any, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -240,9 +241,9 @@ class Capture:
             examples, batched = iter(one), iter(self._batched)
             alone = map_tensors(lambda tensor: next(examples).unsqueeze(0) if next(batched) else tensor, batch)
             placed = {place: theta[name] for place, name in places.items()}
-            return self._checked(functional_call(wrapper, placed, (alone,), tie_weights=False), 1, traced=True).sum()
+            return checked(self.name, functional_call(wrapper, placed, (alone,), tie_weights=False), 1, traced=True).sum()
 
-        with self._ready():
+        with frozen(self.model, self.names):
             grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, *[0] * len(mapped)))(theta, *mapped)
         return losses.detach(), {name: grads[name].detach() for name in names}
 
@@ -250,48 +251,49 @@ class Capture:
         """Plain autograd on a batch of one, or the gradient of a batch's summed loss; of a parameter that it does not reach, zero."""
         parameters = dict(self.model.named_parameters())
         theta = [parameters[name] for name in self.names]
-        with self._ready(), torch.enable_grad():
-            losses = self._checked(self.quantity(self.model, batch), size)
+        with frozen(self.model, self.names), torch.enable_grad():
+            losses = checked(self.name, self.quantity(self.model, batch), size)
             grads = torch.autograd.grad(losses.sum(), theta, allow_unused=True)
         dense = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for p, g in zip(theta, grads, strict=True)]
         return losses.detach(), {name: value.detach() for name, value in zip(self.names, dense, strict=True)}
 
-    @contextmanager
-    def _ready(self, names: Sequence[str] | None = None) -> Iterator[None]:
-        """Quiet, and no autograd tape for the parameters that are not asked for."""
-        wanted = set(self.names if names is None else names)
-        others = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in wanted]
-        try:
-            for parameter in others:
-                parameter.requires_grad_(False)
-            with quiet():
-                yield
-        finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
 
-    def _checked(self, losses: Any, size: int, traced: bool = False) -> Tensor:
-        """`losses` if it is one differentiable number per example, else a GradientError. `traced`: inside torch.func."""
-        expected = f"expected: a tensor of shape ({size},), one unreduced loss per example of the batch"
-        if not isinstance(losses, Tensor):
-            raise GradientError(f"{self.name} returned a {type(losses).__name__}", expected)
-        if losses.ndim == 0:
-            raise GradientError(f"{self.name} returned a scalar", expected, "for torch's losses: reduction='none'")
-        if tuple(losses.shape) != (size,):
-            raise GradientError(
-                f"{self.name} returned shape {tuple(losses.shape)} for a batch of {size}",
-                expected,
-                "sum or average over positions, never over examples: .mean(1), .flatten(1).sum(1)",
-            )
-        if not losses.is_floating_point():
-            raise GradientError(f"{self.name} returned {losses.dtype}", expected)
-        if not traced and not losses.requires_grad:
-            raise GradientError(
-                f"{self.name} returned a tensor that is not differentiable",
-                "expected: a tensor that depends on the model's trained parameters",
-                "look for torch.no_grad(), .detach(), .item(), .argmax() or another model than the one passed in",
-            )
-        return losses
+@contextmanager
+def frozen(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
+    """Quiet, and no autograd tape for any parameter but these."""
+    others = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and name not in set(but)]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        with quiet():
+            yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:
+    """`losses` if it is one differentiable number per example, else a GradientError. `traced`: inside torch.func."""
+    expected = f"expected: a tensor of shape ({size},), one unreduced loss per example of the batch"
+    if not isinstance(losses, Tensor):
+        raise GradientError(f"{name} returned a {type(losses).__name__}", expected)
+    if losses.ndim == 0:
+        raise GradientError(f"{name} returned a scalar", expected, "for torch's losses: reduction='none'")
+    if tuple(losses.shape) != (size,):
+        raise GradientError(
+            f"{name} returned shape {tuple(losses.shape)} for a batch of {size}",
+            expected,
+            "sum or average over positions, never over examples: .mean(1), .flatten(1).sum(1)",
+        )
+    if not losses.is_floating_point():
+        raise GradientError(f"{name} returned {losses.dtype}", expected)
+    if not traced and not losses.requires_grad:
+        raise GradientError(
+            f"{name} returned a tensor that is not differentiable",
+            "expected: a tensor that depends on the model's trained parameters",
+            "look for torch.no_grad(), .detach(), .item(), .argmax() or another model than the one passed in",
+        )
+    return losses
 
 
 Measured = tuple[Tensor, Form | None]  # squared norms (B,), and the gradients where they are kept

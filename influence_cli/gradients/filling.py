@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import Form, Rows, concat, from_tensors
+from influence_cli.gradients.forms import Form
+from influence_cli.gradients.joining import concat, from_tensors
+from influence_cli.gradients.rows import Rows
 
 
 class Filling:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from influence_cli.gradients.forms import Dense, Form, cheapest, merged
+from influence_cli.gradients.forms import Dense, Form
+from influence_cli.gradients.joining import cheapest, merged
 from influence_cli.gradients.layers import BROADCAST, EXPAND, RULES, Rule
 
 

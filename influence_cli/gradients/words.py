@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, is_out_of_memory
-from influence_cli.gradients.capture import Captured, Quantity, close, quiet, rounding
-from influence_cli.gradients.forms import Form, Postings, Rows, concat, distance, merged
+from influence_cli.gradients.capture import Captured, Quantity, checked, close, frozen, rounding
+from influence_cli.gradients.forms import Form
+from influence_cli.gradients.joining import concat, distance, merged
 from influence_cli.gradients.layers import embedding
+from influence_cli.gradients.rows import Postings, Rows
 
 MASK = "attention_mask"  # of a batch that is a mapping: 0 where a position is padding
 
@@ -103,7 +105,7 @@ class WordCapture:
             calls.append((self._ids(ids), output))
             return output
 
-        with self._frozen(), torch.enable_grad(), watching(self.module, watch, lambda module, args: self._checked(args)):
+        with frozen(self.model), torch.enable_grad(), watching(self.module, watch, lambda module, args: self._checked(args)):
             losses = self.quantity(self.model, batch)
             if not calls:
                 raise GradientError(
@@ -111,11 +113,7 @@ class WordCapture:
                     "expected: token ids go through it on their way to the loss",
                     "--embedding NAME chooses another one",
                 )
-            if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
-                raise GradientError(
-                    f"{self.name} returned {tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__}",
-                    f"expected: a tensor of shape ({size},), one unreduced loss per example",
-                )
+            losses = checked(self.name, losses, size, traced=True)
             outputs = [output for _, output in calls]
             grads = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if losses.requires_grad else [None] * len(outputs)
         parts: list[Form] = [
@@ -165,19 +163,6 @@ class WordCapture:
     def _ids(ids: Any) -> Tensor:
         assert isinstance(ids, Tensor)
         return ids.detach()[None] if ids.ndim == 0 else ids.detach()
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """No autograd tape for any parameter: activation gradients only."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            with quiet():
-                yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
 
 @contextmanager

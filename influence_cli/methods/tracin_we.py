@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from influence_cli.cache.build import Gradients, Ids
 from influence_cli.cache.store import concat_rows
 from influence_cli.errors import DefinitionError, UsageProblem
-from influence_cli.gradients.forms import Postings, Rows
+from influence_cli.gradients.rows import Postings, Rows
 from influence_cli.methods import Answer, Question, WordOptions
 from influence_cli.methods.ranked import Advance, NewRanking, ranked
 from influence_cli.output.ranking import Entry, Ranking, TopRanking

@@ -6,7 +6,8 @@ import torch
 
 from influence_cli.cache.files import sweep
 from influence_cli.cache.store import Held, Rows, Store, pack, unpack
-from influence_cli.gradients.forms import Dense, Factors, Projected, smallest
+from influence_cli.gradients.forms import Dense, Factors, Projected
+from influence_cli.gradients.joining import smallest
 
 
 def rows(ids, seed=0) -> Rows:

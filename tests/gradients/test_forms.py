@@ -6,22 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from influence_cli.gradients import forms as forms_module
-from influence_cli.gradients.forms import (
-    FORMS,
-    Dense,
-    Factors,
-    Form,
-    Postings,
-    Projected,
-    Rows,
-    cheapest,
-    concat,
-    from_tensors,
-    merged,
-    padded,
-    smallest,
-    squares,
-)
+from influence_cli.gradients.forms import Dense, Factors, Form, Projected, squares
+from influence_cli.gradients.joining import FORMS, cheapest, concat, distance, from_tensors, merged, padded, smallest
+from influence_cli.gradients.rows import Postings, Rows
 
 torch.manual_seed(0)
 
@@ -265,4 +252,4 @@ def test_the_distance_of_two_forms_is_that_of_their_matrices(data):
         first, second = drawn(data, *kinds)
         second = second.take(torch.zeros(len(first), dtype=torch.int64))
         expected = (first.dense().values - second.dense().values).norm(dim=1)
-        torch.testing.assert_close(forms_module.distance(first, second), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(distance(first, second), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,97 @@
+"""From one form to another: the cheapest exact form, the sum and the distance of two, several one after the other, and back from a file."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from influence_cli.gradients.forms import Dense, Factors, Form, Projected
+from influence_cli.gradients.rows import Postings, Rows
+
+FORMS: dict[str, type[Form]] = {form.kind: form for form in (Dense, Factors, Rows, Postings, Projected)}
+
+
+def from_tensors(kind: str, shape: Sequence[int], tensors: dict[str, Tensor]) -> Form:
+    return FORMS[kind](tuple(shape), **tensors)
+
+
+def cheapest(form: Form) -> Form:
+    """The same gradients in the exact form of fewer bytes, of those it can become: factors S (o + i), dense o i."""
+    if isinstance(form, Factors):
+        _, S, o, i = form.sizes
+        return form if S * (o + i) < o * i else form.dense()
+    return form
+
+
+def merged(first: Form, second: Form) -> Form:
+    """The sum of two forms of the same examples: a parameter that is used twice has one gradient."""
+    if isinstance(first, Factors) and isinstance(second, Factors):
+        pairs = zip(first.tensors().values(), second.tensors().values(), strict=True)
+        return Factors(first.shape, *(torch.cat(pair, dim=1) for pair in pairs))
+    if isinstance(first, Rows) and isinstance(second, Rows):
+        tokens, size = first.shape[0], len(first)
+        keys = torch.cat([part.example * tokens + part.ids for part in (first, second)])
+        distinct, place = torch.unique(keys, return_inverse=True)  # rising: by example, then by id
+        values = first.values.new_zeros(len(distinct), first.values.shape[1])
+        values.index_add_(0, place, torch.cat([first.values, second.values]))
+        counts = torch.bincount(distinct // tokens, minlength=size)
+        return Rows(first.shape, distinct % tokens, values, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    if isinstance(first, Rows):
+        first, second = second, first
+    values = first.values.clone() if isinstance(first, Dense) else first.dense().values
+    if isinstance(second, Rows):  # an example's ids are distinct
+        values.view(len(second), second.shape[0], -1)[second.example, second.ids] += second.values
+    else:
+        values += second.dense().values
+    return Dense(first.shape, values)
+
+
+def distance(first: Form, second: Form) -> Tensor:
+    """(N,) float64: the norm of the difference of two gradients of each example."""
+    pair = [form.rows() if isinstance(form, Postings) else form for form in (first, second)]
+    if all(isinstance(form, Rows) for form in pair):
+        ours, theirs = (dataclasses.replace(form, values=form.values.double()) for form in pair if isinstance(form, Rows))
+        return merged(ours, dataclasses.replace(theirs, values=-theirs.values)).sqnorm().sqrt()
+    return (first.dense().values.double() - second.dense().values.double()).norm(dim=1)
+
+
+def concat(forms: Sequence[Form]) -> Form:
+    """The examples of several forms of one parameter, one after the other; dense where the kinds differ."""
+    if len(forms) == 1:
+        return forms[0]
+    if all(isinstance(form, Postings) for form in forms):
+        return Postings.of(concat([form.rows() for form in forms]))  # type: ignore[attr-defined,arg-type]
+    if len({form.kind for form in forms}) > 1:
+        forms = [form.dense() for form in forms]
+    first = forms[0]
+    if isinstance(first, Rows):
+        counts = torch.cat([form.tensors()["offsets"].diff() for form in forms])
+        merged_rows = {name: torch.cat([form.tensors()[name] for form in forms]) for name in ("ids", "values")}
+        return Rows(first.shape, **merged_rows, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    if isinstance(first, Factors):
+        longest = max(form.tensors()["left"].shape[1] for form in forms)
+        forms = [padded(form, longest) for form in forms if isinstance(form, Factors)]
+    return from_tensors(first.kind, first.shape, {name: torch.cat([form.tensors()[name] for form in forms]) for name in first.tensors()})
+
+
+def padded(form: Factors, positions: int) -> Factors:
+    """Factors of more positions, the added ones zero."""
+    more = positions - form.left.shape[1]
+    if not more:
+        return form
+    return Factors(form.shape, *(torch.nn.functional.pad(value, (0, 0, 0, more)) for value in (form.left, form.right)))
+
+
+def smallest(gradients: Tensor, embedding: bool) -> Form:
+    """(B, *shape) gradients in the exact form of fewer bytes: rows where most rows of an embedding are zero, else dense."""
+    shape = tuple(gradients.shape[1:])
+    if embedding and len(shape) == 2:
+        used = (gradients != 0).any(2)  # (B, V)
+        counts = used.sum(1)
+        stored = int(counts.sum())
+        row_bytes = shape[1] * gradients.element_size() + 8
+        if stored * row_bytes + 8 * len(counts) < gradients.numel() * gradients.element_size():
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            return Rows(shape, used.nonzero()[:, 1].contiguous(), gradients[used], offsets)
+    return Dense(shape, gradients.reshape(len(gradients), -1))
