@@ -84,7 +84,7 @@ def weigh(
 
 def _of_trajectory(trajectory: Trajectory, checkpoint: Checkpoint, previous: int, choice: str) -> Weight:
     step, last = checkpoint.step, trajectory.steps
-    names = {name: group for group, members in enumerate(trajectory.groups) for name in members}
+    names = {name: number for number, group in enumerate(trajectory.groups) for name in group.names}
     if step > last:
         raise TrajectoryError(
             f"{trajectory.path.name} ends before {checkpoint.name}",
@@ -92,18 +92,11 @@ def _of_trajectory(trajectory: Trajectory, checkpoint: Checkpoint, previous: int
             "the trajectory is of another run, or lines are missing at its end; --lr X weighs without it",
         )
     if choice == "segment":
-        lines = [_rates(trajectory, line) for line in range(previous, step)]
+        lines = [trajectory.rates(line) for line in range(previous, step)]
         rates = tuple(map(sum, zip(*lines, strict=True))) if lines else (0.0,)
         return Weight(step, rates, f"lines {previous} to {step - 1}" if lines else "no line before it", names)
     line = step if step < last else last - 1
-    return Weight(step, _rates(trajectory, line), f"line {line}", names)
-
-
-def _rates(trajectory: Trajectory, line: int) -> tuple[float, ...]:
-    rate = trajectory.lr[line]
-    if isinstance(rate, tuple):
-        return rate
-    return (rate,) * max(1, len(trajectory.groups))
+    return Weight(step, trajectory.rates(line), f"line {line}", names)
 
 
 def _own(checkpoint: Checkpoint) -> Weight | None:

@@ -161,7 +161,7 @@ def test_the_later_line_of_a_step_wins_and_a_cut_off_end_costs_one_line(tmp_path
     path = tmp_path / "t.jsonl"
     path.write_text(HEADER + line(0, 1.0) + line(1, 2.0) + line(2, 3.0) + line(1, 7.0) + '{"step": 3, "lr": 0.1, "exa')
     read = trajectory.read(path, 1)
-    assert read.lr == {0: 1.0, 1: 7.0, 2: 3.0}
+    assert [line.lr for line in read.lines] == [1.0, 7.0, 3.0]
     assert read.steps == 3
     assert "line 6 is cut off" in read.notes[0]
 
