@@ -58,3 +58,38 @@ def tracin(train: Sequence[Tensor], query: Sequence[Tensor], rates: Sequence[flo
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest deviation relative to the largest value."""
     return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+def left_out(
+    step_gradients: Sequence[tuple[Tensor, Tensor, Tensor, float | Tensor, float]],
+    query: Tensor,
+    momentum: float | Tensor = 0.0,
+    decay: float | Tensor = 0.0,
+    nesterov: bool | Tensor = False,
+    curved: bool = True,
+    source: Tensor | float = 1.0,
+) -> list[Tensor]:
+    """Per step (B, Q): what leaving each entry out does to the queries' losses at the end, to first order, by each step's whole Jacobian.
+
+    `step_gradients`: per step (G (B, p), h (B, p), w (B,), rate, clip); `query` (Q, p) at the end. Rate, momentum, decay and nesterov are
+    one or one for each of the p numbers. State: parameters and buffer, 2p x 2p. `source`: of the entry's own gradient these numbers count.
+    """
+    p = query.shape[1]
+    eye, zero = torch.eye(p, dtype=torch.float64), torch.zeros(p, p, dtype=torch.float64)
+    M, D, N = (torch.diag(value * torch.ones(p, dtype=torch.float64)) for value in (momentum, decay, nesterov))
+    after = torch.cat([query, torch.zeros_like(query)], dim=1)  # (Q, 2p): derivative of the queries by the state after the step
+    found: list[Tensor] = []
+    for G, h, w, rate, clip in reversed(step_gradients):
+        batch, R = w @ G, torch.diag(rate * torch.ones(p, dtype=torch.float64))
+        clipped = clip * (eye - torch.outer(batch, batch) / batch.square().sum()) if clip != 1 else eye  # d(clipped gradient) / d(gradient)
+        H = h.T @ (w[:, None] * h) if curved else zero
+        m_theta, m_m = clipped @ H + D, M  # m' = M m + gradient + D theta
+        theta_theta, theta_m = (
+            eye - R @ (eye + N @ M) @ m_theta,
+            -R @ (eye - N + N @ M) @ M,
+        )  # theta' = theta - R (m', or N: gradient + M m')
+        by_theta, by_m = after[:, :p], after[:, p:]
+        by_g = (-by_theta @ R @ (eye + N @ M) + by_m) @ clipped
+        found.append(-w[:, None] * (G @ (by_g * source).T))
+        after = torch.cat([by_theta @ theta_theta + by_m @ m_theta, by_theta @ theta_m + by_m @ m_m], dim=1)
+    return found[::-1]

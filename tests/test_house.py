@@ -28,7 +28,7 @@ MAY_USE = {
     "cache.verify": ("cache", "run"),
     "cache.check": ("cache", "gradients", "run"),
     "cache.build": ("cache", "gradients", "run"),
-    "methods": ("cache", "gradients.forms", "gradients.rows", "run", "output.ranking", "methods"),
+    "methods": ("cache", "gradients.forms", "gradients.joining", "gradients.rows", "run", "output.ranking", "methods"),
     "output": ("output",),
     "cli": ("",),
 }

@@ -28,6 +28,7 @@ from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
 Ids = range | np.ndarray  # rising example ids
+Wanted = tuple[Checkpoint, Ids]
 AnyCapture = Capture | WordCapture
 
 
@@ -67,11 +68,15 @@ class Gradients:
     # ------------------------------------------------------------ asking
     def ensure(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level = "values") -> int:
         """Capture and store what is missing of these cells; returns how many (checkpoint, example) pairs that were. No store: nothing."""
+        return self.ensure_each(split, [(checkpoint, ids) for checkpoint in checkpoints], columns, level)
+
+    def ensure_each(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str], level: Level = "values") -> int:
+        """The same, of examples that differ from checkpoint to checkpoint."""
         if self.store is None:
             return 0
-        jobs = self.missing(split, checkpoints, columns, ids, level, check=True)
+        jobs = self.missing(split, wanted, columns, level, check=True)
         total = sum(len(job.ids) for job in jobs)
-        order = {checkpoint.step: f"checkpoint {k} of {len(checkpoints)}" for k, checkpoint in enumerate(checkpoints, start=1)}
+        order = {checkpoint.step: f"checkpoint {k} of {len(wanted)}" for k, (checkpoint, _) in enumerate(wanted, start=1)}
         if jobs:
             stored, memory = self.needs(split, columns, total, level)
             check_fits(self.store.folder, stored, memory)
@@ -82,27 +87,25 @@ class Gradients:
             self._held.clear()
         return total
 
-    def missing(
-        self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids, level: Level, check: bool = False
-    ) -> list[Job]:
+    def missing(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str], level: Level, check: bool = False) -> list[Job]:
         """The units of work that `ensure` would do, in order. `check`: first see that what is cached still holds.
 
         Raises CacheError where it does not.
         """
         assert self.store is not None
         if check:
-            self._verify(split, checkpoints)
+            self._verify(split, [checkpoint for checkpoint, _ in wanted])
         jobs = []
         size = self.unit_size(split, columns, level)
-        for checkpoint in checkpoints:
+        for checkpoint, ids in wanted:
             place, held = self.place(split, checkpoint), self.held(split, checkpoint)
-            for block in blocks(ids, size):
+            for block in cut(ids, size):
                 lacking = {column: held.where(column, level, block) < 0 for column in columns}
                 absent = np.logical_or.reduce(list(lacking.values()))
                 if absent.any():
                     names = [column for column in columns if lacking[column].any()]
-                    start = int(block[0]) // size * size
-                    stop, some = min(start + size, len(self.run.examples(split))), block[absent]
+                    start, some = int(block[0]) // size * size, block[absent]
+                    stop = min(int(block[-1]) // size * size + size, len(self.run.examples(split)))
                     unit = self.store.unit_for(place, names, level, self._definition(split, some), start, stop, some)
                     jobs.append(Job(checkpoint, unit, some))
         return jobs
@@ -136,12 +139,12 @@ class Gradients:
         """How many (checkpoint, example) pairs of gradients are not cached yet."""
         if self.store is None:
             return len(checkpoints) * len(ids)
-        return sum(len(job.ids) for job in self.missing(split, checkpoints, columns, ids, "values"))
+        return sum(len(job.ids) for job in self.missing(split, [(checkpoint, ids) for checkpoint in checkpoints], columns, "values"))
 
     def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
         """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""
         held = self.held(split, checkpoint) if self.store else None
-        for block in blocks(ids, self.unit_size(split, columns, level)):
+        for block in cut(ids, self.unit_size(split, columns, level)):
             if held is not None:
                 yield held.read(columns, level, block)
             else:
@@ -393,6 +396,19 @@ def blocks(ids: Ids, size: int) -> Iterator[np.ndarray]:
         block = within(ids, start, start + size)
         if len(block):
             yield block
+
+
+def cut(ids: Ids, size: int) -> Iterator[np.ndarray]:
+    """The ids by blocks of the grid; scattered ones by several neighbouring blocks together, as many as hold at most `size` of them."""
+    if isinstance(ids, range) or len(ids) <= 1:
+        yield from blocks(ids, size)
+        return
+    ends = [*(np.flatnonzero(np.diff(ids // size)) + 1), len(ids)]  # of the grid's blocks
+    first = 0
+    for end, following in zip(ends, [*ends[1:], np.inf], strict=True):
+        if following - first > size:
+            yield ids[first:end]
+            first = end
 
 
 def within(ids: Ids, start: int, stop: int) -> np.ndarray:

@@ -32,6 +32,7 @@ FORMAT, VERSION = "influence-cache", 2
 UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once
 UNIT_EXAMPLES = 4096
 DIRECT_FROM = 1 << 30  # bytes written in one go from which the page cache is left to others
+FEW, ROWWISE = 4, ("dense", "factors", "projected")  # less than a quarter of a unit's examples is read row by row, in forms that allow it
 SCALED = (torch.float16, torch.bfloat16)  # stored with a float32 scale per row, so that small gradients survive
 Level = str  # "values": gradients and norms; "norms": norms alone
 
@@ -258,20 +259,25 @@ def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray)
         norms = {column: f"{column}:sqnorms" for column in columns}
         stored = {name for _, _, parts in sources.values() for name, _ in parts.values()}
         scales = {f"{name}.scale" for name in stored} & set(file.entries)
-        content = file.read({"losses", "digests", *norms.values(), *stored, *scales})
+        heads = {"losses", "digests", *norms.values()}
+        count, rows = file.entries["losses"].shape[0], unit.position(ids)
+        held = unit.held_ids if unit.rows is None else np.arange(count)  # ids of rows that don't count are not asked for
+        few = len(ids) < count / FEW and all(kind in ROWWISE for kind, _, _ in sources.values())
+        if any(file.entries[name].shape[0] != len(held) for name in (heads | stored if few else heads)):
+            raise ValueError(f"{count} rows for {len(held)} examples")
+        content = file.read(heads | scales if few else heads | scales | stored)
+        if few:
+            content = {name: value[rows] for name, value in content.items()} | {name: file.read_rows(name, rows) for name in stored}
         values = {name: unpack(content[name], content.get(f"{name}.scale")) for name in stored}
         forms: dict[str, Form] = {}
         for column, (kind, shape, parts) in sources.items():
             tensors = {part: values[name] if tail is None else values[name].view(-1, *tail) for part, (name, tail) in parts.items()}
             forms[column] = from_tensors(kind, shape, tensors)
-        count = len(content["losses"])
-        held = unit.held_ids if unit.rows is None else np.arange(count)  # ids of rows that don't count are not asked for
+        if not few and any(len(form) != len(held) for form in forms.values()):
+            raise ValueError(f"gradients for other than its {len(held)} examples")
         sqnorms = {column: content[name] for column, name in norms.items()}
-        if {len(part) for part in (content["losses"], *sqnorms.values())} | {len(form) for form in forms.values()} != {len(held)}:
-            raise ValueError(f"{count} rows for {len(held)} examples")
-        rows = Rows(held, content["losses"], content["digests"], sqnorms, forms)
-    taken = rows if len(ids) == len(held) else rows.take(unit.position(ids))
-    return dataclasses.replace(taken, ids=ids)
+        found = Rows(ids if few else held, content["losses"], content["digests"], sqnorms, forms)
+    return found if few else dataclasses.replace(found if len(ids) == len(held) else found.take(rows), ids=ids)
 
 
 Sources = dict[str, tuple[str, list[int], dict[str, tuple[str, list[int] | None]]]]

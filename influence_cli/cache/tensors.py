@@ -161,6 +161,21 @@ class TensorFile:
                 first = last
         return found
 
+    def read_rows(self, name: str, rows: np.ndarray) -> Tensor:
+        """Only these rows, rising, of a tensor that has one for each example, in memory of their own."""
+        entry = self.entries[name]
+        size = (entry.stop - entry.start) // entry.shape[0]
+        block = memory(size * len(rows))
+        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of stretches without a gap
+        for first, end in zip([0, *ends[:-1]], ends, strict=True):
+            view, position, done = block[first * size : end * size].data, entry.start + int(rows[first]) * size, 0
+            while done < len(view):
+                got = os.preadv(self.file, [view[done:]], position + done)
+                if got <= 0:
+                    raise ValueError("it ends before its last tensor")
+                done += got
+        return torch.from_numpy(block[: size * len(rows)]).view(entry.dtype).view(len(rows), *entry.shape[1:])
+
     def _stretch(self, wanted: list[tuple[str, Entry]]) -> dict[str, Tensor]:
         start = wanted[0][1].start // PAGE * PAGE
         stop = max(entry.stop for _, entry in wanted)

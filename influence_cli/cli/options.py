@@ -8,7 +8,8 @@ from typer import Argument, Option
 
 from influence_cli.methods import METHODS
 
-RUN, RANKED, WORDS, NUMBERS, OUT = "The run", "What is scored", "Words (tracin-we)", "Numbers", "Output"
+RUN, RANKED, WORDS, VALUES = "The run", "What is scored", "Words (tracin-we)", "Order of training (dve)"
+NUMBERS, OUT = "Numbers", "Output"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None):
@@ -40,7 +41,10 @@ GroupBy = Annotated[
 By = Annotated[
     str | None,
     option(
-        "--by", metavar="PART", panel=RANKED, help="checkpoint, layer or (tracin-we) word: a row per part of each score; parts sum to it."
+        "--by",
+        metavar="PART",
+        panel=RANKED,
+        help="checkpoint, layer, (tracin-we) word or (dve) step: a row per part of each score; parts sum to it.",
     ),
 ]
 Normalize = Annotated[bool, option("--normalize", panel=NUMBERS, help="Cosine instead of dot product at each checkpoint.")]
@@ -54,6 +58,21 @@ TopWords = Annotated[
 ]
 Synonyms = Annotated[
     int | None, option("--synonyms", metavar="K", panel=WORDS, help="Also the K tokens nearest to each of the query's, in embedding space.")
+]
+At = Annotated[int | None, option("--at", metavar="STEP", panel=VALUES, help="Explain the checkpoint of this step (default the last).")]
+Curvature = Annotated[
+    str, option("--curvature", metavar="HOW", panel=VALUES, help="fisher: the batch's empirical Fisher; none: gradients pass unchanged.")
+]
+Form = Annotated[
+    str | None,
+    option("--form", metavar="HOW", panel=VALUES, help="query or embedding: the same scores (default the one of fewer operations)."),
+]
+EmbeddingsDir = Annotated[
+    Path | None,
+    option("--embeddings", metavar="DIR", panel=VALUES, help="Keep data value embeddings there; later queries read nothing else."),
+]
+Renormalize = Annotated[
+    bool, option("--renormalize", panel=VALUES, help="The others of a batch take over the weight of the example left out.")
 ]
 Lr = Annotated[float | None, option("--lr", metavar="X", panel=NUMBERS, help="One learning rate for all checkpoints.")]
 LrWeights = Annotated[
@@ -113,6 +132,17 @@ class Words:
     pad_id: PadId = None
     top_words: TopWords = None
     synonyms: Synonyms = None
+
+
+@dataclass(frozen=True)
+class Values:
+    """The flags of methods that go by the order of training."""
+
+    at: At = None
+    curvature: Curvature = "fisher"
+    form: Form = None
+    embeddings: EmbeddingsDir = None
+    renormalize: Renormalize = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 
-from influence_cli.cli.options import Words
+from influence_cli.cli.options import Values, Words
 from influence_cli.errors import UsageProblem, listed
 
 EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
@@ -88,15 +88,35 @@ def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
 
 def check_words(method: str, reads_words: bool, words: Words, layers: list[str] | None) -> None:
     """The flags of tracin-we: only there, and what they can be."""
-    given = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(words) if getattr(words, field.name) != field.default]
-    if given and not reads_words:
-        raise UsageProblem(f"{', '.join(given)}: --method {method} does not read words", "--method tracin-we does")
+    if (given := flags_given(words)) and not reads_words:
+        raise UsageProblem(f"{given}: --method {method} does not read words", "--method tracin-we does")
     if reads_words and layers:
         raise UsageProblem(f"--layers with --method {method}, which reads one embedding and nothing else", "--embedding NAME chooses it")
     one_of("--special-tokens", words.special_tokens, ("keep", "drop", "only"))
     for flag, value in (("--top-words", words.top_words), ("--synonyms", words.synonyms)):
         if value is not None and value < 1:
             raise UsageProblem(f"{flag} {value}", "expected: a number from 1")
+
+
+def check_values(method: str, ordered: bool, values: Values, normalize: bool) -> None:
+    """The flags of dve: only there, and what they can be."""
+    if (given := flags_given(values)) and not ordered:
+        raise UsageProblem(f"{given}: --method {method} does not go by the order of training", "--method dve does")
+    if ordered and normalize:
+        raise UsageProblem(f"--normalize: scores of {method} are changes of a loss, not products that could be cosines", "leave it out")
+    one_of("--curvature", values.curvature, ("fisher", "none"))
+    if values.form is not None:
+        one_of("--form", values.form, ("query", "embedding"))
+    if values.form == "query" and values.embeddings is not None:
+        raise UsageProblem("--form query keeps no embeddings, --embeddings says where", "give one of them")
+    if values.embeddings is not None and values.embeddings.is_file():
+        raise UsageProblem(f"--embeddings {values.embeddings}: a file is there", "expected: a folder, or a name for a new one")
+
+
+def flags_given(group: Words | Values) -> str:
+    """`--top-words, --synonyms`: those flags of a group that are not as they are by default."""
+    fields = dataclasses.fields(group)
+    return ", ".join(f"--{field.name.replace('_', '-')}" for field in fields if getattr(group, field.name) != field.default)
 
 
 def group_file(path: Path, size: int) -> list[str]:

@@ -62,6 +62,10 @@ class Form(ABC):
     def rmatvec(self, weights: Tensor) -> Tensor:
         """G^T w for the columns of (N, K), a weighted sum of the gradients: (D, K)."""
 
+    def add_to(self, sums: Tensor, weights: Tensor) -> None:
+        """sums (K, D) += w^T G for (N, K) weights."""
+        sums += self.rmatvec(weights).T
+
     @abstractmethod
     def sqnorm(self) -> Tensor:
         """Squared norm of each example's gradient: (N,), float64 wherever the device has it."""
@@ -106,6 +110,9 @@ class Dense(Form):
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         return self.values.T @ weights
+
+    def add_to(self, sums: Tensor, weights: Tensor) -> None:
+        sums.addmm_(weights.T, self.values)
 
     def sqnorm(self) -> Tensor:
         return squares(self.values)

@@ -75,6 +75,11 @@ class Rows(Form):
             out.index_add_(0, self.ids, self.values * w[self.example, None])
         return rows.flatten(1).T
 
+    def add_to(self, sums: Tensor, weights: Tensor) -> None:
+        """Only the rows that are there are touched: T x d numbers for each of K, whatever V."""
+        for out, w in zip(sums.view(len(sums), self.shape[0], -1), weights.T, strict=True):
+            out.index_add_(0, self.ids, self.values * w[self.example, None])
+
     def sqnorm(self) -> Tensor:
         return squares(self.values).new_zeros(len(self)).index_add_(0, self.example, squares(self.values))
 

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Method:
     normalized: bool = False  # is a cosine already
     parts: tuple[str, ...] = ("checkpoint", "layer")  # what --by can split its scores into
     words: bool = False  # reads an embedding's words, not parameters
+    ordered: bool = False  # goes by the recorded order of training
 
     def score(self) -> Callable[..., Any]:
         return importlib.import_module(f"influence_cli.methods.{self.module}").score
@@ -34,6 +36,13 @@ METHODS = {
     "tracin": Method("tracin", "sum over checkpoints of learning rate x gradient dot product"),
     "grad-dot": Method("tracin", "gradient dot product at one checkpoint", weighted=False, checkpoints="one"),
     "grad-cos": Method("tracin", "gradient cosine at one checkpoint", weighted=False, checkpoints="one", normalized=True),
+    "dve": Method(
+        "dve",
+        "data value embedding: what leaving the example out of a step would have done",
+        weighted=False,
+        ordered=True,
+        parts=("step", "checkpoint", "layer"),
+    ),
     "tracin-we": Method("tracin_we", "tracin through word embeddings, down to the word", words=True, parts=("checkpoint", "word")),
 }
 
@@ -46,6 +55,19 @@ class WordOptions:
     pad_id: int | None = None
     top: int | None = None
     synonyms: int = 0
+
+
+@dataclass(frozen=True)
+class ValueOptions:
+    """How training is gone back over. `curvature`: fisher or none; `form`: query, embedding, or None for the cheaper; `embeddings`: where
+    they are kept; `at`: step of the checkpoint that is explained, None for the last; `renormalize`: the others of a step share the weight
+    of the example left out."""
+
+    curvature: str = "fisher"
+    form: str | None = None
+    embeddings: Path | None = None
+    at: int | None = None
+    renormalize: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,7 @@ class Question:
     by: str | None = None
     groups: "Groups | None" = None
     words: WordOptions | None = None
+    values: ValueOptions | None = None
 
     @property
     def parts(self) -> list[str]:

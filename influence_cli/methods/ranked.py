@@ -1,16 +1,23 @@
-"""The loop that methods on cached rows share: queries in passes, blocks of examples outside, checkpoints inside, ranked as they come.
+"""What methods on cached rows share: the gradients of queries, and the loop: queries in passes, blocks of examples outside, checkpoints
+inside, ranked as they come.
 
 N train, Q query, P parts of a score.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from influence_cli.cache.build import Gradients, Ids, blocks
+from influence_cli.cache.store import Rows, concat_rows
+from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods import Question
 from influence_cli.output.ranking import Ranking
+from influence_cli.run import Checkpoint
 
 QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints; more queries go in several passes
 TOTAL_BYTES = 16 << 20  # scores of a block of training examples
@@ -62,3 +69,27 @@ def query_passes(question: Question, query_bytes: int) -> list[Ids]:
 def block_size(queries: int, parts: int) -> int:
     """Training examples whose scores are held at once; at least 4,096, so that rankings are merged rarely."""
     return max(4096, TOTAL_BYTES // (8 * queries * (1 + parts)) // 4096 * 4096)
+
+
+def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
+    """The queries' gradients at one checkpoint, all in memory, each in the form in which products cost least."""
+    rows = concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
+    return dataclasses.replace(rows, forms={name: form.ready() for name, form in rows.forms.items()})
+
+
+def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
+    """--sum-queries: the mean of the queries' gradients at one checkpoint as one row, summed in float64 as they are read."""
+    sums: dict[str, Tensor] = {}
+    kept: dict[str, torch.dtype] = {}
+    for rows in gradients.read("query", checkpoint, list(question.columns), ids):
+        ones = torch.ones(len(rows.ids), 1, dtype=torch.float64)
+        for name, form in rows.forms.items():
+            part, kept[name] = form.to(form.device, torch.float64).rmatvec(ones).T, dtype_of(form)
+            sums[name] = sums[name] + part if name in sums else part
+    forms: dict[str, Form] = {name: Dense(question.columns[name].shape, (value / len(ids)).to(kept[name])) for name, value in sums.items()}
+    one = torch.zeros(1, dtype=torch.float64)
+    return Rows(np.zeros(1, np.int64), one, one, {name: form.sqnorm() for name, form in forms.items()}, forms)
+
+
+def dtype_of(form: Form) -> torch.dtype:
+    return next(value.dtype for value in form.tensors().values() if value.is_floating_point())

@@ -6,7 +6,6 @@ query's loss. eta enters once. GradDot is one checkpoint with eta = 1, GradCos t
 N train, Q query, P parts of a score.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.build import Gradients, Ids, blocks
-from influence_cli.cache.store import Rows, concat_rows
-from influence_cli.gradients.forms import Dense, Form, Memo
+from influence_cli.cache.store import Rows
+from influence_cli.gradients.forms import Form, Memo
 from influence_cli.methods import Answer, Question
-from influence_cli.methods.ranked import Advance, NewRanking, block_size, ranked
+from influence_cli.methods.ranked import Advance, NewRanking, block_size, dtype_of, mean_query_row, query_rows, ranked
 from influence_cli.output.ranking import Ranking
-from influence_cli.run import Checkpoint
 
 PART = 512  # training examples multiplied at once: their products stay in the cache
 
@@ -70,35 +68,11 @@ def product(rows: Form, queries: Form, device: torch.device, memo: Memo) -> Tens
     return rows.to(device, wide).dot(queries.to(device, wide), memo).cpu()
 
 
-def dtype_of(form: Form) -> torch.dtype:
-    return next(value.dtype for value in form.tensors().values() if value.is_floating_point())
-
-
 def inverse_norms(rows: Rows, queries: Rows) -> Tensor:
     """(N, Q) of 1/(|g(z)| |g(q)|) over the selected parameters, from the exact norms; 0 where a gradient is zero."""
     ours, theirs = (sum(part.sqnorms.values(), torch.zeros(())).sqrt() for part in (rows, queries))
     norms: Tensor = ours[:, None] * theirs[None, :]
     return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
-
-
-def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
-    """The queries' gradients at one checkpoint, all in memory, each in the form in which products cost least."""
-    rows = concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
-    return dataclasses.replace(rows, forms={name: form.ready() for name, form in rows.forms.items()})
-
-
-def mean_query_row(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:
-    """--sum-queries: the mean of the queries' gradients at one checkpoint as one row, summed in float64 as they are read."""
-    sums: dict[str, Tensor] = {}
-    kept: dict[str, torch.dtype] = {}
-    for rows in gradients.read("query", checkpoint, list(question.columns), ids):
-        ones = torch.ones(len(rows.ids), 1, dtype=torch.float64)
-        for name, form in rows.forms.items():
-            part, kept[name] = form.to(form.device, torch.float64).rmatvec(ones).T, dtype_of(form)
-            sums[name] = sums[name] + part if name in sums else part
-    forms: dict[str, Form] = {name: Dense(question.columns[name].shape, (value / len(ids)).to(kept[name])) for name, value in sums.items()}
-    one = torch.zeros(1, dtype=torch.float64)
-    return Rows(np.zeros(1, np.int64), one, one, {name: form.sqnorm() for name, form in forms.items()}, forms)
 
 
 def self_influence(gradients: Gradients, question: Question, ranking: Ranking) -> None:

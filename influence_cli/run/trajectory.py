@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share options. `names`: none means all parameters; `options`: torch's arguments of the optimizer, its defaults left out."""
+    """Parameters that share options. `names`: none means all; `options`: torch's arguments of the optimizer, its defaults left out."""
 
     names: tuple[str, ...]
     options: Mapping[str, Any]

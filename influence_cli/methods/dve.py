@@ -1,0 +1,246 @@
+"""DVE: data value embedding (Wang et al. 2024, arXiv:2412.09538), trajectory-specific leave-one-out from saved checkpoints.
+
+score(z, q) sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t the derivative of the query's loss at the end by
+the gradient of step t (adjoint.py). For plain SGD this is the paper's w eta g_t(z)^T prod_k (I - eta H_k) grad m(theta_T, q). Score > 0:
+proponent, without z at that step the query's loss had ended higher, by about the score.
+
+Query form: the queries' gradients are carried back, nothing of size p x p. Embedding form: every coordinate of the end is carried back,
+which gives the data value embedding of each occurrence; kept on disk it answers any later query (embeddings.py).
+
+N train, Q query, M occurrences, P parts of a score, p numbers of all parameters.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_cli.cache.build import Gradients, Ids, blocks
+from influence_cli.cache.store import Rows
+from influence_cli.errors import OutputError, UsageProblem
+from influence_cli.methods import Answer, Question, ValueOptions
+from influence_cli.methods.adjoint import Adjoint, effects, total
+from influence_cli.methods.backward import Plan, Stability, back, drift, plan, working_dtype
+from influence_cli.methods.embeddings import STATE_BYTES, Embeddings
+from influence_cli.methods.ranked import QUERY_BYTES, NewRanking, block_size, mean_query_row, query_rows
+from influence_cli.output.ranking import Entry
+
+HELD_BYTES = 1 << 30  # scores held in memory; more lie in a temporary file
+
+
+@dataclass
+class Occurrences:
+    """Scores of single occurrences: of `examples` (M,) at `steps` (M,), (M, Q) float64; an example twice in a step is two."""
+
+    steps: np.ndarray
+    examples: np.ndarray
+    scores: Tensor
+    filled: int = 0
+
+    def add(self, step: int, examples: np.ndarray, scores: Tensor) -> None:
+        at = slice(self.filled, self.filled + len(examples))
+        self.steps[at], self.examples[at], self.scores[at] = step, examples, scores
+        self.filled = at.stop
+
+
+@dataclass
+class Totals:
+    """Scores of the ranked examples while steps are gone back over: (1 + P, N, Q) float64, the whole scores first, then their parts."""
+
+    ids: Ids
+    parts: list[str]
+    by: str | None
+    queries: int
+    folder: Path
+    occurrences: Occurrences | None = None
+    scores: Tensor = field(init=False)
+    place: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = scratch(self.folder, "totals", (1 + len(self.parts), len(self.ids), self.queries))
+        last = int(self.ids[-1]) + 1 if len(self.ids) else 0
+        self.place = np.full(last, -1)
+        self.place[np.asarray(self.ids)] = np.arange(len(self.ids))
+
+    def add(self, step: int, part: str, examples: np.ndarray, found: dict[str, Tensor]) -> None:
+        """(B, Q) scores of a step's entries, by part of the model or all as one."""
+        ranked = examples < len(self.place)
+        ranked[ranked] = self.place[examples[ranked]] >= 0
+        if not ranked.any():
+            return
+        keep = torch.from_numpy(ranked)
+        at = torch.from_numpy(self.place[examples[ranked]])
+        mine = {name: value.cpu()[keep].double() for name, value in found.items()}
+        whole = total(mine)
+        self.scores[0].index_add_(0, at, whole)
+        for name, value in mine.items() if self.by == "layer" else [(part, whole)] if self.by == "checkpoint" else []:
+            self.scores[1 + self.parts.index(name)].index_add_(0, at, value)
+        if self.occurrences is not None:
+            self.occurrences.add(step, examples[ranked], whole)
+
+
+def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
+    """Scores of every training example asked for, ranked per query."""
+    for ids, totals in passes(gradients, question, question.by == "step"):
+        width = totals.queries
+        ranking = new_ranking(width, len(totals.parts))
+        scores = totals.scores
+        if question.groups:
+            sums = torch.zeros(scores.shape[0], len(question.groups.names), width, dtype=torch.float64)
+            sums.index_add_(1, torch.from_numpy(question.groups.of[np.asarray(question.train)]), scores)
+            ranking.add(np.arange(sums.shape[1]), sums[0].T.numpy(), sums[1:].transpose(1, 2).numpy())
+        else:
+            for block in blocks(question.train, block_size(width, len(totals.parts))):
+                part = scores[:, torch.from_numpy(totals.place[block])].transpose(1, 2).numpy()
+                ranking.add(block, part[0], part[1:])
+        split = by_step(totals.occurrences, question) if totals.occurrences else None
+        yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, totals.parts, split)
+
+
+def by_step(occurrences: Occurrences, question: Question) -> Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]:
+    """Of each ranked pair its steps, rising, and their scores; of a group those of its members."""
+    owner = occurrences.examples if question.groups is None else question.groups.of[occurrences.examples]
+    order = np.lexsort((occurrences.steps, owner))
+    owners, steps = owner[order], occurrences.steps[order]
+
+    def split(query: int, entries: Sequence[Entry]) -> list[list[tuple[str, float]]]:
+        divided = []
+        for entry in entries:
+            at = slice(*np.searchsorted(owners, [entry.train, entry.train + 1]))
+            found: dict[int, float] = {}
+            for step, value in zip(steps[at].tolist(), occurrences.scores[torch.from_numpy(order[at]), query].tolist(), strict=True):
+                found[step] = found.get(step, 0.0) + value
+            divided.append([(str(step), value) for step, value in found.items()])
+        return divided
+
+    return split
+
+
+def passes(gradients: Gradients, question: Question, single: bool) -> Iterator[tuple[Ids, Totals]]:
+    """Per pass over training its query ids and the scores of every example; of `single` occurrences too.
+
+    Raises TrajectoryError, UsageProblem (plan), CacheError (embeddings of something else), GradientError (what is carried back runs away).
+    """
+    options = question.values or ValueOptions()
+    going = plan(gradients.run, question.checkpoints, question.columns, options.at)
+    for note in going.notes:
+        gradients.talk.note(note)
+    gradients.ensure("query", [going.end], list(going.columns), question.queries)
+    each = numbers(going) * 8
+    most = len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // each)
+    cuts = [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
+    with tempfile.TemporaryDirectory(prefix="influence-dve-") as name:
+        folder = Path(name)
+        kept = None
+        if embedded(gradients, question, going, options):
+            kept = Embeddings(options.embeddings or folder / "embeddings", gradients, going, options)
+            kept.ensure()
+        else:
+            prepare(gradients, going)
+        for number, ids in enumerate(cuts, start=1):
+            rows = (mean_query_row if question.sum_queries else query_rows)(
+                gradients, dataclasses.replace(question, columns=going.columns), going.end, ids
+            )
+            width = len(rows.ids)
+            parts = [str(segment.checkpoint.step) for segment in going.segments] if question.by == "checkpoint" else question.parts
+            occurrences = empty_occurrences(going, question.train, width, folder) if single else None
+            totals = Totals(question.train, parts, question.by, width, folder, occurrences)
+            of = f", queries {number} of {len(cuts)}" if len(cuts) > 1 else ""
+            with gradients.talk.progress(f"back over training{of}", going.occurrences()) as advance:
+                if kept is not None:
+                    for step, checkpoint, examples, found in kept.scores(dense(rows, going, gradients.device), advance):
+                        totals.add(step, str(checkpoint), examples, {"": found})
+                else:
+                    carry(gradients, going, rows, options, totals, advance)
+            yield ids, totals
+
+
+def carry(gradients: Gradients, going: Plan, rows: Rows, options: ValueOptions, totals: Totals, advance: Callable[..., None]) -> None:
+    """Query form: the queries' gradients at the end, back over every step."""
+    theta = dense(rows, going, gradients.device)
+    adjoint = Adjoint(theta, {name: torch.zeros_like(theta[name]) for name in going.with_momentum})
+    stability = Stability()
+    layers = {name: column.layer for name, column in going.columns.items()}
+    try:
+        for step in back(gradients, going, going.segments, adjoint, options.curvature != "none", stability, advance):
+            entry_of = torch.from_numpy(np.unique(step.examples, return_inverse=True)[1]).to(step.weights.device)
+            shares = entry_of if options.renormalize else None
+            products: dict[str, Tensor] = {"": total(step.products)}
+            if totals.by == "layer":
+                names = dict.fromkeys(layers.values())
+                products = {layer: total({n: v for n, v in step.products.items() if layers[n] == layer}) for layer in names}
+            found = {name: effects(value, step.weights, shares) for name, value in products.items()}
+            totals.add(step.number, str(step.checkpoint.step), step.examples, found)
+    finally:
+        if stability.note():
+            gradients.talk.note(str(stability.note()))
+
+
+def prepare(gradients: Gradients, going: Plan) -> None:
+    """Take and keep the gradients that are missing, each segment's of its own examples; say how far its frozen ones can be trusted."""
+    lines = going.trajectory.lines
+    wanted = []
+    for segment in going.segments:
+        ids = np.unique(np.concatenate([lines[step].examples for step in range(segment.first, segment.stop)]))
+        if len(ids):
+            wanted.append((segment.checkpoint, ids))
+    gradients.ensure_each("train", wanted, list(going.columns))
+    if (found := drift(gradients, going)) is not None:
+        gradients.talk.note(found)
+
+
+def embedded(gradients: Gradients, question: Question, going: Plan, options: ValueOptions) -> bool:
+    """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and query, or coordinate of the end."""
+    queries, size = 1 if question.sum_queries else len(question.queries), numbers(going)
+    if options.form is None and options.embeddings is None:
+        cheaper = queries > size and size * size * 8 <= STATE_BYTES
+    else:
+        cheaper = options.form == "embedding" or options.embeddings is not None
+    if cheaper and question.by == "layer":
+        raise UsageProblem("--by layer: embeddings are sums over the layers", "--form query splits scores by layer")
+    why = f"{queries:,} queries, {size:,} numbers of parameters" if options.embeddings is None else f"kept in {options.embeddings}"
+    gradients.talk.note(f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature {options.curvature}")
+    return cheaper
+
+
+def numbers(going: Plan) -> int:
+    """What is carried back of one quantity: p, and p again with momentum."""
+    return sum(column.numel * (2 if name in going.with_momentum else 1) for name, column in going.columns.items())
+
+
+def dense(rows: Rows, going: Plan, device: torch.device) -> dict[str, Tensor]:
+    """Per parameter (Q, D): the queries' gradients, in memory of their own."""
+    wide = working_dtype(rows)
+    return {name: rows.forms[name].to(device, wide).dense().values.clone() for name in going.columns}
+
+
+def empty_occurrences(going: Plan, ids: Ids, queries: int, folder: Path) -> Occurrences:
+    ranked = np.zeros(int(ids[-1]) + 1, dtype=bool)
+    ranked[np.asarray(ids)] = True
+    count = 0
+    for step in going.steps:
+        examples = going.trajectory.lines[step].examples
+        count += int(ranked[examples[examples < len(ranked)]].sum())
+    return Occurrences(np.empty(count, np.int64), np.empty(count, np.int64), scratch(folder, "occurrences", (count, queries)))
+
+
+def scratch(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Zeros, float64: in memory, or in a file where they are many."""
+    count = int(torch.Size(shape).numel())
+    if count * 8 <= HELD_BYTES:
+        return torch.zeros(shape, dtype=torch.float64)
+    path = folder / name
+    path.unlink(missing_ok=True)
+    try:
+        with path.open("wb") as file:
+            file.truncate(count * 8)
+        return torch.from_file(str(path), shared=True, size=count, dtype=torch.float64).view(shape)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(
+            f"{count * 8:,} bytes of scores have no place in {folder}: {error}", "TMPDIR names a folder on a larger disk"
+        ) from error

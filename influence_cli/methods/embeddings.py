@@ -1,0 +1,282 @@
+"""Data value embeddings on disk: what each occurrence of an example in training did to every coordinate of the end.
+
+DIR/embeddings.json                      what they are of; another run's are refused
+DIR/sample.safetensors                   losses and norms of a few training examples, to see whether the definition still gives the same
+DIR/part-000000-000120/                  the steps of a part, made from the identity at its end
+    rows-000090-000120.safetensors       per occurrence (M, n): its effect on the state at the part's end; step and example of each
+    map.safetensors                      (n, n): from the state at the part's end to that at its start; last
+
+The state is the parameters, and for those with momentum its buffer: n numbers. Parts are made side by side, and compose: a query, carried
+from the end of training through the maps, meets each part's rows, so that any part's end can be explained (`--at`) by reading only.
+"""
+
+import dataclasses
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_cli.cache.build import Gradients
+from influence_cli.cache.files import read_json, replacing, write_json, writing
+from influence_cli.cache.fingerprint import checkpoint_key, compare
+from influence_cli.cache.sizes import available_memory, check_fits
+from influence_cli.cache.store import Rows, reading
+from influence_cli.cache.tensors import save
+from influence_cli.errors import CacheError, UsageProblem, listed
+from influence_cli.methods import ValueOptions
+from influence_cli.methods.adjoint import Adjoint, effects, total
+from influence_cli.methods.backward import Plan, Stability, back, drift, plan
+from influence_cli.talk import Advance
+
+FORMAT, VERSION = "influence-embeddings", 1
+STATE_BYTES = 2 << 30  # of a map: what may be carried back without being asked for
+ROWS_BYTES = 64 << 20  # of a file of rows
+SAMPLE = 8
+Part = tuple[int, int]
+
+
+class Embeddings:
+    """Those of one run's steps in one folder."""
+
+    def __init__(self, folder: Path, gradients: Gradients, going: Plan, options: ValueOptions) -> None:
+        """`going` may end earlier than training did; the embeddings are of all of it.
+
+        Raises CacheError where the folder holds something else, UsageProblem where the end is inside of a part.
+        """
+        self.folder, self.gradients, self.options = folder, gradients, options
+        whole = going
+        if options.at is not None:
+            whole = plan(gradients.run, gradients.run.checkpoints, going.columns)
+        self.plan = whole
+        self.stop = going.segments[-1].stop
+        self.moments = whole.with_momentum
+        self.names = [*whole.columns, *(f"momentum of {name}" for name in self.moments)]
+        self.widths = [whole.columns[name].numel for name in (*whole.columns, *self.moments)]
+        self.size = sum(self.widths)
+        self.parts = cut(whole, self.size)
+        if self.stop not in [stop for _, stop in self.parts]:
+            steps = [stop for _, stop in self.parts]
+            raise UsageProblem(
+                f"--at {self.stop}: embeddings are kept for the steps {listed(steps, 20)}",
+                "leave out --embeddings, which answers for every checkpoint, or name one of these",
+            )
+
+    # ------------------------------------------------------------ making
+    def ensure(self) -> None:
+        """Make the parts that are not there."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._identify()
+        todo = [part for part in self.parts if not (self.place(part) / "map.safetensors").is_file()]
+        if not todo:
+            return
+        self.prepare()
+        wide = self.dtype.itemsize
+        rows = sum(self.plan.occurrences(range(*part)) for part in todo) * self.size * wide
+        state = 2 * self.size * self.size * wide
+        check_fits(self.folder, rows + len(todo) * self.size**2 * wide, state)
+        room = (available_memory() or state) // state
+        threads = torch.get_num_threads()
+        workers = max(1, min(threads, len(todo), room)) if self.gradients.store and self.gradients.device.type == "cpu" else 1
+        lock, stop, stability = threading.Lock(), threading.Event(), Stability()
+        of = f" ({workers} parts at once)" if workers > 1 else ""
+        with self.gradients.talk.progress(
+            f"data value embeddings{of}", sum(self.plan.occurrences(range(*part)) for part in todo)
+        ) as advance:
+
+            def work(part: Part) -> None:
+                def safely(examples: int, where: str = "") -> None:
+                    if stop.is_set():
+                        raise KeyboardInterrupt
+                    with lock:
+                        advance(examples, where)
+
+                self.make(part, stability, safely)
+
+            if workers > 1:
+                torch.set_num_threads(1)
+            pool = ThreadPoolExecutor(workers)
+            try:
+                for done in [pool.submit(work, part) for part in reversed(todo)]:
+                    done.result()
+            except BaseException:
+                stop.set()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+                torch.set_num_threads(threads)
+                if stability.note():
+                    self.gradients.talk.note(str(stability.note()))
+
+    def prepare(self) -> None:
+        lines, wanted = self.plan.trajectory.lines, []
+        for segment in self.plan.segments:
+            ids = np.unique(np.concatenate([lines[step].examples for step in range(segment.first, segment.stop)]))
+            wanted += [(segment.checkpoint, ids)] if len(ids) else []
+        self.gradients.ensure_each("train", wanted, list(self.plan.columns))
+        if (found := drift(self.gradients, self.plan)) is not None:
+            self.gradients.talk.note(found)
+
+    def make(self, part: Part, stability: Stability, advance: Advance) -> None:
+        """Carry the identity back from the part's end to its start, and write what its occurrences do to it."""
+        last = part == self.parts[-1]
+        adjoint = self.identity(sum(self.widths[: len(self.plan.columns)]) if last else self.size)
+        place = self.place(part)
+        with writing(self.folder):
+            place.mkdir(parents=True, exist_ok=True)
+            for old in place.iterdir():
+                old.unlink()
+        waiting: list[tuple[int, np.ndarray, Tensor]] = []
+        size = 0
+        curved = self.options.curvature != "none"
+        for step in back(self.gradients, self.plan, self.plan.between(*part), adjoint, curved, stability, advance):
+            shares = torch.from_numpy(np.unique(step.examples, return_inverse=True)[1]).to(step.weights.device)
+            found = effects(total(step.products), step.weights, shares if self.options.renormalize else None).cpu()
+            waiting.append((step.number, step.examples, found))
+            size += found.nbytes
+            if size >= ROWS_BYTES:
+                self.write_rows(place, waiting)
+                waiting, size = [], 0
+        if waiting:
+            self.write_rows(place, waiting)
+        states = [*adjoint.theta.values(), *(adjoint.moment[name] for name in self.moments)]
+        self.write(place / "map.safetensors", {"map": torch.cat([value.cpu() for value in states], dim=1)})
+
+    def identity(self, rows: int) -> Adjoint:
+        """Every coordinate of the state at a part's end as a quantity to carry back; at the end of training those of the parameters."""
+        first, states = 0, []
+        for width in self.widths:
+            block = torch.zeros(rows, width, dtype=self.dtype, device=self.gradients.device)
+            inside = max(0, min(width, rows - first))
+            block[first : first + inside].fill_diagonal_(1)
+            states.append(block)
+            first += width
+        count = len(self.plan.columns)
+        return Adjoint(dict(zip(self.plan.columns, states[:count], strict=True)), dict(zip(self.moments, states[count:], strict=True)))
+
+    def write_rows(self, place: Path, waiting: list[tuple[int, np.ndarray, Tensor]]) -> None:
+        steps = np.concatenate([np.full(len(examples), number) for number, examples, _ in waiting])
+        content = {
+            "step": torch.from_numpy(steps),
+            "example": torch.from_numpy(np.concatenate([examples for _, examples, _ in waiting])),
+            "values": torch.cat([found for _, _, found in waiting]),
+        }
+        self.write(place / f"rows-{steps.min():06d}-{steps.max() + 1:06d}.safetensors", content)
+
+    def write(self, path: Path, content: dict[str, Tensor]) -> None:
+        with writing(self.folder), replacing(path) as temporary:
+            save(temporary, content, {"columns": json.dumps(dict(zip(self.names, self.widths, strict=True)))})
+
+    # ------------------------------------------------------------ reading
+    def scores(self, theta: dict[str, Tensor], advance: Advance) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
+        """(step, checkpoint's step, examples, (B, Q) scores) from the queries' gradients at the end, last step first."""
+        state = torch.cat([value.cpu().to(self.dtype) for value in theta.values()], dim=1)
+        state = torch.cat([state, state.new_zeros(len(state), self.size - state.shape[1])], dim=1)
+        checkpoint_of = {step: s.checkpoint.step for s in self.plan.segments for step in range(s.first, s.stop)}
+        for part in reversed([part for part in self.parts if part[1] <= self.stop]):
+            for path in sorted(self.place(part).glob("rows-*.safetensors"), reverse=True):
+                with reading(path) as file:
+                    content = file.read(["step", "example", "values"])
+                values = content["values"]
+                found = values @ state[:, : values.shape[1]].T
+                steps, starts = np.unique(-content["step"].numpy(), return_index=True)
+                for step, at in zip(-steps, np.split(np.arange(len(values)), starts[1:]), strict=True):
+                    yield int(step), checkpoint_of[int(step)], content["example"].numpy()[at], found[at[0] : at[-1] + 1]
+                    advance(len(at), f"step {step}")
+            with reading(self.place(part) / "map.safetensors") as file:
+                turn = file.read(["map"])["map"]
+            state = state[:, : len(turn)] @ turn
+
+    def place(self, part: Part) -> Path:
+        return self.folder / f"part-{part[0]:06d}-{part[1]:06d}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        wide = torch.float64 in (self.gradients.settings.store, self.gradients.settings.precision)
+        return torch.float64 if wide and self.gradients.settings.store == torch.float64 else torch.float32
+
+    # ------------------------------------------------------------ identity
+    def _identify(self) -> None:
+        """Raise CacheError where the folder is of something else; begin it where it is empty."""
+        store, run = self.gradients.store, self.gradients.run
+        memory = store.folder / "checkpoints.json" if store else None
+        digest = hashlib.sha256()
+        for step in self.plan.steps:
+            line = self.plan.trajectory.lines[step]
+            digest.update(repr((step, line.lr, line.clip, line.examples.tolist(), self.plan.trajectory.weights(step).tolist())).encode())
+        groups = [(group.names, sorted(group.options.items())) for group in self.plan.trajectory.groups]
+        now = {
+            "format": FORMAT,
+            "version": VERSION,
+            "precision": self.gradients.settings.key,
+            "curvature": self.options.curvature,
+            "renormalize": self.options.renormalize,
+            "parameters": dict(zip(self.names, self.widths, strict=True)),
+            "optimizer": repr((self.plan.trajectory.optimizer, groups)),
+            "steps": [self.plan.steps.start, self.plan.steps.stop],
+            "trajectory": digest.hexdigest(),
+            "checkpoints": [checkpoint_key(c, memory) for c in (*(s.checkpoint for s in self.plan.segments), self.plan.end)],
+        }
+        head = self.folder / "embeddings.json"
+        if head.is_file():
+            found = read_json(head)
+            definition = found.pop("definition", "")
+            differs = [key for key in now if found.get(key) != now[key]]
+            if differs:
+                raise CacheError(
+                    f"{self.folder} holds embeddings of something else: {listed(differs)} differ",
+                    *(f"{key}: {short(found.get(key))} there, {short(now[key])} now" for key in differs[:3]),
+                    "--embeddings DIR names another folder; deleting this one starts afresh",
+                )
+            if definition != run.definition.digest:
+                self._compare()
+            return
+        if any(not path.name.startswith(".tmp-") for path in self.folder.iterdir()):
+            raise CacheError(f"{self.folder} holds other files", "--embeddings DIR names an empty or a new folder")
+        sample = self._sample()
+        content = {"losses": sample.losses, "digests": sample.digests, "ids": torch.from_numpy(sample.ids)}
+        self.write(self.folder / "sample.safetensors", content | {f"{name}:sqnorms": value for name, value in sample.sqnorms.items()})
+        with writing(self.folder):
+            write_json(head, now | {"definition": run.definition.digest})
+
+    def _sample(self) -> Rows:
+        """A few training examples at the first checkpoint, taken now."""
+        segment = self.plan.segments[0]
+        ids = np.unique(np.concatenate([self.plan.trajectory.lines[step].examples for step in range(segment.first, segment.stop)]))
+        ids = ids[np.unique(np.linspace(0, len(ids) - 1, SAMPLE).round().astype(int))]
+        rows = self.gradients.capture("train", segment.checkpoint, list(self.plan.columns), ids, "norms")
+        return dataclasses.replace(rows, digests=self.gradients.run.train.digests(ids))
+
+    def _compare(self) -> None:
+        """The definition's text is another one now: the sample, taken again, must agree."""
+        with reading(self.folder / "sample.safetensors") as file:
+            content = file.read(list(file.entries))
+        norms = {name: content[f"{name}:sqnorms"] for name in self.plan.columns}
+        stored = Rows(content["ids"].numpy(), content["losses"], content["digests"], norms, {})
+        again = self._sample()
+        compare(stored, again, self.gradients.settings.rounding, self.plan.segments[0].checkpoint.name, "train", self.folder)
+        self.gradients.talk.note(f"the definition changed since {self.folder} was made: {SAMPLE} training gradients agree, so it is used")
+
+
+def cut(going: Plan, size: int) -> list[Part]:
+    """Steps in parts that can be made side by side: of at least 2 n occurrences where they end with a segment, 4 n anywhere, so that maps
+    take at most a half of the rows' disk."""
+    ends = {segment.stop for segment in going.segments}
+    parts, first, count = [], going.steps.start, 0
+    for step in going.steps:
+        count += len(going.trajectory.lines[step].examples)
+        if count >= 4 * size or (count >= 2 * size and step + 1 in ends):
+            parts.append((first, step + 1))
+            first, count = step + 1, 0
+    return [*parts, (first, going.steps.stop)] if first < going.steps.stop else parts
+
+
+def short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
