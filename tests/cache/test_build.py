@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -353,3 +354,26 @@ def test_units_appear_whole_and_are_synced_before_they_are_named(make_run, influ
     influence("cache", run)
     assert order == ["fsync", "replace"] * (len(order) // 2)
     assert len(order) >= 2 * len(files(run))
+
+
+def test_scattered_examples_share_units_and_batches(make_run, influence, captured, small_units):
+    """Units of 8: 8 examples from 3 stretches of 8 are one unit and one batch, not three."""
+    run = make_run()
+    assert influence("cache", run, "--train", "0,3,7,9,12,15,16,19", "--queries", "0", "--steps", "10").code == 0
+    assert captured == [1, 8]
+    assert [name.split("/")[-1].split("-")[:2] for name in files(run) if "/train/" in name] == [["000000000000", "000000000020"]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "cuts"),
+    [
+        (range(3, 19), [[3, 4, 5, 6, 7], [*range(8, 16)], [16, 17, 18]]),
+        (np.array([1, 2, 9, 17, 25]), [[1, 2, 9, 17, 25]]),
+        (np.array([*range(8), 9, 17, 25]), [[*range(8)], [9, 17, 25]]),
+        (np.array([5]), [[5]]),
+        (np.array([], dtype=np.int64), []),
+        (np.array([0, *range(8, 16), 17]), [[0], [*range(8, 16)], [17]]),
+    ],
+)
+def test_ids_are_cut_by_the_grid_and_scattered_ones_by_count(ids, cuts):
+    assert [part.tolist() for part in build.cut(ids, 8)] == cuts

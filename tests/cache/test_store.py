@@ -6,6 +6,8 @@ import torch
 
 from influence_cli.cache.files import sweep
 from influence_cli.cache.store import Held, Rows, Store, pack, unpack
+from influence_cli.cache.tensors import TensorFile
+from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Dense, Factors, Projected
 from influence_cli.gradients.joining import smallest
 
@@ -147,3 +149,30 @@ def test_a_cache_begun_by_another_process_is_joined(tmp_path):
 
 def test_an_empty_cache_holds_nothing():
     assert (Held([]).where("a", "values", np.arange(3)) == -1).all()
+
+
+@pytest.mark.parametrize("store_as", [torch.float32, torch.float16], ids=str)
+def test_few_rows_of_a_unit_are_read_row_by_row_and_are_the_same(store_as, tmp_path, monkeypatch):
+    store = Store(tmp_path / "c")
+    forms = {"dense": Dense((2, 3), torch.randn(40, 6)), "factors": Factors((2, 3), torch.randn(40, 5, 2), torch.randn(40, 5, 3))}
+    norms = {name: form.sqnorm() for name, form in forms.items()}
+    unit = store.unit_for(store.folder / "x", list(forms), "values", "digest", 0, 40, np.arange(40))
+    store.write(unit, Rows(np.arange(40), torch.arange(40.0), torch.arange(40), norms, forms), store_as)
+    held = store.held(store.folder / "x")
+    few, whole = np.array([3, 4, 5, 17, 39]), held.read(list(forms), "values", np.arange(40))
+    rowwise: list[str] = []
+    original = TensorFile.read_rows
+    monkeypatch.setattr(TensorFile, "read_rows", lambda self, name, rows: rowwise.append(name) or original(self, name, rows))
+    same(held.read(list(forms), "values", few), whole.take(few))
+    assert rowwise
+
+
+def test_a_row_past_the_end_of_a_damaged_file_is_noticed(tmp_path):
+    store = Store(tmp_path / "c")
+    form = Dense((2, 3), torch.randn(40, 6))
+    unit = store.unit_for(store.folder / "x", ["a"], "values", "digest", 0, 40, np.arange(40))
+    store.write(unit, Rows(np.arange(40), torch.zeros(40), torch.zeros(40), {"a": form.sqnorm()}, {"a": form}), None)
+    held = store.held(store.folder / "x")
+    unit.path.write_bytes(unit.path.read_bytes()[:-8])
+    with pytest.raises(CacheError, match="is damaged"):
+        held.read(["a"], "values", np.array([39]))
