@@ -12,7 +12,7 @@ import influence_cli
 from influence_cli.methods import METHODS
 
 ROOT = Path(influence_cli.__file__).parent
-COMMANDS = ("cache", "check", "init", "inspect", "score", "self")
+COMMANDS = ("cache", "check", "evaluate", "init", "inspect", "score", "self", "trace")
 
 # room -> what of ours it may use; `talk` and `errors` are everybody's (docs/architecture.md)
 MAY_USE = {
@@ -30,6 +30,7 @@ MAY_USE = {
     "cache.build": ("cache", "gradients", "run"),
     "methods": ("cache", "gradients.forms", "gradients.joining", "gradients.rows", "run", "output.ranking", "methods"),
     "output": ("output",),
+    "evaluate": ("run", "cache", "methods", "output.ranking", "evaluate"),
     "cli": ("",),
 }
 THIRD_PARTY = {
@@ -40,6 +41,7 @@ THIRD_PARTY = {
     "cache": ("torch", "safetensors", "numpy"),
     "methods": ("torch", "numpy"),
     "output": ("numpy", "rich", "pyarrow"),
+    "evaluate": ("torch", "numpy"),
     "cli": ("typer", "rich", "numpy", "torch"),
 }
 MODULES = sorted(

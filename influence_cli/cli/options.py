@@ -95,6 +95,16 @@ StoreAs = Annotated[
     option("--store", panel=NUMBERS, metavar="DTYPE", help="float64, float32, float16 or bfloat16 on disk (default the precision)."),
 ]
 Top = Annotated[str, option("--top", panel=OUT, metavar="N|all", help="Rows of each kind and query.")]
+Traced = Annotated[
+    str | None,
+    option("--train", metavar="SPEC", panel=RANKED, help="Training examples to trace beside the whole steps: 0,5,10:20, @ids.txt or -."),
+]
+PlotFormat = Annotated[
+    str | None,
+    option(
+        "--format", panel=OUT, metavar="NAME", help="plot, table, csv, tsv, jsonl or parquet (default: plot in a terminal, csv in a pipe)."
+    ),
+]
 Format = Annotated[
     str | None,
     option("--format", panel=OUT, metavar="NAME", help="table, csv, tsv, jsonl or parquet (default: table in a terminal, csv in a pipe)."),

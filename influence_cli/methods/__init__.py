@@ -31,6 +31,10 @@ class Method:
     def score(self) -> Callable[..., Any]:
         return importlib.import_module(f"influence_cli.methods.{self.module}").score
 
+    def trace(self) -> Callable[..., Any]:
+        """Scores over training time; of `ordered` methods."""
+        return importlib.import_module(f"influence_cli.methods.{self.module}").trace
+
 
 METHODS = {
     "tracin": Method("tracin", "sum over checkpoints of learning rate x gradient dot product"),

@@ -74,6 +74,10 @@ class Plan:
     def occurrences(self, steps: range | None = None) -> int:
         return sum(len(self.trajectory.lines[step].examples) for step in steps or self.steps)
 
+    def examples(self, segment: Segment) -> np.ndarray:
+        """The ids of a segment's examples, rising."""
+        return np.unique(np.concatenate([self.trajectory.lines[step].examples for step in range(segment.first, segment.stop)]))
+
     def between(self, first: int, stop: int) -> "tuple[Segment, ...]":
         """The segments, or parts of them, of these steps."""
         cut = (Segment(s.checkpoint, max(s.first, first), min(s.stop, stop)) for s in self.segments)
@@ -144,6 +148,14 @@ def check_optimizer(trajectory: Trajectory) -> None:
                 raise TrajectoryError(f"{trajectory.path.name}: {name} is {value!r}", "expected: a number from 0")
 
 
+def prepare(gradients: Gradients, plan: Plan) -> None:
+    """Take and keep the gradients that are missing, each segment's of its own examples; say how far its frozen ones can be trusted."""
+    wanted = [(segment.checkpoint, ids) for segment in plan.segments if len(ids := plan.examples(segment))]
+    gradients.ensure_each("train", wanted, list(plan.columns))
+    if (found := drift(gradients, plan)) is not None:
+        gradients.talk.note(found)
+
+
 # ---------------------------------------------------------------- the way back
 @dataclass
 class Step:
@@ -175,8 +187,8 @@ class Stability:
             return None
         share, step = max(self.worst)
         return (
-            f"{len(self.worst)} steps are unstable: at step {step} the curvature is {share:.3g} times what a step of its "
-            "size bears, and what came before it is blown up; checkpoints closer together help (gradients of one checkpoint stand for all steps to the next)"
+            f"{len(self.worst)} steps are unstable: at step {step} the curvature is {share:.3g} times what its size bears, so that "
+            "what came before it is blown up; checkpoints closer together help, as gradients of one stand for all steps to the next"
         )
 
 
@@ -283,12 +295,10 @@ def drift(gradients: Gradients, plan: Plan) -> str | None:
         for segment, after in zip(plan.segments, following, strict=True)
         if segment.stop - segment.first > 1 and after != segment.checkpoint
     ]
-    frozen = [frozen[k] for k in np.unique(np.linspace(0, len(frozen) - 1, DRIFT_SEGMENTS).round().astype(int))] if frozen else []
     cosines: list[tuple[float, Segment]] = []
     columns = list(plan.columns)
-    for segment, after in frozen:
-        ids = np.unique(np.concatenate([plan.trajectory.lines[step].examples for step in range(segment.first, segment.stop)]))
-        ids = ids[np.unique(np.linspace(0, len(ids) - 1, DRIFT_EXAMPLES).round().astype(int))]
+    for segment, after in (frozen[k] for k in spread(np.arange(len(frozen)), DRIFT_SEGMENTS)):
+        ids = spread(plan.examples(segment), DRIFT_EXAMPLES)
         gradients.ensure("train", [after], columns, ids)
         before, then = (concat_rows(list(gradients.read("train", c, columns, ids))) for c in (segment.checkpoint, after))
         ours, theirs = (torch.stack([rows.sqnorms[name] for name in columns]).sum(0) for rows in (before, then))
@@ -303,6 +313,11 @@ def drift(gradients: Gradients, plan: Plan) -> str | None:
         f"drift: the same examples' gradients at neighbouring checkpoints have a median cosine of {middle:.2f}, the least {least:.2f} "
         f"(after step {where.checkpoint.step:,}); steps between are given the gradients of the checkpoint before them"
     )
+
+
+def spread(values: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the values, evenly spread."""
+    return values[np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))]
 
 
 def working_dtype(rows: Rows) -> torch.dtype:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from influence_cli.cache.store import Rows
 from influence_cli.errors import OutputError, UsageProblem
 from influence_cli.methods import Answer, Question, ValueOptions
 from influence_cli.methods.adjoint import Adjoint, effects, total
-from influence_cli.methods.backward import Plan, Stability, back, drift, plan, working_dtype
+from influence_cli.methods.backward import Plan, Stability, back, plan, prepare, working_dtype
 from influence_cli.methods.embeddings import STATE_BYTES, Embeddings
 from influence_cli.methods.ranked import QUERY_BYTES, NewRanking, block_size, mean_query_row, query_rows
 from influence_cli.output.ranking import Entry
@@ -49,6 +50,34 @@ class Occurrences:
 
 
 @dataclass
+class Trace:
+    """Scores by step: of all entries of each step together, (T, Q) float64, and of each occurrence of some examples."""
+
+    first: int
+    sums: Tensor
+    totals: "Totals"
+    by: None = None
+
+    def add(self, step: int, part: str, examples: np.ndarray, found: dict[str, Tensor]) -> None:
+        self.sums[step - self.first] += total(found).cpu().double().sum(0)
+        self.totals.add(step, part, examples, found)
+
+    def series(self, query: int, example: int | None) -> list[tuple[int, float]]:
+        """(step, score) of a query, rising: of every step, or of those that an example was trained on."""
+        if example is None:
+            return list(enumerate(self.sums[:, query].tolist(), start=self.first))
+        occurrences = self.totals.occurrences
+        assert occurrences is not None
+        found: dict[int, float] = {}
+        mine = np.flatnonzero(occurrences.examples == example)[::-1]
+        for step, value in zip(
+            occurrences.steps[mine].tolist(), occurrences.scores[torch.from_numpy(mine.copy()), query].tolist(), strict=True
+        ):
+            found[step] = found.get(step, 0.0) + value
+        return list(found.items())
+
+
+@dataclass
 class Totals:
     """Scores of the ranked examples while steps are gone back over: (1 + P, N, Q) float64, the whole scores first, then their parts."""
 
@@ -65,7 +94,7 @@ class Totals:
         self.scores = scratch(self.folder, "totals", (1 + len(self.parts), len(self.ids), self.queries))
         last = int(self.ids[-1]) + 1 if len(self.ids) else 0
         self.place = np.full(last, -1)
-        self.place[np.asarray(self.ids)] = np.arange(len(self.ids))
+        self.place[np.asarray(self.ids, np.int64)] = np.arange(len(self.ids))
 
     def add(self, step: int, part: str, examples: np.ndarray, found: dict[str, Tensor]) -> None:
         """(B, Q) scores of a step's entries, by part of the model or all as one."""
@@ -84,9 +113,18 @@ class Totals:
             self.occurrences.add(step, examples[ranked], whole)
 
 
+Sums = TypeVar("Sums", Totals, Trace)
+
+
 def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
     """Scores of every training example asked for, ranked per query."""
-    for ids, totals in passes(gradients, question, question.by == "step"):
+
+    def totals_of(going: Plan, width: int, folder: Path) -> Totals:
+        parts = [str(segment.checkpoint.step) for segment in going.segments] if question.by == "checkpoint" else question.parts
+        occurrences = empty_occurrences(going, question.train, width, folder) if question.by == "step" else None
+        return Totals(question.train, parts, question.by, width, folder, occurrences)
+
+    for ids, totals in passes(gradients, question, totals_of):
         width = totals.queries
         ranking = new_ranking(width, len(totals.parts))
         scores = totals.scores
@@ -100,6 +138,17 @@ def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> 
                 ranking.add(block, part[0], part[1:])
         split = by_step(totals.occurrences, question) if totals.occurrences else None
         yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, totals.parts, split)
+
+
+def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, Trace]]:
+    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
+
+    def trace_of(going: Plan, width: int, folder: Path) -> Trace:
+        occurrences = empty_occurrences(going, question.train, width, folder)
+        sums = torch.zeros(len(going.steps), width, dtype=torch.float64)
+        return Trace(going.steps.start, sums, Totals(question.train, [], None, width, folder, occurrences))
+
+    yield from passes(gradients, question, trace_of)
 
 
 def by_step(occurrences: Occurrences, question: Question) -> Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]:
@@ -121,8 +170,8 @@ def by_step(occurrences: Occurrences, question: Question) -> Callable[[int, Sequ
     return split
 
 
-def passes(gradients: Gradients, question: Question, single: bool) -> Iterator[tuple[Ids, Totals]]:
-    """Per pass over training its query ids and the scores of every example; of `single` occurrences too.
+def passes(gradients: Gradients, question: Question, new: Callable[[Plan, int, Path], Sums]) -> Iterator[tuple[Ids, Sums]]:
+    """Per pass over training its query ids, and what `new` (of the plan, queries, a folder to spill to) collected of its scores.
 
     Raises TrajectoryError, UsageProblem (plan), CacheError (embeddings of something else), GradientError (what is carried back runs away).
     """
@@ -146,10 +195,7 @@ def passes(gradients: Gradients, question: Question, single: bool) -> Iterator[t
             rows = (mean_query_row if question.sum_queries else query_rows)(
                 gradients, dataclasses.replace(question, columns=going.columns), going.end, ids
             )
-            width = len(rows.ids)
-            parts = [str(segment.checkpoint.step) for segment in going.segments] if question.by == "checkpoint" else question.parts
-            occurrences = empty_occurrences(going, question.train, width, folder) if single else None
-            totals = Totals(question.train, parts, question.by, width, folder, occurrences)
+            totals = new(going, len(rows.ids), folder)
             of = f", queries {number} of {len(cuts)}" if len(cuts) > 1 else ""
             with gradients.talk.progress(f"back over training{of}", going.occurrences()) as advance:
                 if kept is not None:
@@ -160,7 +206,9 @@ def passes(gradients: Gradients, question: Question, single: bool) -> Iterator[t
             yield ids, totals
 
 
-def carry(gradients: Gradients, going: Plan, rows: Rows, options: ValueOptions, totals: Totals, advance: Callable[..., None]) -> None:
+def carry(
+    gradients: Gradients, going: Plan, rows: Rows, options: ValueOptions, totals: Totals | Trace, advance: Callable[..., None]
+) -> None:
     """Query form: the queries' gradients at the end, back over every step."""
     theta = dense(rows, going, gradients.device)
     adjoint = Adjoint(theta, {name: torch.zeros_like(theta[name]) for name in going.with_momentum})
@@ -179,19 +227,6 @@ def carry(gradients: Gradients, going: Plan, rows: Rows, options: ValueOptions, 
     finally:
         if stability.note():
             gradients.talk.note(str(stability.note()))
-
-
-def prepare(gradients: Gradients, going: Plan) -> None:
-    """Take and keep the gradients that are missing, each segment's of its own examples; say how far its frozen ones can be trusted."""
-    lines = going.trajectory.lines
-    wanted = []
-    for segment in going.segments:
-        ids = np.unique(np.concatenate([lines[step].examples for step in range(segment.first, segment.stop)]))
-        if len(ids):
-            wanted.append((segment.checkpoint, ids))
-    gradients.ensure_each("train", wanted, list(going.columns))
-    if (found := drift(gradients, going)) is not None:
-        gradients.talk.note(found)
 
 
 def embedded(gradients: Gradients, question: Question, going: Plan, options: ValueOptions) -> bool:
@@ -220,8 +255,8 @@ def dense(rows: Rows, going: Plan, device: torch.device) -> dict[str, Tensor]:
 
 
 def empty_occurrences(going: Plan, ids: Ids, queries: int, folder: Path) -> Occurrences:
-    ranked = np.zeros(int(ids[-1]) + 1, dtype=bool)
-    ranked[np.asarray(ids)] = True
+    ranked = np.zeros(int(ids[-1]) + 1 if len(ids) else 0, dtype=bool)
+    ranked[np.asarray(ids, np.int64)] = True
     count = 0
     for step in going.steps:
         examples = going.trajectory.lines[step].examples

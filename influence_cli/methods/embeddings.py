@@ -31,7 +31,7 @@ from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.methods import ValueOptions
 from influence_cli.methods.adjoint import Adjoint, effects, total
-from influence_cli.methods.backward import Plan, Stability, back, drift, plan
+from influence_cli.methods.backward import Plan, Stability, back, plan, prepare, spread
 from influence_cli.talk import Advance
 
 FORMAT, VERSION = "influence-embeddings", 1
@@ -76,7 +76,7 @@ class Embeddings:
         todo = [part for part in self.parts if not (self.place(part) / "map.safetensors").is_file()]
         if not todo:
             return
-        self.prepare()
+        prepare(self.gradients, self.plan)
         wide = self.dtype.itemsize
         rows = sum(self.plan.occurrences(range(*part)) for part in todo) * self.size * wide
         state = 2 * self.size * self.size * wide
@@ -113,15 +113,6 @@ class Embeddings:
                 torch.set_num_threads(threads)
                 if stability.note():
                     self.gradients.talk.note(str(stability.note()))
-
-    def prepare(self) -> None:
-        lines, wanted = self.plan.trajectory.lines, []
-        for segment in self.plan.segments:
-            ids = np.unique(np.concatenate([lines[step].examples for step in range(segment.first, segment.stop)]))
-            wanted += [(segment.checkpoint, ids)] if len(ids) else []
-        self.gradients.ensure_each("train", wanted, list(self.plan.columns))
-        if (found := drift(self.gradients, self.plan)) is not None:
-            self.gradients.talk.note(found)
 
     def make(self, part: Part, stability: Stability, advance: Advance) -> None:
         """Carry the identity back from the part's end to its start, and write what its occurrences do to it."""
@@ -248,8 +239,7 @@ class Embeddings:
     def _sample(self) -> Rows:
         """A few training examples at the first checkpoint, taken now."""
         segment = self.plan.segments[0]
-        ids = np.unique(np.concatenate([self.plan.trajectory.lines[step].examples for step in range(segment.first, segment.stop)]))
-        ids = ids[np.unique(np.linspace(0, len(ids) - 1, SAMPLE).round().astype(int))]
+        ids = spread(self.plan.examples(segment), SAMPLE)
         rows = self.gradients.capture("train", segment.checkpoint, list(self.plan.columns), ids, "norms")
         return dataclasses.replace(rows, digests=self.gradients.run.train.digests(ids))
 

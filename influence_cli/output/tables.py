@@ -18,9 +18,10 @@ from influence_cli.output.ranking import Entry, Ranking
 FORMATS = ("table", "csv", "tsv", "jsonl", "parquet")
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 SCORE_COLUMNS = ("query", "kind", "rank", "train", "score", "query_label", "train_label", "query_text", "train_text")
+TRACE_COLUMNS = ("query", "train", "step", "score", "running", "query_label", "train_label")
 SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
 CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
-WHOLE_NUMBERS, FLOATS = {"rank"}, {"score", "error", "allowed"}
+WHOLE_NUMBERS, FLOATS = {"rank"}, {"score", "running", "error", "allowed"}
 SPLIT = 256  # ranked pairs divided at once
 CHUNK = 1000  # rows of a terminal table, or of a parquet row group, held at once
 
@@ -123,7 +124,8 @@ def _parquet(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> None
     import pyarrow.parquet as pq
 
     first = list(itertools.islice(rows, CHUNK))
-    ids = {name for name in ("query", "train") if name in columns and all(isinstance(row[columns.index(name)], int) for row in first)}
+    place = {name: columns.index(name) for name in ("query", "train", "step") if name in columns}
+    ids = {name for name, at in place.items() if all(isinstance(row[at], int) for row in first)}
     kinds = {name: pa.int64() if name in WHOLE_NUMBERS | ids else pa.float64() if name in FLOATS else pa.string() for name in columns}
     schema = pa.schema(list(kinds.items()))
     file.flush()
@@ -151,7 +153,7 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
         widths |= {name: min(widths[name], max(len(name), room // len(texts) - 2)) for name in texts}  # texts give way, numbers never
         console.width = max(console.width, sum(widths.values()) + 2 * len(widths))
         for name in shown:
-            number = name in ("rank", "score", "query", "train")
+            number = name in ("rank", "score", "query", "train", "step", "running")
             table.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=widths[name], max_width=widths[name])
         styles = {"kind": _COLOURS, "result": _COLOURS}
         shares = word_shares(chunk, columns)

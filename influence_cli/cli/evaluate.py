@@ -1,0 +1,83 @@
+"""influence evaluate: are these scores any good, on this run?"""
+
+from typing import Annotated
+
+from typer import Argument
+
+from influence_cli.cli import command, options
+from influence_cli.evaluate import PROTOCOLS
+from influence_cli.methods import METHODS
+
+Protocol = Annotated[str, Argument(metavar="PROTOCOL", help="; ".join(f"{name}: {p.about}" for name, p in PROTOCOLS.items()) + ".")]
+Methods = Annotated[
+    list[str] | None,
+    options.option(
+        "--method", metavar="NAME", panel=options.RANKED, help=f"{', '.join(METHODS)}; may be repeated (default dve, at the same removals)."
+    ),
+]
+Removals = Annotated[
+    int, options.option("--removals", metavar="N", panel=options.NUMBERS, help="How many are left out, each in a training of its own.")
+]
+Seed = Annotated[int, options.option("--seed", metavar="N", panel=options.NUMBERS, help="Which are left out: drawn at random, alike.")]
+
+
+@command("evaluate", example="influence evaluate my_run tsloo --method dve --method tracin --queries 0:50")
+def evaluate(
+    shared: options.Shared,
+    protocol: Protocol,
+    method: Methods = None,
+    queries: options.Queries = None,
+    removals: Removals = 100,
+    seed: Seed = 0,
+    renormalize: options.Renormalize = False,
+    lr: options.Lr = None,
+    lr_weights: options.LrWeights = None,
+    trajectory: options.Trajectory = None,
+    format: options.Format = None,
+    output: options.Output = None,
+) -> None:
+    """Are these scores any good, on this run? Measured by training again, for real.
+
+    tsloo: single examples are left out of single steps of the recorded training; a row per method and query says how well its scores told
+    what that did. Finished trainings are kept; a stopped command goes on where it was, and more --removals add to those there.
+    """
+    from influence_cli.cli import specs
+    from influence_cli.errors import UsageProblem
+    from influence_cli.output import tables
+
+    chosen = PROTOCOLS[specs.one_of("PROTOCOL", protocol, PROTOCOLS)]
+    methods = {name: METHODS[specs.one_of("--method", name, METHODS)] for name in method or ["dve"]}
+    sink = tables.Sink.open(format, output)
+    if removals < 2:
+        raise UsageProblem(f"--removals {removals}", "expected: a number from 2; a correlation needs some")
+    if seed < 0:
+        raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
+    if (lr is not None or lr_weights is not None) and not any(asked.weighted for asked in methods.values()):
+        raise UsageProblem(f"--method {', '.join(methods)} has no learning-rate weights", "leave out --lr and --lr-weights")
+    for name, asked in methods.items():
+        specs.check_words(name, asked.words, options.Words(), shared.layers)
+
+    from influence_cli.cli.opening import open_shared
+    from influence_cli.evaluate import Asked
+    from influence_cli.methods import Method, Question, ValueOptions, WordOptions
+    from influence_cli.run.learning_rates import weigh
+
+    opened = open_shared(shared, trajectory)
+    query_ids = opened.ids("--queries", queries, "query")
+
+    def question(asked: Method) -> Question:
+        selected = opened.checkpoints if asked.checkpoints == "all" else opened.checkpoints[-1:]
+        return Question(
+            checkpoints=selected,
+            weights=opened.weights(lr, lr_weights) if asked.weighted else tuple(weigh(selected, None, "none")),
+            columns=opened.embedding(None) if asked.words else opened.columns,
+            train=range(0),
+            queries=query_ids,
+            normalize=asked.normalized,
+            words=WordOptions() if asked.words else None,
+            values=ValueOptions(renormalize=renormalize) if asked.ordered else None,
+        )
+
+    questions = {name: question(asked) for name, asked in methods.items()}
+    work = Asked(questions, opened.checkpoints, query_ids, removals, seed, renormalize, opened.folder)
+    sink.write(chosen.run()(opened.gradients, work), chosen.columns)

@@ -1,0 +1,39 @@
+"""Results of long work, a JSON object a line, appended as they come: stopped at any moment, what is there counts the next time."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from influence_cli.cache.files import writing
+from influence_cli.errors import CacheError
+
+
+class Results:
+    """`records`: those on file, then those added. Without a file they are in memory only."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises CacheError for a file that can't be read. A last line without its end, of a process that was killed, is dropped."""
+        self._path = path
+        self.records: list[dict[str, Any]] = []
+        if path is None or not path.is_file():
+            return
+        with writing(path.parent):
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                os.truncate(path, len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise CacheError(f"{path} line {number} can't be read: {error}", "delete the file; its results are taken again") from error
+            self.records.append(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self._path is not None:
+            with writing(self._path.parent):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("ab") as file:
+                    file.write(json.dumps(record).encode() + b"\n")

@@ -1,0 +1,193 @@
+"""Recorded steps, run again with torch's own optimizers: as they were, or without an example.
+
+The model runs in eval mode, as everywhere in this tool: dropout is off and BatchNorm keeps the checkpoint's statistics. Where training ran
+otherwise the replay is a training of its own, close to the recorded one or not; `apart` measures it.
+
+B entries of a step.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, is_out_of_memory
+from influence_cli.run import Checkpoint, Run
+from influence_cli.run import checkpoints as checkpoint_files
+from influence_cli.run.definition import failure
+from influence_cli.run.optimizers import check_start, optimizers_of
+from influence_cli.talk import Advance
+
+Batch = Callable[[np.ndarray], Any]  # training ids (B,) -> their batch, on the model's device and in its precision
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Leaves one example out of one step. `renormalize`: the other weights grow so that their sum stays."""
+
+    step: int
+    example: int
+    renormalize: bool = False
+
+    def weights(self, examples: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """(B,) the step's weights, 0 for the example. A step of that example alone has nothing to renormalise to: its gradient is 0."""
+        left = np.where(examples == self.example, 0.0, weights)
+        return left * (weights.sum() / left.sum()) if self.renormalize and left.sum() else left
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a replay stands: parameters and optimizer state after `step` steps. Its tensors are its own."""
+
+    step: int
+    parameters: tuple[Tensor, ...]
+    optimizers: tuple[tuple[dict[str, Any], ...], ...]
+
+
+class Replay:
+    """The run's model, trained again from a checkpoint on: it holds the parameters and the optimizer state after `step` steps.
+
+    Parameters in none of the trajectory's groups are not trained. `clipped`: of each step that was clipped, its gradient's norm afterwards.
+    """
+
+    def __init__(self, run: Run, start: Checkpoint, batch: Batch, size: int | None = None) -> None:
+        """`size`: entries in one forward pass; the gradients of a larger step are summed. It stands nowhere until `begin`.
+
+        Raises TrajectoryError: no trajectory; an optimizer that is unknown, takes other options, or had a state at `start`.
+        """
+        if run.trajectory is None:
+            raise TrajectoryError(
+                "a replay needs the order of training, and this run has no trajectory",
+                "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which step size",
+                "--trajectory FILE names one elsewhere",
+            )
+        self.trajectory = run.trajectory
+        self._definition, self._model, self._start, self._batch, self._size = run.definition, run.model, start, batch, size
+        self._optimizers = optimizers_of(run.model, run.columns, self.trajectory)
+        check_start(self.trajectory, start)
+        self._parameters = [parameter for optimizer in self._optimizers.values() for parameter in optimizer.param_groups[0]["params"]]
+        self.step, self.clipped = start.step, dict[int, float]()
+
+    # ------------------------------------------------------------ time
+    def begin(self) -> None:
+        """Stand at the start: its checkpoint in the model, no optimizer state."""
+        checkpoint_files.load(self._start, self._model)
+        for optimizer in self._optimizers.values():
+            optimizer.state.clear()
+            optimizer.zero_grad(set_to_none=True)
+        self.step = self._start.step
+
+    def advance(
+        self,
+        stop: int,
+        drop: Drop | None = None,
+        max_norm: float | None = None,
+        reverse: bool = False,
+        each: Advance | None = None,
+    ) -> None:
+        """Run the steps up to `stop`, which is where the replay then stands. `each(1)` is called after every one.
+
+        `max_norm`: clip by norm at it in place of the recorded factors. `reverse`: each batch backwards, the same step but for rounding.
+        """
+        for step in range(self.step, stop):
+            line, weights = self.trajectory.lines[step], self.trajectory.weights(step)
+            if drop is not None and drop.step == step:
+                weights = drop.weights(line.examples, weights)
+            order = np.arange(len(weights))[:: -1 if reverse else 1]
+            self._gradient(step, line.examples[order], weights[order])
+            self._clip(step, line.clip, max_norm)
+            rates = self.trajectory.rates(step)
+            for number, optimizer in self._optimizers.items():
+                optimizer.param_groups[0]["lr"] = rates[number]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            self.step = step + 1
+            if each is not None:
+                each(1)
+
+    def state(self) -> State:
+        """A copy of where the replay stands."""
+        return State(self.step, self._copy(), tuple(tuple(map(copied, states(optimizer))) for optimizer in self._optimizers.values()))
+
+    def go_to(self, state: State) -> None:
+        """Stand where `state` was taken."""
+        self._put(state.parameters)
+        for optimizer, saved in zip(self._optimizers.values(), state.optimizers, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(zip(optimizer.param_groups[0]["params"], map(copied, saved), strict=True))
+        self.step = state.step
+
+    def apart(self, checkpoint: Checkpoint) -> float:
+        """How far from a saved checkpoint the replay stands, relative to how far the run moved between the replay's start and there."""
+        here, saved, start = self._copy(), self._read(checkpoint), self._read(self._start)  # the start last, for its buffers
+        self._put(here)
+        moved = norm_of(a - b for a, b in zip(saved, start, strict=True))
+        off = norm_of(a - b for a, b in zip(saved, here, strict=True))
+        return off / moved if moved else off
+
+    def _read(self, checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+        checkpoint_files.load(checkpoint, self._model)
+        return self._copy()
+
+    def _copy(self) -> tuple[Tensor, ...]:
+        return tuple(parameter.detach().clone() for parameter in self._parameters)
+
+    def _put(self, values: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, values, strict=True):
+                parameter.copy_(value)
+
+    # ------------------------------------------------------------ one step
+    def _gradient(self, step: int, examples: np.ndarray, weights: np.ndarray) -> None:
+        """Leaves in `grad` that of the sum over the entries of weight x loss. An example left out has weight 0."""
+        if not len(examples):
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        size = self._size or max(1, len(examples))
+        for first in range(0, len(examples), size):
+            ids = examples[first : first + size]
+            batch = self._batch(ids)
+            try:
+                losses = self._definition.raw("loss")(self._model, batch)
+                if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
+                    found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                    raise GradientError(f"loss() returned {found} for {len(ids)} examples", f"expected: ({len(ids)},), one per example")
+                total = losses @ torch.as_tensor(weights[first : first + size], dtype=losses.dtype, device=losses.device)
+                total.backward(inputs=self._parameters)
+            except InfluenceError:
+                raise
+            except (Exception, SystemExit) as error:
+                if is_out_of_memory(error):
+                    raise GradientError(f"out of memory in a batch of {len(ids)} at step {step}", "--batch-size N takes fewer") from error
+                raise failure(self._definition, "loss", error) from error
+
+    def _clip(self, step: int, recorded: float, max_norm: float | None) -> None:
+        if recorded == 1 and max_norm is None:
+            return
+        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = norm_of(grads) if grads else 0.0
+        factor = recorded
+        if max_norm is not None and 0 < recorded <= 1:  # 0: a step that was skipped
+            factor = min(1.0, max_norm / norm) if norm else 1.0
+        if 0 < factor < 1:
+            self.clipped[step] = factor * norm
+        for grad in grads:
+            grad.mul_(factor)
+
+
+def states(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [optimizer.state.get(parameter, {}) for parameter in optimizer.param_groups[0]["params"]]
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """Of all their numbers; summed in float32 or the tensors' own wider precision, then in float64."""
+    wide = (tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float() for tensor in tensors)
+    return float(torch.stack([tensor.norm().cpu().double() for tensor in wide]).norm())

@@ -1,0 +1,91 @@
+"""Recorded steps run again end where the recorded training did, and without an example where training without it does."""
+
+import numpy as np
+import pytest
+import torch
+
+from influence_cli.errors import TrajectoryError
+from influence_cli.run import open_run
+from influence_cli.run.replay import Drop, Replay
+from tests.refusals import replaced
+from tests.training import train
+
+GROUPS = ({"params": ["0.weight", "0.bias"], "lr": 0.5}, {"params": ["2.weight", "2.bias"], "weight_decay": 0.1})
+TRAININGS = {
+    "sgd": {},
+    "nesterov and weight decay": {"options": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05}, "rate": 0.05},
+    "clipped": {"clip": lambda norm: min(1.0, 0.3 / norm)},
+    "groups": {"groups": GROUPS},
+    "sum": {"reduction": "sum", "rate": 0.05},
+    "weights": {"weights": True},
+    "an example twice": {"batches": lambda t: [t % 24, 3, 3]},
+}
+
+
+def opened(folder):
+    run = open_run(folder)
+    return run, Replay(run, run.checkpoints[0], run.train.batch, 3)
+
+
+@pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)
+def test_a_replay_ends_where_the_training_did(training, tmp_path):
+    run, replay = opened(train(tmp_path / "run", **training))
+    replay.begin()
+    replay.advance(12)
+    assert replay.apart(run.checkpoints[-1]) < 1e-12
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
+    order = lambda t: [t, (5 * t) % 24, 7, 9]  # noqa: E731
+    _, replay = opened(train(tmp_path / "run", batches=order, weights=True, options={"momentum": 0.5}))
+    replay.begin()
+    replay.advance(6)
+    here = replay.state()
+    replay.advance(12, Drop(6, 7, renormalize))
+    found = replay.state().parameters
+    trajectory = replay.trajectory
+    weights = np.where(trajectory.lines[6].examples == 7, 0, trajectory.weights(6))
+    line = trajectory.lines[6]._replace(weights=weights * (trajectory.weights(6).sum() / weights.sum() if renormalize else 1))
+    object.__setattr__(trajectory, "lines", (*trajectory.lines[:6], line, *trajectory.lines[7:]))
+    replay.begin()
+    replay.advance(12)
+    assert all(torch.equal(a, b) for a, b in zip(found, replay.state().parameters, strict=True))
+    replay.go_to(here)
+    replay.advance(12)
+    assert all(torch.equal(a, b) for a, b in zip(found, replay.state().parameters, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_is_torchs_own(name, tmp_path):
+    folder = train(tmp_path / "run")
+    path = folder / "trajectory.jsonl"
+    path.write_text(replaced(path.read_text(), ('"name": "sgd"', f'"name": "{name}", "betas": [0.8, 0.9], "weight_decay": 0.1')))
+    run, replay = opened(folder)
+    replay.begin()
+    replay.advance(12)
+    found = [value.clone() for value in replay.state().parameters]
+    replay.begin()
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    optimizer = kind(run.model.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
+    for step, line in enumerate(run.trajectory.lines):
+        optimizer.param_groups[0]["lr"] = run.trajectory.rates(step)[0]
+        optimizer.zero_grad()
+        run.definition.raw("loss")(run.model, run.train.batch(line.examples)).mean().backward()
+        optimizer.step()
+    assert max(float((a - b).abs().max()) for a, b in zip(found, replay.state().parameters, strict=True)) < 1e-12
+
+
+def test_what_cannot_be_run_again_is_refused_by_name(tmp_path):
+    folder = train(tmp_path / "run", every=6, options={"momentum": 0.9})
+    path, text = folder / "trajectory.jsonl", (folder / "trajectory.jsonl").read_text()
+    run = open_run(folder)
+    with pytest.raises(TrajectoryError, match="sgd with momentum had a state there"):
+        Replay(run, run.checkpoints[1], run.train.batch)
+    for old, new, says in (
+        ('"name": "sgd"', '"name": "lion"', "steps of lion can't be run again"),
+        ('"momentum": 0.9', '"inertia": 0.9', "SGD refuses these options"),
+    ):
+        path.write_text(replaced(text, (old, new)))
+        with pytest.raises(TrajectoryError, match=says):
+            opened(folder)
