@@ -1,0 +1,209 @@
+"""Scores of single occurrences against really training again without them: `influence evaluate RUN tsloo` on runs trained here.
+
+python benchmarks/tsloo.py [digits faster fast relu gpt] [--removals 150] [--queries 100] [--text FILE] [--dattri PYTHON]
+
+digits: scikit-learn's digits (of sample_runs/digits, true labels), 64-32-10 GELU network, 60 steps of plain SGD on 32 images, rate 0.1,
+float64; faster and fast: at 0.2 and 0.5; relu: with ReLU, whose kinks no first-order method sees. gpt: a character model of two blocks
+(--text: a text file, .gz too), 200 steps of SGD with momentum on 16 windows. Each with every step's checkpoint saved, with a third and with
+a tenth of them (`--steps`). tracin: its part of the step's checkpoint. --dattri: the python of an environment with dattri, whose DVE then
+runs inside its own training loop on the same batches. In brackets: the mean loss of the queries at the end.
+"""
+
+import argparse
+import csv
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import machine
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+DIGITS = """
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+def model():
+    return nn.Sequential(nn.Linear(64, 32), nn.{activation}(), nn.Linear(32, 10)).double()
+
+def part(which):
+    with np.load({data!r}) as arrays:
+        images, labels = torch.from_numpy(arrays["images"]).double() / 16, torch.from_numpy(arrays["labels"]).long()
+    return torch.utils.data.TensorDataset(images[which], labels[which])
+
+def train_data():
+    return part(slice(0, 1400))
+
+def query_data():
+    return part(slice(1400, None))
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+"""
+GPT = """
+import gzip
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LENGTH, WIDTH, HEADS = 32, 48, 4
+path = Path({data!r})
+TEXT = (gzip.open(path, "rt") if path.suffix == ".gz" else path.open()).read()[:200_000]
+LETTERS = sorted(set(TEXT))
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, WIDTH))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.letters, self.places = nn.Embedding(len(LETTERS), WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks, self.norm = nn.Sequential(Block(), Block()), nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, len(LETTERS))
+
+    def forward(self, ids):
+        x = self.letters(ids) + self.places(torch.arange(ids.shape[1]))
+        return self.head(self.norm(self.blocks(x)))
+
+def model():
+    return Model().double()
+
+def windows(which):
+    number = {{letter: k for k, letter in enumerate(LETTERS)}}
+    ids = torch.tensor([number[letter] for letter in TEXT[: len(TEXT) // (LENGTH + 1) * (LENGTH + 1)]]).view(-1, LENGTH + 1)
+    return torch.utils.data.TensorDataset(ids[which])
+
+def train_data():
+    return windows(slice(0, 2000))
+
+def query_data():
+    return windows(slice(2000, 2200))
+
+def loss(model, batch):
+    (ids,) = batch
+    return F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+"""
+RUNS = {  # definition, steps, batch, rate, torch's options
+    "digits": (DIGITS, 60, 32, 0.1, {}),
+    "faster": (DIGITS, 60, 32, 0.2, {}),
+    "fast": (DIGITS, 60, 32, 0.5, {}),
+    "relu": (DIGITS, 60, 32, 0.1, {}),
+    "gpt": (GPT, 200, 16, 0.1, {"momentum": 0.9}),
+}
+
+
+def trained(name: str, folder: Path, data: str) -> float:
+    """Writes a run folder: every step's parameters and the trajectory. Returns the mean loss of the queries at its end."""
+    text, steps, batch, rate, options = RUNS[name]
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "definition.py").write_text(text.format(data=data, activation="ReLU" if name == "relu" else "GELU"))
+    space: dict = {}
+    exec((folder / "definition.py").read_text(), space)
+    torch.manual_seed(0)
+    model, examples = space["model"](), space["train_data"]()
+    optimizer = torch.optim.SGD(model.parameters(), rate, **options)
+    order = torch.Generator().manual_seed(1)
+    head = {"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": "sgd", **options}}
+    lines = [head]
+    for step in range(steps + 1):
+        save_file(dict(model.state_dict()), folder / "checkpoints" / f"step-{step:06d}.safetensors")
+        if step < steps:
+            ids = torch.randperm(len(examples), generator=order)[:batch].tolist()
+            lines.append({"step": step, "lr": rate, "examples": ids})
+            optimizer.zero_grad()
+            space["loss"](model, [tensor[ids] for tensor in examples.tensors]).mean().backward()
+            optimizer.step()
+    (folder / "trajectory.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return float(space["loss"](model, space["query_data"]().tensors).detach().mean())
+
+
+def evaluated(run: Path, removals: int, queries: int, *flags: str) -> dict[str, dict[str, dict[str, str]]]:
+    """method -> row's query -> row, of the real command."""
+    command = [sys.executable, "-m", "influence_cli", "evaluate", str(run), "tsloo", "--removals", str(removals)]
+    done = subprocess.run([*command, "--queries", f"0:{queries}", *flags, "--format", "csv"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"": {"mean": {"spearman": done.stderr.splitlines()[-3 if len(done.stderr.splitlines()) > 2 else -1]}}}
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in csv.DictReader(io.StringIO(done.stdout)):
+        found.setdefault(row["method"], {})[row["query"]] = row
+    return found
+
+
+def of_dattri(python: str, run: Path, queries: int, removals: list[tuple[int, int]], truth: np.ndarray) -> tuple[np.ndarray, float]:
+    """(Q, 2) Spearman and Pearson of its scores, and its seconds."""
+    from influence_cli.evaluate.correlation import pearson, spearman
+
+    out = run / "dattri.npz"
+    subprocess.run([python, str(HERE / "peers" / "dattri_dve.py"), str(run), str(out), "--queries", str(queries)], check=True)
+    found = np.load(out)
+    place = {pair: k for k, pair in enumerate(zip(found["step"].tolist(), found["example"].tolist(), strict=True))}
+    scores = found["scores"][[place[removal] for removal in removals]]
+    return np.array([[spearman(a, b), pearson(a, b)] for a, b in zip(scores.T, truth.T, strict=True)]), float(found["seconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", default=["digits", "faster", "fast", "relu"])
+    parser.add_argument("--removals", type=int, default=150)
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--text")
+    parser.add_argument("--dattri")
+    flags = parser.parse_args()
+    print(machine())
+    print(f"{flags.removals} removals, {flags.queries} queries\n")
+    print("| run | checkpoints | method | mean Spearman | mean Pearson | pooled Spearman | pooled Pearson | effect / noise |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in flags.runs:
+        data = flags.text if name == "gpt" else str(HERE.parent / "sample_runs" / "digits" / "digits.npz")
+        if data is None:
+            parser.error("gpt needs --text FILE")
+        with tempfile.TemporaryDirectory(prefix=f"influence-tsloo-{name}-") as place:
+            run = Path(place) / "run"
+            loss = trained(name, run, data)
+            steps = RUNS[name][1]
+            for every in (1, 3, 10):
+                spec = ",".join(map(str, range(0, steps + 1, every) if steps % every == 0 else [*range(0, steps, every), steps]))
+                found = evaluated(run, flags.removals, flags.queries, "--method", "dve", "--method", "tracin", "--lr", "1", "--steps", spec)
+                for method, rows in found.items():
+                    mean, pooled = rows["mean"], rows.get("pooled", {})
+                    numbers = " | ".join(
+                        f"{float(row[k]):.3f}" if row.get(k) else "-" for row in (mean, pooled) for k in ("spearman", "pearson")
+                    )
+                    if method == "":
+                        numbers = mean["spearman"]
+                    ratio = f"{float(pooled['effect']) / max(1e-300, float(pooled['noise'])):.1e}" if pooled else "-"
+                    print(f"| {name} ({loss:.2f}) | every {every} of {steps} | {method} | {numbers} | {ratio} |", flush=True)
+            if flags.dattri and name != "gpt":
+                file = next((run / ".influence" / "evaluate").glob("*.jsonl"))
+                records = [json.loads(line) for line in file.read_text().splitlines()]
+                removed = [record for record in records if "truth" in record]
+                truth = np.array([record["truth"] for record in removed])
+                pairs = [(record["step"], record["example"]) for record in removed]
+                means, seconds = of_dattri(flags.dattri, run, flags.queries, pairs, truth)
+                print(
+                    f"| {name} | its own loop | dattri DVE | {means[:, 0].mean():.3f} | {means[:, 1].mean():.3f} | | | {seconds:.1f} s |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
