@@ -523,6 +523,19 @@ BAD_TRAJECTORIES = {
         lines((7, '{"step": 5, "lr": 0.1, "examples": [1, 20, 99]}')),
         ("line 7: names examples that are not there: 20, 99", "train_data() has 20 examples (0 to 19)", "another run"),
     ),
+    "weights of another number": (
+        lines((7, '{"step": 5, "lr": 0.1, "examples": [1, 2], "weights": [1]}')), ("line 7: weights do not fit examples", "list of 2"),
+    ),
+    "a weight of NaN": (lines((7, '{"step": 5, "lr": 0.1, "examples": [1], "weights": [NaN]}')), ("line 7: weights do not fit",)),
+    "a clip that is text": (lines((7, '{"step": 5, "lr": 0.1, "examples": [1], "clip": "1"}')), ("line 7: clip is '1'",)),
+    "a negative clip": (lines((7, '{"step": 5, "lr": 0.1, "examples": [1], "clip": -1}')), ("line 7: clip is -1",)),
+    "a seed that is text": (lines((7, '{"step": 5, "lr": 0.1, "examples": [1], "seed": "x"}')), ("line 7: seed is 'x'", "whole number")),
+    "an unknown reduction": (lines((1, HEADER.replace("mean", "median"))), ("line 1: reduction is 'median'", "mean, sum")),
+    "an optimizer that is text": (lines((1, HEADER.replace('{"name": "sgd"}', '"sgd"'))), ("line 1: optimizer is 'sgd'", '"name": "sgd"')),
+    "a parameter in two groups": (
+        lines((1, HEADER[:-1] + ', "groups": [{"params": ["0.weight"]}, {"params": ["0.weight"]}]}')), ("0.weight in two groups",),
+    ),
+    "a group of nothing": (lines((1, HEADER[:-1] + ', "groups": [{"params": []}]}')), ("a group without params",)),
     "missing steps": (lines((7, None), (9, None)), ("lacks steps: 5, 7", "18 of the steps 0 to 19", "every step needs its line")),
     "an early end": (lines(steps=15), ("ends before checkpoints/step-000020.safetensors", "steps 0 to 14", "--lr")),
     "a group that is not named": (

@@ -187,7 +187,8 @@ def passes(gradients: Gradients, question: Question, new: Callable[[Plan, int, P
         folder = Path(name)
         kept = None
         if embedded(gradients, question, going, options):
-            kept = Embeddings(options.embeddings or folder / "embeddings", gradients, going, options)
+            whole = going if options.at is None else plan(gradients.run, question.checkpoints, question.columns)
+            kept = Embeddings(options.embeddings or folder / "embeddings", gradients, whole, going.end.step, options)
             kept.ensure()
         else:
             prepare(gradients, going)
@@ -238,7 +239,11 @@ def embedded(gradients: Gradients, question: Question, going: Plan, options: Val
         cheaper = options.form == "embedding" or options.embeddings is not None
     if cheaper and question.by == "layer":
         raise UsageProblem("--by layer: embeddings are sums over the layers", "--form query splits scores by layer")
-    why = f"{queries:,} queries, {size:,} numbers of parameters" if options.embeddings is None else f"kept in {options.embeddings}"
+    why = (
+        f"{queries:,} {'query' if queries == 1 else 'queries'}, {size:,} numbers of parameters"
+        if options.embeddings is None
+        else f"kept in {options.embeddings}"
+    )
     gradients.talk.note(f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature {options.curvature}")
     return cheaper
 

@@ -31,7 +31,7 @@ from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.methods import ValueOptions
 from influence_cli.methods.adjoint import Adjoint, effects, total
-from influence_cli.methods.backward import Plan, Stability, back, plan, prepare, spread
+from influence_cli.methods.backward import Plan, Stability, back, prepare, spread
 from influence_cli.talk import Advance
 
 FORMAT, VERSION = "influence-embeddings", 1
@@ -44,17 +44,10 @@ Part = tuple[int, int]
 class Embeddings:
     """Those of one run's steps in one folder."""
 
-    def __init__(self, folder: Path, gradients: Gradients, going: Plan, options: ValueOptions) -> None:
-        """`going` may end earlier than training did; the embeddings are of all of it.
-
-        Raises CacheError where the folder holds something else, UsageProblem where the end is inside of a part.
-        """
-        self.folder, self.gradients, self.options = folder, gradients, options
-        whole = going
-        if options.at is not None:
-            whole = plan(gradients.run, gradients.run.checkpoints, going.columns)
-        self.plan = whole
-        self.stop = going.segments[-1].stop
+    def __init__(self, folder: Path, gradients: Gradients, whole: Plan, stop: int, options: ValueOptions) -> None:
+        """Of the `whole` training, read up to the step `stop`. Raises CacheError where the folder holds something else, UsageProblem where
+        `stop` is inside of a part."""
+        self.folder, self.gradients, self.plan, self.stop, self.options = folder, gradients, whole, stop, options
         self.moments = whole.with_momentum
         self.names = [*whole.columns, *(f"momentum of {name}" for name in self.moments)]
         self.widths = [whole.columns[name].numel for name in (*whole.columns, *self.moments)]
@@ -80,8 +73,13 @@ class Embeddings:
         wide = self.dtype.itemsize
         rows = sum(self.plan.occurrences(range(*part)) for part in todo) * self.size * wide
         state = 2 * self.size * self.size * wide
-        check_fits(self.folder, rows + len(todo) * self.size**2 * wide, state)
         room = (available_memory() or state) // state
+        if not room:
+            raise UsageProblem(
+                f"the embedding form carries {self.size:,} x {self.size:,} numbers back, which do not fit into memory ({state:,} bytes)",
+                "--form query (without --embeddings) carries the queries' gradients only; --layers GLOB takes fewer parameters",
+            )
+        check_fits(self.folder, rows + len(todo) * self.size**2 * wide, state)
         threads = torch.get_num_threads()
         workers = max(1, min(threads, len(todo), room)) if self.gradients.store and self.gradients.device.type == "cpu" else 1
         lock, stop, stability = threading.Lock(), threading.Event(), Stability()
@@ -189,8 +187,7 @@ class Embeddings:
 
     @property
     def dtype(self) -> torch.dtype:
-        wide = torch.float64 in (self.gradients.settings.store, self.gradients.settings.precision)
-        return torch.float64 if wide and self.gradients.settings.store == torch.float64 else torch.float32
+        return torch.float64 if self.gradients.settings.store == torch.float64 else torch.float32
 
     # ------------------------------------------------------------ identity
     def _identify(self) -> None:

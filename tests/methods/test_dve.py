@@ -333,3 +333,18 @@ BAD_FLAGS = {
 def test_flags_that_dve_cannot_take_are_refused(flags, tmp_path, influence):
     run = train(tmp_path / "run", every=4)
     refused(influence("score", run, "--method", "dve", *flags.replace("DIR", str(tmp_path / "kept")).split()), 2, *BAD_FLAGS[flags])
+
+
+def test_an_embedding_form_that_does_not_fit_is_refused_before_any_work(tmp_path, influence, monkeypatch):
+    run = train(tmp_path / "run", every=4)
+    monkeypatch.setattr("influence_cli.methods.embeddings.available_memory", lambda: 1000)
+    result = dve(influence, run, "--form", "embedding")
+    refused(result, 2, "the embedding form carries 27 x 27 numbers back", "--form query")
+
+
+def test_at_and_steps_choose_together(tmp_path, influence):
+    run = train(tmp_path / "run", steps=60, every=10, rate=0.1)
+    flags = ("--steps", "0,20,40,60", "--at", "40")
+    kept = scores(dve(influence, run, *flags, "--embeddings", tmp_path / "kept"))
+    close(kept, summed(expected(run, steps=[0, 20, 40]), 24), 1e-8)
+    close(scores(dve(influence, run, *flags)), kept, 1e-8)
