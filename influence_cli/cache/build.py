@@ -137,9 +137,13 @@ class Gradients:
 
     def lacking(self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids) -> int:
         """How many (checkpoint, example) pairs of gradients are not cached yet."""
+        return self.lacking_each(split, [(checkpoint, ids) for checkpoint in checkpoints], columns)
+
+    def lacking_each(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str]) -> int:
+        """The same, of examples that differ from checkpoint to checkpoint."""
         if self.store is None:
-            return len(checkpoints) * len(ids)
-        return sum(len(job.ids) for job in self.missing(split, [(checkpoint, ids) for checkpoint in checkpoints], columns, "values"))
+            return sum(len(ids) for _, ids in wanted)
+        return sum(len(job.ids) for job in self.missing(split, wanted, columns, "values"))
 
     def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
         """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""

@@ -83,7 +83,29 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
         total, missing = len(wanted) * len(opened.checkpoints), lacking[split]
         stored, _ = opened.gradients.needs(split, list(opened.columns), missing)
         rows.append((split, f"{len(wanted):,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored)))
-    return rows
+    return rows + dve_rows(opened)
+
+
+def dve_rows(opened: "Opened") -> list[Row]:
+    """What `--method dve` would take in place of every example at every checkpoint, where the run has a trajectory it can go back over."""
+    from influence_cli.errors import InfluenceError
+    from influence_cli.methods.backward import plan
+
+    if opened.run.trajectory_path is None:
+        return []
+    columns = list(opened.columns)
+    try:
+        going = plan(opened.run, opened.checkpoints, opened.columns)
+        going.trajectory.weights(going.steps[-1])
+    except InfluenceError as error:
+        opened.talk.note(f"for --method dve: {error.headline}")
+        return []
+    total = sum(len(ids) for _, ids in going.wanted)
+    missing = opened.gradients.lacking_each("train", going.wanted, columns)
+    stored, _ = opened.gradients.needs("train", columns, missing)
+    opened.talk.note(f"trajectory: {len(going.steps):,} steps of {going.trajectory.optimizer}, {going.occurrences():,} occurrences")
+    examples = len({int(index) for _, ids in going.wanted for index in ids})
+    return [("train, for dve", f"{examples:,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored))]
 
 
 def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured") -> list[Row]:

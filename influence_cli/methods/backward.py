@@ -78,6 +78,11 @@ class Plan:
         """The ids of a segment's examples, rising."""
         return np.unique(np.concatenate([self.trajectory.lines[step].examples for step in range(segment.first, segment.stop)]))
 
+    @property
+    def wanted(self) -> list[tuple[Checkpoint, np.ndarray]]:
+        """Whose gradients are needed, at each segment's checkpoint."""
+        return [(segment.checkpoint, ids) for segment in self.segments if len(ids := self.examples(segment))]
+
     def between(self, first: int, stop: int) -> "tuple[Segment, ...]":
         """The segments, or parts of them, of these steps."""
         cut = (Segment(s.checkpoint, max(s.first, first), min(s.stop, stop)) for s in self.segments)
@@ -150,8 +155,7 @@ def check_optimizer(trajectory: Trajectory) -> None:
 
 def prepare(gradients: Gradients, plan: Plan) -> None:
     """Take and keep the gradients that are missing, each segment's of its own examples; say how far its frozen ones can be trusted."""
-    wanted = [(segment.checkpoint, ids) for segment in plan.segments if len(ids := plan.examples(segment))]
-    gradients.ensure_each("train", wanted, list(plan.columns))
+    gradients.ensure_each("train", plan.wanted, list(plan.columns))
     if (found := drift(gradients, plan)) is not None:
         gradients.talk.note(found)
 

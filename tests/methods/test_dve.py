@@ -348,3 +348,16 @@ def test_at_and_steps_choose_together(tmp_path, influence):
     kept = scores(dve(influence, run, *flags, "--embeddings", tmp_path / "kept"))
     close(kept, summed(expected(run, steps=[0, 20, 40]), 24), 1e-8)
     close(scores(dve(influence, run, *flags)), kept, 1e-8)
+
+
+def test_inspect_says_what_dve_would_take(tmp_path, influence):
+    run = train(tmp_path / "run", every=6, batches=lambda t: [0, 1, 7] if t < 6 else [7, 20])
+    before = influence("inspect", run, "--lr", "1")
+    assert "trajectory: 12 steps of sgd, 30 occurrences" in before.err
+    row = next(line for line in before.out.splitlines() if "train, for dve" in line)
+    assert row.split()[3:7] == ["4", "5", "0", "5"]  # examples, pairs with checkpoints, cached, to compute
+    assert dve(influence, run).code == 0
+    row = next(line for line in influence("inspect", run, "--lr", "1").out.splitlines() if "train, for dve" in line)
+    assert row.split()[3:7] == ["4", "5", "5", "0"]
+    headed(run, optimizer={"name": "adam"})
+    assert "for --method dve: trajectory.jsonl: dve can't go back over steps of adam" in influence("inspect", run, "--lr", "1").err
