@@ -71,7 +71,7 @@ class Adjoint:
         hessian = {} if curvature is None or curvature is gradients else {n: scale[n] * curvature[n].matvec(u[n].T) for n in updates}
         if clip != 1:
             batch = {name: gradients[name].rmatvec(weights[:, None]) for name in updates}  # (D, 1): the sum over the batch, unclipped
-            square = sum(float(value.double().square().sum()) for value in batch.values())
+            square = sum(float(value.norm()) ** 2 for value in batch.values())
             along = weights @ total(products) / square if square else torch.zeros_like(weights @ total(products))
             products = {name: clip * (value - gradients[name].matvec(batch[name]) * along) for name, value in products.items()}
             if curvature is not None:
@@ -119,10 +119,10 @@ def gram(gradients: Mapping[str, Form], weights: Tensor, updates: Mapping[str, U
     whole = None
     for name, update in updates.items():
         ours = gradients[name]
-        found = update.rate * ours.dot(ours.ready()).double()
+        found = update.rate * ours.dot(ours.ready()).cpu().double()  # not every device has float64
         whole = found if whole is None else whole + found
     assert whole is not None
-    root = weights.double().sqrt()
+    root = weights.cpu().double().sqrt()
     return root[:, None] * whole * root[None, :]
 
 
