@@ -59,13 +59,18 @@ def trace(
         for position in range(1 if sum_queries else len(ids))
         for example in (None, *examples)
     )
+
+    def named(split: str, index: int) -> str:
+        label = opened.describe(split, index)[0]
+        return f"{split} {index} ({label})" if label else f"{split} {index}"
+
     if plotted:
         from influence_cli.output.plots import trace_plot
 
         with tables.to_stdout(stdout):
             for query, example, traced, position in found:
-                about = "all queries" if query is None else f"query {query} {opened.describe('query', query)[0]}".rstrip()
-                of = "every step" if example is None else f"train {example} {opened.describe('train', example)[0]}".rstrip()
+                about = "all queries" if query is None else named("query", query)
+                of = "every step" if example is None else named("train", example)
                 series = traced.series(position, example)
                 title = f"{about}, {of}: {sum(score for _, score in series):.4g}"
                 trace_plot(title, series, range(traced.first, traced.first + len(traced.sums)), stdout)
