@@ -72,7 +72,7 @@ class Plan:
         return [name for name, update in self.updates(self.segments[0].first).items() if update.momentum]
 
     def occurrences(self, steps: range | None = None) -> int:
-        return sum(len(self.trajectory.lines[step].examples) for step in steps or self.steps)
+        return sum(len(self.trajectory.lines[step].examples) for step in (self.steps if steps is None else steps))
 
     def examples(self, segment: Segment) -> np.ndarray:
         """The ids of a segment's examples, rising."""

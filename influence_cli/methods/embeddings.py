@@ -66,7 +66,7 @@ class Embeddings:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._identify()
-        todo = [part for part in self.parts if not (self.place(part) / "map.safetensors").is_file()]
+        todo = [part for part in self.parts if not self.whole(part)]
         if not todo:
             return
         prepare(self.gradients, self.plan)
@@ -111,6 +111,13 @@ class Embeddings:
                 torch.set_num_threads(threads)
                 if stability.note():
                     self.gradients.talk.note(str(stability.note()))
+
+    def whole(self, part: Part) -> bool:
+        """Whether a part has its map, and files of rows for all of its occurrences."""
+        place = self.place(part)
+        spans = [range(*map(int, path.stem.split("-")[1:])) for path in place.glob("rows-*-*.safetensors")]
+        rows = sum(self.plan.occurrences(span) for span in spans)
+        return (place / "map.safetensors").is_file() and rows == self.plan.occurrences(range(*part))
 
     def make(self, part: Part, stability: Stability, advance: Advance) -> None:
         """Carry the identity back from the part's end to its start, and write what its occurrences do to it."""

@@ -149,6 +149,16 @@ def test_embeddings_that_were_cut_off_go_on_and_give_the_same_bytes(tmp_path, in
     assert dve(influence, run, "--embeddings", tmp_path / "kept").out == whole
 
 
+def test_a_damaged_file_of_embeddings_is_refused_and_made_again_once_deleted(tmp_path, influence):
+    run = train(tmp_path / "run", steps=60, every=20, rate=0.1)
+    whole = dve(influence, run, "--embeddings", tmp_path / "kept").out
+    for path in (min((tmp_path / "kept").glob("part-*/rows-*")), max((tmp_path / "kept").glob("part-*/map*"))):
+        path.write_bytes(path.read_bytes()[:-8])
+        refused(dve(influence, run, "--embeddings", tmp_path / "kept"), 1, path.name, "is damaged", "delete it")
+        path.unlink()
+        assert dve(influence, run, "--embeddings", tmp_path / "kept").out == whole
+
+
 def test_embeddings_of_something_else_are_refused(tmp_path, influence):
     run = train(tmp_path / "run", steps=20, every=10)
     assert dve(influence, run, "--embeddings", tmp_path / "kept").code == 0
