@@ -22,6 +22,7 @@ MAY_USE = {
     "gradients": ("gradients",),
     "cache.files": (),
     "cache.tensors": (),
+    "cache.cutting": (),
     "cache.store": ("cache.files", "cache.tensors", "gradients.forms", "gradients.joining"),
     "cache.fingerprint": ("cache.files", "cache.store", "gradients.joining", "run.checkpoints"),
     "cache.sizes": ("cache.files", "cache.store", "cache.tensors", "gradients.forms"),

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache import verify
-from influence_cli.cache.build import Gradients, Ids
+from influence_cli.cache.build import Gradients
+from influence_cli.cache.cutting import Ids
 from influence_cli.cache.fingerprint import compare
 from influence_cli.cache.store import Held, Store, read_unit
 from influence_cli.errors import CacheError, listed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from influence_cli.cli import command, options
 
 if TYPE_CHECKING:
-    from influence_cli.cache.build import Ids
+    from influence_cli.cache.cutting import Ids
     from influence_cli.cli.opening import Opened
 
 Row = tuple[str, ...]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from influence_cli.cache.build import Gradients, Ids, open_store
+from influence_cli.cache.build import Gradients, open_store
+from influence_cli.cache.cutting import Ids
 from influence_cli.cache.fingerprint import Settings
 from influence_cli.cache.sizes import keep_freed_memory
 from influence_cli.cli import specs

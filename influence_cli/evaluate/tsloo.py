@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients, Ids
+from influence_cli.cache.build import Gradients
+from influence_cli.cache.cutting import Ids
 from influence_cli.cache.fingerprint import checkpoint_key
 from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, UsageProblem, is_out_of_memory
 from influence_cli.evaluate import Asked

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients, Ids, blocks
+from influence_cli.cache.build import Gradients
+from influence_cli.cache.cutting import Ids, blocks
 from influence_cli.cache.store import Rows
 from influence_cli.gradients.forms import Form, Memo
 from influence_cli.methods import Answer, Question

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from influence_cli.cache.build import Gradients, Ids
+from influence_cli.cache.build import Gradients
+from influence_cli.cache.cutting import Ids
 from influence_cli.cache.store import concat_rows
 from influence_cli.errors import DefinitionError, UsageProblem
 from influence_cli.gradients.rows import Postings, Rows

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.cache import build
+from influence_cli.cache import build, cutting
 from influence_cli.cache import files as cache_files
 from influence_cli.gradients import capture
 from tests.conftest import DEFINITION, build_run
@@ -376,4 +376,4 @@ def test_scattered_examples_share_units_and_batches(make_run, influence, capture
     ],
 )
 def test_ids_are_cut_by_the_grid_and_scattered_ones_by_count(ids, cuts):
-    assert [part.tolist() for part in build.cut(ids, 8)] == cuts
+    assert [part.tolist() for part in cutting.cut(ids, 8)] == cuts
