@@ -1,5 +1,7 @@
 """influence score: ranked proponents and opponents per query."""
 
+import dataclasses
+
 from influence_cli.cli import command, options
 from influence_cli.methods import METHODS
 
@@ -66,7 +68,7 @@ def score(
         by=by,
         groups=opened.groups(group_by, train_ids) if group_by else None,
         words=WordOptions(words.special_tokens, words.pad_id, words.top_words, words.synonyms or 0) if chosen.words else None,
-        values=ValueOptions(values.curvature, values.form, values.embeddings, values.at, values.renormalize) if chosen.ordered else None,
+        values=ValueOptions(**dataclasses.asdict(values)) if chosen.ordered else None,
     )
     names = question.groups.names if question.groups else None
 

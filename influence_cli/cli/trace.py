@@ -1,5 +1,7 @@
 """influence trace: influence over training time."""
 
+import dataclasses
+
 from influence_cli.cli import command, options
 
 
@@ -51,7 +53,7 @@ def trace(
         examples,
         opened.ids("--queries", queries, "query"),
         sum_queries,
-        values=ValueOptions(values.curvature, values.form, values.embeddings, values.at, values.renormalize),
+        values=ValueOptions(**dataclasses.asdict(values)),
     )
     found = (
         (None if sum_queries else int(ids[position]), None if example is None else int(example), traced, position)

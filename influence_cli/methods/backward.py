@@ -4,7 +4,7 @@ Between two checkpoints, a segment, the gradients are those of its first one, wi
 every step is saved nothing is approximated by that.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from influence_cli.cache.store import Rows, concat_rows
 from influence_cli.errors import GradientError, TrajectoryError, UsageProblem, listed
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.joining import distance
-from influence_cli.methods.adjoint import Adjoint, Update, densely, gram
+from influence_cli.methods.adjoint import Adjoint, Update, densely, effects, gram, total
 from influence_cli.methods.ranked import dtype_of
 from influence_cli.run import Checkpoint, Column, Run
 from influence_cli.run.trajectory import Trajectory
@@ -170,6 +170,11 @@ class Step:
     examples: np.ndarray  # (B,) rising
     weights: Tensor
     products: dict[str, Tensor]
+
+    def effects(self, renormalize: bool, names: Sequence[str] | None = None) -> Tensor:
+        """(B, K) what leaving out each entry would have done, by the gradients of these parameters or all."""
+        entry_of = torch.from_numpy(np.unique(self.examples, return_inverse=True)[1]).to(self.weights.device) if renormalize else None
+        return effects(total({name: self.products[name] for name in names or self.products}), self.weights, entry_of)
 
 
 class Stability:

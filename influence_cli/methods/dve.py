@@ -26,7 +26,7 @@ from influence_cli.cache.cutting import Ids, blocks
 from influence_cli.cache.store import Rows
 from influence_cli.errors import OutputError, UsageProblem
 from influence_cli.methods import Answer, Question, ValueOptions
-from influence_cli.methods.adjoint import Adjoint, effects, total
+from influence_cli.methods.adjoint import Adjoint, total
 from influence_cli.methods.backward import Plan, Stability, back, plan, prepare, working_dtype
 from influence_cli.methods.embeddings import STATE_BYTES, Embeddings
 from influence_cli.methods.ranked import QUERY_BYTES, NewRanking, block_size, mean_query_row, query_rows
@@ -49,6 +49,13 @@ class Occurrences:
         self.steps[at], self.examples[at], self.scores[at] = step, examples, scores
         self.filled = at.stop
 
+    def by_step(self, at: np.ndarray, query: int) -> dict[int, float]:
+        """Step -> score of the occurrences at these positions, in their order; those of one step summed."""
+        found: dict[int, float] = {}
+        for step, value in zip(self.steps[at].tolist(), self.scores[torch.from_numpy(at.copy()), query].tolist(), strict=True):
+            found[step] = found.get(step, 0.0) + value
+        return found
+
 
 @dataclass
 class Trace:
@@ -69,13 +76,7 @@ class Trace:
             return list(enumerate(self.sums[:, query].tolist(), start=self.first))
         occurrences = self.totals.occurrences
         assert occurrences is not None
-        found: dict[int, float] = {}
-        mine = np.flatnonzero(occurrences.examples == example)[::-1]
-        for step, value in zip(
-            occurrences.steps[mine].tolist(), occurrences.scores[torch.from_numpy(mine.copy()), query].tolist(), strict=True
-        ):
-            found[step] = found.get(step, 0.0) + value
-        return list(found.items())
+        return list(occurrences.by_step(np.flatnonzero(occurrences.examples == example)[::-1], query).items())
 
 
 @dataclass
@@ -156,16 +157,13 @@ def by_step(occurrences: Occurrences, question: Question) -> Callable[[int, Sequ
     """Of each ranked pair its steps, rising, and their scores; of a group those of its members."""
     owner = occurrences.examples if question.groups is None else question.groups.of[occurrences.examples]
     order = np.lexsort((occurrences.steps, owner))
-    owners, steps = owner[order], occurrences.steps[order]
+    owners = owner[order]
 
     def split(query: int, entries: Sequence[Entry]) -> list[list[tuple[str, float]]]:
         divided = []
         for entry in entries:
             at = slice(*np.searchsorted(owners, [entry.train, entry.train + 1]))
-            found: dict[int, float] = {}
-            for step, value in zip(steps[at].tolist(), occurrences.scores[torch.from_numpy(order[at]), query].tolist(), strict=True):
-                found[step] = found.get(step, 0.0) + value
-            divided.append([(str(step), value) for step, value in found.items()])
+            divided.append([(str(step), value) for step, value in occurrences.by_step(order[at], query).items()])
         return divided
 
     return split
@@ -215,16 +213,12 @@ def carry(
     theta = dense(rows, going, gradients.device)
     adjoint = Adjoint(theta, {name: torch.zeros_like(theta[name]) for name in going.with_momentum})
     stability = Stability()
-    layers = {name: column.layer for name, column in going.columns.items()}
+    layers: dict[str, list[str]] = {}
+    for name, column in going.columns.items():
+        layers.setdefault(column.layer if totals.by == "layer" else "", []).append(name)
     try:
         for step in back(gradients, going, going.segments, adjoint, options.curvature != "none", stability, advance):
-            entry_of = torch.from_numpy(np.unique(step.examples, return_inverse=True)[1]).to(step.weights.device)
-            shares = entry_of if options.renormalize else None
-            products: dict[str, Tensor] = {"": total(step.products)}
-            if totals.by == "layer":
-                names = dict.fromkeys(layers.values())
-                products = {layer: total({n: v for n, v in step.products.items() if layers[n] == layer}) for layer in names}
-            found = {name: effects(value, step.weights, shares) for name, value in products.items()}
+            found = {layer: step.effects(options.renormalize, names) for layer, names in layers.items()}
             totals.add(step.number, str(step.checkpoint.step), step.examples, found)
     finally:
         if stability.note():

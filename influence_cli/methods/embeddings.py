@@ -30,7 +30,7 @@ from influence_cli.cache.store import Rows, reading
 from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.methods import ValueOptions
-from influence_cli.methods.adjoint import Adjoint, effects, total
+from influence_cli.methods.adjoint import Adjoint
 from influence_cli.methods.backward import Plan, Stability, back, prepare, spread
 from influence_cli.talk import Advance
 
@@ -132,8 +132,7 @@ class Embeddings:
         size = 0
         curved = self.options.curvature != "none"
         for step in back(self.gradients, self.plan, self.plan.between(*part), adjoint, curved, stability, advance):
-            shares = torch.from_numpy(np.unique(step.examples, return_inverse=True)[1]).to(step.weights.device)
-            found = effects(total(step.products), step.weights, shares if self.options.renormalize else None).cpu()
+            found = step.effects(self.options.renormalize).cpu()
             waiting.append((step.number, step.examples, found))
             size += found.nbytes
             if size >= ROWS_BYTES:
