@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from influence_cli.cache.store import UNIT_EXAMPLES, Held, Level, Rows, Store, U
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
+from influence_cli.gradients.curvature import Curvature, Functions
 from influence_cli.gradients.filling import Filling
 from influence_cli.gradients.rows import Postings
 from influence_cli.gradients.rows import Rows as ByExample
@@ -28,6 +30,8 @@ from influence_cli.run.definition import failure
 from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
+DIRECTION_BYTES = 256 << 20  # working memory of directions that are taken through a batch's curvature at once
+OUTPUTS = ("outputs", "loss_from_outputs")
 Wanted = tuple[Checkpoint, Ids]
 AnyCapture = Capture | WordCapture
 
@@ -57,7 +61,7 @@ class Gradients:
         """`cast`: what floating batch tensors are cast to; None leaves them. `batch_size` None: by the model's size."""
         self.run, self.settings, self.store, self.device = run, settings, store, device
         self.talk = talk or Talk()
-        self._batch_size, self._cast = batch_size, cast
+        self.asked_batch_size, self._cast = batch_size, cast
         self._loaded: Checkpoint | None = None
         self._captures: dict[tuple[str, tuple[str, ...]], AnyCapture] = {}
         self._held: dict[Path, Held] = {}
@@ -190,7 +194,7 @@ class Gradients:
 
     def batch_size(self, split: str, columns: Sequence[str]) -> int:
         """Examples captured at once: as asked for, else as recorded."""
-        return self._batch_size or self.sizes(split, columns).batches[key_of(columns)][0]
+        return self.asked_batch_size or self.sizes(split, columns).batches[key_of(columns)][0]
 
     def ways(self, split: str, columns: Sequence[str]) -> dict[str, str]:
         """How the gradients of each column are taken: by a layer rule, by torch.func, or one example at a time."""
@@ -253,6 +257,19 @@ class Gradients:
         """Take the gradients of these examples now, batch by batch, into one buffer per column. On a device that runs out of memory the
         batch is halved, recorded, and the examples are taken again."""
         self.load(checkpoint)
+        return self.capture_here(split, checkpoint, columns, ids, level, advance, where)
+
+    def capture_here(
+        self,
+        split: str,
+        checkpoint: Checkpoint,
+        columns: Sequence[str],
+        ids: np.ndarray,
+        level: Level = "values",
+        advance: Advance = lambda examples, where="": None,
+        where: str = "",
+    ) -> Rows:
+        """The same with the parameters that the model has; `checkpoint` is what errors name."""
         while True:
             done = 0
 
@@ -265,7 +282,7 @@ class Gradients:
                 return self._capture(split, checkpoint, columns, ids, level, count)
             except GradientError as error:
                 size = self.batch_size(split, columns)
-                if self.device.type == "cpu" or self._batch_size or size == 1 or not is_out_of_memory(error.__cause__ or error):
+                if self.device.type == "cpu" or self.asked_batch_size or size == 1 or not is_out_of_memory(error.__cause__ or error):
                     raise
                 known = self.sizes(split, columns)
                 known.add(columns, {}, size // 2, known.batches[key_of(columns)][1])
@@ -309,6 +326,26 @@ class Gradients:
             },
         )
 
+    def curvature(
+        self, columns: Sequence[str], ids: np.ndarray, weights: torch.Tensor, gauss_newton: bool, directions: int
+    ) -> list[Callable[[], Curvature]]:
+        """What makes the exact curvature of a training batch's loss with the parameters that the model has, part by part of the batch."""
+        size, each = self.batch_size("train", columns), self.sizes("train", columns).batches[key_of(columns)][1]
+        most = max(1, min(directions, DIRECTION_BYTES // max(1, each * min(size, len(ids)))))
+        raw = self.run.definition.raw
+        functions = Functions(raw("loss"), *(raw(name) for name in (OUTPUTS if gauss_newton else ())))
+
+        def make(some: slice) -> Curvature:
+            batch, _ = self.batch("train", ids[some])
+            try:
+                return Curvature(self.run.model, columns, functions, batch, weights[some], most)
+            except InfluenceError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise self._explained("train", error, len(ids[some])) from error
+
+        return [partial(make, slice(first, first + size)) for first in range(0, max(1, len(ids)), size)]
+
     def batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:
         """A batch on the device, and a function that gives its examples as batches of one."""
         examples = self.run.examples(split)
@@ -328,6 +365,10 @@ class Gradients:
             self._loaded = None
             checkpoint_files.load(checkpoint, self.run.model)
             self._loaded = checkpoint
+
+    def moved(self) -> None:
+        """Someone else put other parameters into the model."""
+        self._loaded = None
 
     def capture_of(self, split: str, columns: Sequence[str]) -> AnyCapture:
         key = (split, tuple(columns))

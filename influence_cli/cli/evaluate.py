@@ -29,6 +29,8 @@ def evaluate(
     queries: options.Queries = None,
     removals: Removals = 100,
     seed: Seed = 0,
+    curvature: options.Curvature = None,
+    replay: options.Replay = False,
     renormalize: options.Renormalize = False,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
@@ -54,12 +56,19 @@ def evaluate(
         raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
     if (lr is not None or lr_weights is not None) and not any(asked.weighted for asked in methods.values()):
         raise UsageProblem(f"--method {', '.join(methods)} has no learning-rate weights", "leave out --lr and --lr-weights")
+    known = {name for asked in methods.values() for name in asked.curvatures}
+    if (curvature or replay) and not known:
+        raise UsageProblem(
+            f"--curvature, --replay: --method {', '.join(methods)} does not go by the order of training", "dve and unroll do"
+        )
+    if curvature is not None:
+        specs.one_of("--curvature", curvature, known)
     for name, asked in methods.items():
         specs.check_words(name, asked.words, options.Words(), shared.layers)
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.evaluate import Asked
-    from influence_cli.methods import Method, Question, ValueOptions, WordOptions
+    from influence_cli.methods import Method, Question, WordOptions
     from influence_cli.run.learning_rates import weigh
 
     opened = open_shared(shared, trajectory)
@@ -75,7 +84,7 @@ def evaluate(
             queries=query_ids,
             normalize=asked.normalized,
             words=WordOptions() if asked.words else None,
-            values=ValueOptions(renormalize=renormalize) if asked.ordered else None,
+            values=asked.options(curvature=curvature if curvature in asked.curvatures else None, renormalize=renormalize, replay=replay),
         )
 
     questions = {name: question(asked) for name, asked in methods.items()}

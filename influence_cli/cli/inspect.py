@@ -89,7 +89,7 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
 def dve_rows(opened: "Opened") -> list[Row]:
     """What `--method dve` would take in place of every example at every checkpoint, where the run has a trajectory it can go back over."""
     from influence_cli.errors import InfluenceError
-    from influence_cli.methods.backward import plan
+    from influence_cli.methods.segments import plan
 
     if opened.run.trajectory_path is None:
         return []

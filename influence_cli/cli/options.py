@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from influence_cli.methods import METHODS
 
-RUN, RANKED, WORDS, VALUES = "The run", "What is scored", "Words (tracin-we)", "Order of training (dve)"
+RUN, RANKED, WORDS, VALUES = "The run", "What is scored", "Words (tracin-we)", "Order of training (dve, unroll)"
 NUMBERS, OUT = "Numbers", "Output"
 
 
@@ -44,7 +44,7 @@ By = Annotated[
         "--by",
         metavar="PART",
         panel=RANKED,
-        help="checkpoint, layer, (tracin-we) word or (dve) step: a row per part of each score; parts sum to it.",
+        help="checkpoint, layer, (tracin-we) word or (dve, unroll) step: a row per part of each score; parts sum to it.",
     ),
 ]
 Normalize = Annotated[bool, option("--normalize", panel=NUMBERS, help="Cosine instead of dot product at each checkpoint.")]
@@ -61,15 +61,24 @@ Synonyms = Annotated[
 ]
 At = Annotated[int | None, option("--at", metavar="STEP", panel=VALUES, help="Explain the checkpoint of this step (default the last).")]
 Curvature = Annotated[
-    str, option("--curvature", metavar="HOW", panel=VALUES, help="fisher: the batch's empirical Fisher; none: gradients pass unchanged.")
+    str | None,
+    option(
+        "--curvature",
+        metavar="HOW",
+        panel=VALUES,
+        help="dve: fisher (default), the batch's empirical Fisher, or none. unroll: hessian (default), exact, or gauss-newton.",
+    ),
+]
+Replay = Annotated[
+    bool, option("--replay", panel=VALUES, help="Run the recorded steps again; gradients are taken where each step was. Adam needs it.")
 ]
 Form = Annotated[
     str | None,
-    option("--form", metavar="HOW", panel=VALUES, help="query or embedding: the same scores (default the one of fewer operations)."),
+    option("--form", metavar="HOW", panel=VALUES, help="dve: query or embedding, the same scores (default the one of fewer operations)."),
 ]
 EmbeddingsDir = Annotated[
     Path | None,
-    option("--embeddings", metavar="DIR", panel=VALUES, help="Keep data value embeddings there; later queries read nothing else."),
+    option("--embeddings", metavar="DIR", panel=VALUES, help="dve: keep data value embeddings there; later queries read nothing else."),
 ]
 Renormalize = Annotated[
     bool, option("--renormalize", panel=VALUES, help="The others of a batch take over the weight of the example left out.")
@@ -149,7 +158,8 @@ class Values:
     """The flags of methods that go by the order of training."""
 
     at: At = None
-    curvature: Curvature = "fisher"
+    curvature: Curvature = None
+    replay: Replay = False
     form: Form = None
     embeddings: EmbeddingsDir = None
     renormalize: Renormalize = False

@@ -41,12 +41,12 @@ def score(
         raise UsageProblem(f"--method {method} has no learning-rate weights", "leave out --lr and --lr-weights, or use --method tracin")
 
     specs.check_words(method, chosen.words, words, shared.layers)
-    specs.check_values(method, chosen.ordered, values, normalize)
+    specs.check_values(method, chosen.curvatures, values, normalize)
     if by == "word" and group_by:
         raise UsageProblem("--by word splits pairs of texts, --group-by sums over them", "give one of them")
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods import Question, ValueOptions, WordOptions
+    from influence_cli.methods import Question, WordOptions
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
     from influence_cli.run.learning_rates import weigh
 
@@ -68,7 +68,7 @@ def score(
         by=by,
         groups=opened.groups(group_by, train_ids) if group_by else None,
         words=WordOptions(words.special_tokens, words.pad_id, words.top_words, words.synonyms or 0) if chosen.words else None,
-        values=ValueOptions(**dataclasses.asdict(values)) if chosen.ordered else None,
+        values=chosen.options(**dataclasses.asdict(values)),
     )
     names = question.groups.names if question.groups else None
 

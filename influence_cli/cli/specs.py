@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -98,15 +98,21 @@ def check_words(method: str, reads_words: bool, words: Words, layers: list[str] 
             raise UsageProblem(f"{flag} {value}", "expected: a number from 1")
 
 
-def check_values(method: str, ordered: bool, values: Values, normalize: bool) -> None:
-    """The flags of dve: only there, and what they can be."""
-    if (given := flags_given(values)) and not ordered:
-        raise UsageProblem(f"{given}: --method {method} does not go by the order of training", "--method dve does")
-    if ordered and normalize:
+def check_values(method: str, curvatures: Sequence[str], values: Values, normalize: bool) -> None:
+    """The flags of methods that go by the order of training: only there, and what they can be."""
+    if (given := flags_given(values)) and not curvatures:
+        raise UsageProblem(f"{given}: --method {method} does not go by the order of training", "--method dve and unroll do")
+    if curvatures and normalize:
         raise UsageProblem(f"--normalize: scores of {method} are changes of a loss, not products that could be cosines", "leave it out")
-    one_of("--curvature", values.curvature, ("fisher", "none"))
+    if values.curvature is not None:
+        one_of("--curvature", values.curvature, curvatures)
+    embedding = values.form is not None or values.embeddings is not None
+    if embedding and method != "dve":
+        raise UsageProblem(f"--form, --embeddings: {method} has no embedding form, the model is asked itself", "--method dve has")
     if values.form is not None:
         one_of("--form", values.form, ("query", "embedding"))
+    if values.replay and (values.form == "embedding" or values.embeddings is not None):
+        raise UsageProblem("--replay gives query form: embeddings are made from cached gradients, side by side", "leave one of them out")
     if values.form == "query" and values.embeddings is not None:
         raise UsageProblem("--form query keeps no embeddings, --embeddings says where", "give one of them")
     if values.embeddings is not None and values.embeddings.is_file():

@@ -38,10 +38,10 @@ def trace(
         raise UsageProblem("--format plot is for a terminal, -o is a file", "give one of them")
     sink = tables.Sink.open("csv" if plotted else format, output)
     specs.check_stdin(queries, train)
-    specs.check_values(method, True, values, False)
+    specs.check_values(method, chosen.curvatures, values, False)
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods import Question, ValueOptions
+    from influence_cli.methods import Question
     from influence_cli.run.learning_rates import weigh
 
     opened = open_shared(shared, trajectory)
@@ -53,7 +53,7 @@ def trace(
         examples,
         opened.ids("--queries", queries, "query"),
         sum_queries,
-        values=ValueOptions(**dataclasses.asdict(values)),
+        values=chosen.options(**dataclasses.asdict(values)),
     )
     found = (
         (None if sum_queries else int(ids[position]), None if example is None else int(example), traced, position)

@@ -26,7 +26,6 @@ from influence_cli.evaluate.predicted import Removal, scores
 from influence_cli.evaluate.results import Results
 from influence_cli.methods import METHODS
 from influence_cli.run import Checkpoint, Run
-from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
 from influence_cli.run.replay import Drop, Replay
 from influence_cli.run.trajectory import Trajectory
@@ -43,7 +42,8 @@ def evaluate(gradients: Gradients, asked: Asked) -> Iterator[tuple[Any, ...]]:
     start, end = run.checkpoints[0], asked.checkpoints[-1]
     trajectory = check(run, start, end)
     size = gradients.batch_size("train", list(run.columns))
-    replay = Replay(run, start, lambda ids: gradients.batch("train", ids)[0], size)
+    replay = Replay(run, lambda ids: gradients.batch("train", ids)[0], size)
+    replay.begin(start)
     for note in trajectory.notes:
         talk.note(note)
     removals = sample(trajectory, range(start.step, end.step), asked.removals, asked.seed)
@@ -51,11 +51,10 @@ def evaluate(gradients: Gradients, asked: Asked) -> Iterator[tuple[Any, ...]]:
         talk.note(f"--removals {asked.removals}: examples and steps make {len(removals)}, all of them are removed")
     predicted = {name: scores(gradients, METHODS[name], question, removals) for name, question in asked.questions.items()}
     results = Results(asked.folder / "evaluate" / f"tsloo-{digest(gradients, asked, start, end)}.jsonl" if asked.folder else None)
-    gradients.load(start)
     try:
         retrain(gradients, replay, end, removals, asked, results)
     finally:
-        checkpoint_files.load(start, run.model)  # which `gradients` takes to be there
+        gradients.moved()
     base = next(record for record in results.records if "values" in record)
     done = truths(results)
     truth = np.array([done[removal] for removal in removals])
@@ -137,7 +136,7 @@ def retrain(gradients: Gradients, replay: Replay, end: Checkpoint, removals: Seq
         if base is None:
             base = baseline(gradients, replay, end, asked, advance)
             results.add(base)
-        replay.begin()
+        replay.begin(gradients.run.checkpoints[0])
         here = replay.state()
         for number, removal in enumerate(todo, start=1):
             each = partial(advance, where=f"removal {number} of {len(todo)}")
@@ -151,11 +150,12 @@ def retrain(gradients: Gradients, replay: Replay, end: Checkpoint, removals: Seq
 
 def baseline(gradients: Gradients, replay: Replay, end: Checkpoint, asked: Asked, advance: Advance) -> dict[str, Any]:
     """The recorded run; `again`: the same with each batch backwards, clipped as removals are: apart by what is no effect."""
-    replay.begin()
+    start = gradients.run.checkpoints[0]
+    replay.begin(start)
     replay.advance(end.step, each=partial(advance, where="the whole run"))
     values, apart = query_values(gradients, asked.queries), replay.apart(end)
     max_norm = float(np.median(list(replay.clipped.values()))) if replay.clipped else None
-    replay.begin()
+    replay.begin(start)
     replay.advance(end.step, max_norm=max_norm, reverse=True, each=partial(advance, where="the whole run again"))
     again = query_values(gradients, asked.queries)
     return {"values": values.tolist(), "again": again.tolist(), "apart": apart, "max_norm": max_norm}

@@ -26,7 +26,15 @@ class Method:
     normalized: bool = False  # is a cosine already
     parts: tuple[str, ...] = ("checkpoint", "layer")  # what --by can split its scores into
     words: bool = False  # reads an embedding's words, not parameters
-    ordered: bool = False  # goes by the recorded order of training
+    curvatures: tuple[str, ...] = ()  # of methods that go by the recorded order of training; the first is the default
+
+    @property
+    def ordered(self) -> bool:
+        return bool(self.curvatures)
+
+    def options(self, **given: Any) -> "ValueOptions | None":
+        """Flags of methods that go by the order of training; None for others."""
+        return ValueOptions(**(given | {"curvature": given.get("curvature") or self.curvatures[0]})) if self.ordered else None
 
     def score(self) -> Callable[..., Any]:
         return importlib.import_module(f"influence_cli.methods.{self.module}").score
@@ -44,7 +52,14 @@ METHODS = {
         "dve",
         "data value embedding: what leaving the example out of a step would have done",
         weighted=False,
-        ordered=True,
+        curvatures=("fisher", "none"),
+        parts=("step", "checkpoint", "layer"),
+    ),
+    "unroll": Method(
+        "unroll",
+        "dve with the loss's exact curvature, from the model itself: nearest to training again",
+        weighted=False,
+        curvatures=("hessian", "gauss-newton"),
         parts=("step", "checkpoint", "layer"),
     ),
     "tracin-we": Method("tracin_we", "tracin through word embeddings, down to the word", words=True, parts=("checkpoint", "word")),
@@ -63,15 +78,16 @@ class WordOptions:
 
 @dataclass(frozen=True)
 class ValueOptions:
-    """How training is gone back over. `curvature`: fisher or none; `form`: query, embedding, or None for the cheaper; `embeddings`: where
-    they are kept; `at`: step of the checkpoint that is explained, None for the last; `renormalize`: the others of a step share the weight
-    of the example left out."""
+    """How training is gone back over. `curvature`: one of the method's; `form`: query, embedding, or None for the cheaper; `embeddings`:
+    where they are kept; `at`: step of the checkpoint that is explained, None for the last; `renormalize`: the others of a step share the
+    weight of the example left out; `replay`: the recorded steps are run again, and each gradient taken where its step was."""
 
-    curvature: str = "fisher"
+    curvature: str
     form: str | None = None
     embeddings: Path | None = None
     at: int | None = None
     renormalize: bool = False
+    replay: bool = False
 
 
 @dataclass(frozen=True)

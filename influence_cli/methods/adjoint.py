@@ -1,31 +1,76 @@
 """The adjoint of an optimizer's own step: what a small change of a step's gradient does to the end of training.
 
-Step t of SGD, with g the (clipped) sum of w x gradient over the entries y of its batch (torch's own definition):
+Step t, with g the (clipped) sum of w x gradient over the entries of its batch (torch's own definitions):
 
-    m' = momentum m + g + decay θ;   θ' = θ - rate m'      (Nesterov: θ' = θ - rate (g + decay θ + momentum m'))
+    SGD    m' = momentum m + g + decay θ;   θ' = θ - rate m'      (Nesterov: θ' = θ - rate (g + decay θ + momentum m'))
+    AdamW  m' = β1 m + (1-β1) g;   v' = β2 v + (1-β2) g²;   θ' = (1 - rate decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε),  C = 1 - β^t
+    Adam   the same with decay θ added to g instead
 
-Backward, a_θ and a_m are the derivatives of some quantity of the end by θ and m, and u that by the step's gradient. Without its entry z the
-quantity would grow by -w_z g(z).u. H = sum over y of w h(y) h(y)^T stands for the derivative of the gradient by θ: with h = g it is the
-empirical Fisher of data value embedding (Wang et al. 2024, arXiv:2412.09538, which has plain SGD: u = -rate a_θ). The rest was derived for
-this project and is tested against retraining of a linear regression, where h = sqrt(curvature of the loss) x input makes it exact.
+Backward, a_θ, a_m and a_v are the derivatives of some quantity of the end by θ, m and v, and u that by the step's gradient, after clipping's
+own derivative. Without its entry z the quantity would grow by -w_z g(z).u. H is the derivative of the batch's gradient by θ, or what stands
+for it: the empirical Fisher, sum over y of w g(y) g(y)^T, in data value embedding (Wang et al. 2024, arXiv:2412.09538, which has plain SGD:
+u = -rate a_θ); the Hessian or Gauss-Newton's in unroll. The rest was derived for this project and is tested against really training again.
 
 B entries of a batch, D numbers of a parameter, K quantities carried at once: queries, or the coordinates of the end itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from influence_cli.gradients.forms import Form
+from influence_cli.run.replay import Moments
 
 DENSE_BYTES = 512 << 20  # gradients of a batch made dense at once, so that both products of a step are plain matrix products
+Pull = Callable[[str, Tensor], None]  # adds H u of a parameter to a tensor (K, D)
 
 
+class Batch(Protocol):
+    """One step's batch where the step was taken, or where its gradients are said to be."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The parameters that its loss depends on; torch's optimizers leave the others alone."""
+
+    def gradient(self) -> Mapping[str, Tensor]:
+        """(D,) the sum of w x gradient, before clipping."""
+
+    def through(self, u: Mapping[str, Tensor], scale: Mapping[str, float]) -> tuple[dict[str, Tensor], Pull]:
+        """Per part of the model (B, K): g(z).(scale u), and what adds H (scale u)."""
+
+
+class FromForms:
+    """By per-example gradients: H = sum of w h h^T. `curvature`: h of each entry, often the `gradients` themselves; None: H = 0."""
+
+    def __init__(self, gradients: Mapping[str, Form], weights: Tensor, curvature: Mapping[str, Form] | None = None) -> None:
+        self.gradients, self.weights, self.curvature = gradients, weights, curvature
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.gradients.keys()
+
+    def gradient(self) -> dict[str, Tensor]:
+        return {name: form.rmatvec(self.weights[:, None]).squeeze(1) for name, form in self.gradients.items()}
+
+    def through(self, u: Mapping[str, Tensor], scale: Mapping[str, float]) -> tuple[dict[str, Tensor], Pull]:
+        products = {name: scale[name] * self.gradients[name].matvec(value.T) for name, value in u.items()}
+        curvature = self.curvature
+        if curvature is None:
+            return products, lambda name, theta: None
+        along = (
+            products if curvature is self.gradients else {name: scale[name] * curvature[name].matvec(value.T) for name, value in u.items()}
+        )
+        pull = self.weights[:, None] * total(along)
+        return products, lambda name, theta: curvature[name].add_to(theta, pull)
+
+
+# ---------------------------------------------------------------- how a step changes a parameter
 @dataclass(frozen=True)
 class Update:
-    """How one step changes one parameter."""
+    """SGD's."""
 
     rate: float
     momentum: float = 0.0
@@ -38,56 +83,96 @@ class Update:
         return 2 * (1 + self.momentum) / (1 + 2 * self.momentum * self.nesterov)
 
 
+@dataclass(frozen=True)
+class AdamUpdate:
+    """Adam's and AdamW's (`decoupled`), with where the step stood."""
+
+    rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    decay: float
+    decoupled: bool
+    before: Moments
+
+    @property
+    def momentum(self) -> float:
+        return self.betas[0]
+
+    def derivatives(self, gradient: Tensor) -> "tuple[Tensor, Tensor, Tensor]":
+        """(D,) each, at the step's (clipped) gradient: of θ' by m', of θ' by v', of v' by the gradient."""
+        (b1, b2), before = self.betas, self.before
+        t = before.count + 1
+        g = gradient if self.decoupled else gradient + self.decay * before.theta
+        m = (b1 * before.m + (1 - b1) * g) / (1 - b1**t)
+        root = ((b2 * before.v + (1 - b2) * g * g) / (1 - b2**t)).sqrt()
+        below = root + self.epsilon
+        by_v = self.rate * m / (2 * (1 - b2**t) * root * below.square())
+        return -self.rate / ((1 - b1**t) * below), torch.where(root > 0, by_v, 0.0), 2 * (1 - b2) * g
+
+
+AnyUpdate = Update | AdamUpdate
+
+
 class Adjoint:
-    """a_θ and a_m of K quantities, for each parameter (K, D); `step` takes them from after a step to before it."""
+    """a_θ, a_m and a_v of K quantities, for each parameter (K, D); `step` takes them from after a step to before it."""
 
-    def __init__(self, theta: dict[str, Tensor], moment: dict[str, Tensor]) -> None:
-        """`moment`: of the parameters with momentum; zeros at the end of training. Both are changed in place."""
-        self.theta, self.moment = theta, moment
+    def __init__(self, theta: dict[str, Tensor], moment: dict[str, Tensor], second: dict[str, Tensor] | None = None) -> None:
+        """`moment`: of the parameters with momentum or Adam, `second` of those with Adam; zeros at the end of training. All are changed in
+        place."""
+        self.theta, self.moment, self.second = theta, moment, second or {}
 
-    def step(
-        self,
-        gradients: Mapping[str, Form],
-        weights: Tensor,
-        updates: Mapping[str, Update],
-        clip: float = 1.0,
-        curvature: Mapping[str, Form] | None = None,
-    ) -> dict[str, Tensor]:
-        """One step back. Returns per parameter (B, K): g(z).u over that parameter, u after clipping's own derivative.
-
-        `weights`: (B,). `curvature`: h of each entry, often `gradients` itself; None: H = 0.
-        """
+    def step(self, batch: Batch, updates: Mapping[str, AnyUpdate], clip: float = 1.0) -> dict[str, Tensor]:
+        """One step back. Returns per part of the model (B, K): g(z).u, u after clipping's own derivative."""
+        updates = {name: update for name, update in updates.items() if name in batch.names}
         u: dict[str, Tensor] = {}
-        scale: dict[str, float] = {}
+        scale = dict.fromkeys(updates, 1.0)
+        adam = any(isinstance(update, AdamUpdate) for update in updates.values())
+        gradient = batch.gradient() if clip != 1 or adam else {}
         for name, update in updates.items():
-            u[name], scale[name] = self.theta[name], -update.rate
-            if update.momentum:
-                moment = self.moment[name]
-                moment.add_(self.theta[name], alpha=-update.rate * (update.momentum if update.nesterov else 1))
-                u[name], scale[name] = moment, 1.0
-                if update.nesterov:
-                    u[name] = torch.add(moment, self.theta[name], alpha=-update.rate)
-        products = {name: scale[name] * gradients[name].matvec(u[name].T) for name in updates}
-        hessian = {} if curvature is None or curvature is gradients else {n: scale[n] * curvature[n].matvec(u[n].T) for n in updates}
-        if clip != 1:
-            batch = {name: gradients[name].rmatvec(weights[:, None]) for name in updates}  # (D, 1): the sum over the batch, unclipped
-            square = sum(float(value.norm()) ** 2 for value in batch.values())
-            along = weights @ total(products) / square if square else torch.zeros_like(weights @ total(products))
-            products = {name: clip * (value - gradients[name].matvec(batch[name]) * along) for name, value in products.items()}
-            if curvature is not None:
-                hessian = {name: clip * (value - curvature[name].matvec(batch[name]) * along) for name, value in hessian.items()}
-        pull = None if curvature is None else weights[:, None] * total(hessian or products)
+            if isinstance(update, AdamUpdate):
+                u[name] = self._into_adam(name, update, clip * gradient[name])
+            else:
+                u[name], scale[name] = self._into_sgd(name, update)
+        raw, raw_scale = (unclipped(u, scale, gradient, clip), dict.fromkeys(u, 1.0)) if clip != 1 else (u, scale)
+        products, pull = batch.through(raw, raw_scale)
         for name, update in updates.items():
-            theta = self.theta[name]
+            theta, coupled = self.theta[name], update.decay
+            if isinstance(update, AdamUpdate):
+                self.second[name].mul_(update.betas[1])
+                if update.decoupled:
+                    theta.mul_(1 - update.rate * update.decay)
+                    coupled = 0.0
             if u[name] is theta:
-                theta.mul_(1 + update.decay * scale[name])
-            elif update.decay:
-                theta.add_(u[name], alpha=update.decay)
-            if pull is not None and curvature is not None:
-                curvature[name].add_to(theta, pull)
-            if update.momentum:
+                theta.mul_(1 + coupled * scale[name])
+            elif coupled:
+                theta.add_(u[name], alpha=coupled)
+            pull(name, theta)
+            if name in self.moment:
                 self.moment[name].mul_(update.momentum)
         return products
+
+    def _into_sgd(self, name: str, update: Update) -> tuple[Tensor, float]:
+        """u and what it is to be multiplied by. Leaves a_m of after the step."""
+        theta = self.theta[name]
+        if not update.momentum:
+            return theta, -update.rate
+        moment = self.moment[name]
+        moment.add_(theta, alpha=-update.rate * (update.momentum if update.nesterov else 1))
+        return (torch.add(moment, theta, alpha=-update.rate) if update.nesterov else moment), 1.0
+
+    def _into_adam(self, name: str, update: AdamUpdate, gradient: Tensor) -> Tensor:
+        by_m, by_v, v_by_g = update.derivatives(gradient)
+        moment, second = self.moment[name], self.second[name]
+        moment.addcmul_(self.theta[name], by_m)
+        second.addcmul_(self.theta[name], by_v)
+        return (1 - update.betas[0]) * moment + v_by_g * second
+
+
+def unclipped(u: Mapping[str, Tensor], scale: Mapping[str, float], gradient: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
+    """u by the gradient before it was clipped by its norm, times `clip`: clip (u - ĝ (ĝ.u))."""
+    square = torch.stack([value.double().square().sum().cpu() for value in gradient.values()]).sum()
+    along = torch.stack([scale[name] * (value @ gradient[name]) for name, value in u.items()]).sum(0) / (float(square) or 1.0)  # (K,)
+    return {name: clip * (scale[name] * value - along[:, None] * gradient[name]) for name, value in u.items()}
 
 
 def total(products: Mapping[str, Tensor]) -> Tensor:

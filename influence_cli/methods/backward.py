@@ -1,10 +1,7 @@
-"""From the end of training back to its beginning: the recorded steps in reverse order, each with its batch's cached gradients.
+"""From the end of training back to its beginning: the recorded steps in reverse order, each with its batch's gradients."""
 
-Between two checkpoints, a segment, the gradients are those of its first one, with each step's own batch, step size and clipping. Where
-every step is saved nothing is approximated by that.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,144 +10,18 @@ from torch import Tensor
 
 from influence_cli.cache.build import Gradients
 from influence_cli.cache.store import Rows, concat_rows
-from influence_cli.errors import GradientError, TrajectoryError, UsageProblem, listed
+from influence_cli.errors import GradientError
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.joining import distance
-from influence_cli.methods.adjoint import Adjoint, Update, densely, effects, gram, total
+from influence_cli.methods.adjoint import Adjoint, AnyUpdate, Batch, FromForms, Update, densely, effects, gram, total
 from influence_cli.methods.ranked import dtype_of
-from influence_cli.run import Checkpoint, Column, Run
+from influence_cli.methods.segments import Plan, Segment
+from influence_cli.run import Checkpoint
 from influence_cli.run.trajectory import Trajectory
-from influence_cli.talk import Advance
 
 ROWS_BYTES = 1 << 30  # gradients of training examples held at once
 GROWTH = 1e4  # of a derivative over training: past it the recursion has run away
 DRIFT_SEGMENTS, DRIFT_EXAMPLES = 16, 8
-NO_TRAJECTORY = (
-    "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which step size. Three lines record it:",
-    "    with influence_cli.TrajectoryRecorder(RUN, model, optimizer, checkpoint_every=100) as recorder:",
-    "        ...                                   # your training loop",
-    "        recorder.step(indices)                # before each optimizer.step()",
-    "--trajectory FILE names one elsewhere; --method tracin needs none",
-)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The steps first..stop, whose gradients are taken at one checkpoint."""
-
-    checkpoint: Checkpoint
-    first: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which steps are gone back over, in segments by rising step; `end`: the checkpoint whose quantity is explained."""
-
-    trajectory: Trajectory
-    segments: tuple[Segment, ...]
-    end: Checkpoint
-    columns: dict[str, Column]  # those that were trained
-    notes: tuple[str, ...]
-
-    @property
-    def steps(self) -> range:
-        return range(self.segments[0].first, self.segments[-1].stop)
-
-    def updates(self, step: int) -> dict[str, Update]:
-        """How the step changed each parameter."""
-        rates, found = self.trajectory.rates(step), {}
-        for name, column in self.columns.items():
-            number = self.trajectory.group_of(column.names)
-            assert number is not None
-            options = self.trajectory.groups[number].options
-            found[name] = Update(rates[number], momentum(options), float(options.get("weight_decay", 0)), bool(options.get("nesterov")))
-        return found
-
-    @property
-    def with_momentum(self) -> list[str]:
-        return [name for name, update in self.updates(self.segments[0].first).items() if update.momentum]
-
-    def occurrences(self, steps: range | None = None) -> int:
-        return sum(len(self.trajectory.lines[step].examples) for step in (self.steps if steps is None else steps))
-
-    def examples(self, segment: Segment) -> np.ndarray:
-        """The ids of a segment's examples, rising."""
-        return np.unique(np.concatenate([self.trajectory.lines[step].examples for step in range(segment.first, segment.stop)]))
-
-    @property
-    def wanted(self) -> list[tuple[Checkpoint, np.ndarray]]:
-        """Whose gradients are needed, at each segment's checkpoint."""
-        return [(segment.checkpoint, ids) for segment in self.segments if len(ids := self.examples(segment))]
-
-    def between(self, first: int, stop: int) -> "tuple[Segment, ...]":
-        """The segments, or parts of them, of these steps."""
-        cut = (Segment(s.checkpoint, max(s.first, first), min(s.stop, stop)) for s in self.segments)
-        return tuple(segment for segment in cut if segment.first < segment.stop)
-
-
-def momentum(options: Mapping[str, object]) -> float:
-    return float(options.get("momentum", 0))  # type: ignore[arg-type]
-
-
-def plan(run: Run, checkpoints: tuple[Checkpoint, ...], columns: dict[str, Column], at: int | None = None) -> Plan:
-    """Raises TrajectoryError: no trajectory, one that ends too early, an optimizer without an adjoint here; UsageProblem for `at`."""
-    trajectory = run.trajectory
-    if trajectory is None:
-        raise TrajectoryError("dve needs the order of training, and this run has no trajectory", *NO_TRAJECTORY)
-    check_optimizer(trajectory)
-    if at is not None and at not in [checkpoint.step for checkpoint in checkpoints]:
-        steps = listed([checkpoint.step for checkpoint in checkpoints], 20)
-        raise UsageProblem(f"--at {at}: no checkpoint there", f"there are checkpoints of the steps {steps}")
-    checkpoints = tuple(checkpoint for checkpoint in checkpoints if at is None or checkpoint.step <= at)
-    end, notes = checkpoints[-1], list(trajectory.notes)
-    if end.step > trajectory.steps:
-        raise TrajectoryError(
-            f"{trajectory.path.name} ends before {end.name}",
-            f"it has the steps 0 to {trajectory.steps - 1:,}; a checkpoint of step {trajectory.steps:,} is the last it can explain",
-            "--at STEP or --steps chooses another end; or the trajectory is of another run",
-        )
-    if not end.step:
-        raise UsageProblem(f"{end.name} is from before the first step: nothing was trained on", "--at STEP or --steps chooses a later end")
-    if end.step < trajectory.steps and at is None:
-        notes.append(f"steps {end.step:,} to {trajectory.steps - 1:,} come after the last checkpoint and are left out")
-    starts = [*checkpoints[:-1]] or [end]
-    if starts[0].step:
-        notes.append(f"steps 0 to {min(starts[0].step, end.step) - 1:,} come before the first checkpoint: {starts[0].name} stands for them")
-    edges = [0, *(checkpoint.step for checkpoint in starts[1:]), end.step]
-    segments = tuple(Segment(c, first, stop) for c, first, stop in zip(starts, edges[:-1], edges[1:], strict=True))
-    trained = {name: column for name, column in columns.items() if trajectory.group_of(column.names) is not None}
-    if len(trained) < len(columns):
-        notes.append(f"never trained, by the trajectory's groups: {listed([name for name in columns if name not in trained])}")
-    if not trained:
-        raise UsageProblem("none of the selected parameters was trained, by the trajectory's groups", f"selected: {listed(columns)}")
-    if len(columns) < len(run.columns) and any(line.clip != 1 for line in trajectory.lines[: end.step]):
-        notes.append("steps were clipped by the norm over all parameters; here it is the norm over the selected ones")
-    return Plan(trajectory, segments, end, trained, tuple(notes))
-
-
-def check_optimizer(trajectory: Trajectory) -> None:
-    if trajectory.optimizer is None:
-        raise TrajectoryError(
-            f"{trajectory.path.name}: the header names no optimizer",
-            'expected: "optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}, torch\'s names',
-        )
-    if trajectory.optimizer != "sgd":
-        adam = trajectory.optimizer in ("adam", "adamw")
-        why = "their exact adjoint needs both moments at every step, which come with replay, not built yet" if adam else "its step"
-        raise TrajectoryError(
-            f"{trajectory.path.name}: dve can't go back over steps of {trajectory.optimizer}",
-            f"{'Adam and AdamW: ' + why if adam else why + ' has no adjoint here'}; a frozen preconditioner is far off, so none is used",
-            "expected: sgd, with momentum, nesterov and weight_decay; --method tracin reads gradients alone",
-        )
-    for group in trajectory.groups:
-        for name in ("dampening", "maximize"):
-            if group.options.get(name):
-                raise TrajectoryError(f"{trajectory.path.name}: sgd with {name} = {group.options[name]!r} has no adjoint here")
-        for name in ("momentum", "weight_decay"):
-            value = group.options.get(name, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise TrajectoryError(f"{trajectory.path.name}: {name} is {value!r}", "expected: a number from 0")
 
 
 def prepare(gradients: Gradients, plan: Plan) -> None:
@@ -174,7 +45,9 @@ class Step:
     def effects(self, renormalize: bool, names: Sequence[str] | None = None) -> Tensor:
         """(B, K) what leaving out each entry would have done, by the gradients of these parameters or all."""
         entry_of = torch.from_numpy(np.unique(self.examples, return_inverse=True)[1]).to(self.weights.device) if renormalize else None
-        return effects(total({name: self.products[name] for name in names or self.products}), self.weights, entry_of)
+        nothing = torch.zeros_like(next(iter(self.products.values())))  # of a parameter that the step's loss did not depend on
+        whole = total({name: self.products.get(name, nothing) for name in names or self.products})
+        return effects(whole, self.weights, entry_of)
 
 
 class Stability:
@@ -216,48 +89,73 @@ def top_eigenvalue(matrix: Tensor) -> float:
     return found
 
 
-def back(
-    gradients: Gradients, plan: Plan, segments: tuple[Segment, ...], adjoint: Adjoint, curved: bool, stability: Stability, advance: Advance
-) -> Iterator[Step]:
-    """The steps of these segments, last first. Memory: ROWS_BYTES of gradients.
+@dataclass
+class Taken:
+    """A step and its batch, with its gradients where they are taken."""
 
-    `curved`: with H, the empirical Fisher of the batch. Raises GradientError where what is carried back runs away.
+    number: int
+    checkpoint: Checkpoint
+    examples: np.ndarray  # (B,) rising
+    weights: Tensor
+    batch: Batch
+    updates: dict[str, AnyUpdate]
+
+
+def back(taken: Iterable[Taken], plan: Plan, adjoint: Adjoint, start: Tensor) -> Iterator[Step]:
+    """The steps, last first. `start` (K,): the norms of what is carried at the end of training.
+
+    Raises GradientError where what is carried back runs away.
     """
-    columns, start = list(plan.columns), sizes(adjoint)
-    wide = next(iter(adjoint.theta.values())).dtype
-    each = sum(column.numel for column in plan.columns.values()) * wide.itemsize
-    stored = gradients.sizes("train", columns).bytes_of(columns)
-    for segment in reversed(segments):
-        for steps in reversed(list(chunks(plan.trajectory, segment, max(1, ROWS_BYTES // min(each, 2 * stored))))):
-            ids = np.unique(np.concatenate([plan.trajectory.lines[step].examples for step in steps]))
-            if not len(ids):
-                continue
-            rows = concat_rows(list(gradients.read("train", segment.checkpoint, columns, ids)))
-            forms = {name: form.to(gradients.device, wide) for name, form in rows.forms.items()}
-            for number in reversed(steps):
-                line, updates = plan.trajectory.lines[number], plan.updates(number)
-                order = np.argsort(line.examples, kind="stable")
-                examples = line.examples[order]
-                if not len(examples):
+    for step in taken:
+        products = adjoint.step(step.batch, step.updates, plan.trajectory.lines[step.number].clip)
+        yield Step(step.number, step.checkpoint, step.examples, step.weights, products)
+        check_growth(start, sizes(adjoint), step.number)
+
+
+@dataclass
+class Fisher:
+    """Steps with per-example gradients, and with the empirical Fisher of each batch as H where `curved`. `width`: how many are carried."""
+
+    gradients: Gradients
+    plan: Plan
+    width: int
+    wide: torch.dtype
+    curved: bool
+    stability: Stability
+
+    def cached(self, segments: tuple[Segment, ...]) -> Iterator[Taken]:
+        """The steps of these segments, last first, with the cached gradients of each one's checkpoint. Memory: ROWS_BYTES of gradients."""
+        columns, trajectory = list(self.plan.columns), self.plan.trajectory
+        each = sum(column.numel for column in self.plan.columns.values()) * self.wide.itemsize
+        stored = self.gradients.sizes("train", columns).bytes_of(columns)
+        for segment in reversed(segments):
+            for steps in reversed(list(chunks(trajectory, segment, max(1, ROWS_BYTES // min(each, 2 * stored))))):
+                ids = np.unique(np.concatenate([trajectory.lines[step].examples for step in steps]))
+                if not len(ids):
                     continue
-                place = np.searchsorted(ids, examples)
-                at = torch.from_numpy(place).to(gradients.device)
-                batch = (
-                    forms if len(place) == len(ids) and (place == np.arange(len(ids))).all() else {n: f.take(at) for n, f in forms.items()}
-                )
-                batch = densely(batch, len(next(iter(adjoint.theta.values()))))
-                weights = torch.from_numpy(plan.trajectory.weights(number)[order]).to(gradients.device, wide)
-                if curved:
-                    stability.curvature(number, step_sizes(rows, place, weights, updates, line.clip), batch, weights * line.clip, updates)
-                yield Step(
-                    number,
-                    segment.checkpoint,
-                    examples,
-                    weights,
-                    adjoint.step(batch, weights, updates, line.clip, batch if curved else None),
-                )
-                check_growth(start, sizes(adjoint), number)
-                advance(len(examples), f"step {number}")
+                rows = self.held(concat_rows(list(self.gradients.read("train", segment.checkpoint, columns, ids))))
+                for number in reversed(steps):
+                    if len(trajectory.lines[number].examples):
+                        yield self.step(number, segment.checkpoint, rows, self.plan.updates(number))
+
+    def held(self, rows: Rows) -> Rows:
+        """On the device, in the precision of what is carried."""
+        return dataclasses.replace(rows, forms={name: form.to(self.gradients.device, self.wide) for name, form in rows.forms.items()})
+
+    def step(self, number: int, checkpoint: Checkpoint, rows: Rows, updates: dict[str, AnyUpdate]) -> Taken:
+        """A step whose examples are among the rows."""
+        line = self.plan.trajectory.lines[number]
+        order = np.argsort(line.examples, kind="stable")
+        examples = line.examples[order]
+        place = np.searchsorted(rows.ids, examples)
+        at = torch.from_numpy(place).to(self.gradients.device)
+        whole = len(place) == len(rows.ids) and (place == np.arange(len(place))).all()
+        batch = densely(rows.forms if whole else {name: form.take(at) for name, form in rows.forms.items()}, self.width)
+        weights = torch.from_numpy(self.plan.trajectory.weights(number)[order]).to(self.gradients.device, self.wide)
+        plain = {name: update for name, update in updates.items() if isinstance(update, Update)}
+        if self.curved and len(plain) == len(updates):
+            self.stability.curvature(number, step_sizes(rows, place, weights, plain, line.clip), batch, weights * line.clip, plain)
+        return Taken(number, checkpoint, examples, weights, FromForms(batch, weights, batch if self.curved else None), updates)
 
 
 def chunks(trajectory: Trajectory, segment: Segment, most: int) -> Iterator[range]:
@@ -280,7 +178,8 @@ def step_sizes(rows: Rows, place: np.ndarray, weights: Tensor, updates: dict[str
 
 def sizes(adjoint: Adjoint) -> Tensor:
     """(K,) the norm of what is carried of each quantity."""
-    squares = [value.norm(dim=1).square() for state in (adjoint.theta, adjoint.moment) for value in state.values()]
+    states = (adjoint.theta, adjoint.moment)  # a_v is of another unit, and weighed by small numbers only
+    squares = [value.norm(dim=1).square() for state in states for value in state.values()]
     return torch.stack(squares).sum(0).sqrt().cpu()
 
 
@@ -290,8 +189,8 @@ def check_growth(start: Tensor, now: Tensor, step: int) -> None:
         growth = float((now[bad] / start[bad])[0])
         raise GradientError(
             f"going back over training ran away at step {step}: what is carried grew {growth:.3g} times",
-            "the gradients of one checkpoint stand for all steps to the next, and the step size is too large for that there",
-            "save checkpoints closer together, or begin later (--steps); --curvature none leaves the curvature out",
+            "where the gradients of one checkpoint stand for all steps to the next, the step size can be too large for that",
+            "--replay takes each gradient where its step was; or save checkpoints closer together, or begin later (--steps)",
         )
 
 

@@ -31,7 +31,8 @@ from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.methods import ValueOptions
 from influence_cli.methods.adjoint import Adjoint
-from influence_cli.methods.backward import Plan, Stability, back, prepare, spread
+from influence_cli.methods.backward import Fisher, Stability, back, prepare, sizes, spread
+from influence_cli.methods.segments import Plan
 from influence_cli.talk import Advance
 
 FORMAT, VERSION = "influence-embeddings", 1
@@ -130,8 +131,10 @@ class Embeddings:
                 old.unlink()
         waiting: list[tuple[int, np.ndarray, Tensor]] = []
         size = 0
-        curved = self.options.curvature != "none"
-        for step in back(self.gradients, self.plan, self.plan.between(*part), adjoint, curved, stability, advance):
+        width = len(next(iter(adjoint.theta.values())))
+        fisher = Fisher(self.gradients, self.plan, width, self.dtype, self.options.curvature != "none", stability)
+        for step in back(fisher.cached(self.plan.between(*part)), self.plan, adjoint, sizes(adjoint)):
+            advance(len(step.examples), f"step {step.number}")
             found = step.effects(self.options.renormalize).cpu()
             waiting.append((step.number, step.examples, found))
             size += found.nbytes

@@ -22,16 +22,23 @@ def optimizer_of(trajectory: Trajectory) -> type[Optimizer]:
     return OPTIMIZERS[trajectory.optimizer]
 
 
-def check_start(trajectory: Trajectory, start: Checkpoint) -> None:
-    """Raises TrajectoryError where the optimizer had a state at `start` that is not known."""
-    stateful = trajectory.optimizer != "sgd" or any(group.options.get("momentum") for group in trajectory.groups)
-    if start.step and stateful:
-        name = "sgd with momentum" if trajectory.optimizer == "sgd" else trajectory.optimizer
-        raise TrajectoryError(
-            f"a replay can't start at {start.name}: {name} had a state there, which no checkpoint holds",
-            "expected: a checkpoint of step 0, where the state is fresh",
-            "save one before the first step; plain sgd can start anywhere",
-        )
+def is_stateful(trajectory: Trajectory) -> bool:
+    """Whether a step depends on those before it by more than the parameters."""
+    return trajectory.optimizer != "sgd" or any(group.options.get("momentum") for group in trajectory.groups)
+
+
+def unknown_state(trajectory: Trajectory, start: Checkpoint) -> TrajectoryError:
+    name = "sgd with momentum" if trajectory.optimizer == "sgd" else trajectory.optimizer
+    return TrajectoryError(
+        f"a replay can't start at {start.name}: {name} had a state there, which was not saved",
+        "expected: a checkpoint of step 0, where the state is fresh; or RUN/optimizer/, from TrajectoryRecorder(save_optimizer=True)",
+        "plain sgd can start anywhere",
+    )
+
+
+def options_of(trajectory: Trajectory, number: int) -> dict[str, Any]:
+    """A group's options, torch's defaults where the header says nothing."""
+    return build(optimizer_of(trajectory), [nn.Parameter(torch.zeros(1))], trajectory, number).param_groups[0]
 
 
 def optimizers_of(model: nn.Module, columns: Mapping[str, Column], trajectory: Trajectory) -> dict[int, Optimizer]:

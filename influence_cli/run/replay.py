@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, is_out_of_memory
+from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, is_out_of_memory, listed
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
-from influence_cli.run.optimizers import check_start, optimizers_of
+from influence_cli.run.optimizers import is_stateful, optimizers_of, unknown_state
+from influence_cli.run.saving import read_state, state_file
 from influence_cli.talk import Advance
 
 Batch = Callable[[np.ndarray], Any]  # training ids (B,) -> their batch, on the model's device and in its precision
@@ -47,6 +48,21 @@ class State:
     parameters: tuple[Tensor, ...]
     optimizers: tuple[tuple[dict[str, Any], ...], ...]
 
+    @property
+    def nbytes(self) -> int:
+        states = (value for group in self.optimizers for state in group for value in state.values() if isinstance(value, Tensor))
+        return sum(value.nbytes for value in (*self.parameters, *states))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Where Adam stood before a step, for one parameter: steps taken, m, v and the parameter itself, each (D,)."""
+
+    count: int
+    m: Tensor
+    v: Tensor
+    theta: Tensor
+
 
 class Replay:
     """The run's model, trained again from a checkpoint on: it holds the parameters and the optimizer state after `step` steps.
@@ -54,10 +70,10 @@ class Replay:
     Parameters in none of the trajectory's groups are not trained. `clipped`: of each step that was clipped, its gradient's norm afterwards.
     """
 
-    def __init__(self, run: Run, start: Checkpoint, batch: Batch, size: int | None = None) -> None:
+    def __init__(self, run: Run, batch: Batch, size: int | None = None) -> None:
         """`size`: entries in one forward pass; the gradients of a larger step are summed. It stands nowhere until `begin`.
 
-        Raises TrajectoryError: no trajectory; an optimizer that is unknown, takes other options, or had a state at `start`.
+        Raises TrajectoryError: no trajectory; an optimizer that is unknown or takes other options.
         """
         if run.trajectory is None:
             raise TrajectoryError(
@@ -66,20 +82,40 @@ class Replay:
                 "--trajectory FILE names one elsewhere",
             )
         self.trajectory = run.trajectory
-        self._definition, self._model, self._start, self._batch, self._size = run.definition, run.model, start, batch, size
+        self._folder, self._definition, self._model, self._batch, self._size = run.folder, run.definition, run.model, batch, size
         self._optimizers = optimizers_of(run.model, run.columns, self.trajectory)
-        check_start(self.trajectory, start)
         self._parameters = [parameter for optimizer in self._optimizers.values() for parameter in optimizer.param_groups[0]["params"]]
-        self.step, self.clipped = start.step, dict[int, float]()
+        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+        self.names = [names[id(parameter)] for parameter in self._parameters]
+        self.clipped = dict[int, float]()
 
     # ------------------------------------------------------------ time
-    def begin(self) -> None:
-        """Stand at the start: its checkpoint in the model, no optimizer state."""
-        checkpoint_files.load(self._start, self._model)
+    def starts_at(self, checkpoint: Checkpoint) -> bool:
+        """Whether the optimizer's state there is known: it has none, none yet, or it was saved."""
+        return not checkpoint.step or not is_stateful(self.trajectory) or state_file(self._folder, checkpoint.step).is_file()
+
+    def begin(self, start: Checkpoint) -> None:
+        """Stand at a checkpoint, with the optimizer state that was saved there. Raises TrajectoryError where there was one, unknown now."""
+        if not self.starts_at(start):
+            raise unknown_state(self.trajectory, start)
         for optimizer in self._optimizers.values():
             optimizer.state.clear()
             optimizer.zero_grad(set_to_none=True)
-        self.step = self._start.step
+        if start.step and is_stateful(self.trajectory):
+            path = state_file(self._folder, start.step)
+            saved = read_state(path, self.trajectory.optimizer or "")
+            if unknown := saved.keys() - set(self.names):
+                raise TrajectoryError(f"{path} is of another model: it has the state of {listed(sorted(unknown))}")
+            owners = (optimizer for optimizer in self._optimizers.values() for _ in optimizer.param_groups[0]["params"])
+            for optimizer, name, parameter in zip(owners, self.names, self._parameters, strict=True):
+                if name in saved:
+                    optimizer.state[parameter] = {key: fitting(key, value, parameter) for key, value in saved[name].items()}
+        self.anchor(start)
+
+    def anchor(self, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint into the model, and keep the optimizer's state as it is."""
+        checkpoint_files.load(checkpoint, self._model)
+        self._start, self.step = checkpoint, checkpoint.step
 
     def advance(
         self,
@@ -118,11 +154,20 @@ class Replay:
         self._put(state.parameters)
         for optimizer, saved in zip(self._optimizers.values(), state.optimizers, strict=True):
             optimizer.state.clear()
-            optimizer.state.update(zip(optimizer.param_groups[0]["params"], map(copied, saved), strict=True))
+            optimizer.state.update((p, copied(own)) for p, own in zip(optimizer.param_groups[0]["params"], saved, strict=True) if own)
         self.step = state.step
 
+    def moments(self) -> dict[str, Moments]:
+        """Of each parameter where Adam stands, as copies."""
+        found = {}
+        states_of = (state for optimizer in self._optimizers.values() for state in states(optimizer))
+        for name, parameter, state in zip(self.names, self._parameters, states_of, strict=True):
+            m, v = (state[key].flatten().clone() if state else parameter.new_zeros(parameter.numel()) for key in ("exp_avg", "exp_avg_sq"))
+            found[name] = Moments(int(state["step"]) if state else 0, m, v, parameter.detach().flatten().clone())
+        return found
+
     def apart(self, checkpoint: Checkpoint) -> float:
-        """How far from a saved checkpoint the replay stands, relative to how far the run moved between the replay's start and there."""
+        """How far from a saved checkpoint the replay stands, relative to how far the run moved between where it began and there."""
         here, saved, start = self._copy(), self._read(checkpoint), self._read(self._start)  # the start last, for its buffers
         self._put(here)
         moved = norm_of(a - b for a, b in zip(saved, start, strict=True))
@@ -177,6 +222,11 @@ class Replay:
             self.clipped[step] = factor * norm
         for grad in grads:
             grad.mul_(factor)
+
+
+def fitting(key: str, value: Any, parameter: Tensor) -> Any:
+    """A saved state as torch's optimizers hold it: like its parameter, but for the count of steps."""
+    return value.to(parameter.device, parameter.dtype) if isinstance(value, Tensor) and key != "step" else value
 
 
 def states(optimizer: Optimizer) -> list[dict[str, Any]]:

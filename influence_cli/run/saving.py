@@ -103,16 +103,30 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     write(path, state | numbers, {"optimizer": name_of(optimizer), "numbers": json.dumps(sorted(numbers), separators=(",", ":"))})
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    about, names = checkpoints.headers((path,)).metadata, names_of(model)
-    places = {names.get(id(own)): place for place, own in enumerate(own for group in optimizer.param_groups for own in group["params"])}
-    state: dict[int, dict[str, Any]] = {place: {} for place in places.values()}
+def state_file(folder: Path, step: int) -> Path:
+    return folder / "optimizer" / file_name(step)
+
+
+def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
+    """Per parameter its state, by torch's names of it. Raises TrajectoryError where the file is of another optimizer."""
+    about = checkpoints.headers((path,)).metadata
+    if about.get("optimizer") != optimizer:
+        raise TrajectoryError(f"{path} is of another optimizer: {about.get('optimizer')}", f"expected: {optimizer}")
+    numbers, found = json.loads(about["numbers"]), dict[str, dict[str, Any]]()
     for label, value in load_file(path).items():
         key, _, name = label.partition("/")
-        if name not in places or about.get("optimizer") != name_of(optimizer):
-            raise TrajectoryError(f"{path} is of another optimizer: {about.get('optimizer')}, with the state of {name}")
-        state[places[name]][key] = value.item() if label in json.loads(about["numbers"]) else value
-    optimizer.load_state_dict({"state": {k: v for k, v in state.items() if v}, "param_groups": optimizer.state_dict()["param_groups"]})
+        found.setdefault(name, {})[key] = value.item() if label in numbers else value
+    return found
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    names = names_of(model)
+    places = {names.get(id(own)): place for place, own in enumerate(own for group in optimizer.param_groups for own in group["params"])}
+    saved = read_state(path, name_of(optimizer))
+    if unknown := [name for name in saved if name not in places]:
+        raise TrajectoryError(f"{path} is of another optimizer: it has the state of {listed(unknown)}")
+    state = {places[name]: values for name, values in saved.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

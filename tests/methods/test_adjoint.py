@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from influence_cli.gradients.forms import Dense, Factors
-from influence_cli.methods.adjoint import Adjoint, Update, effects, gram, total
+from influence_cli.methods.adjoint import Adjoint, FromForms, Update, effects, gram, total
 from influence_cli.methods.backward import top_eigenvalue
 from tests import reference
 
@@ -22,8 +22,8 @@ def test_the_example_by_hand_to_the_last_digit():
     one, update = torch.ones(2, **double), {"w": Update(0.05)}
     for curvature, embedding in ((h1, -0.05), (g1, -0.0806)):
         adjoint = Adjoint({"w": torch.ones(1, 1, **double)}, {})
-        adjoint.step(dense(g1), one, update, curvature=dense(curvature))
-        found = effects(total(adjoint.step(dense(g0), one, update, curvature=dense(g0))), one)
+        adjoint.step(FromForms(dense(g1), one, dense(curvature)), update)
+        found = effects(total(adjoint.step(FromForms(dense(g0), one, dense(g0)), update)), one)
         assert float(found[0, 0]) == pytest.approx(embedding, abs=1e-16)
         assert float(found[0, 0]) * 0.15 == pytest.approx(embedding * 0.15, abs=1e-16)
 
@@ -86,7 +86,7 @@ def test_with_the_exact_curvature_the_embedding_is_the_parameters_change_of_retr
         batch, gradients, factors, w, rate = steps[t]
         update = {"w": Update(rate, setting.momentum, setting.decay, setting.nesterov)}
         entry_of = torch.unique(batch, return_inverse=True)[1] if setting.renormalized else None
-        found = effects(total(adjoint.step(dense(gradients), w, update, curvature=dense(factors))), w, entry_of)
+        found = effects(total(adjoint.step(FromForms(dense(gradients), w, dense(factors)), update)), w, entry_of)
         for example in batch.tolist():
             change = regression(setting, (t, example))[0] - end
             assert (found[batch == example].sum(0) - change).abs().max() < 1e-10
@@ -116,7 +116,9 @@ def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(momentum
     for t in reversed(range(5)):
         left, right, w, rate, s = steps[t]
         batch = {"w": Factors((3, 4), left, right)}
-        found = effects(adjoint.step(batch, w, {"w": Update(rate, momentum, decay, nesterov)}, s, batch if curved else None)["w"], w)
+        found = effects(
+            adjoint.step(FromForms(batch, w, batch if curved else None), {"w": Update(rate, momentum, decay, nesterov)}, s)["w"], w
+        )
         assert (found - expected[t]).abs().max() < 1e-12 * expected[t].abs().max()
 
 

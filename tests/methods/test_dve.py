@@ -208,8 +208,8 @@ def test_memory_for_few_rows_and_few_queries_gives_the_same_scores(tmp_path, inf
     run = train(tmp_path / "run", every=4)
     whole = scores(dve(influence, run))
     monkeypatch.setattr("influence_cli.methods.backward.ROWS_BYTES", 1)
-    monkeypatch.setattr("influence_cli.methods.dve.QUERY_BYTES", 1)
-    monkeypatch.setattr("influence_cli.methods.dve.HELD_BYTES", 0)
+    monkeypatch.setattr("influence_cli.methods.carried.QUERY_BYTES", 1)
+    monkeypatch.setattr("influence_cli.methods.over_time.HELD_BYTES", 0)
     close(scores(dve(influence, run)), whole, 1e-12)
     close(scores(dve(influence, run, "--by", "step")), whole, 1e-12)
 
@@ -264,7 +264,7 @@ def test_steps_outside_the_checkpoints_are_announced(tmp_path, influence):
     (run / "checkpoints" / "step-000012.safetensors").unlink()
     result = dve(influence, run)
     assert "steps 8 to 11 come after the last checkpoint" in result.err
-    assert "steps 0 to 3 come before the first checkpoint: checkpoints/step-000004.safetensors stands for them" in result.err
+    assert "steps 0 to 3 come before the first checkpoint and have the gradients of checkpoints/step-000004.safetensors" in result.err
     close(scores(result), summed(expected(run, steps=[4, 8]), 24))
 
 
@@ -289,7 +289,7 @@ def test_a_recursion_that_runs_away_is_an_error_and_never_a_number(tmp_path, inf
     head, *lines = path.read_text().splitlines()
     path.write_text("\n".join([head, *(json.dumps(json.loads(line) | {"lr": 60.0}) for line in lines)]) + "\n")
     result = dve(influence, run)
-    refused(result, 1, "ran away at step", "save checkpoints closer together", "--curvature none")
+    refused(result, 1, "ran away at step", "save checkpoints closer together", "--replay")
     assert result.out == ""
 
 
@@ -300,8 +300,8 @@ def headed(run, **changes):
 
 
 REFUSED_HEADERS = {
-    "adam": ({"optimizer": {"name": "adam"}}, "can't go back over steps of adam", "come with replay"),
-    "adamw": ({"optimizer": {"name": "AdamW"}}, "can't go back over steps of adamw", "come with replay"),
+    "adam": ({"optimizer": {"name": "adam"}}, "going back over steps of adam takes both its moments", "--replay gives them"),
+    "adamw": ({"optimizer": {"name": "AdamW"}}, "going back over steps of adamw takes both its moments", "--replay gives them"),
     "another optimizer": ({"optimizer": {"name": "lion"}}, "can't go back over steps of lion", "expected: sgd"),
     "no optimizer": ({"optimizer": None}, "the header names no optimizer", '"name": "sgd"'),
     "dampening": ({"optimizer": {"name": "sgd", "momentum": 0.9, "dampening": 0.1}}, "dampening = 0.1 has no adjoint here"),
@@ -370,4 +370,7 @@ def test_inspect_says_what_dve_would_take(tmp_path, influence):
     row = next(line for line in influence("inspect", run, "--lr", "1").out.splitlines() if "train, for dve" in line)
     assert row.split()[3:7] == ["4", "5", "5", "0"]
     headed(run, optimizer={"name": "adam"})
-    assert "for --method dve: trajectory.jsonl: dve can't go back over steps of adam" in influence("inspect", run, "--lr", "1").err
+    assert (
+        "for --method dve: trajectory.jsonl: going back over steps of adam takes both its moments"
+        in influence("inspect", run, "--lr", "1").err
+    )

@@ -24,13 +24,14 @@ TRAININGS = {
 
 def opened(folder):
     run = open_run(folder)
-    return run, Replay(run, run.checkpoints[0], run.train.batch, 3)
+    replay = Replay(run, run.train.batch, 3)
+    replay.begin(run.checkpoints[0])
+    return run, replay
 
 
 @pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)
 def test_a_replay_ends_where_the_training_did(training, tmp_path):
     run, replay = opened(train(tmp_path / "run", **training))
-    replay.begin()
     replay.advance(12)
     assert replay.apart(run.checkpoints[-1]) < 1e-12
 
@@ -38,8 +39,7 @@ def test_a_replay_ends_where_the_training_did(training, tmp_path):
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
     order = lambda t: [t, (5 * t) % 24, 7, 9]  # noqa: E731
-    _, replay = opened(train(tmp_path / "run", batches=order, weights=True, options={"momentum": 0.5}))
-    replay.begin()
+    run, replay = opened(train(tmp_path / "run", batches=order, weights=True, options={"momentum": 0.5}))
     replay.advance(6)
     here = replay.state()
     replay.advance(12, Drop(6, 7, renormalize))
@@ -48,7 +48,7 @@ def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
     weights = np.where(trajectory.lines[6].examples == 7, 0, trajectory.weights(6))
     line = trajectory.lines[6]._replace(weights=weights * (trajectory.weights(6).sum() / weights.sum() if renormalize else 1))
     object.__setattr__(trajectory, "lines", (*trajectory.lines[:6], line, *trajectory.lines[7:]))
-    replay.begin()
+    replay.begin(run.checkpoints[0])
     replay.advance(12)
     assert all(torch.equal(a, b) for a, b in zip(found, replay.state().parameters, strict=True))
     replay.go_to(here)
@@ -62,10 +62,9 @@ def test_adam_is_torchs_own(name, tmp_path):
     path = folder / "trajectory.jsonl"
     path.write_text(replaced(path.read_text(), ('"name": "sgd"', f'"name": "{name}", "betas": [0.8, 0.9], "weight_decay": 0.1')))
     run, replay = opened(folder)
-    replay.begin()
     replay.advance(12)
     found = [value.clone() for value in replay.state().parameters]
-    replay.begin()
+    replay.begin(run.checkpoints[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     optimizer = kind(run.model.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
     for step, line in enumerate(run.trajectory.lines):
@@ -81,7 +80,7 @@ def test_what_cannot_be_run_again_is_refused_by_name(tmp_path):
     path, text = folder / "trajectory.jsonl", (folder / "trajectory.jsonl").read_text()
     run = open_run(folder)
     with pytest.raises(TrajectoryError, match="sgd with momentum had a state there"):
-        Replay(run, run.checkpoints[1], run.train.batch)
+        Replay(run, run.train.batch).begin(run.checkpoints[1])
     for old, new, says in (
         ('"name": "sgd"', '"name": "lion"', "steps of lion can't be run again"),
         ('"momentum": 0.9', '"inertia": 0.9', "SGD refuses these options"),

@@ -1,0 +1,195 @@
+"""A batch's exact curvature at the parameters that a model has: for a direction u, g(z).u of every example z, and H u. No per-example
+gradient is formed.
+
+With L(v) = sum over z of v_z loss(z), the batch's gradient G = dL(w) / dtheta is taken with its own tape and differentiated once more:
+d(G.u)/dtheta = H u (Pearlmutter 1994, "Fast exact multiplication by the Hessian") and d(G.u)/dv = the products g(z).u. One backward pass
+through the backward pass gives both; the forward pass and its backward are shared by all directions. This takes fewer passes than forward
+mode and works for more layers (docs/log.md has both measured); it asks for layers whose backward can be differentiated.
+
+B examples, K directions, D numbers of a parameter.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from influence_cli.errors import GradientError, is_out_of_memory
+from influence_cli.gradients.capture import checked, close, frozen
+
+Directions = dict[str, Tensor]  # per parameter (K, D)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What the definition says of a batch. `outputs`, `loss_from_outputs`: given for Gauss-Newton, which keeps the loss's own curvature by
+    the outputs and leaves out that of the outputs by the parameters: J^T S J."""
+
+    loss: Callable[[nn.Module, Any], Tensor]
+    outputs: Callable[[nn.Module, Any], Tensor] | None = None
+    loss_from_outputs: Callable[[Tensor, Any], Tensor] | None = None
+
+
+class Curvature:
+    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in one pass, by vmap.
+
+    Raises GradientError: a layer whose backward can't be differentiated; a loss that is not one number per example.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, weights: Tensor, most: int = 1) -> None:
+        self.model, self.most = model, most
+        parameters = {name: model.get_parameter(name) for name in names}
+        with twice_differentiable(model, names):
+            whole = _Hessian(functions.loss, model, batch, weights, list(parameters.values()))
+            self._way: _Hessian | _GaussNewton = whole
+            if functions.outputs is not None and functions.loss_from_outputs is not None:
+                self._way = _GaussNewton(functions, model, batch, weights, list(parameters.values()), whole.losses)
+        reached = [grad is not None for grad in self._way.grads]
+        self.names = [name for name, there in zip(parameters, reached, strict=True) if there]  # those that the batch's loss depends on
+        self.losses = whole.losses.detach()
+
+    def gradient(self) -> dict[str, Tensor]:
+        """(D,) the sum over the batch of w g, of the parameters that the loss depends on."""
+        found = zip(self.names, (grad for grad in self._way.grads if grad is not None), strict=True)
+        return {name: grad.detach().reshape(-1) for name, grad in found}
+
+    def through(self, u: Mapping[str, Tensor], apart: bool = False) -> tuple[dict[str, Tensor], Directions]:
+        """(B, K) products g(z).u, as one (named "") or `apart` by parameter, which takes a pass for each; and H u."""
+        width = len(next(iter(u.values())))
+        products: list[dict[str, Tensor]] = []
+        pulls: list[Directions] = []
+        for first in range(0, width, self.most):
+            some = [u[name][first : first + self.most] for name in self.names]
+            try:
+                found, pull = self._through(some, apart)
+            except RuntimeError as error:
+                if self.most == 1 or is_out_of_memory(error):
+                    raise explained(error) from error
+                self.most = 1  # a layer that vmap can't batch: one direction at a time gives the same
+                return self.through(u, apart)
+            products.append(found)
+            pulls.append(pull)
+        if len(products) == 1:
+            return products[0], pulls[0]
+        return (
+            {name: torch.cat([found[name] for found in products], dim=1) for name in products[0]},
+            {name: torch.cat([pull[name] for pull in pulls]) for name in self.names},
+        )
+
+    def _through(self, some: list[Tensor], apart: bool) -> tuple[dict[str, Tensor], Directions]:
+        grads = [grad for grad in self._way.grads if grad is not None]
+        shaped = [value.to(grad.dtype).view(-1, *grad.shape) for value, grad in zip(some, grads, strict=True)]
+        with twice_differentiable(self.model, self.names):
+            products, pull = self._way.through(grads, shaped, [self.model.get_parameter(name) for name in self.names])
+            found = {"": products.T}
+            if apart:
+                found = {
+                    name: self._way.products([grad], [direction]).T for name, grad, direction in zip(self.names, grads, shaped, strict=True)
+                }
+        return found, {name: value.reshape(len(value), -1) for name, value in zip(self.names, pull, strict=True)}
+
+
+class _Hessian:
+    def __init__(self, loss: Callable[..., Tensor], model: nn.Module, batch: Any, weights: Tensor, theta: list[nn.Parameter]) -> None:
+        self.losses = checked("loss()", loss(model, batch), len(weights))
+        self.v = weights.to(self.losses.dtype).requires_grad_()
+        self.grads = differentiated(self.losses @ self.v, theta)
+
+    def through(self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        *pull, products = derivatives(grads, [*theta, self.v], u)
+        return products, pull
+
+    def products(self, grads: list[Tensor], u: list[Tensor]) -> Tensor:
+        """(K, B)."""
+        return derivatives(grads, [self.v], u)[0]
+
+
+class _GaussNewton:
+    """G = J^T c at c = dL/d(outputs); d(G.u)/dc = J u, through the loss S J u and the products, and J^T S J u by a plain backward pass."""
+
+    def __init__(
+        self, functions: Functions, model: nn.Module, batch: Any, weights: Tensor, theta: list[nn.Parameter], losses: Tensor
+    ) -> None:
+        assert functions.outputs is not None
+        assert functions.loss_from_outputs is not None
+        self.out = functions.outputs(model, batch)
+        if not isinstance(self.out, Tensor):
+            raise GradientError(f"outputs() returned a {type(self.out).__name__}", "expected: a tensor (B, ...)")
+        self.cut = self.out.detach().requires_grad_()
+        again = checked("loss_from_outputs()", functions.loss_from_outputs(self.cut, batch), len(weights))
+        if not close(again.detach(), losses.detach()):
+            worst = int((again - losses).abs().argmax())
+            raise GradientError(
+                f"loss_from_outputs(outputs()) is not loss(): {float(again[worst]):.6g} and {float(losses[worst]):.6g} for one example",
+                "expected: the same loss, in two parts",
+                "--curvature hessian needs loss() only",
+            )
+        self.v = weights.to(again.dtype).requires_grad_()
+        (by_out,) = torch.autograd.grad(again @ self.v, self.cut, create_graph=True)
+        self.by_out = by_out
+        self.c = by_out.detach().requires_grad_()
+        self.grads = differentiated(self.out, theta, self.c)
+
+    def through(self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        along = derivatives(grads, [self.c], u)[0]
+        curved, products = derivatives([self.by_out], [self.cut, self.v], [along])
+        return products, derivatives([self.out], theta, [curved])
+
+    def products(self, grads: list[Tensor], u: list[Tensor]) -> Tensor:
+        return derivatives([self.by_out], [self.v], [derivatives(grads, [self.c], u)[0]])[0]
+
+
+def differentiated(total: Tensor, theta: list[nn.Parameter], along: Tensor | None = None) -> list[Tensor | None]:
+    """The gradient with its own tape; None of what is not reached."""
+    try:
+        found = torch.autograd.grad(total, theta, along, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise explained(error) from error
+    return [grad if grad is None or not grad.is_sparse else grad.to_dense() for grad in found]
+
+
+def derivatives(of: list[Tensor], by: Sequence[Tensor], along: list[Tensor]) -> list[Tensor]:
+    """The derivatives of sum of `of` x `along`, for each of K `along`: (K, *shape). Zeros of what is not reached."""
+    width = len(along[0])
+    there = [(value, direction) for value, direction in zip(of, along, strict=True) if value.requires_grad]
+    if not there:  # a loss that is linear in the parameters
+        return [value.new_zeros(width, *value.shape) for value in by]
+    values, directions = zip(*there, strict=True)
+    taken = [value for value in by if value.requires_grad]
+    if width > 1:
+        found = torch.autograd.grad(values, taken, directions, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    else:
+        one = torch.autograd.grad(values, taken, [direction[0] for direction in directions], retain_graph=True, allow_unused=True)
+        found = tuple(value if value is None else value[None] for value in one)
+    by_id = {id(value): grad for value, grad in zip(taken, found, strict=True)}
+    grads = [by_id.get(id(value)) for value in by]
+    return [value.new_zeros(width, *value.shape) if grad is None else grad.detach() for value, grad in zip(by, grads, strict=True)]
+
+
+@contextlib.contextmanager
+def twice_differentiable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Kernels whose backward can be differentiated: attention in plain products, no cuDNN, embeddings' gradients dense."""
+    sparse = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse]
+    try:
+        for module in sparse:
+            module.sparse = False
+        with frozen(model, names), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        for module in sparse:
+            module.sparse = True
+
+
+def explained(error: RuntimeError) -> Exception:
+    if "is not implemented" not in str(error) and "double backward" not in str(error).lower():
+        return error
+    return GradientError(
+        f"exact curvature needs a second derivative that torch does not have: {str(error).splitlines()[0]}",
+        "expected: layers and losses whose backward can be differentiated",
+        "--layers leaves layers out, other operations may do the same (an Embedding and a mean for an EmbeddingBag)",
+        "--method dve takes the empirical Fisher, which needs first derivatives only",
+    )

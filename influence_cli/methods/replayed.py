@@ -1,0 +1,111 @@
+"""The recorded steps of a plan, run again from its checkpoints, so that each gradient is taken where its step was; last step first.
+
+A replay goes forward only: of a stretch of steps the states before each are kept, or, where they are many, evenly spread ones, from which
+the others are run again. Memory: STATE_BYTES, and again for each level of that.
+"""
+
+from collections.abc import Iterator
+
+from influence_cli.cache.build import Gradients
+from influence_cli.errors import TrajectoryError
+from influence_cli.methods.segments import Plan, Segment
+from influence_cli.run import Checkpoint
+from influence_cli.run import checkpoints as checkpoint_files
+from influence_cli.run.optimizers import unknown_state
+from influence_cli.run.replay import Moments, Replay, State
+
+STATE_BYTES = 1 << 30
+FAR = 0.1  # a replay that ends so far from the saved checkpoint, of the way that training went, is another training
+
+
+class Replayed:
+    """Stands, step by step from the last to the first, with the run's model where each step was taken."""
+
+    def __init__(self, gradients: Gradients, plan: Plan) -> None:
+        """Raises TrajectoryError where the state of the optimizer at the first checkpoint is not known."""
+        self.gradients, self.plan = gradients, plan
+        self.replay = Replay(gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size)
+        if not self.replay.starts_at(plan.segments[0].checkpoint):
+            raise unknown_state(plan.trajectory, plan.segments[0].checkpoint)
+        self.apart: dict[int, float] = {}  # per checkpoint that a replay came to: how far it ended from it
+        self._here: Segment | None = None
+
+    def back(self, stop: int) -> Iterator[tuple[int, Checkpoint, dict[str, Moments] | None]]:
+        """The steps below `stop`, last first: the number, the checkpoint before it, and where Adam stood. The model stands there."""
+        starts = [segment.first for segment in self.plan.segments if self.replay.starts_at(segment.checkpoint)]
+        for first, after in reversed(list(zip(starts, [*starts[1:], self.plan.steps.stop], strict=True))):
+            if first < stop:
+                self.replay.begin(self.segment(first).checkpoint)
+                self._here = self.segment(first)
+                for state in self._states(self.replay.state(), min(after, self.end_of(stop))):
+                    if state.step < stop:
+                        self._stand(state)
+                        moments = self.replay.moments() if self.plan.adam else None
+                        yield state.step, self.segment(state.step).checkpoint, moments
+
+    def end_of(self, stop: int) -> int:
+        """The end of the segment that the step before `stop` is in: a replay is checked there."""
+        return self.segment(stop - 1).stop
+
+    def _states(self, first: State, stop: int) -> Iterator[State]:
+        """Before each step from `first` on, the last first."""
+        room = max(2, STATE_BYTES // max(1, first.nbytes))
+        count = stop - first.step
+        stride = -(-count // room)
+        kept = []
+        self._stand(first)
+        for step in range(first.step, stop):
+            if (step - first.step) % stride == 0:
+                kept.append(self.replay.state())
+            self._advance(step)
+        while kept:
+            state = kept.pop()
+            if stride == 1:
+                yield state
+            else:
+                yield from self._states(state, stop)
+            stop = state.step
+
+    def _advance(self, step: int) -> None:
+        """Run one step; at a checkpoint see how far from it that ended, and go on from the checkpoint."""
+        self.gradients.moved()
+        self.replay.advance(step + 1)
+        segment = self.segment(step)
+        if step + 1 == segment.stop:
+            following = next((other for other in self.plan.segments if other.first == segment.stop), None)
+            checkpoint = following.checkpoint if following else self.plan.end
+            if checkpoint.step == step + 1 and checkpoint.step not in self.apart:
+                self.apart[checkpoint.step] = self._compare(checkpoint)
+            if following:
+                self.replay.anchor(following.checkpoint)
+                self._here = following
+
+    def _compare(self, checkpoint: Checkpoint) -> float:
+        apart = self.replay.apart(checkpoint)
+        if not apart <= FAR:
+            raise TrajectoryError(
+                f"run again, training does not come to {checkpoint.name}: it ends {apart:.2g} of the way there apart from it",
+                "a replay runs in eval mode, on the batches and step sizes of the trajectory; training may have differed by",
+                "dropout, BatchNorm's batch statistics, data augmentation, another precision, or steps that were not recorded as they were",
+                "without --replay each segment has the gradients of the checkpoint before it",
+            )
+        return apart
+
+    def _stand(self, state: State) -> None:
+        segment = self.segment(state.step)
+        if segment != self._here:  # another checkpoint's buffers
+            checkpoint_files.load(segment.checkpoint, self.gradients.run.model)
+            self._here = segment
+        self.gradients.moved()
+        self.replay.go_to(state)
+
+    def segment(self, step: int) -> Segment:
+        return next(segment for segment in self.plan.segments if segment.first <= step < segment.stop)
+
+    def note(self) -> str:
+        """How well training that was run again agrees with the saved checkpoints."""
+        worst = max(self.apart, key=lambda step: self.apart[step])
+        return (
+            f"replay: run again, training came to {len(self.apart)} saved checkpoints, at most {self.apart[worst]:.2g} of the way there "
+            f"apart from them (step {worst:,})"
+        )

@@ -1,0 +1,133 @@
+"""Unroll: what leaving an example out of a step would have done, with the exact curvature of each step's loss, from the model itself.
+
+As in dve the score of z sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t the derivative of the query's loss at
+the end by the gradient of step t (adjoint.py); but H is the Hessian of the step's loss, so that with every gradient taken where its step
+was (every step saved, or `--replay`) the score is the exact derivative of really training again by the example's weight; or Gauss-Newton's
+J^T S J, which has no negative curvature. Products come from the loss's own derivatives (gradients/curvature.py): no gradient of a training
+example is formed, nothing but the queries' is cached.
+
+B entries of a batch, Q query.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_cli.cache.build import OUTPUTS, Gradients
+from influence_cli.cache.cutting import Ids
+from influence_cli.cache.store import Rows
+from influence_cli.errors import DefinitionError
+from influence_cli.gradients.curvature import Curvature
+from influence_cli.methods import Answer, Question, ValueOptions, carried, over_time
+from influence_cli.methods.adjoint import AnyUpdate, Pull
+from influence_cli.methods.backward import Taken
+from influence_cli.methods.over_time import New, Sums, Totals, Trace
+from influence_cli.methods.ranked import NewRanking
+from influence_cli.methods.replayed import Replayed
+from influence_cli.methods.segments import plan
+from influence_cli.run import Checkpoint
+from influence_cli.run.replay import Moments
+from influence_cli.talk import Advance
+
+
+def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
+    """Scores of every training example asked for, ranked per query."""
+    going = Unroll(gradients, question)
+    yield from over_time.score(question, new_ranking, going.plan, going.passes)
+
+
+def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, Trace]]:
+    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
+    going = Unroll(gradients, question)
+    yield from over_time.trace(question, going.plan, going.passes)
+
+
+class Exactly:
+    """A step's batch by the derivatives of its own loss (adjoint.Batch). `apart`: products by parameter, a pass for each; else as one."""
+
+    def __init__(self, parts: Sequence[Callable[[], Curvature]], wide: torch.dtype, apart: bool) -> None:
+        """`parts` make the curvature of each part of the batch, in order; a single one is made once, more are made each time."""
+        only = parts[0]() if len(parts) == 1 else None
+        self._parts = parts if only is None else [lambda: only]
+        self._wide, self._apart = wide, apart
+        self._gradient: dict[str, Tensor] = {}
+        for make in self._parts:
+            for name, value in make().gradient().items():
+                self._gradient[name] = self._gradient[name] + value.to(wide) if name in self._gradient else value.to(wide)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._gradient.keys()
+
+    def gradient(self) -> Mapping[str, Tensor]:
+        return self._gradient
+
+    def through(self, u: Mapping[str, Tensor], scale: Mapping[str, float]) -> tuple[dict[str, Tensor], Pull]:
+        scaled = {name: value if scale[name] == 1 else value * scale[name] for name, value in u.items()}
+        found: list[dict[str, Tensor]] = []
+        sums: dict[str, Tensor] = {}
+        for make in self._parts:
+            products, pull = make().through(scaled, self._apart)
+            found.append(products)
+            for name, value in pull.items():
+                sums[name] = sums[name] + value.to(self._wide) if name in sums else value.to(self._wide)
+        zero = torch.zeros_like(next(iter(found[0].values())))
+        names = dict.fromkeys(name for products in found for name in products)
+        joined = {name: torch.cat([products.get(name, zero[: len(next(iter(products.values())))]) for products in found]) for name in names}
+
+        def pull_into(name: str, theta: Tensor) -> None:
+            theta.add_(sums[name])
+
+        return {name: value.to(self._wide) for name, value in joined.items()}, pull_into
+
+
+class Unroll:
+    """One question to unroll: what is gone back over, and where gradients are taken."""
+
+    def __init__(self, gradients: Gradients, question: Question) -> None:
+        """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags), DefinitionError (functions that lack)."""
+        self.gradients, self.question = gradients, question
+        self.options = question.values or ValueOptions("hessian")
+        self.gauss_newton = self.options.curvature == "gauss-newton"
+        definition = gradients.run.definition
+        if self.gauss_newton and (lacking := [name for name in OUTPUTS if not definition.has(name)]):
+            raise DefinitionError(
+                f"{definition.path.name} lacks {' and '.join(f'{name}()' for name in lacking)}",
+                "--curvature gauss-newton takes the loss in two parts: outputs(model, batch) and loss_from_outputs(outputs, batch)",
+                "--curvature hessian needs loss() only",
+            )
+        self.plan = plan(gradients.run, question.checkpoints, question.columns, self.options.at, self.options.replay, "unroll")
+
+    def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
+        """Raises GradientError (no second derivative; what is carried back runs away)."""
+        return carried.passes(self.gradients, self.question, self.plan, new, lambda folder: self.carry)
+
+    def carry(self, rows: Rows, totals: Totals | Trace, advance: Advance) -> None:
+        self.gradients.sizes("train", list(self.plan.columns))  # probed before the model is moved
+        kept = carried.Kept(self.gradients, self.plan, self.options, "unroll")
+        carried.carry(self.gradients, self.plan, self.options, rows, totals, self.take, kept, advance)
+
+    def take(self, width: int, wide: torch.dtype, stop: int, apart: bool) -> Iterator[Taken]:
+        for number, checkpoint, moments in self.places(stop):
+            line = self.plan.trajectory.lines[number]
+            order = np.argsort(line.examples, kind="stable")
+            if not len(order) and moments is None:
+                continue
+            weights = torch.from_numpy(self.plan.trajectory.weights(number)[order]).to(self.gradients.device, wide)
+            parts = self.gradients.curvature(list(self.plan.columns), line.examples[order], weights, self.gauss_newton, width)
+            updates: dict[str, AnyUpdate] = self.plan.updates(number, moments)
+            yield Taken(number, checkpoint, line.examples[order], weights, Exactly(parts, wide, apart), updates)
+
+    def places(self, stop: int) -> Iterator[tuple[int, Checkpoint, dict[str, Moments] | None]]:
+        """The steps below `stop`, last first; the model stands where the gradients of each are taken."""
+        if self.options.replay:
+            replayed = Replayed(self.gradients, self.plan)
+            yield from replayed.back(stop)
+            self.gradients.talk.note(replayed.note())
+            return
+        for segment in reversed(self.plan.between(self.plan.steps.start, stop)):
+            self.gradients.load(segment.checkpoint)
+            for number in reversed(range(segment.first, segment.stop)):
+                yield number, segment.checkpoint, None
