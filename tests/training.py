@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from influence_cli.run.saving import save_state
 from tests import reference
 
+Tilt = tuple[int, int, float]
 DEFINITION = """
 import torch
 from torch import nn
@@ -57,8 +59,13 @@ def train(
     clip: Callable[[float], float] = lambda norm: 1.0,
     batches: Callable[[int], list[int]] | None = None,
     definition: str = DEFINITION,
+    kind: type[torch.optim.Optimizer] = torch.optim.SGD,
+    tilt: Tilt | None = None,
+    states: bool = False,
 ) -> Path:
-    """A run folder. `groups`: header groups (`params`, `lr` as a factor on the rate, options); `clip`: factor from the gradient's norm."""
+    """A run folder. `tilt`: (step, example, by): the example's weight in that step is so much larger.
+
+    `groups`: header groups (`params`, `lr` as a factor on the rate, options); `clip`: factor from the gradient's norm."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "definition.py").write_text(definition)
     space = definition_of(folder)
@@ -68,8 +75,9 @@ def train(
     factors = [group.get("lr", 1.0) for group in groups] or [1.0]
     members = [[parameters[name] for name in group["params"]] for group in groups] or [list(parameters.values())]
     own = [{key: value for key, value in group.items() if key not in ("lr", "params")} for group in groups] or [{}]
-    optimizer = torch.optim.SGD([{"params": m, **o} for m, o in zip(members, own, strict=True)], rate, **(options or {}))
-    head: dict[str, Any] = {"format": "influence-trajectory", "version": 1, "optimizer": {"name": "sgd", **(options or {})}}
+    optimizer = kind([{"params": m, **o} for m, o in zip(members, own, strict=True)], lr=rate, **(options or {}))  # type: ignore[call-arg]
+    named = {"name": kind.__name__.lower(), **(options or {})}
+    head: dict[str, Any] = {"format": "influence-trajectory", "version": 1, "optimizer": named}
     head |= {} if weights else {"reduction": reduction}
     head |= {"groups": [{"params": list(g["params"]), **o} for g, o in zip(groups, own, strict=True)]} if groups else {}
     lines, order = [head], torch.Generator().manual_seed(1)
@@ -77,12 +85,16 @@ def train(
         if step % every == 0 or step == steps:
             state = {name: value.contiguous() for name, value in model.state_dict().items()}
             save_file(state, str(folder / "checkpoints" / f"step-{step:06d}.safetensors"))
+            if states:
+                save_state(folder / "optimizer" / f"step-{step:06d}.safetensors", model, optimizer)
         if step == steps:
             break
         ids = batches(step) if batches else torch.randperm(len(data), generator=order)[:batch].tolist()
         w = torch.full((len(ids),), 1 / len(ids) if reduction == "mean" else 1.0, dtype=torch.float64)
         if weights:
             w = torch.rand(len(ids), generator=order, dtype=torch.float64) / len(ids)
+        if tilt is not None and tilt[0] == step:
+            w[[position for position, example in enumerate(ids) if example == tilt[1]]] += tilt[2]
         rates = [rate * factor / (1 + step / 10) for factor in factors]
         optimizer.zero_grad()
         (w * space["loss"](model, torch.utils.data.default_collate([data[i] for i in ids]))).sum().backward()
