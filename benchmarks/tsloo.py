@@ -1,12 +1,14 @@
 """Scores of single occurrences against really training again without them: `influence evaluate RUN tsloo` on runs trained here.
 
-python benchmarks/tsloo.py [digits faster fast relu gpt] [--removals 150] [--queries 100] [--text FILE] [--dattri PYTHON]
+python benchmarks/tsloo.py [digits faster fast relu momentum momentum-fast adamw gpt gpt-adamw] [--removals 150] [--queries 100]
+    [--text FILE] [--dattri PYTHON] [--rates]
 
 digits: scikit-learn's digits (of sample_runs/digits, true labels), 64-32-10 GELU network, 60 steps of plain SGD on 32 images, rate 0.1,
-float64; faster and fast: at 0.2 and 0.5; relu: with ReLU, whose kinks no first-order method sees. gpt: a character model of two blocks
-(--text: a text file, .gz too), 200 steps of SGD with momentum on 16 windows. Each with every step's checkpoint saved, with a third and with
-a tenth of them (`--steps`). tracin: its part of the step's checkpoint. --dattri: the python of an environment with dattri, whose DVE then
-runs inside its own training loop on the same batches. In brackets: the mean loss of the queries at the end.
+float64; faster and fast: at 0.2 and 0.5; relu: with ReLU, whose kinks no first-order method sees; momentum: 0.9 at 0.01, and at 0.05; adamw: its rate
+by final accuracy (--rates prints those). gpt: a character model of two blocks (--text: a text file, .gz too), 200 steps on 16 windows, SGD
+with momentum or AdamW. Checkpoints: as saved, or fewer of them (`--steps`); `replay`: from five. tracin: its part of the step's checkpoint.
+late: over the removals after the 10th step. --dattri: the python of an environment with dattri, whose DVE then runs inside its own training
+loop on the same batches. In brackets: the mean loss of the queries at the end.
 """
 
 import argparse
@@ -45,8 +47,14 @@ def train_data():
 def query_data():
     return part(slice(1400, None))
 
+def outputs(model, batch):
+    return model(batch[0])
+
+def loss_from_outputs(outputs, batch):
+    return F.cross_entropy(outputs, batch[1], reduction="none")
+
 def loss(model, batch):
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return loss_from_outputs(outputs(model, batch), batch)
 """
 GPT = """
 import gzip
@@ -99,31 +107,42 @@ def train_data():
 def query_data():
     return windows(slice(2000, 2200))
 
+def outputs(model, batch):
+    return model(batch[0][:, :-1])
+
+def loss_from_outputs(outputs, batch):
+    return F.cross_entropy(outputs.transpose(1, 2), batch[0][:, 1:], reduction="none").mean(1)
+
 def loss(model, batch):
-    (ids,) = batch
-    return F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+    return loss_from_outputs(outputs(model, batch), batch)
 """
-RUNS = {  # definition, steps, batch, rate, torch's options
-    "digits": (DIGITS, 60, 32, 0.1, {}),
-    "faster": (DIGITS, 60, 32, 0.2, {}),
-    "fast": (DIGITS, 60, 32, 0.5, {}),
-    "relu": (DIGITS, 60, 32, 0.1, {}),
-    "gpt": (GPT, 200, 16, 0.1, {"momentum": 0.9}),
+RUNS = {  # definition, steps, batch, optimizer, rate, torch's options
+    "digits": (DIGITS, 60, 32, "SGD", 0.1, {}),
+    "faster": (DIGITS, 60, 32, "SGD", 0.2, {}),
+    "fast": (DIGITS, 60, 32, "SGD", 0.5, {}),
+    "relu": (DIGITS, 60, 32, "SGD", 0.1, {}),
+    "momentum": (DIGITS, 60, 32, "SGD", 0.01, {"momentum": 0.9}),
+    "momentum-fast": (DIGITS, 60, 32, "SGD", 0.05, {"momentum": 0.9}),
+    "adamw": (DIGITS, 60, 32, "AdamW", 0.03, {}),
+    "gpt": (GPT, 200, 16, "SGD", 0.1, {"momentum": 0.9}),
+    "gpt-adamw": (GPT, 200, 16, "AdamW", 0.003, {}),
 }
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 
 
-def trained(name: str, folder: Path, data: str) -> float:
-    """Writes a run folder: every step's parameters and the trajectory. Returns the mean loss of the queries at its end."""
-    text, steps, batch, rate, options = RUNS[name]
+def trained(name: str, folder: Path, data: str, rate: float | None = None) -> tuple[float, float]:
+    """Writes a run folder: every step's parameters and the trajectory. Returns the queries' mean loss and accuracy at its end."""
+    text, steps, batch, kind, usual, options = RUNS[name]
+    rate = rate or usual
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "definition.py").write_text(text.format(data=data, activation="ReLU" if name == "relu" else "GELU"))
     space: dict = {}
     exec((folder / "definition.py").read_text(), space)
     torch.manual_seed(0)
     model, examples = space["model"](), space["train_data"]()
-    optimizer = torch.optim.SGD(model.parameters(), rate, **options)
+    optimizer = getattr(torch.optim, kind)(model.parameters(), rate, **options)
     order = torch.Generator().manual_seed(1)
-    head = {"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": "sgd", **options}}
+    head = {"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": kind.lower(), **options}}
     lines = [head]
     for step in range(steps + 1):
         save_file(dict(model.state_dict()), folder / "checkpoints" / f"step-{step:06d}.safetensors")
@@ -134,7 +153,53 @@ def trained(name: str, folder: Path, data: str) -> float:
             space["loss"](model, [tensor[ids] for tensor in examples.tensors]).mean().backward()
             optimizer.step()
     (folder / "trajectory.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return float(space["loss"](model, space["query_data"]().tensors).detach().mean())
+    queries = space["query_data"]().tensors
+    with torch.no_grad():
+        outputs, answers = space["outputs"](model, queries), queries[1] if len(queries) > 1 else queries[0][:, 1:]
+        return float(space["loss_from_outputs"](outputs, queries).mean()), float((outputs.argmax(-1) == answers).double().mean())
+
+
+def settings(name: str) -> list[tuple[str, tuple[str, ...]]]:
+    """What of a run's checkpoints is used, and by which methods."""
+    steps, adam = RUNS[name][1], RUNS[name][3] != "SGD"
+
+    def every(n: int) -> str:
+        return ",".join(map(str, [*range(0, steps, n), steps]))
+
+    five = ("--steps", every(steps // 4), "--replay")
+    unroll, newton = ("--method", "unroll"), ("--method", "unroll", "--curvature", "gauss-newton")
+    again = [
+        ("replay from 5", (*unroll, *five)),
+        ("replay from 5, gauss-newton", (*newton, *five)),
+        ("replay from 5", ("--method", "dve", *five)),
+    ]
+    if adam:
+        return [("every step", ("--method", "tracin", "--lr", "1")), *again]
+    both = ("--method", "dve", "--method", "tracin", "--lr", "1")
+    frozen = [(f"every {n}", (*unroll, "--steps", every(n))) for n in (1, 3, 6, 10)]
+    return [
+        *((f"every {n}", (*both, "--steps", every(n))) for n in (1, 3, 10)),
+        *frozen,
+        ("every 1, gauss-newton", newton),
+        *again,
+    ]
+
+
+def late(run: Path, queries: int, flags: tuple[str, ...]) -> float:
+    """Mean Spearman over the removals after the 10th step, of scores by step."""
+    from influence_cli.evaluate.correlation import spearman
+
+    file = next((run / ".influence" / "evaluate").glob("*.jsonl"))
+    removed = [record for record in map(json.loads, file.read_text().splitlines()) if "truth" in record and record["step"] >= 10]
+    ids = ",".join(sorted({str(record["example"]) for record in removed}))
+    command = [sys.executable, "-m", "influence_cli", "score", str(run), "--top", "all", "--by", "step", "--quiet", "--format", "csv"]
+    done = subprocess.run([*command, "--train", ids, "--queries", f"0:{queries}", *flags], capture_output=True, text=True, check=True)
+    scores: dict[tuple[int, int], dict[int, float]] = {}
+    for row in csv.DictReader(io.StringIO(done.stdout)):
+        scores.setdefault((int(row["step"]), int(row["train"])), {})[int(row["query"])] = float(row["score"])
+    found = np.array([[scores[record["step"], record["example"]][query] for query in range(queries)] for record in removed])
+    truth = np.array([record["truth"] for record in removed])
+    return float(np.mean([spearman(a, b) for a, b in zip(found.T, truth.T, strict=True)]))
 
 
 def evaluated(run: Path, removals: int, queries: int, *flags: str) -> dict[str, dict[str, dict[str, str]]]:
@@ -163,36 +228,51 @@ def of_dattri(python: str, run: Path, queries: int, removals: list[tuple[int, in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", default=["digits", "faster", "fast", "relu"])
+    parser.add_argument("runs", nargs="*", default=["digits", "faster", "fast", "relu", "momentum", "adamw"])
     parser.add_argument("--removals", type=int, default=150)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--text")
     parser.add_argument("--dattri")
+    parser.add_argument("--rates", action="store_true", help="what each rate ends with, and no more")
     flags = parser.parse_args()
     print(machine())
     print(f"{flags.removals} removals, {flags.queries} queries\n")
-    print("| run | checkpoints | method | mean Spearman | mean Pearson | pooled Spearman | pooled Pearson | effect / noise |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = (
+        "run, checkpoints, method, mean Spearman, mean Pearson, pooled Spearman, pooled Pearson, late Spearman, seconds, effect / noise"
+    )
+    print(f"| {' | '.join(columns.split(', '))} |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in flags.runs:
-        data = flags.text if name == "gpt" else str(HERE.parent / "sample_runs" / "digits" / "digits.npz")
+        data = flags.text if name.startswith("gpt") else str(HERE.parent / "sample_runs" / "digits" / "digits.npz")
         if data is None:
             parser.error("gpt needs --text FILE")
+        for rate in RATES if flags.rates else ():
+            with tempfile.TemporaryDirectory(prefix="influence-rates-") as place:
+                loss, accuracy = trained(name, Path(place) / "run", data, rate)
+            print(f"{name}: rate {rate}: loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
+        if flags.rates:
+            continue
         with tempfile.TemporaryDirectory(prefix=f"influence-tsloo-{name}-") as place:
             run = Path(place) / "run"
-            loss = trained(name, run, data)
-            steps = RUNS[name][1]
-            for every in (1, 3, 10):
-                spec = ",".join(map(str, range(0, steps + 1, every) if steps % every == 0 else [*range(0, steps, every), steps]))
-                found = evaluated(run, flags.removals, flags.queries, "--method", "dve", "--method", "tracin", "--lr", "1", "--steps", spec)
+            loss, _ = trained(name, run, data)
+            for label, given in settings(name):
+                started = time.perf_counter()
+                found = evaluated(run, flags.removals, flags.queries, *given)
+                seconds = time.perf_counter() - started
                 for method, rows in found.items():
-                    mean, pooled = rows["mean"], rows.get("pooled", {})
+                    if not method:  # an error
+                        print(f"| {name} ({loss:.2f}) | {label} | {given[1]} | {rows['mean']['spearman']} |", flush=True)
+                        continue
+                    mean, pooled = rows["mean"], rows["pooled"]
                     numbers = " | ".join(
-                        f"{float(row[k]):.3f}" if row.get(k) else "-" for row in (mean, pooled) for k in ("spearman", "pearson")
+                        f"{float(row[k]):.4f}" if row.get(k) else "-" for row in (mean, pooled) for k in ("spearman", "pearson")
                     )
-                    if method == "":
-                        numbers = mean["spearman"]
-                    ratio = f"{float(pooled['effect']) / max(1e-300, float(pooled['noise'])):.1e}" if pooled else "-"
-                    print(f"| {name} ({loss:.2f}) | every {every} of {steps} | {method} | {numbers} | {ratio} |", flush=True)
+                    if "unroll" in given:
+                        numbers += f" | {late(run, flags.queries, given):.4f} | {seconds:.0f} s"
+                    else:
+                        numbers += " | | "
+                    ratio = f"{float(pooled['effect']) / max(1e-300, float(pooled['noise'])):.1e}"
+                    print(f"| {name} ({loss:.2f}) | {label} | {method} | {numbers} | {ratio} |", flush=True)
             if flags.dattri and name != "gpt":
                 file = next((run / ".influence" / "evaluate").glob("*.jsonl"))
                 records = [json.loads(line) for line in file.read_text().splitlines()]

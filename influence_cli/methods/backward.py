@@ -178,7 +178,7 @@ def step_sizes(rows: Rows, place: np.ndarray, weights: Tensor, updates: dict[str
 
 def sizes(adjoint: Adjoint) -> Tensor:
     """(K,) the norm of what is carried of each quantity."""
-    states = (adjoint.theta, adjoint.moment)  # a_v is of another unit, and weighed by small numbers only
+    states = (adjoint.theta, {} if adjoint.second else adjoint.moment)  # with Adam a_m is divided by gradients, and of another size
     squares = [value.norm(dim=1).square() for state in states for value in state.values()]
     return torch.stack(squares).sum(0).sqrt().cpu()
 

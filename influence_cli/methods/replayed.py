@@ -105,7 +105,5 @@ class Replayed:
     def note(self) -> str:
         """How well training that was run again agrees with the saved checkpoints."""
         worst = max(self.apart, key=lambda step: self.apart[step])
-        return (
-            f"replay: run again, training came to {len(self.apart)} saved checkpoints, at most {self.apart[worst]:.2g} of the way apart from "
-            f"them (step {worst:,})"
-        )
+        off = f"at most {self.apart[worst]:.2g} of the way apart from them (step {worst:,})"
+        return f"replay: run again, training came to {len(self.apart)} saved checkpoints, {off}"
