@@ -1,5 +1,6 @@
 """What is missing is captured and stored; what is there is read. The order of work, cut into units that follow from the request alone."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.curvature import Curvature, Functions
+from influence_cli.gradients.curvature import verify as verify_curvature
 from influence_cli.gradients.filling import Filling
 from influence_cli.gradients.rows import Postings
 from influence_cli.gradients.rows import Rows as ByExample
@@ -332,8 +334,7 @@ class Gradients:
         """What makes the exact curvature of a training batch's loss with the parameters that the model has, part by part of the batch."""
         size, each = self.batch_size("train", columns), self.sizes("train", columns).batches[key_of(columns)][1]
         most = max(1, min(directions, DIRECTION_BYTES // max(1, each * min(size, len(ids)))))
-        raw = self.run.definition.raw
-        functions = Functions(raw("loss"), *(raw(name) for name in (OUTPUTS if gauss_newton else ())))
+        functions = self._functions(gauss_newton)
 
         def make(some: slice) -> Curvature:
             batch, _ = self.batch("train", ids[some])
@@ -345,6 +346,26 @@ class Gradients:
                 raise self._explained("train", error, len(ids[some])) from error
 
         return [partial(make, slice(first, first + size)) for first in range(0, max(1, len(ids)), size)]
+
+    def _functions(self, gauss_newton: bool) -> Functions:
+        raw = self.run.definition.raw
+        return Functions(raw("loss"), *(raw(name) for name in (OUTPUTS if gauss_newton else ())))
+
+    def check_curvature(self, columns: Sequence[str], gauss_newton: bool) -> None:
+        """Compare the curvature of a few training examples with differences of gradients, on a copy of the model in float64.
+
+        Raises GradientError where they differ; a note where the model does not run in float64.
+        """
+        ids = np.arange(min(4, len(self.run.train)))
+        try:
+            model = copy.deepcopy(self.run.model).double()
+            batch = to(self.run.train.batch(ids), self.device, torch.float64)
+            verify_curvature(model, columns, self._functions(gauss_newton), batch, len(ids))
+        except GradientError:
+            raise
+        except Exception as error:  # whatever a model does that float64 or a copy can't; the work itself is another matter
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            self.talk.note(f"the curvature was not compared with differences of gradients, which takes a copy in float64 ({what})")
 
     def batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:
         """A batch on the device, and a function that gives its examples as batches of one."""

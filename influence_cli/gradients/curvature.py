@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from influence_cli.errors import GradientError, is_out_of_memory
-from influence_cli.gradients.capture import checked, close, frozen
+from influence_cli.gradients.capture import checked, differing, frozen, rounding
 
 Directions = dict[str, Tensor]  # per parameter (K, D)
 
@@ -42,15 +43,16 @@ class Curvature:
 
     def __init__(self, model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, weights: Tensor, most: int = 1) -> None:
         self.model, self.most = model, most
-        parameters = {name: model.get_parameter(name) for name in names}
-        with twice_differentiable(model, names):
-            whole = _Hessian(functions.loss, model, batch, weights, list(parameters.values()))
-            self._way: _Hessian | _GaussNewton = whole
-            if functions.outputs is not None and functions.loss_from_outputs is not None:
-                self._way = _GaussNewton(functions, model, batch, weights, list(parameters.values()), whole.losses)
-        reached = [grad is not None for grad in self._way.grads]
-        self.names = [name for name, there in zip(parameters, reached, strict=True) if there]  # those that the batch's loss depends on
-        self.losses = whole.losses.detach()
+        theta = [model.get_parameter(name) for name in names]
+        with twice_differentiable(model, names), PlainWeightNorm():
+            self._way: _Hessian | _GaussNewton = (
+                _Hessian(functions.loss, model, batch, weights, theta)
+                if functions.outputs is None
+                else _GaussNewton(functions, model, batch, weights, theta)
+            )
+        there = zip(names, self._way.grads, strict=True)
+        self.names = [name for name, grad in there if grad is not None]  # those that the batch's loss depends on
+        self._weights = self._way.v.detach()
 
     def gradient(self) -> dict[str, Tensor]:
         """(D,) the sum over the batch of w g, of the parameters that the loss depends on."""
@@ -85,6 +87,7 @@ class Curvature:
         shaped = [value.to(grad.dtype).view(-1, *grad.shape) for value, grad in zip(some, grads, strict=True)]
         with twice_differentiable(self.model, self.names):
             products, pull = self._way.through(grads, shaped, [self.model.get_parameter(name) for name in self.names])
+            self._check(products, grads, shaped)
             found = {"": products.T}
             if apart:
                 found = {
@@ -92,11 +95,20 @@ class Curvature:
                 }
         return found, {name: value.reshape(len(value), -1) for name, value in zip(self.names, pull, strict=True)}
 
+    def _check(self, products: Tensor, grads: list[Tensor], u: list[Tensor]) -> None:
+        """The sum of w g(z).u is G.u, unless a backward left torch's tape, so that nothing could be differentiated through it."""
+        whole = torch.stack([d.reshape(len(d), -1) @ g.detach().flatten() for d, g in zip(u, grads, strict=True)]).sum(0)
+        sizes = torch.stack([d.reshape(len(d), -1).norm(dim=1) * g.detach().norm() for d, g in zip(u, grads, strict=True)]).sum(0)
+        parts = products * self._weights
+        apart, scale = (parts.sum(1) - whole).abs(), torch.maximum(parts.abs().sum(1), whole.abs())
+        if bool((apart > 0.01 * scale + rounding(whole.dtype) * sizes).any()):
+            raise no_second_derivative("a layer or loss whose backward can be taken only once")
+
 
 class _Hessian:
     def __init__(self, loss: Callable[..., Tensor], model: nn.Module, batch: Any, weights: Tensor, theta: list[nn.Parameter]) -> None:
         self.losses = checked("loss()", loss(model, batch), len(weights))
-        self.v = weights.to(self.losses.dtype).requires_grad_()
+        self.v = weights.detach().to(self.losses.dtype, copy=True).requires_grad_()
         self.grads = differentiated(self.losses @ self.v, theta)
 
     def through(self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
@@ -111,25 +123,19 @@ class _Hessian:
 class _GaussNewton:
     """G = J^T c at c = dL/d(outputs); d(G.u)/dc = J u, through the loss S J u and the products, and J^T S J u by a plain backward pass."""
 
-    def __init__(
-        self, functions: Functions, model: nn.Module, batch: Any, weights: Tensor, theta: list[nn.Parameter], losses: Tensor
-    ) -> None:
+    def __init__(self, functions: Functions, model: nn.Module, batch: Any, weights: Tensor, theta: list[nn.Parameter]) -> None:
         assert functions.outputs is not None
         assert functions.loss_from_outputs is not None
         self.out = functions.outputs(model, batch)
-        if not isinstance(self.out, Tensor):
-            raise GradientError(f"outputs() returned a {type(self.out).__name__}", "expected: a tensor (B, ...)")
+        if not isinstance(self.out, Tensor) or not self.out.requires_grad:
+            what = "a tensor that is not differentiable" if isinstance(self.out, Tensor) else f"a {type(self.out).__name__}"
+            raise GradientError(f"outputs() returned {what}", "expected: a tensor (B, ...) that depends on the model's parameters")
         self.cut = self.out.detach().requires_grad_()
         again = checked("loss_from_outputs()", functions.loss_from_outputs(self.cut, batch), len(weights))
-        if not close(again.detach(), losses.detach()):
-            worst = int((again - losses).abs().argmax())
-            raise GradientError(
-                f"loss_from_outputs(outputs()) is not loss(): {float(again[worst]):.6g} and {float(losses[worst]):.6g} for one example",
-                "expected: the same loss, in two parts",
-                "--curvature hessian needs loss() only",
-            )
-        self.v = weights.to(again.dtype).requires_grad_()
-        (by_out,) = torch.autograd.grad(again @ self.v, self.cut, create_graph=True)
+        self.v = weights.detach().to(again.dtype, copy=True).requires_grad_()
+        (by_out,) = differentiated(again @ self.v, [self.cut])
+        if by_out is None:
+            raise GradientError("loss_from_outputs() does not depend on the outputs", "expected: loss() as a function of outputs()")
         self.by_out = by_out
         self.c = by_out.detach().requires_grad_()
         self.grads = differentiated(self.out, theta, self.c)
@@ -143,7 +149,7 @@ class _GaussNewton:
         return derivatives([self.by_out], [self.v], [derivatives(grads, [self.c], u)[0]])[0]
 
 
-def differentiated(total: Tensor, theta: list[nn.Parameter], along: Tensor | None = None) -> list[Tensor | None]:
+def differentiated(total: Tensor, theta: Sequence[Tensor], along: Tensor | None = None) -> list[Tensor | None]:
     """The gradient with its own tape; None of what is not reached."""
     try:
         found = torch.autograd.grad(total, theta, along, create_graph=True, allow_unused=True)
@@ -184,12 +190,71 @@ def twice_differentiable(model: nn.Module, names: Sequence[str]) -> Iterator[Non
             module.sparse = True
 
 
+class PlainWeightNorm(TorchFunctionMode):
+    """torch 2.13 differentiates weight norm a second time as if its norms were constants."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = (*args, 0)[:3]
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
 def explained(error: RuntimeError) -> Exception:
     if "is not implemented" not in str(error) and "double backward" not in str(error).lower():
         return error
+    return no_second_derivative(str(error).splitlines()[0])
+
+
+def no_second_derivative(what: str) -> GradientError:
     return GradientError(
-        f"exact curvature needs a second derivative that torch does not have: {str(error).splitlines()[0]}",
+        f"exact curvature needs a second derivative that torch does not have: {what}",
         "expected: layers and losses whose backward can be differentiated",
         "--layers leaves layers out, other operations may do the same (an Embedding and a mean for an EmbeddingBag)",
         "--method dve takes the empirical Fisher, which needs first derivatives only",
     )
+
+
+# ---------------------------------------------------------------- before any work
+def verify(model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, size: int) -> None:
+    """Compare the curvature of a first batch with differences of plain gradients; Gauss-Newton's gradient with that of loss().
+
+    `model` and `batch` in float64; the model's parameters are put back. Raises GradientError where they differ.
+    """
+    weights = torch.full((size,), 1 / size, dtype=torch.float64, device=model.get_parameter(names[0]).device)
+    curvature = Curvature(model, names, functions, batch, weights)
+    theta = {name: model.get_parameter(name) for name in curvature.names}
+
+    def gradient() -> dict[str, Tensor]:
+        with twice_differentiable(model, names):
+            losses = checked("loss()", functions.loss(model, batch), size)
+            grads = torch.autograd.grad(losses @ weights, list(theta.values()), allow_unused=True)
+        return {n: (torch.zeros_like(p) if g is None else g).flatten() for (n, p), g in zip(theta.items(), grads, strict=True)}
+
+    here = gradient()
+    if differing(curvature.gradient(), here):
+        raise GradientError(
+            "loss_from_outputs(outputs()) is not loss(): its gradient is another one",
+            "expected: the same loss, in two parts, that depends on the model through the outputs only",
+            "--curvature hessian needs loss() only",
+        )
+    generator = torch.Generator().manual_seed(0)
+    u = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for n, p in theta.items()}
+    _, pull = curvature.through({name: value.flatten()[None] for name, value in u.items()})
+    if functions.outputs is not None:
+        return
+    before = {name: value.detach().clone() for name, value in theta.items()}
+    apart = []
+    for by in (1e-6, 1e-8):  # the smaller one crosses fewer kinks
+        with torch.no_grad():
+            for name, value in theta.items():
+                value.copy_(before[name] + by * u[name])
+        there = gradient()
+        with torch.no_grad():
+            for name, value in theta.items():
+                value.copy_(before[name])
+        off = torch.cat([(there[name] - here[name]) / by - pull[name][0] for name in theta]).norm()
+        size_of = torch.cat([pull[name][0] for name in theta]).norm()
+        apart.append(float(off / (size_of + 1e-9 * torch.cat(list(here.values())).norm() / by)))  # rounding
+    if min(apart) > 0.02:
+        raise no_second_derivative(f"second derivatives are {min(apart):.0%} apart from differences of first ones")

@@ -10,6 +10,7 @@ B entries of a batch, Q query.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -102,10 +103,15 @@ class Unroll:
 
     def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
         """Raises GradientError (no second derivative; what is carried back runs away)."""
-        return carried.passes(self.gradients, self.question, self.plan, new, lambda folder: self.carry)
+        return carried.passes(self.gradients, self.question, self.plan, new, self.work)
+
+    def work(self, folder: Path) -> carried.Work:
+        self.gradients.load(self.plan.segments[0].checkpoint)
+        self.gradients.check_curvature(list(self.plan.columns), self.gauss_newton)
+        self.gradients.sizes("train", list(self.plan.columns))  # probed before the model is moved
+        return self.carry
 
     def carry(self, rows: Rows, totals: Totals | Trace, advance: Advance) -> None:
-        self.gradients.sizes("train", list(self.plan.columns))  # probed before the model is moved
         kept = carried.Kept(self.gradients, self.plan, self.options, "unroll")
         carried.carry(self.gradients, self.plan, self.options, rows, totals, self.take, kept, advance)
 
