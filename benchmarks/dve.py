@@ -15,7 +15,7 @@ import torch
 from common import fresh, machine, opened, peak_mb, workload
 
 from influence_cli.methods import METHODS, Question, ValueOptions
-from influence_cli.methods.backward import plan
+from influence_cli.methods.segments import plan
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.learning_rates import weigh
 
@@ -34,7 +34,7 @@ def main() -> None:
         for queries in flags.queries:
             question = Question(
                 live.checkpoints, tuple(weigh(live.checkpoints, None, "none")), live.columns, range(len(work.xtr)), range(queries),
-                values=ValueOptions(form="query"),
+                values=ValueOptions("fisher", form="query"),
             )  # fmt: skip
             score(live, question)
             best = [min(job() for _ in range(3)) for job in (lambda q=question: read(live, q), lambda q=queries: products(work, flags, q))]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
+from influence_cli.methods import METHODS
 
 if TYPE_CHECKING:
     from influence_cli.cache.cutting import Ids
@@ -19,15 +20,20 @@ SECONDS = 1.5  # how long gradients are taken to measure their time
 @command("inspect", example="influence inspect my_run --layers head --store float16")
 def inspect(
     shared: options.Shared,
+    method: options.Method = "tracin",
     queries: options.Queries = None,
     train: options.Train = None,
+    sum_queries: options.SumQueries = False,
+    curvature: options.Curvature = None,
+    replay: options.Replay = False,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
 ) -> None:
     """A dry run: checkpoints and their weights, layers and their sizes, what is cached, what the rest would cost.
 
-    Takes gradients for about two seconds to measure, and keeps none. Ends with an error where disk or memory would not do.
+    Takes gradients for about two seconds to measure, and keeps none. Ends with an error where disk or memory would not do. --method unroll
+    adds its cost, in trainings of the recorded steps; it keeps no gradients of training examples.
     """
     from influence_cli.cache import sizes
     from influence_cli.cli import specs
@@ -35,6 +41,8 @@ def inspect(
     from influence_cli.output.tables import to_stdout
 
     specs.check_stdin(queries, train)
+    chosen = METHODS[specs.one_of("--method", method, METHODS)]
+    specs.check_values(method, chosen.curvatures, options.Values(curvature=curvature, replay=replay), False)
     opened = open_shared(shared, trajectory, create=False)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     weights = checkpoint_rows(opened, lr, lr_weights)
@@ -46,7 +54,10 @@ def inspect(
         show("checkpoints", ("step", "file", "size", "weight", "from"), weights)
         show("parameters", ("name", "layer", "shape", "way", "form", "bytes per example"), parameter_rows(opened))
         show("gradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), cells)
-        show("", ("setting", "value"), setting_rows(opened, lacking, measured))
+        unrolled = unroll_rows(opened, ids["query"], sum_queries, curvature, replay) if method == "unroll" else []
+        show("", ("setting", "value"), setting_rows(opened, lacking, measured) + unrolled)
+    if method == "unroll":
+        return
     stored, memory = needs(opened, lacking)
     sizes.check_fits(opened.folder, stored, memory)
 
@@ -106,6 +117,27 @@ def dve_rows(opened: "Opened") -> list[Row]:
     opened.talk.note(f"trajectory: {len(going.steps):,} steps of {going.trajectory.optimizer}, {going.occurrences():,} occurrences")
     examples = len({int(index) for _, ids in going.wanted for index in ids})
     return [("train, for dve", f"{examples:,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored))]
+
+
+def unroll_rows(opened: "Opened", queries: "Ids", sum_queries: bool, curvature: str | None, replay: bool) -> list[Row]:
+    """What `--method unroll` would take, in trainings of the steps it goes back over."""
+    from influence_cli.methods import Question
+    from influence_cli.methods.unroll import cost
+    from influence_cli.run.learning_rates import weigh
+
+    values = METHODS["unroll"].options(curvature=curvature, replay=replay)
+    weights = tuple(weigh(opened.checkpoints, None, "none"))
+    question = Question(opened.checkpoints, weights, opened.columns, range(0), queries, sum_queries, values=values)
+    found = cost(opened.gradients, question)
+    asked = "queries as one" if sum_queries else f"{len(queries):,} queries"
+    again = f", {found.passes} of them to run the steps again" if replay else ""
+    return [
+        (
+            "unroll",
+            f"about {found.runs:.1f} trainings of its {found.steps:,} steps for {asked}{again}: {duration(found.seconds)} "
+            f"({found.step * 1e3:.3g} ms a step, {found.back * 1e3:.3g} ms back), {size(found.held)} carried",
+        )
+    ]
 
 
 def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured") -> list[Row]:

@@ -45,7 +45,7 @@ def passes(
     for note in plan.notes:
         gradients.talk.note(note)
     gradients.ensure("query", [plan.end], list(plan.columns), question.queries)
-    most = len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // (numbers(plan) * 8))
+    most = queries_of_a_pass(plan, question)
     cuts = [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
     with tempfile.TemporaryDirectory(prefix="influence-back-") as name:
         go = work(Path(name))
@@ -58,6 +58,10 @@ def passes(
             with gradients.talk.progress(f"back over training{of}", plan.occurrences()) as advance:
                 go(rows, sums, advance)
             yield ids, sums
+
+
+def queries_of_a_pass(plan: Plan, question: Question) -> int:
+    return len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // (numbers(plan) * 8))
 
 
 def carry(

@@ -9,7 +9,9 @@ example is formed, nothing but the queries' is cached.
 B entries of a batch, Q query.
 """
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from influence_cli.methods.ranked import NewRanking
 from influence_cli.methods.replayed import Replayed
 from influence_cli.methods.segments import plan
 from influence_cli.run import Checkpoint
-from influence_cli.run.replay import Moments
+from influence_cli.run.replay import Moments, Replay
 from influence_cli.talk import Advance
 
 
@@ -43,6 +45,66 @@ def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, Trace
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
     going = Unroll(gradients, question)
     yield from over_time.trace(question, going.plan, going.passes)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one question, measured on one of its steps. `step`: seconds of the plain training step, `back`: of the same step back, with the
+    queries of one pass; `held`: bytes that are carried."""
+
+    steps: int
+    passes: int
+    step: float
+    back: float
+    replay: bool
+    held: int
+
+    @property
+    def runs(self) -> float:
+        """In trainings of these steps."""
+        return self.passes * (self.back / self.step + self.replay)
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.step * self.runs
+
+
+def cost(gradients: Gradients, question: Question) -> Cost:
+    """What `score` would take, from a few runs of the step in the middle at the first checkpoint."""
+    going = Unroll(gradients, question)
+    plan, columns = going.plan, list(going.plan.columns)
+    gradients.load(plan.segments[0].checkpoint)
+    gradients.sizes("train", columns)
+    number = plan.steps[len(plan.steps) // 2]
+    examples, weights = plan.trajectory.lines[number].examples, torch.from_numpy(plan.trajectory.weights(number))
+    wide = torch.float64 if gradients.settings.store == torch.float64 else torch.float32
+    weights = weights.to(gradients.device, wide)
+    most = carried.queries_of_a_pass(plan, question)
+    width = 1 if question.sum_queries else min(most, len(question.queries))
+    u = {name: torch.randn(width, column.numel, dtype=wide, device=gradients.device) for name, column in plan.columns.items()}
+    replay = Replay(gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size)
+
+    def timed(work: Callable[[], object]) -> float:
+        work()
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    def back() -> None:
+        parts = gradients.curvature(columns, examples, weights, going.gauss_newton, width)
+        Exactly(parts, wide, question.by == "layer").through(u, dict.fromkeys(u, 1.0))
+
+    return Cost(
+        len(plan.steps),
+        1 if question.sum_queries else -(-len(question.queries) // most),
+        timed(lambda: replay.gradient(number)),
+        timed(back),
+        going.options.replay,
+        3 * width * carried.numbers(plan) * wide.itemsize,
+    )
 
 
 class Exactly:

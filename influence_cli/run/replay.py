@@ -145,6 +145,14 @@ class Replay:
             if each is not None:
                 each(1)
 
+    def gradient(self, step: int) -> list[Tensor]:
+        """That of a step's loss with the parameters that the model has, in the order of `names`; zeros where it is not reached."""
+        self._gradient(step, self.trajectory.lines[step].examples, self.trajectory.weights(step))
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        return found
+
     def state(self) -> State:
         """A copy of where the replay stands."""
         return State(self.step, self._copy(), tuple(tuple(map(copied, states(optimizer))) for optimizer in self._optimizers.values()))
