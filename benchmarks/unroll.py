@@ -38,9 +38,8 @@ def main() -> None:
             batches = trajectory(run, len(work.xtr), steps, batch)
             if flags.curvature == "gauss-newton":
                 with (run / "definition.py").open("a") as file:
-                    file.write(
-                        "\ndef outputs(model, batch): return model(batch[0])\ndef loss_from_outputs(o, batch): return W.loss_each(o, batch[1])\n"
-                    )
+                    file.write("\ndef outputs(model, batch): return model(batch[0])\n")
+                    file.write("def loss_from_outputs(outputs, batch): return W.loss_each(outputs, batch[1])\n")
             live = opened(run, str(run / ".influence"))
             values = METHODS["unroll"].options(curvature=flags.curvature, replay=flags.replay)
             weights = tuple(weigh(live.checkpoints, None, "none"))

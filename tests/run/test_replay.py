@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from influence_cli import TrajectoryRecorder
 from influence_cli.errors import TrajectoryError
 from influence_cli.run import open_run
 from influence_cli.run.replay import Drop, Replay
 from tests.refusals import replaced
-from tests.training import train
+from tests.training import definition_of, train
 
 GROUPS = ({"params": ["0.weight", "0.bias"], "lr": 0.5}, {"params": ["2.weight", "2.bias"], "weight_decay": 0.1})
 TRAININGS = {
@@ -88,3 +89,53 @@ def test_what_cannot_be_run_again_is_refused_by_name(tmp_path):
         path.write_text(replaced(text, (old, new)))
         with pytest.raises(TrajectoryError, match=says):
             opened(folder)
+
+
+FLOAT32 = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+def model():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(144, 5))
+
+def train_data():
+    generator = torch.Generator().manual_seed(0)
+    return torch.utils.data.TensorDataset(torch.randn(40, 1, 8, 8, generator=generator), torch.randint(0, 5, (40,), generator=generator))
+
+query_data = train_data
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+"""
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_on_one_thread_a_replay_is_the_training_bit_by_bit(kind, tmp_path):
+    """A loop as users write it: float32, the mean loss of a batch of 12, recorded by the recorder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "definition.py").write_text(FLOAT32)
+    space = definition_of(tmp_path / "run")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        torch.manual_seed(0)
+        model, data = space["model"](), space["train_data"]()
+        options = {"SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, "AdamW": {"lr": 0.01}}[kind]
+        optimizer = getattr(torch.optim, kind)(model.parameters(), **options)
+        with TrajectoryRecorder(tmp_path / "run", model, optimizer, checkpoint_every=10, reduction="mean", save_optimizer=True) as recorder:
+            for _ in range(20):
+                indices = torch.randperm(40)[:12]
+                images, labels = data[indices]
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(images), labels).backward()
+                recorder.step(indices)
+                optimizer.step()
+        run = open_run(tmp_path / "run")
+        replay = Replay(run, run.train.batch)
+        for first, then in ((0, 1), (1, 2)):
+            replay.begin(run.checkpoints[first])
+            replay.advance(run.checkpoints[then].step)
+            assert replay.apart(run.checkpoints[then]) == 0
+    finally:
+        torch.set_num_threads(threads)
