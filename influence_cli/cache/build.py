@@ -1,10 +1,8 @@
 """What is missing is captured and stored; what is there is read. The order of work, cut into units that follow from the request alone."""
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,6 @@ from influence_cli.cache.store import UNIT_EXAMPLES, Held, Level, Rows, Store, U
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.curvature import Curvature, Functions
-from influence_cli.gradients.curvature import verify as verify_curvature
 from influence_cli.gradients.filling import Filling
 from influence_cli.gradients.rows import Postings
 from influence_cli.gradients.rows import Rows as ByExample
@@ -32,8 +28,6 @@ from influence_cli.run.definition import failure
 from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
-DIRECTION_BYTES = 256 << 20  # working memory of directions that are taken through a batch's curvature at once
-OUTPUTS = ("outputs", "loss_from_outputs")
 Wanted = tuple[Checkpoint, Ids]
 AnyCapture = Capture | WordCapture
 
@@ -255,23 +249,13 @@ class Gradients:
         level: Level = "values",
         advance: Advance = lambda examples, where="": None,
         where: str = "",
+        here: bool = False,
     ) -> Rows:
-        """Take the gradients of these examples now, batch by batch, into one buffer per column. On a device that runs out of memory the
-        batch is halved, recorded, and the examples are taken again."""
-        self.load(checkpoint)
-        return self.capture_here(split, checkpoint, columns, ids, level, advance, where)
+        """Take the gradients of these examples now, batch by batch, into one buffer per column. `here`: with the parameters the model has.
 
-    def capture_here(
-        self,
-        split: str,
-        checkpoint: Checkpoint,
-        columns: Sequence[str],
-        ids: np.ndarray,
-        level: Level = "values",
-        advance: Advance = lambda examples, where="": None,
-        where: str = "",
-    ) -> Rows:
-        """The same with the parameters that the model has; `checkpoint` is what errors name."""
+        On a device that runs out of memory the batch is halved, recorded, and the examples are taken again."""
+        if not here:
+            self.load(checkpoint)
         while True:
             done = 0
 
@@ -307,7 +291,7 @@ class Gradients:
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
-                raise self._explained(split, error, len(chosen)) from error
+                raise self.explained(split, error, len(chosen)) from error
             norms = {name: value.cpu() for name, value in captured.sqnorms.items()}
             losses.append(captured.losses.cpu())
             self._check_finite(checkpoint, split, chosen, losses[-1], norms)
@@ -328,58 +312,19 @@ class Gradients:
             },
         )
 
-    def curvature(
-        self, columns: Sequence[str], ids: np.ndarray, weights: torch.Tensor, gauss_newton: bool, directions: int
-    ) -> list[Callable[[], Curvature]]:
-        """What makes the exact curvature of a training batch's loss with the parameters that the model has, part by part of the batch."""
-        size, each = self.batch_size("train", columns), self.sizes("train", columns).batches[key_of(columns)][1]
-        most = max(1, min(directions, DIRECTION_BYTES // max(1, each * min(size, len(ids)))))
-        functions = self._functions(gauss_newton)
-
-        def make(some: slice) -> Curvature:
-            batch, _ = self.batch("train", ids[some])
-            try:
-                return Curvature(self.run.model, columns, functions, batch, weights[some], most)
-            except InfluenceError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise self._explained("train", error, len(ids[some])) from error
-
-        return [partial(make, slice(first, first + size)) for first in range(0, max(1, len(ids)), size)]
-
-    def _functions(self, gauss_newton: bool) -> Functions:
-        raw = self.run.definition.raw
-        return Functions(raw("loss"), *(raw(name) for name in (OUTPUTS if gauss_newton else ())))
-
-    def check_curvature(self, columns: Sequence[str], gauss_newton: bool) -> None:
-        """Compare the curvature of a few training examples with differences of gradients, on a copy of the model in float64.
-
-        Raises GradientError where they differ; a note where the model does not run in float64.
-        """
-        ids = np.arange(min(4, len(self.run.train)))
-        try:
-            model = copy.deepcopy(self.run.model).double()
-            batch = to(self.run.train.batch(ids), self.device, torch.float64)
-            verify_curvature(model, columns, self._functions(gauss_newton), batch, len(ids))
-        except GradientError:
-            raise
-        except Exception as error:  # whatever a model does that float64 or a copy can't; the work itself is another matter
-            what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-            self.talk.note(f"the curvature was not compared with differences of gradients, which takes a copy in float64 ({what})")
-
-    def batch(self, split: str, ids: np.ndarray) -> tuple[Any, Callable[[int], Any]]:
-        """A batch on the device, and a function that gives its examples as batches of one."""
+    def batch(self, split: str, ids: np.ndarray, cast: torch.dtype | None = None) -> tuple[Any, Callable[[int], Any]]:
+        """A batch on the device, and a function that gives its examples as batches of one. `cast`: in place of the run's precision."""
         examples = self.run.examples(split)
 
         def single(i: int) -> Any:
-            return self._to_device(examples.batch(ids[i : i + 1]))
+            return to(examples.batch(ids[i : i + 1]), self.device, cast or self._cast)
 
         try:
-            return self._to_device(examples.batch(ids)), single
+            return to(examples.batch(ids), self.device, cast or self._cast), single
         except InfluenceError:
             raise
         except (Exception, SystemExit) as error:
-            raise self._explained(split, error, len(ids)) from error
+            raise self.explained(split, error, len(ids)) from error
 
     def load(self, checkpoint: Checkpoint) -> None:
         if self._loaded != checkpoint:
@@ -416,14 +361,12 @@ class Gradients:
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
-                raise self._explained(split, error, len(first)) from error
+                raise self.explained(split, error, len(first)) from error
             self._captures[key] = capture
         return self._captures[key]
 
-    def _to_device(self, batch: Any) -> Any:
-        return to(batch, self.device, self._cast)
-
-    def _explained(self, split: str, error: Exception | SystemExit, size: int) -> InfluenceError:
+    def explained(self, split: str, error: Exception | SystemExit, size: int) -> InfluenceError:
+        """What an exception of the user's quantity becomes, in a batch of so many examples."""
         text = str(error)
         if is_out_of_memory(error):
             return GradientError(

@@ -97,7 +97,7 @@ class Dve:
         for number, checkpoint, moments in replayed.back(stop):
             ids = np.unique(self.plan.trajectory.lines[number].examples)
             if len(ids) or moments:
-                rows = fisher.held(self.gradients.capture_here("train", checkpoint, list(self.plan.columns), ids))
+                rows = fisher.held(self.gradients.capture("train", checkpoint, list(self.plan.columns), ids, here=True))
                 yield fisher.step(number, checkpoint, rows, self.plan.updates(number, moments))
         self.gradients.talk.note(replayed.note())
 

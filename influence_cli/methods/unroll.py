@@ -9,20 +9,23 @@ example is formed, nothing but the queries' is cached.
 B entries of a batch, Q query.
 """
 
+import copy
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import OUTPUTS, Gradients
+from influence_cli.cache.build import Gradients
 from influence_cli.cache.cutting import Ids
+from influence_cli.cache.sizes import key_of
 from influence_cli.cache.store import Rows
-from influence_cli.errors import DefinitionError
-from influence_cli.gradients.curvature import Curvature
+from influence_cli.errors import DefinitionError, GradientError, InfluenceError
+from influence_cli.gradients.curvature import Curvature, Functions, verify
 from influence_cli.methods import Answer, Question, ValueOptions, carried, over_time
 from influence_cli.methods.adjoint import AnyUpdate, Pull
 from influence_cli.methods.backward import Taken
@@ -33,6 +36,9 @@ from influence_cli.methods.segments import plan
 from influence_cli.run import Checkpoint
 from influence_cli.run.replay import Moments, Replay
 from influence_cli.talk import Advance
+
+DIRECTION_BYTES = 256 << 20  # working memory of queries that are taken through a batch's curvature at once
+OUTPUTS = ("outputs", "loss_from_outputs")
 
 
 def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
@@ -94,7 +100,7 @@ def cost(gradients: Gradients, question: Question) -> Cost:
         return min(times)
 
     def back() -> None:
-        parts = gradients.curvature(columns, examples, weights, going.gauss_newton, width)
+        parts = going.curvature(examples, weights, width)
         Exactly(parts, wide, question.by == "layer").through(u, dict.fromkeys(u, 1.0))
 
     return Cost(
@@ -153,14 +159,14 @@ class Unroll:
         """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags), DefinitionError (functions that lack)."""
         self.gradients, self.question = gradients, question
         self.options = question.values or ValueOptions("hessian")
-        self.gauss_newton = self.options.curvature == "gauss-newton"
-        definition = gradients.run.definition
-        if self.gauss_newton and (lacking := [name for name in OUTPUTS if not definition.has(name)]):
+        definition, needed = gradients.run.definition, OUTPUTS if self.options.curvature == "gauss-newton" else ()
+        if lacking := [name for name in needed if not definition.has(name)]:
             raise DefinitionError(
                 f"{definition.path.name} lacks {' and '.join(f'{name}()' for name in lacking)}",
                 "--curvature gauss-newton takes the loss in two parts: outputs(model, batch) and loss_from_outputs(outputs, batch)",
                 "--curvature hessian needs loss() only",
             )
+        self.functions = Functions(*map(definition.raw, ("loss", *needed)))
         self.plan = plan(gradients.run, question.checkpoints, question.columns, self.options.at, self.options.replay, "unroll")
 
     def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
@@ -169,7 +175,7 @@ class Unroll:
 
     def work(self, folder: Path) -> carried.Work:
         self.gradients.load(self.plan.segments[0].checkpoint)
-        self.gradients.check_curvature(list(self.plan.columns), self.gauss_newton)
+        self.check()
         self.gradients.sizes("train", list(self.plan.columns))  # probed before the model is moved
         return self.carry
 
@@ -184,9 +190,42 @@ class Unroll:
             if not len(order) and moments is None:
                 continue
             weights = torch.from_numpy(self.plan.trajectory.weights(number)[order]).to(self.gradients.device, wide)
-            parts = self.gradients.curvature(list(self.plan.columns), line.examples[order], weights, self.gauss_newton, width)
+            parts = self.curvature(line.examples[order], weights, width)
             updates: dict[str, AnyUpdate] = self.plan.updates(number, moments)
             yield Taken(number, checkpoint, line.examples[order], weights, Exactly(parts, wide, apart), updates)
+
+    def curvature(self, ids: np.ndarray, weights: Tensor, width: int) -> list[Callable[[], Curvature]]:
+        """What makes the curvature of a batch's loss with the parameters that the model has, part by part of the batch."""
+        gradients, columns = self.gradients, list(self.plan.columns)
+        size, each = gradients.batch_size("train", columns), gradients.sizes("train", columns).batches[key_of(columns)][1]
+        most = max(1, min(width, DIRECTION_BYTES // max(1, each * min(size, len(ids)))))
+
+        def make(some: slice) -> Curvature:
+            batch, _ = gradients.batch("train", ids[some])
+            try:
+                return Curvature(gradients.run.model, columns, self.functions, batch, weights[some], most)
+            except InfluenceError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise gradients.explained("train", error, len(ids[some])) from error
+
+        return [partial(make, slice(first, first + size)) for first in range(0, max(1, len(ids)), size)]
+
+    def check(self) -> None:
+        """Compare the curvature of a few training examples with differences of gradients, on a copy of the model in float64.
+
+        Raises GradientError where they differ; a note where the model does not run in float64.
+        """
+        ids = np.arange(min(4, len(self.gradients.run.train)))
+        try:
+            model = copy.deepcopy(self.gradients.run.model).double()
+            batch, _ = self.gradients.batch("train", ids, torch.float64)
+            verify(model, list(self.plan.columns), self.functions, batch, len(ids))
+        except GradientError:
+            raise
+        except Exception as error:  # whatever a model does that float64 or a copy can't; the work itself is another matter
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            self.gradients.talk.note(f"curvature was not compared with differences of gradients, which takes a copy in float64 ({what})")
 
     def places(self, stop: int) -> Iterator[tuple[int, Checkpoint, dict[str, Moments] | None]]:
         """The steps below `stop`, last first; the model stands where the gradients of each are taken."""
