@@ -1,7 +1,7 @@
 """Scores of single occurrences against really training again without them: `influence evaluate RUN tsloo` on runs trained here.
 
 python benchmarks/tsloo.py [digits faster fast relu momentum momentum-fast adamw gpt gpt-adamw] [--removals 150] [--queries 100]
-    [--text FILE] [--dattri PYTHON] [--rates]
+    [--text FILE] [--dattri PYTHON] [--rates] [--only "replay from 5"]
 
 digits: scikit-learn's digits (of sample_runs/digits, true labels), 64-32-10 GELU network, 60 steps of plain SGD on 32 images, rate 0.1,
 float64; faster and fast: at 0.2 and 0.5; relu: with ReLU, whose kinks no first-order method sees; momentum: 0.9, at 0.01 and at 0.05;
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--text")
     parser.add_argument("--dattri")
+    parser.add_argument("--only", help="one row of the checkpoints: 'every 6', 'replay from 5'")
     parser.add_argument("--rates", action="store_true", help="what each rate ends with, and no more")
     flags = parser.parse_args()
     print(machine())
@@ -256,6 +257,8 @@ def main() -> None:
             run = Path(place) / "run"
             loss, _ = trained(name, run, data)
             for label, given in settings(name):
+                if flags.only and flags.only != label:
+                    continue
                 started = time.perf_counter()
                 found = evaluated(run, flags.removals, flags.queries, *given)
                 seconds = time.perf_counter() - started

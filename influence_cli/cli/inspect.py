@@ -46,6 +46,8 @@ def inspect(
     opened = open_shared(shared, trajectory, create=False)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     weights = checkpoint_rows(opened, lr, lr_weights)
+    if method == "unroll":  # which takes no gradients of training examples
+        del ids["train"]
     lacking = {split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted) for split, wanted in ids.items()}
     measured = measure(opened, needs(opened, lacking)[0])
     cells = gradient_rows(opened, ids, lacking)
@@ -94,7 +96,7 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
         total, missing = len(wanted) * len(opened.checkpoints), lacking[split]
         stored, _ = opened.gradients.needs(split, list(opened.columns), missing)
         rows.append((split, f"{len(wanted):,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored)))
-    return rows + dve_rows(opened)
+    return rows + (dve_rows(opened) if "train" in ids else [])
 
 
 def dve_rows(opened: "Opened") -> list[Row]:
@@ -158,7 +160,7 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
     if measured.disk:  # a unit is written while the next is computed; the last has nothing to hide behind
         last = gradients.needs("train", columns, 1)[0] * gradients.unit_size("train", columns, "values")
         seconds = max(seconds + stored * measured.beside, stored / measured.disk) + min(stored, last) / measured.disk
-    units = gradients.needs("train", columns, lacking["train"])[1] - gradients.needs("train", columns, 0)[1]
+    units = gradients.needs("train", columns, lacking.get("train", 0))[1] - gradients.needs("train", columns, 0)[1]
     batch, unit = gradients.batch_size("train", columns), gradients.unit_size("train", columns, "values")
     return [
         ("cache", place),

@@ -10,6 +10,7 @@ import numpy as np
 
 from influence_cli.cli.options import Values, Words
 from influence_cli.errors import UsageProblem, listed
+from influence_cli.methods import METHODS
 
 EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
 
@@ -104,8 +105,9 @@ def check_values(method: str, curvatures: Sequence[str], values: Values, normali
         raise UsageProblem(f"{given}: --method {method} does not go by the order of training", "--method dve and unroll do")
     if curvatures and normalize:
         raise UsageProblem(f"--normalize: scores of {method} are changes of a loss, not products that could be cosines", "leave it out")
-    if values.curvature is not None:
-        one_of("--curvature", values.curvature, curvatures)
+    if values.curvature is not None and values.curvature not in curvatures:
+        known = "; ".join(f"{name}: {', '.join(other.curvatures)}" for name, other in METHODS.items() if other.curvatures)
+        raise UsageProblem(f"--curvature {values.curvature} with --method {method}", f"expected: {known}")
     embedding = values.form is not None or values.embeddings is not None
     if embedding and method != "dve":
         raise UsageProblem(f"--form, --embeddings: {method} has no embedding form, the model is asked itself", "--method dve has")

@@ -15,6 +15,7 @@ from influence_cli.run.optimizers import unknown_state
 from influence_cli.run.replay import Moments, Replay, State
 
 STATE_BYTES = 1 << 30
+ODD = 1e-3  # more than rounding does, as a rule
 FAR = 0.1  # a replay that ends so far from the saved checkpoint, of the way that training went, is another training
 
 
@@ -86,8 +87,9 @@ class Replayed:
             raise TrajectoryError(
                 f"run again, training does not come to {checkpoint.name}: it ends {apart:.2g} of the way there apart from it",
                 "a replay runs in eval mode, on the batches and step sizes of the trajectory; training may have differed by",
-                "dropout, BatchNorm's batch statistics, data augmentation, another precision, or steps that were not recorded as they were",
-                "without --replay each segment has the gradients of the checkpoint before it",
+                "dropout, BatchNorm's batch statistics, data augmentation, another precision, the state in optimizer/, or steps that were not",
+                "recorded as they were",
+                *([] if self.plan.adam else ["without --replay each segment has the gradients of the checkpoint before it"]),
             )
         return apart
 
@@ -105,5 +107,9 @@ class Replayed:
     def note(self) -> str:
         """How well training that was run again agrees with the saved checkpoints."""
         worst = max(self.apart, key=lambda step: self.apart[step])
-        off = f"at most {self.apart[worst]:.2g} of the way apart from them (step {worst:,})"
-        return f"replay: run again, training came to {len(self.apart)} saved checkpoints, {off}"
+        off = self.apart[worst]
+        many = f"{len(self.apart)} saved checkpoint{'s' * (len(self.apart) != 1)}"
+        if not off:
+            return f"replay: training that was run again came to {many} bit by bit"
+        said = f"replay: training that was run again came to {many}, each within {off:.2g} of the way since the one before (step {worst:,})"
+        return said if off < ODD else f"{said}; more than rounding: it may not be the training that was recorded"

@@ -172,7 +172,7 @@ def check_optimizer(trajectory: Trajectory, replay: bool, method: str) -> None:
         for name in ("dampening", "maximize", "amsgrad"):
             if group.options.get(name):
                 what = f"{trajectory.optimizer} with {name} = {group.options[name]!r} has no adjoint here"
-                raise TrajectoryError(f"{trajectory.path.name}: {what}")
+                raise TrajectoryError(f"{trajectory.path.name}: {what}", "--method tracin reads gradients alone")
         for name in ("momentum", "weight_decay"):
             value = group.options.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):

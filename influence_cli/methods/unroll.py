@@ -174,6 +174,11 @@ class Unroll:
         return carried.passes(self.gradients, self.question, self.plan, new, self.work)
 
     def work(self, folder: Path) -> carried.Work:
+        longest = max(segment.stop - segment.first for segment in self.plan.segments)
+        if not self.options.replay and longest > 1:
+            self.gradients.talk.note(
+                f"up to {longest:,} steps have the gradients and curvature of the checkpoint before them; --replay takes each where it was"
+            )
         self.gradients.load(self.plan.segments[0].checkpoint)
         self.check()
         self.gradients.sizes("train", list(self.plan.columns))  # probed before the model is moved

@@ -64,7 +64,7 @@ def build(kind: type[Optimizer], parameters: list[nn.Parameter], trajectory: Tra
     options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         return kind(parameters, lr=0.0, **options)  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise TrajectoryError(
             f"{trajectory.path.name}: torch's {kind.__name__} refuses these options: {error}", f"group {number}: {options}"
         ) from error

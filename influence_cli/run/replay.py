@@ -106,6 +106,13 @@ class Replay:
             saved = read_state(path, self.trajectory.optimizer or "")
             if unknown := saved.keys() - set(self.names):
                 raise TrajectoryError(f"{path} is of another model: it has the state of {listed(sorted(unknown))}")
+            for name, state in saved.items():
+                for key, value in state.items():
+                    good = not isinstance(value, Tensor) or bool(
+                        torch.isfinite(value).all() and (key != "exp_avg_sq" or (value >= 0).all())
+                    )
+                    if not good:
+                        raise TrajectoryError(f"optimizer/{path.name}: {key} of {name} is not finite, or a square below 0")
             owners = (optimizer for optimizer in self._optimizers.values() for _ in optimizer.param_groups[0]["params"])
             for optimizer, name, parameter in zip(owners, self.names, self._parameters, strict=True):
                 if name in saved:

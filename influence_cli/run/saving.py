@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from influence_cli.errors import TrajectoryError, listed
+from influence_cli.errors import CheckpointError, TrajectoryError, listed
 from influence_cli.run import checkpoints
 from influence_cli.run.checkpoints import DTYPES, Checkpoint
 
@@ -109,9 +109,12 @@ def state_file(folder: Path, step: int) -> Path:
 
 def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
     """Per parameter its state, by torch's names of it. Raises TrajectoryError where the file is of another optimizer."""
-    about = checkpoints.headers((path,)).metadata
+    try:
+        about = checkpoints.headers((path,)).metadata
+    except CheckpointError as error:
+        raise TrajectoryError(f"optimizer/{path.name} can't be read: {error.headline}", *error.details) from error
     if about.get("optimizer") != optimizer:
-        raise TrajectoryError(f"{path} is of another optimizer: {about.get('optimizer')}", f"expected: {optimizer}")
+        raise TrajectoryError(f"{path} is of another optimizer: {about.get('optimizer', 'it names none')}", f"expected: {optimizer}")
     numbers, found = json.loads(about["numbers"]), dict[str, dict[str, Any]]()
     for label, value in load_file(path).items():
         key, _, name = label.partition("/")

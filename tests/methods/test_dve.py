@@ -330,7 +330,7 @@ BAD_FLAGS = {
     "--at 0": ("from before the first step",),
     "--normalize": ("--normalize: scores of dve are changes of a loss",),
     "--lr 1": ("--method dve has no learning-rate weights",),
-    "--curvature hessian": ("--curvature hessian: unknown", "fisher, none"),
+    "--curvature hessian": ("--curvature hessian with --method dve", "fisher, none"),
     "--form both": ("--form both: unknown", "query, embedding"),
     "--form query --embeddings DIR": ("--form query keeps no embeddings",),
     "--form embedding --by layer": ("--by layer: embeddings are sums over the layers",),

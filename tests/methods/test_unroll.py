@@ -9,6 +9,8 @@ from collections import defaultdict
 
 import pytest
 import torch
+from safetensors.torch import load as load_file_of
+from safetensors.torch import save_file
 
 from influence_cli.methods import carried, replayed
 from tests.refusals import refused
@@ -106,7 +108,7 @@ def test_a_replay_from_few_checkpoints_is_that_from_all(name, method, tmp_path, 
         monkeypatch.setattr(replayed, "STATE_BYTES", room)
         result = influence("score", few, *flags, "--cache", "none")
         found = of_steps(result)
-        assert "training came to 3 saved checkpoints" in result.err
+        assert "training that was run again came to 3 saved checkpoints" in result.err
         largest = max(float(values.abs().max()) for values in wanted.values())
         assert max(float((wanted[key] - found[key]).abs().max()) for key in wanted) < 1e-10 * largest
 
@@ -207,7 +209,7 @@ def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, m
     [
         (("--form", "query"), "has no embedding form"),
         (("--embeddings", "there"), "has no embedding form"),
-        (("--curvature", "fisher"), "--curvature fisher: unknown"),
+        (("--curvature", "fisher"), "unroll: hessian, gauss-newton"),
         (("--normalize",), "could be cosines"),
     ],
 )
@@ -223,3 +225,27 @@ def test_trace_and_tsloo_take_it(tmp_path, influence):
     result = influence("evaluate", run, "tsloo", "--method", "unroll", "--replay", "--removals", "12", "--format", "csv")
     assert result.code == 0
     assert float(next(row for row in result.rows if row["query"] == "mean")["spearman"]) > 0.9
+
+
+def test_what_is_wrong_with_a_saved_optimizer_state_is_said(tmp_path, influence):
+    run = train(tmp_path / "run", kind=ADAM, rate=0.05, every=4, states=True)
+    path = run / "optimizer" / "step-000004.safetensors"
+    whole = path.read_bytes()
+    flags = ("--replay", "--steps", "4:")
+    path.write_bytes(whole[:200])
+    refused(unroll(influence, run, *flags), 1, "optimizer/step-000004.safetensors can't be read")
+    state = load_file_of(whole)
+    save_file(state | {"exp_avg_sq/0.bias": -state["exp_avg_sq/0.bias"] - 1}, str(path), {"optimizer": "adam", "numbers": "[]"})
+    refused(unroll(influence, run, *flags), 1, "exp_avg_sq of 0.bias is not finite, or a square below 0")
+    save_file(state, str(path), {"optimizer": "sgd", "numbers": "[]"})
+    refused(unroll(influence, run, *flags), 1, "is of another optimizer: sgd")
+
+
+def test_inspect_says_what_it_costs_in_trainings_and_no_gradients_of_training_examples(tmp_path, influence):
+    run = train(tmp_path / "run", kind=ADAMW, rate=0.05, every=4)
+    result = influence("inspect", run, "--method", "unroll", "--replay", "--lr", "1")
+    assert result.code == 0
+    assert "trainings of its 12 steps for 5 queries, 1 of them to run the steps again" in result.out
+    assert "both its moments" not in result.err
+    assert "  train" not in result.out.split("gradients")[1].split("setting")[0]
+    assert "up to 4 steps" in unroll(influence, train(tmp_path / "sgd", every=4)).err
