@@ -87,8 +87,8 @@ class Replayed:
             raise TrajectoryError(
                 f"run again, training does not come to {checkpoint.name}: it ends {apart:.2g} of the way there apart from it",
                 "a replay runs in eval mode, on the batches and step sizes of the trajectory; training may have differed by",
-                "dropout, BatchNorm's batch statistics, data augmentation, another precision, the state in optimizer/, or steps that were not",
-                "recorded as they were",
+                "dropout, BatchNorm's batch statistics, data augmentation, another precision, the state in optimizer/,",
+                "or steps that were not recorded as they were",
                 *([] if self.plan.adam else ["without --replay each segment has the gradients of the checkpoint before it"]),
             )
         return apart
