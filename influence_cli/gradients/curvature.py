@@ -36,13 +36,17 @@ class Functions:
 
 
 class Curvature:
-    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in one pass, by vmap.
+    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in one pass, by vmap; `alone` hears why not,
+    where a layer can't be batched so, and directions go one by one.
 
     Raises GradientError: a layer whose backward can't be differentiated; a loss that is not one number per example.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, weights: Tensor, most: int = 1) -> None:
-        self.model, self.most = model, most
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, weights: Tensor, most: int = 1,
+        alone: Callable[[str], None] = lambda why: None,
+    ) -> None:  # fmt: skip
+        self.model, self.most, self._alone = model, most, alone
         theta = [model.get_parameter(name) for name in names]
         with twice_differentiable(model, names), PlainWeightNorm():
             self._way: _Hessian | _GaussNewton = (
@@ -71,7 +75,8 @@ class Curvature:
             except RuntimeError as error:
                 if self.most == 1 or is_out_of_memory(error):
                     raise explained(error) from error
-                self.most = 1  # a layer that vmap can't batch: one direction at a time gives the same
+                self.most = 1
+                self._alone(" ".join(str(error).split())[:100])
                 return self.through(u, apart)
             products.append(found)
             pulls.append(pull)

@@ -50,7 +50,8 @@ class Replayed:
 
     def _states(self, first: State, stop: int) -> Iterator[State]:
         """Before each step from `first` on, the last first."""
-        room = max(2, STATE_BYTES // max(1, first.nbytes))
+        each = sum(value.nbytes for value in first.parameters) * (1 + bool(self.plan.with_momentum) + self.plan.adam)
+        room = max(2, STATE_BYTES // max(1, each))
         count = stop - first.step
         stride = -(-count // room)
         kept = []

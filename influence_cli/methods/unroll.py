@@ -167,6 +167,7 @@ class Unroll:
                 "--curvature hessian needs loss() only",
             )
         self.functions = Functions(*map(definition.raw, ("loss", *needed)))
+        self.together = True  # queries go through a step's curvature together, where that is small
         self.plan = plan(gradients.run, question.checkpoints, question.columns, self.options.at, self.options.replay, "unroll")
 
     def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
@@ -203,18 +204,22 @@ class Unroll:
         """What makes the curvature of a batch's loss with the parameters that the model has, part by part of the batch."""
         gradients, columns = self.gradients, list(self.plan.columns)
         size, each = gradients.batch_size("train", columns), gradients.sizes("train", columns).batches[key_of(columns)][1]
-        most = max(1, min(width, DIRECTION_BYTES // max(1, each * min(size, len(ids)))))
+        most = 1 if not self.together else max(1, min(width, DIRECTION_BYTES // max(1, each * min(size, len(ids)))))
 
         def make(some: slice) -> Curvature:
             batch, _ = gradients.batch("train", ids[some])
             try:
-                return Curvature(gradients.run.model, columns, self.functions, batch, weights[some], most)
+                return Curvature(gradients.run.model, columns, self.functions, batch, weights[some], most, self.alone)
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
                 raise gradients.explained("train", error, len(ids[some])) from error
 
         return [partial(make, slice(first, first + size)) for first in range(0, max(1, len(ids)), size)]
+
+    def alone(self, why: str) -> None:
+        self.together = False
+        self.gradients.talk.note(f"queries go back over steps one at a time, the same but slower: vmap can't batch this model ({why})")
 
     def check(self) -> None:
         """Compare the curvature of a few training examples with differences of gradients, on a copy of the model in float64.

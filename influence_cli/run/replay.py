@@ -48,11 +48,6 @@ class State:
     parameters: tuple[Tensor, ...]
     optimizers: tuple[tuple[dict[str, Any], ...], ...]
 
-    @property
-    def nbytes(self) -> int:
-        states = (value for group in self.optimizers for state in group for value in state.values() if isinstance(value, Tensor))
-        return sum(value.nbytes for value in (*self.parameters, *states))
-
 
 @dataclass(frozen=True)
 class Moments:
