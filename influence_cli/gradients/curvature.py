@@ -36,8 +36,8 @@ class Functions:
 
 
 class Curvature:
-    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in one pass, by vmap; `alone` hears why not,
-    where a layer can't be batched so, and directions go one by one.
+    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in one pass, by vmap; `alone` hears why
+    not, where a layer can't be batched so, and directions go one by one.
 
     Raises GradientError: a layer whose backward can't be differentiated; a loss that is not one number per example.
     """
