@@ -352,7 +352,7 @@ class Gradients:
                 capture: AnyCapture = WordCapture(self.run.model, quantity, words.name, words.module, name, self.talk.note)
             else:
                 embeddings = [column for column in columns if self.run.columns[column].embedding]
-                capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note)
+                capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note, self.settings.projection)
             first = range(min(2, len(examples)))
             examples.check_stable(range(min(4, len(examples))))
             batch, single = self.batch(split, np.array(first))

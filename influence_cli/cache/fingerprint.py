@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 from influence_cli.cache.files import read_json, write_json
-from influence_cli.cache.store import Rows
+from influence_cli.cache.store import STORE_EPS, Rows
 from influence_cli.errors import CacheError
 from influence_cli.gradients.joining import distance
+from influence_cli.gradients.projection import Projection
 from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.model import Column
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How gradients are taken and kept: the dtype they are computed in and the one they are stored in.
+    """How gradients are taken and kept: the dtype they are computed in, the one they are stored in, and their projection if any.
 
     `mixed`: the model has parameters of several dtypes and is used as it is; `precision` is then the widest.
     """
@@ -25,18 +27,24 @@ class Settings:
     precision: torch.dtype
     store: torch.dtype
     mixed: bool = False
+    projection: Projection | None = None
 
     @property
     def key(self) -> str:
         """The name of the folder of all units taken and kept so."""
         precision, store = (str(dtype).removeprefix("torch.") for dtype in (self.precision, self.store))
-        return f"{'mixed' if self.mixed else precision}-stored-{store}-exact"
+        kept = self.projection.key if self.projection else "exact"
+        return f"{'mixed' if self.mixed else precision}-stored-{store}-{kept}"
+
+    def width(self, column: Column) -> int:
+        """Numbers that are kept of one example's gradient, where it is kept dense."""
+        return self.projection.width(column.shape) if self.projection else column.numel
 
     @property
     def rounding(self) -> float:
         """How far two captures of one gradient may be apart, relative to the largest norm beside it."""
         eps = torch.finfo(self.precision).eps
-        return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * torch.finfo(self.store).eps)
+        return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * STORE_EPS[self.store])
 
 
 def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:

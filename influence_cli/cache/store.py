@@ -33,7 +33,10 @@ UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and wha
 UNIT_EXAMPLES = 4096
 DIRECT_FROM = 1 << 30  # bytes written in one go from which the page cache is left to others
 FEW, ROWWISE = 4, ("dense", "factors", "projected")  # less than a quarter of a unit's examples is read row by row, in forms that allow it
-SCALED = (torch.float16, torch.bfloat16)  # stored with a float32 scale per row, so that small gradients survive
+SCALED = (torch.float16, torch.bfloat16, torch.int8)  # stored with a float32 scale per row, so that small gradients survive
+STORE_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)} | {
+    torch.int8: 1 / 127
+}
 Level = str  # "values": gradients and norms; "norms": norms alone
 
 
@@ -320,7 +323,7 @@ def reading(path: Path) -> Iterator[TensorFile]:
 
 # ---------------------------------------------------------------- numbers
 def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tensor]:
-    """A tensor as it is stored; half precisions with a float32 scale per row (the row's largest magnitude)."""
+    """A tensor as it is stored; half precisions with a float32 scale per row (the row's largest magnitude), int8 with a 127th of it."""
     if not value.is_floating_point():
         return {name: value}
     store = store or value.dtype
@@ -328,8 +331,11 @@ def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tenso
         return {name: value.to(store)}
     rows = value.double().reshape(len(value), math.prod(value.shape[1:]))
     scale = rows.abs().amax(1) if rows.numel() else rows.new_ones(len(rows))
+    scale = scale / 127 if store == torch.int8 else scale
     scale = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale)).float()
-    return {name: (rows / scale[:, None]).to(store).reshape(value.shape), f"{name}.scale": scale}
+    rows = rows / scale[:, None]
+    rows = rows.round_().clamp_(-127, 127) if store == torch.int8 else rows
+    return {name: rows.to(store).reshape(value.shape), f"{name}.scale": scale}
 
 
 def unpack(value: Tensor, scale: Tensor | None) -> Tensor:

@@ -18,7 +18,6 @@ Methods = Annotated[
 Removals = Annotated[
     int, options.option("--removals", metavar="N", panel=options.NUMBERS, help="How many are left out, each in a training of its own.")
 ]
-Seed = Annotated[int, options.option("--seed", metavar="N", panel=options.NUMBERS, help="Which are left out: drawn at random, alike.")]
 
 
 @command("evaluate", example="influence evaluate my_run tsloo --method dve --method tracin --queries 0:50")
@@ -28,7 +27,6 @@ def evaluate(
     method: Methods = None,
     queries: options.Queries = None,
     removals: Removals = 100,
-    seed: Seed = 0,
     curvature: options.Curvature = None,
     replay: options.Replay = False,
     renormalize: options.Renormalize = False,
@@ -52,8 +50,8 @@ def evaluate(
     sink = tables.Sink.open(format, output)
     if removals < 2:
         raise UsageProblem(f"--removals {removals}", "expected: a number from 2; a correlation needs some")
-    if seed < 0:
-        raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
+    if shared.seed is not None and shared.seed < 0:
+        raise UsageProblem(f"--seed {shared.seed}", "expected: a number from 0")
     if (lr is not None or lr_weights is not None) and not any(asked.weighted for asked in methods.values()):
         raise UsageProblem(f"--method {', '.join(methods)} has no learning-rate weights", "leave out --lr and --lr-weights")
     known = {name for asked in methods.values() for name in asked.curvatures}
@@ -65,6 +63,7 @@ def evaluate(
         specs.one_of("--curvature", curvature, known)
     for name, asked in methods.items():
         specs.check_words(name, asked.words, options.Words(), shared.layers)
+        specs.check_projected(name, asked, shared.project)
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.evaluate import Asked
@@ -88,5 +87,5 @@ def evaluate(
         )
 
     questions = {name: question(asked) for name, asked in methods.items()}
-    work = Asked(questions, opened.checkpoints, query_ids, removals, seed, renormalize, opened.folder)
+    work = Asked(questions, opened.checkpoints, query_ids, removals, shared.seed or 0, renormalize, opened.folder)
     sink.write(chosen.run()(opened.gradients, work), chosen.columns)

@@ -43,6 +43,7 @@ def inspect(
     specs.check_stdin(queries, train)
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     specs.check_values(method, chosen.curvatures, options.Values(curvature=curvature, replay=replay), False)
+    specs.check_projected(method, chosen, shared.project)
     opened = open_shared(shared, trajectory, create=False)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     weights = checkpoint_rows(opened, lr, lr_weights)

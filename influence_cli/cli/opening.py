@@ -15,13 +15,14 @@ from influence_cli.cli import specs
 from influence_cli.cli.options import Shared
 from influence_cli.cli.talk import StderrTalk
 from influence_cli.errors import UsageProblem
+from influence_cli.gradients.projection import Projection
 from influence_cli.methods import Groups
 from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run
 from influence_cli.run.learning_rates import CHOICES, Weight, weigh
 from influence_cli.run.model import PRECISIONS, select
 from influence_cli.talk import Talk
 
-PRECISION_NAMES, STORE_NAMES = ("float32", "float64", "bfloat16"), ("float64", "float32", "float16", "bfloat16")
+PRECISION_NAMES, STORE_NAMES = ("float32", "float64", "bfloat16"), ("float64", "float32", "float16", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = Tr
     if flags.cache == "none" and flags.store is not None:
         raise UsageProblem("--cache none keeps nothing, --store says how to keep it", "give one of them")
     precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)] if flags.precision else None
-    store = PRECISIONS[specs.one_of("--store", flags.store, STORE_NAMES)] if flags.store else None
+    store = (PRECISIONS | {"int8": torch.int8})[specs.one_of("--store", flags.store, STORE_NAMES)] if flags.store else None
+    projection = specs.projection(flags.project, flags.projection, flags.seed)
     batch_size = specs.batch_size(flags.batch_size)
     device = find_device(flags.device)
     keep_freed_memory()
@@ -111,7 +113,7 @@ def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = Tr
     columns = select(run.columns, flags.layers)
     widest = max((column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize)
     mixed = precision is None and len({column.dtype for column in run.columns.values()}) > 1
-    settings = Settings(precision or widest, store or precision or widest, mixed)
+    settings = Settings(precision or widest, store or precision or widest, mixed, Projection(*projection) if projection else None)
     folder = None if flags.cache == "none" else Path(flags.cache) if flags.cache else run.folder / ".influence"
     opened = open_store(folder) if folder is not None and (create or folder.exists()) else None
     gradients = Gradients(run, settings, opened, device, batch_size, precision, talk)

@@ -101,7 +101,18 @@ Precision = Annotated[
 ]
 StoreAs = Annotated[
     str | None,
-    option("--store", panel=NUMBERS, metavar="DTYPE", help="float64, float32, float16 or bfloat16 on disk (default the precision)."),
+    option("--store", panel=NUMBERS, metavar="DTYPE", help="float64, float32, float16, bfloat16 or int8 on disk (default the precision)."),
+]
+Project = Annotated[
+    int | None, option("--project", panel=NUMBERS, metavar="K", help="Keep K numbers per parameter, in place of exact gradients.")
+]
+ProjectionKind = Annotated[
+    str | None,
+    option("--projection", panel=NUMBERS, metavar="KIND", help="tensor-sketch (default), sparse, khatri-rao or kronecker; with --project."),
+]
+ProjectionSeed = Annotated[
+    int | None,
+    option("--seed", panel=NUMBERS, metavar="N", help="Of what is drawn at random: projections, what evaluate leaves out (default 0)."),
 ]
 Top = Annotated[str, option("--top", panel=OUT, metavar="N|all", help="Rows of each kind and query.")]
 Traced = Annotated[
@@ -134,6 +145,9 @@ class Shared:
     layers: Layers = None
     precision: Precision = None
     store: StoreAs = None
+    project: Project = None
+    projection: ProjectionKind = None
+    seed: ProjectionSeed = None
     device: Device = "auto"
     batch_size: BatchSize = "auto"
     definition: Definition = None

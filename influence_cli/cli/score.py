@@ -42,6 +42,7 @@ def score(
 
     specs.check_words(method, chosen.words, words, shared.layers)
     specs.check_values(method, chosen.curvatures, values, normalize)
+    specs.check_projected(method, chosen, shared.project)
     if by == "word" and group_by:
         raise UsageProblem("--by word splits pairs of texts, --group-by sums over them", "give one of them")
 

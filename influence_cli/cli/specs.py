@@ -1,6 +1,7 @@
 """What flags say, read into values: example ids, tops, group names. A problem names the flag."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from influence_cli.cli.options import Values, Words
 from influence_cli.errors import UsageProblem, listed
-from influence_cli.methods import METHODS
+from influence_cli.methods import METHODS, Method
 
 EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
 
@@ -97,6 +98,32 @@ def check_words(method: str, reads_words: bool, words: Words, layers: list[str] 
     for flag, value in (("--top-words", words.top_words), ("--synonyms", words.synonyms)):
         if value is not None and value < 1:
             raise UsageProblem(f"{flag} {value}", "expected: a number from 1")
+
+
+def projection(numbers: int | None, kind: str | None, seed: int | None) -> tuple[str, int, int] | None:
+    """`--project`, `--projection`, `--seed` as kind, numbers and seed; None: exact gradients."""
+    chosen = one_of("--projection", kind or "tensor-sketch", ("tensor-sketch", "sparse", "khatri-rao", "kronecker"))
+    if numbers is None:
+        if kind is not None:
+            raise UsageProblem(f"--projection {kind} without --project", "--project K says how many numbers a parameter keeps")
+        return None
+    if numbers < 1:
+        raise UsageProblem(f"--project {numbers}", "expected: a number from 1; without --project gradients are exact")
+    if chosen == "kronecker" and math.isqrt(numbers) ** 2 != numbers:
+        near = math.isqrt(numbers)
+        raise UsageProblem(
+            f"--project {numbers} with --projection kronecker", f"expected: a square, such as {near**2} or {(near + 1) ** 2}"
+        )
+    if seed is not None and seed < 0:
+        raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
+    return chosen, numbers, seed or 0
+
+
+def check_projected(name: str, method: Method, numbers: int | None) -> None:
+    """Methods that read what a projection does not keep."""
+    if numbers is not None and (method.words or method.module == "unroll"):
+        why = "reads the rows of single words" if method.words else "asks the model itself, and keeps no gradients of training examples"
+        raise UsageProblem(f"--project with --method {name}, which {why}", "leave out --project")
 
 
 def check_values(method: str, curvatures: Sequence[str], values: Values, normalize: bool) -> None:

@@ -39,6 +39,7 @@ def trace(
     sink = tables.Sink.open("csv" if plotted else format, output)
     specs.check_stdin(queries, train)
     specs.check_values(method, chosen.curvatures, values, False)
+    specs.check_projected(method, chosen, shared.project)
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.methods import Question

@@ -19,8 +19,9 @@ from influence_cli.errors import GradientError, is_out_of_memory, listed
 from influence_cli.gradients.batches import leaves, map_tensors, without_tensors
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.hooks import Hooks, Past
-from influence_cli.gradients.joining import smallest
+from influence_cli.gradients.joining import cheapest, smallest
 from influence_cli.gradients.plans import Plan, Unhooked, make_plan
+from influence_cli.gradients.projection import Projection
 
 Quantity = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> (B,), smaller is better
 
@@ -38,7 +39,7 @@ class Capture:
     """Captures gradients of `quantity` with respect to the parameters `names` of a model in eval mode.
 
     `name` is what errors call the quantity; `note` hears what the user should know. The way (all at once, or one by one) is settled
-    by `probe` before any work, on fixed examples.
+    by `probe` before any work, on fixed examples. `projection`: what is kept of gradients, in place of their cheapest exact form.
     """
 
     def __init__(
@@ -49,14 +50,16 @@ class Capture:
         embeddings: Sequence[str] = (),
         name: str = "loss()",
         note: Callable[[str], None] = lambda message: None,
+        projection: Projection | None = None,
     ) -> None:
         self.model, self.quantity, self.names, self.embeddings, self.name = model, quantity, tuple(names), set(embeddings), name
+        self.projection = projection
         self._note, self._noted = note, False
         self._batched: list[bool] = []  # per tensor of a batch: whether its leading axis is the examples
         self.at_once = False  # batches are taken as such; else one example at a time
         self.hooked: tuple[str, ...] = ()  # parameters whose gradients the hooks take; torch.func takes the others
         self.why_not_hooked: dict[str, str] = {}
-        self.sample: dict[str, Form] = {}  # the gradients of the probe's examples
+        self.sample: dict[str, Form] = {}  # the gradients of the probe's examples, as they are kept
         self._plan = Plan()
 
     @property
@@ -93,6 +96,8 @@ class Capture:
             self.at_once = not why
             if why:
                 self._note(f"gradients are taken one example at a time, right but slow: torch.func can't batch this model ({why})")
+        if self.projection:
+            self.sample = {name: self.projection(name, form)[1] for name, form in self.sample.items()}
 
     def _check_repeats(self, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> None:
         """Raise GradientError where the same example gives another gradient the second time, or the model has left eval mode."""
@@ -145,7 +150,7 @@ class Capture:
         while self.hooked:
             try:
                 self._plan = self._make_plan(batch, len(losses))
-                found, forms = self._by_hooks(batch, len(losses), lambda form: form)
+                found, forms = self._by_hooks(batch, len(losses), lambda name, form: cheapest(form))
             except Past as past:
                 wrong = dict.fromkeys(past.names, "it is used where no layer rule knows")
             except Exception as error:  # whatever a model does that hooks can't; torch.func takes it then
@@ -183,7 +188,18 @@ class Capture:
         return Captured(losses, sqnorms, {name: form for name in self.names if (form := found[name][1]) is not None})
 
     def _measured(self, grads: dict[str, Tensor], values: bool) -> dict[str, "Measured"]:
-        return {name: measured(smallest(value, name in self.embeddings), values) for name, value in grads.items()}
+        return {name: self._kept(name, smallest(value, name in self.embeddings), values) for name, value in grads.items()}
+
+    def _kept(self, name: str, form: Form, values: bool) -> "Measured":
+        """Squared norms (B,), exact whatever is kept, and the gradients where they are: in the cheapest exact form, or projected."""
+        if form.device.type == "mps":  # no float64 there
+            form = form.to(torch.device("cpu"))
+        if not values:
+            return form.sqnorm(), None
+        if self.projection:
+            return self.projection(name, form)
+        form = cheapest(form)
+        return form.sqnorm(), form
 
     def _batch(self, batch: Any, size: int, values: bool) -> tuple[Tensor, dict[str, "Measured"]] | None:
         """Losses and gradients of all examples at once; None where this batch can't be taken so, which is said."""
@@ -206,7 +222,7 @@ class Capture:
         """By hooks; a batch that computes otherwise than the plan gets a plan of its own, and nothing is found where that fails too."""
         for _ in range(2 if self.hooked else 0):
             try:
-                return self._by_hooks(batch, size, lambda form: measured(form, values))
+                return self._by_hooks(batch, size, lambda name, form: self._kept(name, form, values))
             except Unhooked:
                 try:
                     self._plan = self._make_plan(batch, size)
@@ -214,7 +230,7 @@ class Capture:
                     break
         return None, {}
 
-    def _by_hooks(self, batch: Any, size: int, keep: Callable[[Form], Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _by_hooks(self, batch: Any, size: int, keep: Callable[[str, Form], Any]) -> tuple[Tensor, dict[str, Any]]:
         parameters = dict(self.model.named_parameters())
         with frozen(self.model, self.hooked), torch.enable_grad():
             hooks = Hooks(self._plan, {name: parameters[name] for name in self.hooked}, size, keep)
@@ -298,12 +314,6 @@ def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:
 
 
 Measured = tuple[Tensor, Form | None]  # squared norms (B,), and the gradients where they are kept
-
-
-def measured(form: Form, values: bool) -> Measured:
-    if form.device.type == "mps":  # no float64 there
-        form = form.to(torch.device("cpu"))
-    return form.sqnorm(), form if values else None
 
 
 class _Call(nn.Module):

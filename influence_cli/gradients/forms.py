@@ -45,6 +45,14 @@ class Form(ABC):
         """A stretch of the examples, as a view of the same memory."""
         return type(self)(self.shape, **{name: value[at] for name, value in self.tensors().items()})
 
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some of the examples at a time as (n, D) dense matrices; one may be overwritten by the next."""
+        numbers = torch.Size(self.shape).numel() * torch.finfo(self.dtype).bits // 8
+        step = max(1, PART_BYTES // max(1, numbers))
+        for first in range(0, len(self), step):
+            at = slice(first, min(first + step, len(self)))
+            yield at, self.part(at).dense().values
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Form":
         mine = self.tensors()
         moved = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in mine.items()}
@@ -77,6 +85,10 @@ class Form(ABC):
     @property
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(value.dtype for value in self.tensors().values() if value.is_floating_point())
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +159,12 @@ class Factors(Form):
         """N, S, o, i."""
         return (*self.left.shape, self.right.shape[2])
 
+    @property
+    def dense_is_cheaper(self) -> bool:
+        """Whether norms cost less from dense gradients, S o i, than from Gram matrices over the positions, S^2 (o + i)."""
+        _, S, o, i = self.sizes
+        return S * (o + i) >= o * i
+
     def dense(self) -> "Dense":
         N, S, o, _ = self.sizes
         if S == 1:
@@ -157,7 +175,7 @@ class Factors(Form):
         return Factors(self.shape, self.left[index], self.right[index])
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some of the examples at a time as dense matrices, in one reused buffer."""
+        """In one reused buffer."""
         N, _, o, i = self.sizes
         step = max(1, PART_BYTES // (o * i * self.left.element_size()))
         buffer = self.left.new_empty(min(step, N), o, i)
@@ -198,12 +216,11 @@ class Factors(Form):
         return torch.stack(columns, dim=1)
 
     def sqnorm(self) -> Tensor:
-        _, S, o, i = self.sizes
         if self.left.dtype in HALVES:
             return self.to(self.device, torch.float32).sqnorm()
-        if S == 1:
+        if self.left.shape[1] == 1:
             return squares(self.left.flatten(1)) * squares(self.right.flatten(1))
-        if S * (o + i) >= o * i:
+        if self.dense_is_cheaper:
             return torch.cat([squares(part) for _, part in self.parts()])
         lefts, rights = (torch.bmm(part, part.transpose(1, 2)) for part in (self.left, self.right))
         found = (lefts * rights).sum((1, 2), dtype=torch.float64)

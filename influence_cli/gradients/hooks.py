@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.gradients.forms import Dense, Form
-from influence_cli.gradients.joining import cheapest, merged
+from influence_cli.gradients.joining import merged
 from influence_cli.gradients.layers import BROADCAST, EXPAND, RULES, Rule
 from influence_cli.gradients.plans import MIXED, Axis, Plan, Unhooked, Watcher, tensors_in
 
@@ -27,7 +27,7 @@ from influence_cli.gradients.plans import MIXED, Axis, Plan, Unhooked, Watcher, 
 class Hooks(Watcher):
     """One batch of `size` under a plan. `found`: per parameter what was taken; `keep` turns the sum of its uses into that."""
 
-    def __init__(self, plan: Plan, parameters: Mapping[str, nn.Parameter], size: int, keep: Callable[[Form], Any]) -> None:
+    def __init__(self, plan: Plan, parameters: Mapping[str, nn.Parameter], size: int, keep: Callable[[str, Form], Any]) -> None:
         super().__init__()
         self.steps, self.parameters, self.size, self.keep = plan.steps, parameters, size, keep
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
@@ -174,9 +174,9 @@ class Hooks(Watcher):
             self._pull(value, gradient)
         for name, parameter in self.parameters.items():
             if name in self._sums:
-                self.found[name] = self.keep(cheapest(self._sums.pop(name)))
+                self.found[name] = self.keep(name, self._sums.pop(name))
             elif name not in self.found:
-                self.found[name] = self.keep(Dense(tuple(parameter.shape), parameter.new_zeros(self.size, parameter.numel())))
+                self.found[name] = self.keep(name, Dense(tuple(parameter.shape), parameter.new_zeros(self.size, parameter.numel())))
 
     def _add(self, value: Tensor, form: Form) -> None:
         name = self.name_of.get(id(value))
@@ -186,7 +186,7 @@ class Hooks(Watcher):
         self._waiting[name] -= 1
         form = merged(self._sums.pop(name), form) if name in self._sums else form
         if self._waiting[name] == 0:
-            self.found[name] = self.keep(cheapest(form))
+            self.found[name] = self.keep(name, form)
         else:
             self._sums[name] = form
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.gradients.forms import Dense, Factors, Form, Projected
+from influence_cli.gradients.passing import Passing, Tied
 from influence_cli.gradients.rows import Postings, Rows
 
 FORMS: dict[str, type[Form]] = {form.kind: form for form in (Dense, Factors, Rows, Postings, Projected)}
@@ -21,7 +22,7 @@ def cheapest(form: Form) -> Form:
     if isinstance(form, Factors):
         _, S, o, i = form.sizes
         return form if S * (o + i) < o * i else form.dense()
-    return form
+    return form.dense() if isinstance(form, Passing) else form
 
 
 def merged(first: Form, second: Form) -> Form:
@@ -39,6 +40,13 @@ def merged(first: Form, second: Form) -> Form:
         return Rows(first.shape, distinct % tokens, values, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
     if isinstance(first, Rows):
         first, second = second, first
+    if isinstance(second, Rows) and isinstance(first, Factors):
+        return Tied(first.shape, first, second)
+    if isinstance(second, Rows) and isinstance(first, Tied):
+        return Tied(first.shape, first.factors, merged(first.rows, second))  # type: ignore[arg-type]
+    tied, other = (first, second) if isinstance(first, Tied) else (second, first)
+    if isinstance(tied, Tied) and isinstance(other, Factors):
+        return Tied(tied.shape, merged(tied.factors, other), tied.rows)  # type: ignore[arg-type]
     values = first.values.clone() if isinstance(first, Dense) else first.dense().values
     if isinstance(second, Rows):  # an example's ids are distinct
         values.view(len(second), second.shape[0], -1)[second.example, second.ids] += second.values

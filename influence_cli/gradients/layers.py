@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from influence_cli.gradients.forms import Dense, Factors, Form
+from influence_cli.gradients.passing import Convolved
 from influence_cli.gradients.rows import Rows
 
 Arguments = Mapping[str, Any]  # of the call, by name; weights and biases detached
@@ -68,10 +69,13 @@ def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     else:
         x, padding = F.pad(x, [number for side in reversed(sides) for number in side]), (0,) * len(kernel)
     of_rows = per_example_by_groups if x.is_cpu and x.dtype == torch.float32 and weight.shape[1] >= 8 else per_example_by_patches
-    per_row = of_rows(x, g, weight, stride, padding, dilation, groups)
-    summed = per_row if len(x) == size else per_row.view(size, -1, per_row.shape[1]).sum(1)
+
+    def gradients(x: Tensor, g: Tensor) -> Tensor:
+        return of_rows(x, g, weight, stride, padding, dilation, groups)
+
     bias = g.flatten(2).sum(2).view(size, -1, weight.shape[0]).sum(1)
-    return {"weight": Dense(tuple(weight.shape), summed), "bias": Dense((weight.shape[0],), bias)}
+    per_example = Convolved(tuple(weight.shape), x, g, len(x) // size, gradients)
+    return {"weight": per_example, "bias": Dense((weight.shape[0],), bias)}
 
 
 def per_example_by_groups(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:

@@ -126,7 +126,7 @@ class Fisher:
     def cached(self, segments: tuple[Segment, ...]) -> Iterator[Taken]:
         """The steps of these segments, last first, with the cached gradients of each one's checkpoint. Memory: ROWS_BYTES of gradients."""
         columns, trajectory = list(self.plan.columns), self.plan.trajectory
-        each = sum(column.numel for column in self.plan.columns.values()) * self.wide.itemsize
+        each = sum(map(self.gradients.settings.width, self.plan.columns.values())) * self.wide.itemsize
         stored = self.gradients.sizes("train", columns).bytes_of(columns)
         for segment in reversed(segments):
             for steps in reversed(list(chunks(trajectory, segment, max(1, ROWS_BYTES // min(each, 2 * stored))))):

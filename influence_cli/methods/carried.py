@@ -45,7 +45,7 @@ def passes(
     for note in plan.notes:
         gradients.talk.note(note)
     gradients.ensure("query", [plan.end], list(plan.columns), question.queries)
-    most = queries_of_a_pass(plan, question)
+    most = queries_of_a_pass(gradients, plan, question)
     cuts = [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
     with tempfile.TemporaryDirectory(prefix="influence-back-") as name:
         go = work(Path(name))
@@ -60,8 +60,8 @@ def passes(
             yield ids, sums
 
 
-def queries_of_a_pass(plan: Plan, question: Question) -> int:
-    return len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // (numbers(plan) * 8))
+def queries_of_a_pass(gradients: Gradients, plan: Plan, question: Question) -> int:
+    return len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // (numbers(gradients, plan) * 8))
 
 
 def carry(
@@ -99,9 +99,9 @@ def dense(rows: Rows, plan: Plan, device: torch.device) -> dict[str, Tensor]:
     return {name: rows.forms[name].to(device, wide).dense().values.clone() for name in plan.columns}
 
 
-def numbers(plan: Plan) -> int:
+def numbers(gradients: Gradients, plan: Plan) -> int:
     """What is carried back of one quantity: p, and p again with momentum, and once more with Adam."""
-    return sum(column.numel * (1 + (name in plan.with_momentum) + plan.adam) for name, column in plan.columns.items())
+    return sum(gradients.settings.width(column) * (1 + (name in plan.with_momentum) + plan.adam) for name, column in plan.columns.items())
 
 
 # ---------------------------------------------------------------- for when it is killed

@@ -51,6 +51,16 @@ class Dve:
         self.options = question.values or ValueOptions("fisher")
         self.plan = self._plan(self.options.at)
         self.stability = Stability()
+        if gradients.settings.projection and self.plan.adam:
+            raise UsageProblem(
+                f"--project with {self.plan.trajectory.optimizer}: its steps are taken number by number, which a projection has not",
+                "leave out --project, or use --method tracin",
+            )
+        if gradients.settings.projection and self.options.curvature != "none":
+            gradients.talk.note(
+                "the curvature of projected gradients is biased, the less the larger --project K is (docs/methods.md); "
+                "--curvature none is not"
+            )
 
     def _plan(self, at: int | None) -> Plan:
         return plan(self.gradients.run, self.question.checkpoints, self.question.columns, at, self.options.replay)
@@ -104,7 +114,7 @@ class Dve:
     def embedded(self) -> bool:
         """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and query, or coordinate of the end."""
         question, options = self.question, self.options
-        queries, size = 1 if question.sum_queries else len(question.queries), carried.numbers(self.plan)
+        queries, size = 1 if question.sum_queries else len(question.queries), carried.numbers(self.gradients, self.plan)
         if options.replay:
             cheaper = False
         elif options.form is None and options.embeddings is None:

@@ -51,7 +51,7 @@ class Embeddings:
         self.folder, self.gradients, self.plan, self.stop, self.options = folder, gradients, whole, stop, options
         self.moments = whole.with_momentum
         self.names = [*whole.columns, *(f"momentum of {name}" for name in self.moments)]
-        self.widths = [whole.columns[name].numel for name in (*whole.columns, *self.moments)]
+        self.widths = [gradients.settings.width(whole.columns[name]) for name in (*whole.columns, *self.moments)]
         self.size = sum(self.widths)
         self.parts = cut(whole, self.size)
         if self.stop not in [stop for _, stop in self.parts]:

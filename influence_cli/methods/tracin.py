@@ -25,7 +25,7 @@ PART = 512  # training examples multiplied at once: their products stay in the c
 
 def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
     """Scores of every training example asked for, ranked per query."""
-    numbers = sum(column.numel for column in question.columns.values())
+    numbers = sum(map(gradients.settings.width, question.columns.values()))
     rows_of = mean_query_row if question.sum_queries else query_rows
 
     def load(ids: Ids) -> list[Rows]:

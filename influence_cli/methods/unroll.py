@@ -85,7 +85,7 @@ def cost(gradients: Gradients, question: Question) -> Cost:
     examples, weights = plan.trajectory.lines[number].examples, torch.from_numpy(plan.trajectory.weights(number))
     wide = torch.float64 if gradients.settings.store == torch.float64 else torch.float32
     weights = weights.to(gradients.device, wide)
-    most = carried.queries_of_a_pass(plan, question)
+    most = carried.queries_of_a_pass(gradients, plan, question)
     width = 1 if question.sum_queries else min(most, len(question.queries))
     u = {name: torch.randn(width, column.numel, dtype=wide, device=gradients.device) for name, column in plan.columns.items()}
     replay = Replay(gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size)
@@ -109,7 +109,7 @@ def cost(gradients: Gradients, question: Question) -> Cost:
         timed(lambda: replay.gradient(number)),
         timed(back),
         going.options.replay,
-        3 * width * carried.numbers(plan) * wide.itemsize,
+        3 * width * carried.numbers(gradients, plan) * wide.itemsize,
     )
 
 

@@ -1,0 +1,110 @@
+"""Forms that live only from a layer's backward pass to whoever keeps its gradients: what would be large is formed there, or not at all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_cli.gradients.forms import PART_BYTES, Dense, Factors, Form, Memo, squares
+from influence_cli.gradients.rows import Rows
+
+
+class Passing(Form):
+    """Kept as dense gradients, if at all."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.dense().tensors()
+
+    def take(self, index: Tensor) -> Form:
+        return self.dense().take(index)
+
+    def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
+        return self.dense().dot(queries, memo)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return self.dense().matvec(vectors)
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        return self.dense().rmatvec(weights)
+
+
+@dataclass(frozen=True)
+class Tied(Passing):
+    """The sum of factors and rows: a weight that is both an embedding and a linear layer's."""
+
+    kind = "tied"
+    factors: Factors
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+    def part(self, at: slice) -> Form:
+        return Tied(self.shape, self.factors.part(at), self.rows.part(at))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
+        return Tied(self.shape, self.factors.to(device, dtype), self.rows.to(device, dtype))  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        return self.factors.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.factors.dtype
+
+    def dense(self) -> Dense:
+        values = self.factors.dense().values
+        values.view(len(self), self.shape[0], -1)[self.rows.example, self.rows.ids] += self.rows.values  # an example's ids are distinct
+        return Dense(self.shape, values)
+
+    def sqnorm(self) -> Tensor:
+        """|F|^2 + |R|^2 + 2 <F, R>; a token's row meets only its own column of the left factors."""
+        found = self.factors.sqnorm() + self.rows.sqnorm()
+        both = found.new_zeros(len(self))
+        _, S, _, i = self.factors.sizes
+        step = max(1, PART_BYTES // (S * (i + 1) * self.rows.values.element_size()))
+        for first in range(0, len(self.rows.ids), step):
+            at = slice(first, first + step)
+            example, ids = self.rows.example[at], self.rows.ids[at]
+            left = self.factors.left[example, :, ids]  # (t, S)
+            sums = torch.einsum("ts,tsi->ti", left, self.factors.right[example])
+            both.index_add_(0, example, (sums * self.rows.values[at]).sum(1, dtype=found.dtype))
+        return (found + 2 * both).clamp_min_(0)
+
+
+@dataclass(frozen=True)
+class Convolved(Passing):
+    """Gradients of a convolution's weight, taken from its input x and the gradient g at its output (both (B m, ...), m rows an example)."""
+
+    kind = "convolved"
+    x: Tensor
+    g: Tensor
+    rows: int  # of an example
+    gradients: Callable[[Tensor, Tensor], Tensor]  # (x, g) -> (rows, D)
+
+    def __len__(self) -> int:
+        return len(self.x) // self.rows
+
+    def part(self, at: slice) -> Form:
+        inside = slice(at.start * self.rows, at.stop * self.rows)
+        return Convolved(self.shape, self.x[inside], self.g[inside], self.rows, self.gradients)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
+        return Convolved(self.shape, self.x.to(device, dtype), self.g.to(device, dtype), self.rows, self.gradients)
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def dense(self) -> Dense:
+        found = self.gradients(self.x, self.g)
+        return Dense(self.shape, found if self.rows == 1 else found.view(-1, self.rows, found.shape[1]).sum(1))
+
+    def sqnorm(self) -> Tensor:
+        return torch.cat([squares(part) for _, part in self.parts()])

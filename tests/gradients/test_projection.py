@@ -1,0 +1,143 @@
+"""Projections against their definition as explicit matrices, and against what theory says of their inner products."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from influence_cli.gradients.forms import Dense, Factors, Form
+from influence_cli.gradients.joining import merged
+from influence_cli.gradients.passing import Convolved, Tied
+from influence_cli.gradients.projection import KINDS, Projection, Tables, matrix
+from influence_cli.gradients.rows import Postings, Rows
+
+CPU = torch.device("cpu")
+
+
+def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The K x D matrix of a projection, entry by entry from its random numbers."""
+    o, i = matrix(shape)
+    tables = Tables(seed, name, o, i, CPU, torch.float64)
+    if kind == "sparse":
+        places, signs = tables.hashes("both", o * i, numbers), tables.signs("both", o * i)
+        out = torch.zeros(numbers, o * i, dtype=torch.float64)
+        for j in range(o * i):
+            out[places[j], j] = signs[j]
+        return out
+    out = torch.zeros(numbers, o, i, dtype=torch.float64)
+    if kind == "tensor-sketch":
+        rows, columns = tables.hashes("left", o, numbers), tables.hashes("right", i, numbers)
+        left, right = tables.signs("left", o), tables.signs("right", i)
+        for a in range(o):
+            for b in range(i):
+                out[(rows[a] + columns[b]) % numbers, a, b] = left[a] * right[b]
+    elif kind == "khatri-rao":
+        left, right = tables.signs("left", o, numbers), tables.signs("right", numbers, i)
+        for j in range(numbers):
+            out[j] = torch.outer(left[:, j], right[j]) / math.sqrt(numbers)
+    else:
+        root = math.isqrt(numbers)
+        left, right = tables.normal("left", o, root), tables.normal("right", root, i)
+        for j in range(root):
+            for k in range(root):
+                out[j * root + k] = torch.outer(left[:, j], right[k]) / root
+    return out.flatten(1)
+
+
+def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
+    """Gradients of five examples in every form that a projection meets: factors cheaper than dense and not, words, tied, a convolution."""
+    torch.manual_seed(0)
+    made = {name: torch.randn(*shape, dtype=dtype) for name, shape in {"l": (5, 3, 23), "r": (5, 3, 31), "long": (5, 40, 9)}.items()}
+    few = Factors((23, 31), made["l"], made["r"])
+    many = Factors((9, 11), made["long"], torch.randn(5, 40, 11, dtype=dtype))
+    rows = Rows((23, 31), torch.tensor([1, 4, 4, 0, 22, 7]), torch.randn(6, 31, dtype=dtype), torch.tensor([0, 2, 3, 3, 5, 6]))
+    conv = Convolved(
+        (9, 20), torch.randn(10, 9, dtype=dtype), torch.randn(10, 20, dtype=dtype), 2, lambda x, g: (x[:, :, None] * g[:, None]).flatten(1)
+    )
+    return {
+        "factors": few,
+        "factors of many positions": many,
+        "dense": Dense((6, 5, 3), torch.randn(5, 90, dtype=dtype)),
+        "vector": Dense((77,), torch.randn(5, 77, dtype=dtype)),
+        "rows": rows,
+        "postings": Postings.of(rows),
+        "tied": merged(few, rows),
+        "convolution": conv,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", forms())
+def test_every_form_is_multiplied_by_the_matrix_of_its_definition(kind, form):
+    gradients = forms()[form]
+    for numbers in (16, 49):
+        norms, found = Projection(kind, numbers, 3)("layer.weight", gradients)
+        dense = gradients.dense().values
+        expected = dense @ explicit(kind, numbers, 3, "layer.weight", gradients.shape).T
+        torch.testing.assert_close(found.dense().values, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(norms, dense.square().sum(1), rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_tied_is_neither_lost_nor_formed():
+    both = forms()["tied"]
+    assert isinstance(both, Tied)
+    for more in (forms()["rows"], forms()["factors"]):
+        expected = both.dense().values + more.dense().values
+        for sum_ in (merged(both, more), merged(more, both)):
+            assert isinstance(sum_, Tied)
+            torch.testing.assert_close(sum_.dense().values, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_small_parameters_are_kept_exactly():
+    bias = Dense((7,), torch.randn(5, 7))
+    _, kept = Projection("tensor-sketch", 8)("bias", bias)
+    assert kept.kind == "dense" and torch.equal(kept.dense().values, bias.values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inner_products_are_right_on_average_and_spread_as_theory_allows(kind):
+    """Over 400 seeds: the mean within five standard errors, the spread within the bound that `check` uses."""
+    torch.manual_seed(1)
+    x, y = (Factors((40, 30), torch.randn(6, 2, 40, dtype=torch.float64), torch.randn(6, 2, 30, dtype=torch.float64)) for _ in range(2))
+    y = Factors((40, 30), y.left + 0.5 * x.left, y.right + 0.5 * x.right)
+    exact = x.dot(y)
+    drawn = []
+    for seed in range(400):
+        projection = Projection(kind, 64, seed)
+        ours, theirs = (projection("w", form)[1].dense().values for form in (x, y))
+        drawn.append(ours @ theirs.T)
+    found = torch.stack(drawn)
+    off, spread = found.mean(0) - exact, found.std(0)
+    assert (off.abs() < 5 * spread / 20).all()
+    assert not torch.allclose(found[0], exact, rtol=1e-3)  # it is a projection, not the identity
+    bound = Projection(kind, 64).spread((40, 30)) * torch.outer(x.sqnorm().sqrt(), y.sqnorm().sqrt())
+    assert (spread < bound).all()
+
+
+def test_tables_differ_between_parameters_sides_and_seeds_and_stay_for_ever():
+    def bits(seed: int, name: str, side: str) -> list[int]:
+        return Tables(seed, name, 4, 4, CPU, torch.float64).bits(side, 4).tolist()
+
+    seen = [bits(seed, name, side) for seed in (0, 1) for name in ("a", "b") for side in ("left", "right")]
+    assert len({tuple(values) for values in seen}) == 8
+    assert bits(0, "a", "left") == [2230144778291951675, 12209963742548473739, 14194924358885615696, 10704857455549465598]
+
+
+def test_hashes_are_even_and_without_collisions_where_there_is_room():
+    tables = Tables(0, "a", 1, 1, CPU, torch.float64)
+    assert np.bincount(tables.hashes("left", 100, 16)).tolist().count(6) == 12
+    assert len(set(tables.hashes("left", 12, 16))) == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precisions(dtype):
+    for kind in KINDS:
+        for name, form in forms(torch.float32).items():
+            norms, found = Projection(kind, 16)("w", form.to(CPU, dtype))
+            _, expected = Projection(kind, 16)("w", form.to(CPU, dtype).to(CPU, torch.float64))
+            scale = norms.max().sqrt()
+            assert float((found.dense().values - expected.dense().values).abs().max() / scale) < (
+                1e-5 if dtype == torch.float32 else 1e-4
+            ), (kind, name)
