@@ -51,6 +51,10 @@ class OutputError(InfluenceError):
     """A table that can't be written."""
 
 
+class TableError(InfluenceError):
+    """A table that can't be read, or does not belong with the others."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: Python's, a device's, or torch's on a CPU, which is a plain RuntimeError."""
     text = str(error)

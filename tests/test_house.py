@@ -12,12 +12,13 @@ import influence_cli
 from influence_cli.methods import METHODS
 
 ROOT = Path(influence_cli.__file__).parent
-COMMANDS = ("cache", "check", "evaluate", "init", "inspect", "score", "self", "trace")
+COMMANDS = ("cache", "check", "evaluate", "init", "inspect", "merge", "score", "self", "trace")
 
 # room -> what of ours it may use; `talk` and `errors` are everybody's (docs/architecture.md)
 MAY_USE = {
     "errors": (),
     "talk": (),
+    "parallel": (),
     "run": ("run",),
     "gradients": ("gradients",),
     "cache.files": (),
@@ -46,6 +47,7 @@ MAY_USE = {
 THIRD_PARTY = {
     "errors": (),
     "talk": (),
+    "parallel": ("torch", "numpy"),
     "run": ("torch", "safetensors", "numpy"),
     "gradients": ("torch",),
     "gradients.projection": ("torch", "numpy"),
@@ -58,7 +60,7 @@ THIRD_PARTY = {
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
-    if ("templates" not in path.parts and path.parent != ROOT) or path.stem in ("errors", "talk")
+    if ("templates" not in path.parts and path.parent != ROOT) or path.stem in ("errors", "talk", "parallel")
 )
 
 

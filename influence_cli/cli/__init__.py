@@ -113,7 +113,7 @@ def influence(
 
 def register() -> None:
     """Import the commands, which add themselves to `app`."""
-    from influence_cli.cli import cache, check, evaluate, init, inspect, score, self_influence, trace  # noqa: F401
+    from influence_cli.cli import cache, check, evaluate, init, inspect, merge, score, self_influence, trace  # noqa: F401
 
 
 def main() -> None:

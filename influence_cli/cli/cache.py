@@ -4,7 +4,7 @@ from influence_cli.cli import command, options
 
 
 @command("cache", example="influence cache my_run --train 0:10000 --layers head")
-def cache(shared: options.Shared, queries: options.Queries = None, train: options.Train = None) -> None:
+def cache(shared: options.Shared, queries: options.Queries = None, train: options.Train = None, shard: options.Shard = None) -> None:
     """Compute and keep the gradients that scoring will need; what is there already is left alone.
 
     Stopped at any moment, the same command goes on: at most one unit of work is lost.
@@ -15,13 +15,13 @@ def cache(shared: options.Shared, queries: options.Queries = None, train: option
     if shared.cache == "none":
         raise UsageProblem("influence cache fills a cache, --cache none keeps nothing", "leave it out, or name a folder")
     specs.check_stdin(queries, train)
+    part = specs.shard(shard)
 
     from influence_cli.cli.opening import open_shared
 
     opened = open_shared(shared)
     columns = list(opened.columns)
-    for split, flag, spec in (("query", "--queries", queries), ("train", "--train", train)):
-        ids = opened.ids(flag, spec, split)
+    for split, ids in (("query", opened.ids("--queries", queries, "query")), ("train", opened.train_ids(train, part))):
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
         there = len(ids) * len(opened.checkpoints) - new
         opened.talk.note(

@@ -17,6 +17,7 @@ from influence_cli.cli.talk import StderrTalk
 from influence_cli.errors import UsageProblem
 from influence_cli.gradients.projection import Projection
 from influence_cli.methods import Groups
+from influence_cli.parallel import Shard
 from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run
 from influence_cli.run.learning_rates import CHOICES, Weight, weigh
 from influence_cli.run.model import PRECISIONS, select
@@ -38,6 +39,16 @@ class Opened:
 
     def ids(self, flag: str, spec: str | None, split: str) -> Ids:
         return specs.ids(flag, spec, len(self.run.examples(split)), split, sys.stdin)
+
+    def train_ids(self, spec: str | None, shard: Shard | None) -> Ids:
+        """`--train`, and of these the shard's; which ones they are is said."""
+        ids = self.ids("--train", spec, "train")
+        if shard is None:
+            return ids
+        mine = shard.of(ids)
+        where = f"{mine[0]:,} to {mine[-1]:,}" if len(mine) else "none are left for it"
+        self.talk.note(f"{shard}: {len(mine):,} of {len(ids):,} training examples, {where}")
+        return mine
 
     def weights(self, lr: float | None, lr_weights: str | None) -> tuple[Weight, ...]:
         """The learning-rate weights of the selected checkpoints. Weights of zero are named on stderr."""

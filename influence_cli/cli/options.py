@@ -21,6 +21,12 @@ Definition = Annotated[Path | None, option("--definition", metavar="FILE", panel
 Checkpoints = Annotated[Path | None, option("--checkpoints", metavar="DIR", panel=RUN, help="In place of RUN/checkpoints.")]
 Trajectory = Annotated[Path | None, option("--trajectory", metavar="FILE", panel=RUN, help="In place of RUN/trajectory.jsonl.")]
 Cache = Annotated[str | None, option("--cache", metavar="DIR|none", panel=RUN, help="In place of RUN/.influence; none: keep nothing.")]
+Shard = Annotated[
+    str | None,
+    option(
+        "--shard", metavar="i/n|auto", panel=RUN, help="Only shard i of n of the training examples; auto or auto/n: as the job array says."
+    ),
+]
 Steps = Annotated[str | None, option("--steps", metavar="SPEC", panel=RANKED, help="Checkpoints by step: 100,200 or 100: (default all).")]
 Layers = Annotated[
     list[str] | None,

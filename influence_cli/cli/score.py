@@ -15,6 +15,7 @@ def score(
     method: options.Method = "tracin",
     queries: options.Queries = None,
     train: options.Train = None,
+    shard: options.Shard = None,
     sum_queries: options.SumQueries = False,
     group_by: options.GroupBy = None,
     by: options.By = None,
@@ -35,6 +36,7 @@ def score(
     sink = tables.Sink.open(shown.format, shown.output)
     k = specs.top(shown.top)
     specs.check_stdin(queries, train)
+    part = specs.shard(shard)
     if by is not None and by not in chosen.parts:
         raise UsageProblem(f"--by {by}: the scores of {method} have no such parts", f"expected: {', '.join(chosen.parts)}")
     if not chosen.weighted and (lr is not None or lr_weights is not None):
@@ -43,6 +45,7 @@ def score(
     specs.check_words(method, chosen.words, words, shared.layers)
     specs.check_values(method, chosen.curvatures, values, normalize)
     specs.check_projected(method, chosen, shared.project)
+    specs.check_shard(part, method, chosen, group_by)
     if by == "word" and group_by:
         raise UsageProblem("--by word splits pairs of texts, --group-by sums over them", "give one of them")
 
@@ -57,7 +60,10 @@ def score(
         if shared.steps is not None and len(selected) > 1:
             raise UsageProblem(f"--method {method} reads one checkpoint, --steps {shared.steps} selects {len(selected)}", "name one step")
         selected = selected[-1:]
-    train_ids = opened.ids("--train", train, "train")
+    train_ids = opened.train_ids(train, part)
+    if not len(train_ids):  # an empty shard
+        sink.write([], tables.score_columns(by))
+        return
     question = Question(
         checkpoints=selected,
         weights=opened.weights(lr, lr_weights) if chosen.weighted else tuple(weigh(selected, None, "none")),

@@ -8,6 +8,7 @@ def self_influence(
     shared: options.Shared,
     shown: options.Shown,
     train: options.Train = None,
+    shard: options.Shard = None,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
@@ -21,6 +22,7 @@ def self_influence(
 
     sink = tables.Sink.open(shown.format, shown.output)
     k = specs.top(shown.top)
+    part = specs.shard(shard)
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.methods import Question
@@ -28,7 +30,11 @@ def self_influence(
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
 
     opened = open_shared(shared, trajectory)
-    question = Question(opened.checkpoints, opened.weights(lr, lr_weights), opened.columns, opened.ids("--train", train, "train"))
+    train_ids = opened.train_ids(train, part)
+    if not len(train_ids):  # an empty shard
+        sink.write([], tables.SELF_COLUMNS)
+        return
+    question = Question(opened.checkpoints, opened.weights(lr, lr_weights), opened.columns, train_ids)
     ranking: Ranking = TopRanking(1, 0, k, signed=False) if k is not None else FullRanking(1, 0)
     self_influence(opened.gradients, question, ranking)
     sink.write(tables.self_rows(ranking.entries(0), opened.describe), tables.SELF_COLUMNS)

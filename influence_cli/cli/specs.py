@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from influence_cli.cli.options import Values, Words
 from influence_cli.errors import UsageProblem, listed
 from influence_cli.methods import METHODS, Method
+from influence_cli.parallel import Shard, parse_shard
 
 EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
 
@@ -62,6 +64,24 @@ def _range(flag: str, part: str, size: int, split: str) -> range:
 def check_stdin(queries: str | None, train: str | None) -> None:
     if queries == "-" and train == "-":
         raise UsageProblem("--queries - and --train - both read the ids from stdin", "put one of them in a file: @ids.txt")
+
+
+def shard(spec: str | None) -> Shard | None:
+    """`--shard`: which part of the training examples; None: all."""
+    return parse_shard(spec, os.environ) if spec is not None else None
+
+
+def check_shard(part: Shard | None, name: str, method: Method, group_by: str | None) -> None:
+    """Scores of a shard must be parts of a whole that can be merged."""
+    if part and group_by:
+        raise UsageProblem(
+            "--group-by sums over all training examples, --shard has some of them", "torchrun shares such work between ranks"
+        )
+    if part and method.ordered:
+        raise UsageProblem(
+            f"--shard: --method {name} goes back over whole steps, not over a part of the examples",
+            "--queries splits its work: tables of different queries simply follow one another",
+        )
 
 
 def top(value: str) -> int | None:
