@@ -223,9 +223,9 @@ class Factors(Form):
         if self.dense_is_cheaper:
             return torch.cat([squares(part) for _, part in self.parts()])
         lefts, rights = (torch.bmm(part, part.transpose(1, 2)) for part in (self.left, self.right))
-        found = (lefts * rights).sum((1, 2), dtype=torch.float64)
+        traces = [grams.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) for grams in (lefts, rights)]
+        found = lefts.mul_(rights).sum(2).sum(1, dtype=torch.float64)
         if self.left.dtype == torch.float32:  # where that under- or overflows, or positions cancel, once more in float64
-            traces = [grams.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) for grams in (lefts, rights)]
             sound = found > 1e-6 * traces[0] * traces[1]
             for value in (found, *traces):
                 sound &= in_range(value, torch.float32)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import PART_BYTES, Dense, Factors, Form, Memo, squares
+from influence_cli.gradients.forms import Dense, Factors, Form, Memo, squares
 from influence_cli.gradients.rows import Rows
 
 
@@ -60,17 +60,18 @@ class Tied(Passing):
         return Dense(self.shape, values)
 
     def sqnorm(self) -> Tensor:
-        """|F|^2 + |R|^2 + 2 <F, R>; a token's row meets only its own column of the left factors."""
+        """|F|^2 + |R|^2 + 2 <F, R>; a token's row meets only its own column of the left factors. Cost S i for each row."""
         found = self.factors.sqnorm() + self.rows.sqnorm()
-        both = found.new_zeros(len(self))
-        _, S, _, i = self.factors.sizes
-        step = max(1, PART_BYTES // (S * (i + 1) * self.rows.values.element_size()))
-        for first in range(0, len(self.rows.ids), step):
-            at = slice(first, first + step)
-            example, ids = self.rows.example[at], self.rows.ids[at]
-            left = self.factors.left[example, :, ids]  # (t, S)
-            sums = torch.einsum("ts,tsi->ti", left, self.factors.right[example])
-            both.index_add_(0, example, (sums * self.rows.values[at]).sum(1, dtype=found.dtype))
+        counts = self.rows.offsets.diff()
+        N, S, _, i = self.factors.sizes
+        most = int(counts.max()) if N else 0
+        within = torch.arange(len(self.rows.ids), device=self.device) - torch.repeat_interleave(self.rows.offsets[:-1], counts)
+        values = self.rows.values.new_zeros(N, most, i)  # an example's rows, then zeros
+        values[self.rows.example, within] = self.rows.values
+        ids = counts.new_zeros(N, most)
+        ids[self.rows.example, within] = self.rows.ids
+        left = self.factors.left.gather(2, ids.unsqueeze(1).expand(N, S, most))
+        both = torch.bmm(self.factors.right, values.transpose(1, 2)).mul_(left).sum(2).sum(1, dtype=found.dtype)
         return (found + 2 * both).clamp_min_(0)
 
 

@@ -28,6 +28,8 @@ from influence_cli.gradients.forms import HALVES, PART_BYTES, Factors, Form, Pro
 from influence_cli.gradients.passing import Tied
 from influence_cli.gradients.rows import Postings, Rows
 
+FOURIER = 64  # a Fourier transform costs about as much as this many products a number and doubling
+DIAGONAL_BYTES = 2 << 20  # of matrices whose diagonals are added at once: what a core's cache holds
 Measured = tuple[Tensor, Form]  # squared norms (N,) of the gradients themselves, and their projection
 
 
@@ -185,31 +187,119 @@ class Sided(Map):
         """Numbers of a row of what `meet` gives."""
 
 
-class TensorSketch(Sided):
+class TensorSketch(Map):
+    """Both sides are folded to at most K numbers; their products a + b of places, over all positions, are then a matrix whose diagonals,
+    modulo K, are the sketch. For large K the places are added in the frequency domain instead."""
+
     def __init__(self, tables: Tables, numbers: int) -> None:
-        self.numbers, self.half = numbers, numbers // 2 + 1
-        self.left = self._table(tables, "left", tables.rows)
-        self.right = self._table(tables, "right", tables.columns).T.contiguous()
+        self.numbers = numbers
+        self.left, self.right = (Fold(tables, side, n, numbers) for side, n in (("left", tables.rows), ("right", tables.columns)))
+        self.by_diagonals = self.left.width * self.right.width <= FOURIER * numbers * math.log2(2 * numbers)
 
-    def _table(self, tables: Tables, side: str, count: int) -> Tensor:
-        """(count, 2 half): the Fourier transform of each coordinate's count sketch, real parts, then imaginary ones."""
-        places = tables.hashes(side, count, self.numbers)
-        turns = np.multiply.outer(places, np.arange(self.half)) % self.numbers
-        angles = -2 * np.pi / self.numbers * turns
-        signs = tables.signs(side, count).cpu().double().numpy()[:, None]
-        return tables.placed(np.concatenate([signs * np.cos(angles), signs * np.sin(angles)], axis=1))
+    def project(self, form: Form) -> tuple[Tensor, Tensor]:
+        if isinstance(form, Tied):
+            return form.sqnorm(), self.factors(form.factors) + self.rows(form.rows)
+        if isinstance(form, Rows | Postings):
+            return form.sqnorm(), self.rows(form.rows() if isinstance(form, Postings) else form)
+        if isinstance(form, Factors) and not form.dense_is_cheaper:
+            return form.sqnorm(), self.factors(form)
+        norms, values = zip(*((squares(part), self.dense(part)) for _, part in form.parts()), strict=True)
+        return torch.cat(norms), torch.cat(values)
 
-    @property
-    def width(self) -> int:
-        return 2 * self.half
+    def factors(self, form: Factors) -> Tensor:
+        """Cost S (o + i + the smaller of K^2 and K log K) for each example."""
+        N, S, o, i = form.sizes
+        step = max(1, PART_BYTES // (S * (o + i) * form.left.element_size()))
+        found = []
+        for first in range(0, N, step):
+            at = slice(first, first + step)
+            left, right = self.left(form.left[at].reshape(-1, o)), self.right(form.right[at].reshape(-1, i))
+            left, right = left.view(-1, S, self.left.width), right.view(-1, S, self.right.width)
+            if self.by_diagonals:
+                found.append(self.diagonals(torch.bmm(left.transpose(1, 2), right)))
+            else:
+                met = torch.fft.rfft(left, self.numbers).mul_(torch.fft.rfft(right, self.numbers))
+                found.append(torch.fft.irfft(met.sum(1), self.numbers))
+        return torch.cat(found)
 
-    def meet(self, left: Tensor, right: Tensor) -> Tensor:
-        (a, b), (c, d) = left.split(self.half, -1), right.split(self.half, -1)
-        return torch.cat([(a * c).sub_(b * d).sum(1), (a * d).add_(b * c).sum(1)], 1)
+    def dense(self, part: Tensor) -> Tensor:
+        """Of (n, o i) gradients: cost o i for each."""
+        n = len(part)
+        columns = self.right(part.view(n * self.left.count, self.right.count))
+        return self.diagonals(self.left.rows(columns.view(n, self.left.count, self.right.width)))
 
-    def finish(self, sums: Tensor) -> Tensor:
-        real, imaginary = sums.split(self.half, 1)
-        return torch.fft.irfft(torch.complex(real, imaginary), n=self.numbers)
+    def rows(self, form: Rows) -> Tensor:
+        """Of an embedding's rows: each is turned by the place of its token."""
+        out = form.values.new_zeros(len(form), self.numbers)
+        places, signs = self.left.places, self.left.signs
+        width, steps = self.right.width, torch.arange(self.numbers, device=form.device)
+        step = max(1, PART_BYTES // (8 * self.numbers))
+        for first in range(0, len(form.ids), step):
+            at = slice(first, first + step)
+            ids = form.ids[at]
+            turned = (steps - places[ids, None]) % self.numbers
+            folded = self.right(form.values[at]) * signs[ids, None]
+            folded = torch.nn.functional.pad(folded, (0, self.numbers - width))
+            out.index_add_(0, form.example[at], folded.gather(1, turned))
+        return out
+
+    def diagonals(self, matrices: Tensor) -> Tensor:
+        """(n, a, b) -> (n, K): sums of the entries p, q with p + q = k modulo K.
+
+        Rows of a + b numbers, the last of them zero, read as rows of one number less stand one place further right in each row.
+        """
+        n, a, b = matrices.shape
+        K, step = self.numbers, max(1, DIAGONAL_BYTES // (a * (a + b) * matrices.element_size()))
+        out = matrices.new_zeros(n, K)
+        buffer = matrices.new_zeros(min(n, step), a, a + b)
+        for first in range(0, n, step):
+            some = matrices[first : first + step]
+            buffer[: len(some), :, :b] = some
+            turned = buffer.as_strided((len(some), a, a + b - 1), (a * (a + b), a + b - 1, 1)).sum(1)
+            here = out[first : first + step]
+            here[:, : a + b - 1] += turned[:, :K]
+            if a + b - 1 > K:
+                here[:, : a + b - 1 - K] += turned[:, K:]
+        return out
+
+
+class Fold:
+    """A count sketch of one side: its numbers in stretches of K, each with random signs and turned by a random number of places, added.
+
+    Two numbers of different stretches meet with a chance of 1/K, two of one stretch never. A single stretch is not turned.
+    """
+
+    def __init__(self, tables: Tables, side: str, count: int, numbers: int) -> None:
+        self.count, self.numbers, self.width = count, numbers, min(count, numbers)
+        self.signs = tables.signs(side, count)
+        stretches = -(-count // numbers)
+        turns = tables.bits(f"{side} turns", stretches) % np.uint64(numbers) if stretches > 1 else np.zeros(1)
+        self.turns = turns.astype(np.int64).tolist()
+        at = np.arange(count)
+        places = (at % numbers + np.array(self.turns)[at // numbers]) % numbers
+        self.places = torch.from_numpy(places).to(tables.device)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(R, count) -> (R, width)."""
+        if len(self.turns) == 1:
+            return values * self.signs
+        K = self.numbers
+        twice = values.new_zeros(len(values), 2 * K)
+        for turn, first in zip(self.turns, range(0, self.count, K), strict=True):
+            some = values[:, first : first + K]
+            twice[:, turn : turn + some.shape[1]].addcmul_(some, self.signs[first : first + K])
+        return twice[:, :K] + twice[:, K:]
+
+    def rows(self, values: Tensor) -> Tensor:
+        """(n, count, b) -> (n, width, b)."""
+        if len(self.turns) == 1:
+            return values * self.signs[:, None]
+        K = self.numbers
+        twice = values.new_zeros(len(values), 2 * K, values.shape[2])
+        for turn, first in zip(self.turns, range(0, self.count, K), strict=True):
+            some = values[:, first : first + K]
+            twice[:, turn : turn + some.shape[1]].addcmul_(some, self.signs[first : first + K, None])
+        return twice[:, :K] + twice[:, K:]
 
 
 class KhatriRao(Sided):

@@ -10,7 +10,7 @@ from torch import Tensor
 from influence_cli.gradients.forms import Dense, Factors, Form
 from influence_cli.gradients.joining import merged
 from influence_cli.gradients.passing import Convolved, Tied
-from influence_cli.gradients.projection import KINDS, Projection, Tables, matrix
+from influence_cli.gradients.projection import KINDS, Fold, Projection, Tables, matrix
 from influence_cli.gradients.rows import Postings, Rows
 
 CPU = torch.device("cpu")
@@ -28,11 +28,10 @@ def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ..
         return out
     out = torch.zeros(numbers, o, i, dtype=torch.float64)
     if kind == "tensor-sketch":
-        rows, columns = tables.hashes("left", o, numbers), tables.hashes("right", i, numbers)
-        left, right = tables.signs("left", o), tables.signs("right", i)
+        left, right = Fold(tables, "left", o, numbers), Fold(tables, "right", i, numbers)
         for a in range(o):
             for b in range(i):
-                out[(rows[a] + columns[b]) % numbers, a, b] = left[a] * right[b]
+                out[(left.places[a] + right.places[b]) % numbers, a, b] = left.signs[a] * right.signs[b]
     elif kind == "khatri-rao":
         left, right = tables.signs("left", o, numbers), tables.signs("right", numbers, i)
         for j in range(numbers):
