@@ -42,6 +42,7 @@ MAY_USE = {
     ),
     "output": ("output",),
     "evaluate": ("run", "cache", "methods", "output.ranking", "evaluate"),
+    "evaluate.fidelity": ("run", "cache", "gradients.forms", "gradients.projection", "evaluate"),
     "cli": ("",),
 }
 THIRD_PARTY = {

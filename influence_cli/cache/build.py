@@ -1,5 +1,6 @@
 """What is missing is captured and stored; what is there is read. The order of work, cut into units that follow from the request alone."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from influence_cli.cache.cutting import Ids, cut
 from influence_cli.cache.files import sweep
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
 from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
-from influence_cli.cache.store import UNIT_EXAMPLES, Held, Level, Rows, Store, Unit
+from influence_cli.cache.store import UNIT_EXAMPLES, Held, Level, Rows, Store, Unit, as_stored
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
@@ -57,7 +58,7 @@ class Gradients:
         """`cast`: what floating batch tensors are cast to; None leaves them. `batch_size` None: by the model's size."""
         self.run, self.settings, self.store, self.device = run, settings, store, device
         self.talk = talk or Talk()
-        self.asked_batch_size, self._cast = batch_size, cast
+        self.asked_batch_size, self.cast = batch_size, cast
         self._loaded: Checkpoint | None = None
         self._captures: dict[tuple[str, tuple[str, ...]], AnyCapture] = {}
         self._held: dict[Path, Held] = {}
@@ -120,7 +121,7 @@ class Gradients:
         verify.verify_items(self.run, split, everything, self.store, self.talk)
         again = 0
         for checkpoint, (place, held) in zip(todo, everything.items(), strict=True):
-            again += verify.verify(self.run, split, checkpoint, place, held, self.store, self.settings.rounding, self.capture)
+            again += verify.verify(self.run, split, checkpoint, place, held, self.store, self.settings.rounding, self.again)
             self._verified.add((split, checkpoint.step))
         if again:
             self.talk.note(
@@ -233,6 +234,16 @@ class Gradients:
             self._digests[index] = digest(self.run.query.item(index))
         return self._digests[index]
 
+    def exact(self) -> "Gradients":
+        """The same gradients before projection and storage, of the same model: after theirs, say `moved`."""
+        settings = dataclasses.replace(self.settings, projection=None, store=self.settings.precision)
+        return Gradients(self.run, settings, None, self.device, self.asked_batch_size, self.cast, self.talk)
+
+    def again(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: np.ndarray) -> Rows:
+        """Taken anew, to be compared with what is stored: rounded as that is."""
+        rows = self.capture(split, checkpoint, columns, ids)
+        return dataclasses.replace(rows, forms={name: as_stored(form, self.settings.store) for name, form in rows.forms.items()})
+
     # ------------------------------------------------------------ working
     def _work(self, split: str, job: Job, advance: Advance, where: str, write: Callable[[Unit, Rows], None]) -> None:
         if job.unit.path.is_file():  # another process was faster
@@ -317,10 +328,10 @@ class Gradients:
         examples = self.run.examples(split)
 
         def single(i: int) -> Any:
-            return to(examples.batch(ids[i : i + 1]), self.device, cast or self._cast)
+            return to(examples.batch(ids[i : i + 1]), self.device, cast or self.cast)
 
         try:
-            return to(examples.batch(ids), self.device, cast or self._cast), single
+            return to(examples.batch(ids), self.device, cast or self.cast), single
         except InfluenceError:
             raise
         except (Exception, SystemExit) as error:

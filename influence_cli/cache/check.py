@@ -22,10 +22,10 @@ from influence_cli.cache import verify
 from influence_cli.cache.build import Gradients
 from influence_cli.cache.cutting import Ids
 from influence_cli.cache.fingerprint import compare
-from influence_cli.cache.store import Held, Store, read_unit
+from influence_cli.cache.store import STORE_EPS, Held, Store, read_unit
 from influence_cli.errors import CacheError, listed
 from influence_cli.gradients.capture import Capture, Captured, rounding
-from influence_cli.gradients.forms import Form
+from influence_cli.gradients.forms import Form, Projected
 from influence_cli.run import Checkpoint
 
 EXAMPLES, CHECKPOINTS = 8, 3  # looked at: of each split, of each run; evenly spread
@@ -55,15 +55,17 @@ def findings(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: S
     numbers = sum(gradients.run.columns[name].numel * gradients.run.columns[name].dtype.itemsize for name in columns)
     most = min(EXAMPLES, max(2, DENSE_BYTES // (6 * numbers)))
     chosen = {split: np.array([wanted[i] for i in spread(len(wanted), most)]) for split, wanted in ids.items()}
+    exact = gradients.exact()
     with gradients.talk.progress("gradients taken again", len(looked_at) * sum(map(len, chosen.values()))) as advance:
         for checkpoint in looked_at:
-            gradients.load(checkpoint)
+            exact.load(checkpoint)
             for split, some in chosen.items():
-                for finding in check_gradients(gradients, checkpoint, split, columns, some):
+                for finding in check_gradients(exact, checkpoint, split, columns, some):
                     key = finding.check, finding.split, finding.subject
                     if key not in worst or not finding.error <= worst[key].error:
                         worst[key] = finding
                 advance(len(some))
+    gradients.moved()
     order = ("gradients", "batches", "repeats", "coverage", "outputs")
     return [*sorted(worst.values(), key=lambda finding: order.index(finding.check)), *check_cache(gradients, looked_at)]
 
@@ -197,9 +199,9 @@ def check_cache(gradients: Gradients, checkpoints: Sequence[Checkpoint]) -> Iter
 
 
 def check_units(store: Store, place: Path) -> Finding:
-    """The units of one folder: whole, and their gradients of the norms that were exact when they were taken."""
+    """The units of one folder: whole, and their gradients (but for projected ones) of the norms that were exact when they were taken."""
     subject, split = str(place.relative_to(store.folder)), "query" if "query" in place.parts else "train"
-    eps = torch.finfo(getattr(torch, subject.split("-stored-")[1].split("-")[0])).eps
+    eps = STORE_EPS[getattr(torch, subject.split("-stored-")[1].split("-")[0])]
     allowed = max(4 * eps, rounding(torch.float32) if eps > 1e-12 else rounding(torch.float64))
     worst, count, examples = 0.0, 0, 0
     try:
@@ -207,7 +209,8 @@ def check_units(store: Store, place: Path) -> Finding:
             rows = read_unit(unit, unit.columns, unit.level, unit.held_ids)
             for name in unit.columns:
                 norms = rows.sqnorms[name].sqrt()
-                kept = rows.forms[name].sqnorm().sqrt() if unit.level == "values" else norms
+                exact = unit.level == "values" and not isinstance(rows.forms[name], Projected)
+                kept = rows.forms[name].sqnorm().sqrt() if exact else norms
                 off = float(((kept - norms).abs() / norms.max().clamp(min=1e-30)).max())
                 if not off <= allowed:
                     return Finding(
@@ -228,7 +231,7 @@ def taken_again(gradients: Gradients, checkpoint: Checkpoint, place: Path, held:
         verify.verify_items(gradients.run, "train", {place: held}, gradients.store, gradients.talk, all_items=True)
         for unit, ids in verify.sampled(held.units, EXAMPLES, len(gradients.run.train)):
             stored = Held([unit]).read(unit.columns, unit.level, ids)
-            now = gradients.capture("train", checkpoint, unit.columns, ids)
+            now = gradients.again("train", checkpoint, unit.columns, ids)
             compare(stored, now, gradients.settings.rounding, checkpoint.name, "train", gradients.store.folder)
             count += len(ids)
     except CacheError as error:

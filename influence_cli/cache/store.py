@@ -338,6 +338,16 @@ def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tenso
     return {name: rows.to(store).reshape(value.shape), f"{name}.scale": scale}
 
 
+def as_stored(form: Form, store: torch.dtype) -> Form:
+    """As it is read after it was written, in its own precision."""
+    parts: dict[str, Tensor] = {}
+    for part, value in form.tensors().items():
+        packed = pack(part, value, store)
+        kept = unpack(packed[part], packed.get(f"{part}.scale"))
+        parts[part] = kept.to(value.dtype) if value.is_floating_point() else kept
+    return from_tensors(form.kind, form.shape, parts)
+
+
 def unpack(value: Tensor, scale: Tensor | None) -> Tensor:
     """The inverse: float32, or float64 where that was stored."""
     if scale is None:

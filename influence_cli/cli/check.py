@@ -8,13 +8,15 @@ def check(
     shared: options.Shared,
     train: options.Train = None,
     queries: options.Queries = None,
+    target_correlation: options.TargetCorrelation = None,
     format: options.Format = None,
     output: options.Output = None,
 ) -> None:
     """Are the gradients right on this model, and is the cache whole? Exit code 1 where not.
 
     Takes gradients of a few examples by the fast way and by plain autograd, in other batches, again, and summed; reads every file of the
-    cache. One row per check and parameter: the worst error, relative, and the rounding that is allowed.
+    cache. One row per check and parameter: the worst error, relative, and the rounding that is allowed. With --project, or with a --store
+    narrower than the precision, scores of a sample of pairs are compared with exact ones: the error, and what theory allows.
     """
     from influence_cli.cli import specs
     from influence_cli.errors import InfluenceError
@@ -22,13 +24,17 @@ def check(
 
     sink = tables.Sink.open(format, output)
     specs.check_stdin(queries, train)
+    target = specs.target(target_correlation)
 
     from influence_cli.cache.check import findings
     from influence_cli.cli.opening import open_shared
+    from influence_cli.evaluate.fidelity import fidelity_findings
 
     opened = open_shared(shared, create=False)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
-    found = findings(opened.gradients, opened.checkpoints, list(opened.columns), ids)
+    columns = list(opened.columns)
+    found = findings(opened.gradients, opened.checkpoints, columns, ids)
+    found += fidelity_findings(opened.gradients, opened.checkpoints, columns, ids, shared.projection, target)
     rows = [(f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note) for f in found]
     sink.write(rows, tables.CHECK_COLUMNS)
     frozen = [name for name, parameter in opened.run.model.named_parameters() if not parameter.requires_grad]
@@ -40,5 +46,6 @@ def check(
             f"{len(failed)} of {len(found)} checks failed",
             *(f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}" for f in failed[:8]),
             *([f"and {len(failed) - 8} more"] if len(failed) > 8 else []),
-            "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted",
+            "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted; "
+            "a target that is missed asks for a larger --project K",
         )

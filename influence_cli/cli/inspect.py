@@ -29,11 +29,13 @@ def inspect(
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
+    target_correlation: options.TargetCorrelation = None,
 ) -> None:
     """A dry run: checkpoints and their weights, layers and their sizes, what is cached, what the rest would cost.
 
     Takes gradients for about two seconds to measure, and keeps none. Ends with an error where disk or memory would not do. --method unroll
-    adds its cost, in trainings of the recorded steps; it keeps no gradients of training examples.
+    adds its cost, in trainings of the recorded steps; it keeps no gradients of training examples. --project and a narrow --store add what
+    they do to the scores of a sample of pairs.
     """
     from influence_cli.cache import sizes
     from influence_cli.cli import specs
@@ -41,6 +43,7 @@ def inspect(
     from influence_cli.output.tables import to_stdout
 
     specs.check_stdin(queries, train)
+    target = specs.target(target_correlation)
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     specs.check_values(method, chosen.curvatures, options.Values(curvature=curvature, replay=replay), False)
     specs.check_projected(method, chosen, shared.project)
@@ -52,11 +55,15 @@ def inspect(
     lacking = {split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted) for split, wanted in ids.items()}
     measured = measure(opened, needs(opened, lacking)[0])
     cells = gradient_rows(opened, ids, lacking)
+    kept = fidelity_rows(opened, ids, shared.projection, target) if "train" in ids else []
     stdout = sys.__stdout__ or sys.stdout
     with to_stdout(stdout), redirect_stdout(stdout):
         show("checkpoints", ("step", "file", "size", "weight", "from"), weights)
         show("parameters", ("name", "layer", "shape", "way", "form", "bytes per example"), parameter_rows(opened))
         show("gradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), cells)
+        if kept:
+            heads = ("kept", "numbers per example", "relative error", "expected below", "Pearson", "Spearman", "top-10 overlap")
+            show("scores of a sample of pairs, against exact ones", heads, kept)
         unrolled = unroll_rows(opened, ids["query"], sum_queries, curvature, replay) if method == "unroll" else []
         show("", ("setting", "value"), setting_rows(opened, lacking, measured) + unrolled)
     if method == "unroll":
@@ -120,6 +127,23 @@ def dve_rows(opened: "Opened") -> list[Row]:
     opened.talk.note(f"trajectory: {len(going.steps):,} steps of {going.trajectory.optimizer}, {going.occurrences():,} occurrences")
     examples = len({int(index) for _, ids in going.wanted for index in ids})
     return [("train, for dve", f"{examples:,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored))]
+
+
+def fidelity_rows(opened: "Opened", ids: "dict[str, Ids]", kind: str | None, target: float | None) -> list[Row]:
+    """What is kept, and, with a target, projections up to the one that reaches it."""
+    from influence_cli.evaluate.fidelity import chosen_kind, fidelity, search
+
+    columns = list(opened.columns)
+    found = fidelity(opened.gradients, opened.checkpoints, columns, ids)
+    if target is not None:
+        tried = search(opened.gradients, opened.checkpoints, columns, ids, chosen_kind(opened.gradients, kind), target)
+        reached = tried[-1].reached >= target
+        opened.talk.note(f"{tried[-1].kept} {'is the first to reach' if reached else 'is the last tried, and does not reach'} {target}")
+        found += tried
+    return [
+        (f.kept, f"{f.numbers:,}", f"{f.error:.4f}", f"{f.allowed:.4f}", f"{f.pearson:.4f}", f"{f.spearman:.4f}", f"{f.overlap:.2f}")
+        for f in found
+    ]
 
 
 def unroll_rows(opened: "Opened", queries: "Ids", sum_queries: bool, curvature: str | None, replay: bool) -> list[Row]:
@@ -229,7 +253,8 @@ def measure(opened: "Opened", stored: int) -> Measured:
 
 def show(title: str, heads: Row, rows: Sequence[Row]) -> None:
     """A plain table, the same in a terminal and in a pipe; numbers to the right."""
-    numeric = {"step", "size", "bytes per example", "examples", "x checkpoints", "cached", "to compute", "to store"}
+    numeric = {"step", "size", "bytes per example", "numbers per example", "examples", "x checkpoints", "cached", "to compute", "to store"}
+    numeric |= {"relative error", "expected below", "Pearson", "Spearman", "top-10 overlap"}
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     for row in ((title,), heads, *rows) if title else rows:
         cells = [cell.rjust(w) if head in numeric else cell.ljust(w) for cell, w, head in zip(row, widths, heads, strict=False)]

@@ -116,6 +116,15 @@ ProjectionKind = Annotated[
     str | None,
     option("--projection", panel=NUMBERS, metavar="KIND", help="tensor-sketch (default), sparse, khatri-rao or kronecker; with --project."),
 ]
+TargetCorrelation = Annotated[
+    float | None,
+    option(
+        "--target-correlation",
+        metavar="R",
+        panel=NUMBERS,
+        help="Find the smallest --project K whose scores correlate so with exact ones (Spearman and Pearson), by doubling.",
+    ),
+]
 ProjectionSeed = Annotated[
     int | None,
     option("--seed", panel=NUMBERS, metavar="N", help="Of what is drawn at random: projections, what evaluate leaves out (default 0)."),

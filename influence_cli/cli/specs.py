@@ -139,6 +139,13 @@ def projection(numbers: int | None, kind: str | None, seed: int | None) -> tuple
     return chosen, numbers, seed or 0
 
 
+def target(value: float | None) -> float | None:
+    """`--target-correlation`."""
+    if value is not None and not 0 < value < 1:
+        raise UsageProblem(f"--target-correlation {value}", "expected: a number between 0 and 1, such as 0.95")
+    return value
+
+
 def check_projected(name: str, method: Method, numbers: int | None) -> None:
     """Methods that read what a projection does not keep."""
     if numbers is not None and (method.words or method.module == "unroll"):

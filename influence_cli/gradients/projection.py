@@ -2,16 +2,15 @@
 
 A parameter of shape (o, ...) is seen as a matrix of o rows and i columns; its gradient is a sum over positions of outer products left (o)
 x right (i). Each kind is a linear map P with E[P^T P] = 1, and (but for `sparse`) takes the two sides apart, so that no o x i numbers are
-formed. The sides' random tables are independent, seeded from (seed, parameter, side): parameters of one shape have different maps.
+formed. The sides' random numbers are independent, seeded from (seed, parameter, side): parameters of one shape have different maps.
 
-tensor-sketch  Pham & Pagh 2013: count sketches of both sides, multiplied as polynomials modulo x^K - 1; here in the frequency domain, where
-               a count sketch and its Fourier transform are one table, and only the sum over positions is transformed back
+tensor-sketch  Pham & Pagh 2013: count sketches of both sides, multiplied as polynomials modulo x^K - 1
 sparse         a count sketch of the gradient itself
 khatri-rao     coordinate j = q_j^T G p_j / sqrt(K), signs q and p
 kronecker      A G B^T with Gaussian A (k x o) and B (k x i), K = k^2: for parity with the papers, its error is far larger
 
-Hashes are permutations folded to K, which collide less often than independent ones, and not at all where a side has at most K numbers.
-Parameters of at most K numbers are kept exactly. N examples, S positions, T rows of an embedding, F columns of a table.
+Hashes are even: they collide less often than independent ones, and not at all where a side has at most K numbers. Parameters of at most K
+numbers are kept exactly. N examples, S positions, T rows of an embedding, F columns of a table.
 """
 
 import hashlib
@@ -29,7 +28,6 @@ from influence_cli.gradients.passing import Tied
 from influence_cli.gradients.rows import Postings, Rows
 
 FOURIER = 64  # a Fourier transform costs about as much as this many products a number and doubling
-DIAGONAL_BYTES = 2 << 20  # of matrices whose diagonals are added at once: what a core's cache holds
 Measured = tuple[Tensor, Form]  # squared norms (N,) of the gradients themselves, and their projection
 
 
@@ -107,11 +105,9 @@ class Tables:
         radius, angle = np.sqrt(-2 * np.log1p(-uniform[::2])), 2 * np.pi * uniform[1::2]
         return self.placed((radius * np.cos(angle)).reshape(shape))
 
-    def hashes(self, side: str, count: int, numbers: int) -> np.ndarray:
-        """A place in 0..numbers for each: a random order, folded."""
-        places = np.empty(count, dtype=np.int64)
-        places[np.argsort(self.bits(f"{side} hashes", count), kind="stable")] = np.arange(count)
-        return places % numbers
+    def order(self, side: str, count: int) -> np.ndarray:
+        """A random order of 0..count."""
+        return np.argsort(self.bits(f"{side} order", count), kind="stable")
 
     def placed(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.dtype).to(self.device)
@@ -188,13 +184,15 @@ class Sided(Map):
 
 
 class TensorSketch(Map):
-    """Both sides are folded to at most K numbers; their products a + b of places, over all positions, are then a matrix whose diagonals,
-    modulo K, are the sketch. For large K the places are added in the frequency domain instead."""
+    """Both sides are folded to at most K numbers; the products of their numbers, summed over the positions, are a matrix, whose entries
+    with places p and q are added to number p + q modulo K. For large K that is done in the frequency domain instead."""
 
     def __init__(self, tables: Tables, numbers: int) -> None:
         self.numbers = numbers
         self.left, self.right = (Fold(tables, side, n, numbers) for side, n in (("left", tables.rows), ("right", tables.columns)))
-        self.by_diagonals = self.left.width * self.right.width <= FOURIER * numbers * math.log2(2 * numbers)
+        self.by_matrix = self.left.width * self.right.width <= FOURIER * numbers * math.log2(2 * numbers)
+        places = (self.left.after[:, None] + self.right.after) % numbers
+        self.sums = Sums((places + numbers * (self.left.minus[:, None] ^ self.right.minus)).flatten(), numbers)
 
     def project(self, form: Form) -> tuple[Tensor, Tensor]:
         if isinstance(form, Tied):
@@ -214,92 +212,63 @@ class TensorSketch(Map):
         for first in range(0, N, step):
             at = slice(first, first + step)
             left, right = self.left(form.left[at].reshape(-1, o)), self.right(form.right[at].reshape(-1, i))
-            left, right = left.view(-1, S, self.left.width), right.view(-1, S, self.right.width)
-            if self.by_diagonals:
-                found.append(self.diagonals(torch.bmm(left.transpose(1, 2), right)))
+            if self.by_matrix:
+                left, right = left.view(-1, S, self.left.width), right.view(-1, S, self.right.width)
+                found.append(self.sums(torch.bmm(left.transpose(1, 2), right).flatten(1)))
             else:
-                met = torch.fft.rfft(left, self.numbers).mul_(torch.fft.rfft(right, self.numbers))
-                found.append(torch.fft.irfft(met.sum(1), self.numbers))
+                met = torch.fft.rfft(self.left.placed(left)).mul_(torch.fft.rfft(self.right.placed(right)))
+                found.append(torch.fft.irfft(met.view(-1, S, met.shape[1]).sum(1), self.numbers))
         return torch.cat(found)
 
     def dense(self, part: Tensor) -> Tensor:
         """Of (n, o i) gradients: cost o i for each."""
-        n = len(part)
-        columns = self.right(part.view(n * self.left.count, self.right.count))
-        return self.diagonals(self.left.rows(columns.view(n, self.left.count, self.right.width)))
+        columns = self.right(part.view(-1, self.right.count))
+        return self.sums(self.left(columns.view(len(part), self.left.count, self.right.width)).flatten(1))
 
     def rows(self, form: Rows) -> Tensor:
         """Of an embedding's rows: each is turned by the place of its token."""
         out = form.values.new_zeros(len(form), self.numbers)
-        places, signs = self.left.places, self.left.signs
-        width, steps = self.right.width, torch.arange(self.numbers, device=form.device)
+        steps = torch.arange(self.numbers, device=form.device)
         step = max(1, PART_BYTES // (8 * self.numbers))
         for first in range(0, len(form.ids), step):
             at = slice(first, first + step)
             ids = form.ids[at]
-            turned = (steps - places[ids, None]) % self.numbers
-            folded = self.right(form.values[at]) * signs[ids, None]
-            folded = torch.nn.functional.pad(folded, (0, self.numbers - width))
-            out.index_add_(0, form.example[at], folded.gather(1, turned))
+            placed = self.right.placed(self.right(form.values[at])) * self.left.signs[ids, None]
+            out.index_add_(0, form.example[at], placed.gather(1, (steps - self.left.places[ids, None]) % self.numbers))
         return out
 
-    def diagonals(self, matrices: Tensor) -> Tensor:
-        """(n, a, b) -> (n, K): sums of the entries p, q with p + q = k modulo K.
 
-        Rows of a + b numbers, the last of them zero, read as rows of one number less stand one place further right in each row.
-        """
-        n, a, b = matrices.shape
-        K, step = self.numbers, max(1, DIAGONAL_BYTES // (a * (a + b) * matrices.element_size()))
-        out = matrices.new_zeros(n, K)
-        buffer = matrices.new_zeros(min(n, step), a, a + b)
-        for first in range(0, n, step):
-            some = matrices[first : first + step]
-            buffer[: len(some), :, :b] = some
-            turned = buffer.as_strided((len(some), a, a + b - 1), (a * (a + b), a + b - 1, 1)).sum(1)
-            here = out[first : first + step]
-            here[:, : a + b - 1] += turned[:, :K]
-            if a + b - 1 > K:
-                here[:, : a + b - 1 - K] += turned[:, K:]
-        return out
+class Sums:
+    """Adds numbers to K places, (n, count, ...) -> (n, K, ...): place p as it is, place K + p with its sign turned."""
+
+    def __init__(self, places: Tensor, numbers: int) -> None:
+        self.places, self.numbers = places, numbers
+
+    def __call__(self, values: Tensor) -> Tensor:
+        sums = values.new_zeros(len(values), 2 * self.numbers, *values.shape[2:]).index_add_(1, self.places, values)
+        return sums[:, : self.numbers] - sums[:, self.numbers :]
 
 
 class Fold:
-    """A count sketch of one side: its numbers in stretches of K, each with random signs and turned by a random number of places, added.
-
-    Two numbers of different stretches meet with a chance of 1/K, two of one stretch never. A single stretch is not turned.
-    """
+    """A count sketch of one side, where it has more than K numbers; fewer stay as they are, and what they would be multiplied by and
+    where they would stand is in `after` (their places) and `minus` (whether their signs are turned)."""
 
     def __init__(self, tables: Tables, side: str, count: int, numbers: int) -> None:
-        self.count, self.numbers, self.width = count, numbers, min(count, numbers)
+        self.count, self.width = count, min(count, numbers)
         self.signs = tables.signs(side, count)
-        stretches = -(-count // numbers)
-        turns = tables.bits(f"{side} turns", stretches) % np.uint64(numbers) if stretches > 1 else np.zeros(1)
-        self.turns = turns.astype(np.int64).tolist()
-        at = np.arange(count)
-        places = (at % numbers + np.array(self.turns)[at // numbers]) % numbers
-        self.places = torch.from_numpy(places).to(tables.device)
+        self.places = torch.from_numpy(tables.order(side, max(count, numbers))[:count] % numbers).to(tables.device)
+        self.sums = Sums(self.places + numbers * (self.signs < 0), numbers)
+        folds = count > numbers
+        self.after = torch.arange(numbers, device=tables.device) if folds else self.places
+        self.minus = torch.zeros_like(self.after, dtype=torch.bool) if folds else self.signs < 0
 
     def __call__(self, values: Tensor) -> Tensor:
-        """(R, count) -> (R, width)."""
-        if len(self.turns) == 1:
-            return values * self.signs
-        K = self.numbers
-        twice = values.new_zeros(len(values), 2 * K)
-        for turn, first in zip(self.turns, range(0, self.count, K), strict=True):
-            some = values[:, first : first + K]
-            twice[:, turn : turn + some.shape[1]].addcmul_(some, self.signs[first : first + K])
-        return twice[:, :K] + twice[:, K:]
+        """(R, count) -> (R, width), or (n, count, b) -> (n, width, b)."""
+        return self.sums(values) if self.count > self.width else values
 
-    def rows(self, values: Tensor) -> Tensor:
-        """(n, count, b) -> (n, width, b)."""
-        if len(self.turns) == 1:
-            return values * self.signs[:, None]
-        K = self.numbers
-        twice = values.new_zeros(len(values), 2 * K, values.shape[2])
-        for turn, first in zip(self.turns, range(0, self.count, K), strict=True):
-            some = values[:, first : first + K]
-            twice[:, turn : turn + some.shape[1]].addcmul_(some, self.signs[first : first + K, None])
-        return twice[:, :K] + twice[:, K:]
+    def placed(self, folded: Tensor) -> Tensor:
+        """(R, width) -> (R, K): every number at its place, with its sign."""
+        return folded if self.count > self.width else self.sums(folded)
 
 
 class KhatriRao(Sided):
@@ -335,7 +304,7 @@ class Sparse(Map):
     def __init__(self, tables: Tables, numbers: int) -> None:
         self.numbers, count = numbers, tables.rows * tables.columns
         self.signs = tables.signs("both", count)
-        self.places = torch.from_numpy(tables.hashes("both", count, numbers)).to(tables.device)
+        self.places = torch.from_numpy(tables.order("both", count) % numbers).to(tables.device)
 
     def project(self, form: Form) -> tuple[Tensor, Tensor]:
         norms, sums = [], []

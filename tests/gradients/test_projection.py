@@ -21,7 +21,7 @@ def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ..
     o, i = matrix(shape)
     tables = Tables(seed, name, o, i, CPU, torch.float64)
     if kind == "sparse":
-        places, signs = tables.hashes("both", o * i, numbers), tables.signs("both", o * i)
+        places, signs = tables.order("both", o * i) % numbers, tables.signs("both", o * i)
         out = torch.zeros(numbers, o * i, dtype=torch.float64)
         for j in range(o * i):
             out[places[j], j] = signs[j]
@@ -124,10 +124,40 @@ def test_tables_differ_between_parameters_sides_and_seeds_and_stay_for_ever():
     assert bits(0, "a", "left") == [2230144778291951675, 12209963742548473739, 14194924358885615696, 10704857455549465598]
 
 
-def test_hashes_are_even_and_without_collisions_where_there_is_room():
+def test_places_are_even_and_without_collisions_where_there_is_room():
     tables = Tables(0, "a", 1, 1, CPU, torch.float64)
-    assert np.bincount(tables.hashes("left", 100, 16)).tolist().count(6) == 12
-    assert len(set(tables.hashes("left", 12, 16))) == 12
+    counts = np.bincount(Fold(tables, "left", 104, 16).places.numpy(), minlength=16)
+    assert sorted(counts) == [6] * 8 + [7] * 8
+    assert len(set(Fold(tables, "left", 12, 16).places.tolist())) == 12
+
+
+def test_any_two_products_meet_with_a_chance_of_one_in_k():
+    """Over 300 seeds, of fixed pairs of entries: the same row, column, diagonal and antidiagonal, and neither; near and far apart."""
+    pairs = [((3, 5), other) for other in ((3, 6), (4, 5), (4, 6), (4, 4), (2, 7), (3, 37), (19, 5), (35, 37), (20, 20))]
+    K = 16
+    for o, i in ((40, 40), (10, 40), (40, 10), (10, 10)):
+        met = dict.fromkeys(pairs, 0)
+        for seed in range(300):
+            tables = Tables(seed, "a", o, i, CPU, torch.float64)
+            left, right = (Fold(tables, *side).places for side in (("left", o, K), ("right", i, K)))
+            for pair in pairs:
+                (a, b), (c, d) = pair
+                if max(a, c) < o and max(b, d) < i:
+                    met[pair] += int((left[a] + right[b] - left[c] - right[d]) % K == 0)
+        assert max(met.values()) < 300 / K + 5 * math.sqrt(300 / K), met
+
+
+def test_larger_projections_are_better():
+    torch.manual_seed(2)
+    x, y = (Factors((12, 20), torch.randn(40, 3, 12), torch.randn(40, 3, 20)) for _ in range(2))
+    errors = []
+    for numbers in (16, 64, 128):
+        off = []
+        for seed in range(20):
+            ours, theirs = (Projection("tensor-sketch", numbers, seed)("w", form)[1].dense().values for form in (x, y))
+            off.append((ours @ theirs.T - x.dot(y)).square().mean())
+        errors.append(float(torch.stack(off).mean()))
+    assert errors[1] < 0.4 * errors[0] and errors[2] < 0.7 * errors[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
