@@ -4,7 +4,7 @@ python benchmarks/capture.py [w1 w2 w3 w4] [--repeats 3] [--train N] [--project 
 
 norms: squared norms and losses only, as `influence self` needs. discarded: every gradient, in the form in which it would be kept. on disk:
 taken and kept, synced; --project: the same of tensor sketches of K numbers a parameter. Ratios are to the floor (one forward+backward over
-the training examples) times the number of checkpoints, taken in turns in this process. --memory: peak memory of `influence cache` as a whole
+the training examples) times the number of checkpoints, in turns in this process. --memory: peak memory of `influence cache` as a whole
 process, at N and at 2 N training examples.
 """
 
