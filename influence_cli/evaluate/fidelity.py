@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from influence_cli.cache.build import Gradients
 from influence_cli.cache.check import Finding, spread
@@ -194,10 +195,12 @@ def projected(projection: Projection) -> Way:
 
 
 def spread_of(projection: Projection, sample: Sample, norms: np.ndarray) -> float:
-    """Twice the standard deviation that theory allows the differences of all pairs together."""
+    """Twice the standard deviation that theory allows the differences of all pairs together, and rounding: what is kept exactly is
+    multiplied in another form."""
     shapes = [sample.gradients.run.columns[name].shape for name in sample.columns]
     each = np.array([projection.spread(shape) for shape in shapes])[:, None, None] * norms
-    return 2 * float(np.sqrt(np.square(each).sum()))
+    eps = STORE_EPS[torch.float64 if sample.gradients.settings.precision == torch.float64 else torch.float32]
+    return 2 * float(np.sqrt(np.square(each).sum())) + 8 * eps * float(np.linalg.norm(norms.sum(0)))
 
 
 def mean(values: Sequence[float]) -> float:
