@@ -1,6 +1,6 @@
 """What projections and narrow stores do to scores: against exact ones, of models that were really trained.
 
-python benchmarks/projection.py --text FILE --images FILE
+python benchmarks/projection.py --text FILE --images FILE [--steps 1500] [--words]
 
 FILE: a text (.gz too), an .npz with x_train, y_train, x_test, y_test. GPT: two blocks of d = 96, 64 letters, AdamW; the weights of its
 eight inner Linear layers. Classifier: an MLP 784-256-128-10 with GELU, trained until its training loss is below 0.002; the weights of its
@@ -40,6 +40,18 @@ CHANGES = (  # tsloo's GPT, larger, in float32, on all of the text
     ("slice(0, 2000)", "slice(0, 16000)"),
     ("slice(2000, 2200)", "slice(16000, 16500)"),
 )
+WORDS = (  # the same text in words, those that stand there five times or more
+    (
+        "LETTERS = sorted(set(TEXT))",
+        """import collections, re
+TEXT = re.findall(r"\\w+|[^\\w ]", TEXT)
+counts = collections.Counter(TEXT)
+TEXT = [word if counts[word] > 4 else "?" for word in TEXT]
+LETTERS = sorted(set(TEXT))""",
+    ),
+    ("slice(0, 16000)", "slice(0, 4000)"),
+    ("slice(16000, 16500)", "slice(4000, 4400)"),
+)
 CLASSIFIER = """
 import numpy as np
 import torch
@@ -68,21 +80,25 @@ def loss(model, batch):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--images", required=True)
+    parser.add_argument("--images", help="without: the GPT alone")
     parser.add_argument("--steps", type=int, default=1500, help="of the GPT's training")
+    parser.add_argument("--words", action="store_true", help="the GPT reads words")
     flags = parser.parse_args()
     print(machine())
     gpt = tsloo.GPT
-    for old, new in CHANGES:
+    for old, new in CHANGES + (WORDS if flags.words else ()):
         assert old in gpt, old
         gpt = gpt.replace(old, new)
     with tempfile.TemporaryDirectory(prefix="influence-projection-") as place:
         run = trained(Path(place) / "gpt", gpt.format(data=flags.text), batch=32, rate=2e-3, steps=flags.steps)
         sample = sampled(run, [f"blocks.*.{name}.weight" for name in ("qkv", "out", "up", "down")])
         found = projections("GPT", sample)
-        better = found["tensor-sketch", 64].spearman > found["kronecker", 1024].spearman
-        print(f"\nA tensor sketch of 64 numbers {'beats' if better else 'does not beat'} the kronecker map of 1,024.")
+        ours, theirs = found["tensor-sketch", 64].spearman, found["kronecker", 1024].spearman
+        verdict = "beats" if ours > theirs else "does not beat"
+        print(f"\nA tensor sketch of 64 numbers ({ours:.3f}) {verdict} the kronecker map of 1,024 ({theirs:.3f}).")
         stores("GPT", sample)
+        if flags.images is None:
+            return
         run = trained(Path(place) / "classifier", CLASSIFIER.format(data=flags.images), batch=128, rate=1e-3, steps=12000, until=0.002)
         sample = sampled(run, ["*.weight"])
         projections("classifier", sample)
