@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from influence_cli.cache.cutting import Ids, cut
 from influence_cli.cache.files import sweep
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
 from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
-from influence_cli.cache.store import UNIT_EXAMPLES, Held, Level, Rows, Store, Unit, as_stored
+from influence_cli.cache.store import UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit, as_stored
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
@@ -148,15 +149,28 @@ class Gradients:
 
     def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
         """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""
-        held = self.held(split, checkpoint) if self.store else None
-        for block in cut(ids, self.unit_size(split, columns, level)):
-            if held is not None:
-                yield held.read(columns, level, block)
-            else:
+        return self.read_each(split, [(checkpoint, ids)], columns, level)
+
+    def read_each(self, split: str, wanted: Iterable[Wanted], columns: Sequence[str], level: Level = "values") -> Iterator[Rows]:
+        """The same, one request after the other. While a unit is used the next is read from disk."""
+        size = self.unit_size(split, columns, level)
+        units = ((checkpoint, block) for checkpoint, ids in wanted for block in cut(ids, size))
+        if self.store is None:
+            for checkpoint, block in units:
                 rows = self.capture(split, checkpoint, columns, block, level)
                 narrow = self.settings.precision in (torch.float16, torch.bfloat16)
                 forms = {name: form.to(torch.device("cpu"), torch.float32) if narrow else form for name, form in rows.forms.items()}
                 yield Rows(rows.ids, rows.losses, rows.digests, rows.sqnorms, forms)
+            return
+        with ThreadPoolExecutor(1) as thread:
+            coming: Future[Fetched] | None = None
+            for checkpoint, block in units:
+                following = thread.submit(self.held(split, checkpoint).fetch, columns, level, block)
+                if coming is not None:
+                    yield coming.result()()
+                coming = following
+            if coming is not None:
+                yield coming.result()()
 
     # ------------------------------------------------------------ sizes
     def sizes(self, split: str, columns: Sequence[str], probe: bool = True) -> Sizes:

@@ -209,8 +209,7 @@ def check_units(store: Store, place: Path) -> Finding:
             rows = read_unit(unit, unit.columns, unit.level, unit.held_ids)
             for name in unit.columns:
                 norms = rows.sqnorms[name].sqrt()
-                exact = unit.level == "values" and not isinstance(rows.forms[name], Projected)
-                kept = rows.forms[name].sqnorm().sqrt() if exact else norms
+                kept = rows.forms[name].sqnorm().sqrt() if unit.level == "values" and is_exact(rows.forms[name]) else norms
                 off = float(((kept - norms).abs() / norms.max().clamp(min=1e-30)).max())
                 if not off <= allowed:
                     return Finding(
@@ -221,6 +220,10 @@ def check_units(store: Store, place: Path) -> Finding:
     except CacheError as error:
         return Finding("cache", split, subject, math.nan, allowed, error.headline)
     return Finding("cache", split, subject, worst, allowed, f"{count:,} files, {examples:,} examples")
+
+
+def is_exact(form: Form) -> bool:
+    return not isinstance(form, Projected) or form.values.shape[1] == math.prod(form.shape)
 
 
 def taken_again(gradients: Gradients, checkpoint: Checkpoint, place: Path, held: Held) -> Finding:

@@ -25,7 +25,7 @@ from torch import Tensor
 from influence_cli.cache.files import read_json, replacing, write_json, write_text, writing
 from influence_cli.cache.tensors import TensorFile, save
 from influence_cli.errors import CacheError
-from influence_cli.gradients.forms import Form
+from influence_cli.gradients.forms import Form, Projected
 from influence_cli.gradients.joining import concat, from_tensors
 
 FORMAT, VERSION = "influence-cache", 2
@@ -37,6 +37,7 @@ SCALED = (torch.float16, torch.bfloat16, torch.int8)  # stored with a float32 sc
 STORE_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)} | {
     torch.int8: 1 / 127
 }
+BESIDE = ":projected"  # the tensor in which projected gradients of all columns stand side by side
 Level = str  # "values": gradients and norms; "norms": norms alone
 
 
@@ -173,9 +174,17 @@ class Store:
             tensors["ids"] = torch.from_numpy(unit.ids)
         forms: dict[str, Any] = {}
         owners: dict[tuple[int, torch.Size], str] = {}  # two gradients may be one tensor (a bias and its layer's left factors): kept once
+        thin = {name: form for name, form in rows.forms.items() if isinstance(form, Projected)} if unit.level == "values" else {}
+        if thin:
+            tensors |= pack_side_by_side(BESIDE, [form.values for form in thin.values()], store)
+        start = 0
         for column in unit.columns:
             tensors[f"{column}:sqnorms"] = rows.sqnorms[column]
-            if unit.level == "values":
+            if column in thin:
+                width = thin[column].values.shape[1]
+                forms[column] = ["projected", list(thin[column].shape), {"values": [BESIDE, [start, start + width]]}]
+                start += width
+            elif unit.level == "values":
                 form, shared = rows.forms[column], {}
                 for part, value in form.tensors().items():
                     name = f"{column}:{part}"
@@ -237,28 +246,43 @@ class Held:
 
     def read(self, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
         """The rows of these examples, in this order, gathered from whichever units hold them; all must be there."""
+        return self.fetch(columns, level, ids)()
+
+    def fetch(self, columns: Sequence[str], level: Level, ids: np.ndarray) -> "Fetched":
+        """Reads them from disk, and gives a function that makes rows of what was read."""
         groups: dict[bytes, list[str]] = {}  # columns that are found in the same units
         alike = len({(unit.columns, unit.level) for unit in self.units}) == 1 and set(columns) <= set(self.units[0].columns)
         first = self.where(columns[0], level, ids).tobytes() if alike else b""
         for column in columns:
             groups.setdefault(first or self.where(column, level, ids).tobytes(), []).append(column)
-        gathered = []
+        fetched: list[tuple[list[np.ndarray], list[Fetched]]] = []
         for key, members in groups.items():
             place = np.frombuffer(key, dtype=np.int64)
             assert (place >= 0).all(), f"{members[0]}: read before it was ensured"
             rows = [np.flatnonzero(place == number) for number in np.unique(place)]
-            part = concat_rows([read_unit(self.units[place[at[0]]], members, level, ids[at]) for at in rows])
-            order = np.concatenate(rows)
-            gathered.append(part if len(rows) == 1 else part.take(np.argsort(order)))
-        sqnorms = {name: part.sqnorms[name] for part in gathered for name in part.sqnorms}
-        forms = {name: part.forms[name] for part in gathered for name in part.forms}
-        return Rows(ids, gathered[0].losses, gathered[0].digests, sqnorms, forms)
+            fetched.append((rows, [fetch_unit(self.units[place[at[0]]], members, level, ids[at]) for at in rows]))
+
+        def finished() -> Rows:
+            gathered = []
+            for rows, parts in fetched:
+                part = concat_rows([finish() for finish in parts])
+                gathered.append(part if len(rows) == 1 else part.take(np.argsort(np.concatenate(rows))))
+            sqnorms = {name: part.sqnorms[name] for part in gathered for name in part.sqnorms}
+            forms = {name: part.forms[name] for part in gathered for name in part.forms}
+            return Rows(ids, gathered[0].losses, gathered[0].digests, sqnorms, forms)
+
+        return finished
 
 
 def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
     """These examples of one unit. Raises CacheError for a damaged file."""
+    return fetch_unit(unit, columns, level, ids)()
+
+
+def fetch_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> "Fetched":
+    """Reads them from disk, and gives a function that makes numbers of what was read. Raises CacheError for a damaged file, as that may."""
     with reading(unit.path) as file:
-        sources = sources_of(file, columns) if level == "values" else {}
+        sources, places = sources_of(file, columns) if level == "values" else ({}, [])
         norms = {column: f"{column}:sqnorms" for column in columns}
         stored = {name for _, _, parts in sources.values() for name, _ in parts.values()}
         scales = {f"{name}.scale" for name in stored} & set(file.entries)
@@ -271,30 +295,44 @@ def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray)
         content = file.read(heads | scales if few else heads | scales | stored)
         if few:
             content = {name: value[rows] for name, value in content.items()} | {name: file.read_rows(name, rows) for name in stored}
-        values = {name: unpack(content[name], content.get(f"{name}.scale")) for name in stored}
-        forms: dict[str, Form] = {}
-        for column, (kind, shape, parts) in sources.items():
-            tensors = {part: values[name] if tail is None else values[name].view(-1, *tail) for part, (name, tail) in parts.items()}
-            forms[column] = from_tensors(kind, shape, tensors)
-        if not few and any(len(form) != len(held) for form in forms.values()):
-            raise ValueError(f"gradients for other than its {len(held)} examples")
-        sqnorms = {column: content[name] for column, name in norms.items()}
-        found = Rows(ids if few else held, content["losses"], content["digests"], sqnorms, forms)
-    return found if few else dataclasses.replace(found if len(ids) == len(held) else found.take(rows), ids=ids)
+
+    def finished() -> Rows:
+        with damaged(unit.path):
+            values = {name: unpack(content[name], content.get(f"{name}.scale")) for name in stored - {BESIDE}}
+            if BESIDE in stored:
+                values[BESIDE] = unpack_side_by_side(content[BESIDE], content.get(f"{BESIDE}.scale"), places)
+            forms: dict[str, Form] = {}
+            for column, (kind, shape, parts) in sources.items():
+                tensors = {}
+                for part, (name, tail) in parts.items():
+                    if tail is None:
+                        tensors[part] = values[name]
+                    else:
+                        tensors[part] = values[name][:, slice(*tail)] if name == BESIDE else values[name].view(-1, *tail)
+                forms[column] = from_tensors(kind, shape, tensors)
+            if not few and any(len(form) != len(held) for form in forms.values()):
+                raise ValueError(f"gradients for other than its {len(held)} examples")
+            sqnorms = {column: content[name] for column, name in norms.items()}
+            found = Rows(ids if few else held, content["losses"], content["digests"], sqnorms, forms)
+            return found if few else dataclasses.replace(found if len(ids) == len(held) else found.take(rows), ids=ids)
+
+    return finished
 
 
+Fetched = Callable[[], Rows]
 Sources = dict[str, tuple[str, list[int], dict[str, tuple[str, list[int] | None]]]]
 
 
-def sources_of(file: TensorFile, columns: Sequence[str]) -> Sources:
-    """Per column its form, shape, and where the form's tensors are: (name, None), or another column's (name, shape of a row)."""
+def sources_of(file: TensorFile, columns: Sequence[str]) -> tuple[Sources, list[list[int]]]:
+    """Per column its form, shape, and where the form's tensors are: (name, None), another column's (name, shape of a row), or, of what is
+    projected, (BESIDE, its first and last place in a row). And all such places."""
     heads = json.loads(file.metadata["influence-unit"])
     own: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
     for name in file.entries:
         column, _, part = name.rpartition(":")
         if part != "sqnorms" and not part.endswith(".scale"):
             own.setdefault(column, {})[part] = name, None
-    return {
+    found: Sources = {
         column: (
             heads[column][0],
             heads[column][1],
@@ -302,6 +340,7 @@ def sources_of(file: TensorFile, columns: Sequence[str]) -> Sources:
         )
         for column in columns
     }
+    return found, sorted(tail for _, _, shared in heads.values() for name, tail in shared.values() if name == BESIDE)
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -312,9 +351,14 @@ def read_ids(path: Path) -> np.ndarray:
 @contextmanager
 def reading(path: Path) -> Iterator[TensorFile]:
     """A unit's file. Raises CacheError where it is damaged."""
+    with damaged(path), TensorFile(path) as file:
+        yield file
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
     try:
-        with TensorFile(path) as file:
-            yield file
+        yield
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CacheError(
             f"the cache file {path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again"
@@ -338,6 +382,14 @@ def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tenso
     return {name: rows.to(store).reshape(value.shape), f"{name}.scale": scale}
 
 
+def pack_side_by_side(name: str, values: Sequence[Tensor], store: torch.dtype | None) -> dict[str, Tensor]:
+    """Several (N, K) tensors as one, each with a scale of its own: read at once, and multiplied at once."""
+    packed = [pack(name, value, store) for value in values]
+    scale = f"{name}.scale"
+    scales = {scale: torch.stack([part[scale] for part in packed], dim=1)} if scale in packed[0] else {}
+    return {name: torch.cat([part[name] for part in packed], dim=1)} | scales
+
+
 def as_stored(form: Form, store: torch.dtype) -> Form:
     """As it is read after it was written, in its own precision."""
     parts: dict[str, Tensor] = {}
@@ -353,3 +405,13 @@ def unpack(value: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return value
     return value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+
+
+def unpack_side_by_side(value: Tensor, scales: Tensor | None, places: Sequence[Sequence[int]]) -> Tensor:
+    """(N, sum of K); `places`: first and last of each of them in a row."""
+    if scales is None:
+        return value
+    found = value.float()
+    for (start, stop), scale in zip(places, scales.unbind(1), strict=True):
+        found[:, start:stop] *= scale[:, None]
+    return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,6 +63,20 @@ def distance(first: Form, second: Form) -> Tensor:
         ours, theirs = (dataclasses.replace(form, values=form.values.double()) for form in pair if isinstance(form, Rows))
         return merged(ours, dataclasses.replace(theirs, values=-theirs.values)).sqnorm().sqrt()
     return (first.dense().values.double() - second.dense().values.double()).norm(dim=1)
+
+
+def side_by_side(forms: Sequence[Form]) -> Form | None:
+    """One form of projected gradients that stand side by side in memory, as they are kept; None where they do not."""
+    if len(forms) == 1:
+        return forms[0]
+    tensors = [form.values for form in forms if isinstance(form, Projected)]
+    if len(tensors) < len(forms) or len({(value.untyped_storage().data_ptr(), value.stride(), len(value)) for value in tensors}) > 1:
+        return None
+    for value, following in pairwise(tensors):
+        if value.storage_offset() + value.shape[1] != following.storage_offset():
+            return None
+    width = sum(value.shape[1] for value in tensors)
+    return Projected((width,), tensors[0].as_strided((len(tensors[0]), width), tensors[0].stride(), tensors[0].storage_offset()))
 
 
 def concat(forms: Sequence[Form]) -> Form:

@@ -62,7 +62,7 @@ class Projection:
         """Exact squared norms and the projected gradients of one parameter."""
         if math.prod(form.shape) <= self.numbers:
             exact = form.dense()
-            return exact.sqnorm(), exact
+            return exact.sqnorm(), Projected(form.shape, exact.values)
         form = form.to(form.device, torch.float32) if form.dtype in HALVES else form
         key = name, form.device, form.dtype
         if key not in self._maps:

@@ -24,6 +24,7 @@ QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints
 TOTAL_BYTES = 16 << 20  # scores of a block of training examples
 NewRanking = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
 Advance = Callable[..., None]
+Units = Iterator[Rows]
 
 
 def ranked(
@@ -32,11 +33,12 @@ def ranked(
     new_ranking: NewRanking,
     query_bytes: int,
     load: Callable[[Ids], Any],
-    scores: Callable[[Any, np.ndarray, Advance], np.ndarray],
+    scores: Callable[[Any, np.ndarray, Units, Advance], np.ndarray],
 ) -> Iterator[tuple[Ids, Any, Ranking]]:
     """Per pass its query ids, what `load` made of them, and their ranking. Memory: a block of scores, and the gradients of some queries.
 
-    `query_bytes`: of one query at one checkpoint. `scores(queries, ids, advance)`: (1 + P, Q, N) float64, the scores and their parts.
+    `query_bytes`: of one query at one checkpoint. `scores(queries, ids, units, advance)`: (1 + P, Q, N) float64, the scores and their
+    parts, from the units of these ids at one checkpoint after the other.
     """
     gradients.ensure("query", question.checkpoints, list(question.columns), question.queries)
     gradients.ensure("train", question.checkpoints, list(question.columns), question.train)
@@ -48,8 +50,11 @@ def ranked(
             width, parts = 1 if question.sum_queries else len(ids), question.parts
             ranking = new_ranking(width, len(parts))
             groups = np.zeros((len(parts) + 1, width, len(question.groups.names))) if question.groups else None
-            for block in blocks(question.train, block_size(width, len(parts))):
-                totals = scores(queries, block, advance)
+            size = block_size(width, len(parts))
+            wanted = ((checkpoint, block) for block in blocks(question.train, size) for checkpoint in question.checkpoints)
+            units = gradients.read_each("train", wanted, list(question.columns))
+            for block in blocks(question.train, size):
+                totals = scores(queries, block, units, advance)
                 if groups is None or question.groups is None:
                     ranking.add(block, totals[0], totals[1:])
                 else:
@@ -57,6 +62,15 @@ def ranked(
             if groups is not None:
                 ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
         yield ids, queries, ranking
+
+
+def of_next(units: Units, count: int) -> Units:
+    """The units of the next `count` examples."""
+    done = 0
+    while done < count:
+        rows = next(units)
+        done += len(rows.ids)
+        yield rows
 
 
 def query_passes(question: Question, query_bytes: int) -> list[Ids]:

@@ -6,6 +6,7 @@ query's loss. eta enters once. GradDot is one checkpoint with eta = 1, GradCos t
 N train, Q query, P parts of a score.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,9 +16,10 @@ from torch import Tensor
 from influence_cli.cache.build import Gradients
 from influence_cli.cache.cutting import Ids, blocks
 from influence_cli.cache.store import Rows
-from influence_cli.gradients.forms import Form, Memo
+from influence_cli.gradients.forms import Form, Memo, Projected
+from influence_cli.gradients.joining import side_by_side
 from influence_cli.methods import Answer, Question
-from influence_cli.methods.ranked import Advance, NewRanking, block_size, dtype_of, mean_query_row, query_rows, ranked
+from influence_cli.methods.ranked import Advance, NewRanking, Units, block_size, dtype_of, mean_query_row, of_next, query_rows, ranked
 from influence_cli.output.ranking import Ranking
 
 PART = 512  # training examples multiplied at once: their products stay in the cache
@@ -31,36 +33,61 @@ def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> 
     def load(ids: Ids) -> list[Rows]:
         return [rows_of(gradients, question, checkpoint, ids) for checkpoint in question.checkpoints]
 
-    def scores(queries: list[Rows], ids: np.ndarray, advance: Advance) -> np.ndarray:
-        return block_scores(gradients, question, queries, ids, advance)
+    def scores(queries: list[Rows], ids: np.ndarray, units: Units, advance: Advance) -> np.ndarray:
+        return block_scores(gradients.device, question, queries, ids, units, advance)
 
     for ids, _, ranking in ranked(gradients, question, new_ranking, numbers * max(4, gradients.settings.store.itemsize), load, scores):
         yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, question.parts)
 
 
-def block_scores(gradients: Gradients, question: Question, queries: list[Rows], ids: np.ndarray, advance: Advance) -> np.ndarray:
-    """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that the
-    scores are the same with and without parts."""
+def block_scores(
+    device: torch.device, question: Question, queries: list[Rows], ids: np.ndarray, units: Units, advance: Advance
+) -> np.ndarray:
+    """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that exact
+    scores are the same with and without parts; projected gradients that count alike are multiplied at once."""
     part_of = {name: number for number, name in enumerate(question.parts, start=1)}
     totals = torch.zeros(1 + len(part_of), len(queries[0].losses), len(ids), dtype=torch.float64)
     for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
-        query = {name: form.to(gradients.device) for name, form in queries[k].forms.items()}
+        parts = {name: part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer] if part_of else 0
+                 for name, column in question.columns.items()}  # fmt: skip
+        alike = groups({name: (weight.of(column.names), parts[name]) for name, column in question.columns.items()}, queries[k].forms)
+        query = {names: joined([queries[k].forms[name] for name in names]).to(device) for names in alike}
         done = 0
-        for unit in gradients.read("train", checkpoint, list(question.columns), ids):
-            for rows in unit.parts(PART):
+        for unit in of_next(units, len(ids)):
+            stacks = {names: side_by_side([unit.forms[name] for name in names]) for names in alike}
+            together = {names[0]: form if form is not None else joined([unit.forms[n] for n in names]) for names, form in stacks.items()}
+            for rows in dataclasses.replace(unit, forms=together).parts(PART):
                 at = slice(done, done + len(rows.ids))
                 done = at.stop
                 scale = inverse_norms(rows, queries[k]) if question.normalize else None
                 memo: Memo = {}
-                for name, column in question.columns.items():
-                    found = product(rows.forms[name], query[name], gradients.device, memo)
+                for names, (alpha, part) in alike.items():
+                    found = product(rows.forms[names[0]], query[names], device, memo)
                     found = found if scale is None else found * scale
-                    totals[0, :, at].add_(found.T, alpha=weight.of(column.names))
-                    if part_of:
-                        part = part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer]
-                        totals[part, :, at].add_(found.T, alpha=weight.of(column.names))
+                    for number in {0, part}:
+                        totals[number, :, at].add_(found.T, alpha=alpha)
                 advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
     return totals.numpy()
+
+
+def groups(count_as: dict[str, tuple[float, int]], forms: dict[str, Form]) -> dict[tuple[str, ...], tuple[float, int]]:
+    """Columns whose products are taken at once, with their weight and part: neighbours that are projected and count alike; others alone."""
+    found: list[tuple[list[str], tuple[float, int]]] = []
+    for name, counts in count_as.items():
+        thin = isinstance(forms[name], Projected)
+        if thin and found and found[-1][1] == counts and isinstance(forms[found[-1][0][0]], Projected):
+            found[-1][0].append(name)
+        else:
+            found.append(([name], counts))
+    return {tuple(names): counts for names, counts in found}
+
+
+def joined(forms: list[Form]) -> Form:
+    """Projected gradients of several columns as one, by a copy."""
+    if len(forms) == 1:
+        return forms[0]
+    values = torch.cat([form.dense().values for form in forms], dim=1)
+    return Projected((values.shape[1],), values)
 
 
 def product(rows: Form, queries: Form, device: torch.device, memo: Memo) -> Tensor:

@@ -22,7 +22,7 @@ from influence_cli.cache.store import concat_rows
 from influence_cli.errors import DefinitionError, UsageProblem
 from influence_cli.gradients.rows import Postings, Rows
 from influence_cli.methods import Answer, Question, WordOptions
-from influence_cli.methods.ranked import Advance, NewRanking, ranked
+from influence_cli.methods.ranked import Advance, NewRanking, Units, of_next, ranked
 from influence_cli.output.ranking import Entry, Ranking, TopRanking
 from influence_cli.run import Checkpoint
 
@@ -38,11 +38,11 @@ def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> 
     def load(ids: Ids) -> list[Asked]:
         return [words.asked(checkpoint, ids) for checkpoint in question.checkpoints]
 
-    def scores(queries: list[Asked], ids: np.ndarray, advance: Advance) -> np.ndarray:
+    def scores(queries: list[Asked], ids: np.ndarray, units: Units, advance: Advance) -> np.ndarray:
         totals = torch.zeros(1 + len(question.parts), len(ids), len(queries[0].postings), dtype=torch.float64)
-        for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
+        for k, weight in enumerate(question.weights):
             done = 0
-            for rows in gradients.read("train", checkpoint, [name], ids):
+            for rows in of_next(units, len(ids)):
                 at = slice(done, done + len(rows.ids))
                 done = at.stop
                 found = words.products(words.kept(rows.forms[name]), queries[k]) * weight.of(question.columns[name].names)

@@ -46,8 +46,9 @@ class Ranking(ABC):
 
 @dataclass
 class _Best:
-    """The k best of one query and kind so far, unordered: keys (falling = better), ids, parts (P, k)."""
+    """The k best of each query and one kind so far, by query, then falling key (falling = better), then id; parts (P, M) beside them."""
 
+    queries: np.ndarray
     keys: np.ndarray
     ids: np.ndarray
     parts: np.ndarray
@@ -59,42 +60,49 @@ class TopRanking(Ranking):
     def __init__(self, queries: int, parts: int, k: int, signed: bool = True) -> None:
         super().__init__(queries, parts)
         self.k, self.signed = k, signed
-        empty = np.empty(0), np.empty(0, np.int64), np.empty((parts, 0))
-        self._best = [[_Best(*empty) for _ in range(queries)] for _ in range(2 if signed else 1)]
+        empty = np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), np.empty((parts, 0))
+        self._best = [_Best(*empty) for _ in range(2 if signed else 1)]
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
-        least = max(0, scores.shape[1] - self.k)
-        for sign, kept in zip((1, -1), self._best, strict=False):
-            keys = sign * scores
-            bars = np.partition(keys, least, axis=1)[:, least]  # no key below its query's bar is among the k best of the block
-            if self.signed:
-                bars = np.maximum(bars, np.nextafter(0, 1))
-            full = [best.keys.min() if len(best.keys) == self.k else -np.inf for best in kept]
-            good = keys >= np.maximum(bars, full)[:, None]  # equal: may still win by its id
-            for query in np.flatnonzero(good.any(axis=1)):
-                best, new = kept[query], np.flatnonzero(good[query])
-                pool = np.concatenate([best.keys, keys[query, new]]), np.concatenate([best.ids, ids[new]])
-                chosen = best_of(*pool, self.k)
-                if self.parts:
-                    assert parts is not None
-                    best.parts = np.concatenate([best.parts, parts[:, query, new]], axis=1)[:, chosen]
-                best.keys, best.ids = pool[0][chosen], pool[1][chosen]
+        for kind, sign in enumerate((1, -1)[: len(self._best)]):
+            bars = self._bars(kind, sign, scores)[:, None]
+            good = np.flatnonzero(scores >= bars if sign > 0 else scores <= -bars)  # equal: may still win by its id
+            query, at = np.divmod(good, scores.shape[1])
+            if len(at):
+                self._merge(
+                    kind, _Best(query, sign * scores[query, at], ids[at], parts[:, query, at] if parts is not None else no_parts(at))
+                )
+
+    def _bars(self, kind: int, sign: int, scores: np.ndarray) -> np.ndarray:
+        """(Q,): a key below its query's is not among the k best of those kept nor, where fewer are kept, of this block. Never sorts."""
+        best, least = self._best[kind], max(0, scores.shape[1] - self.k)
+        bars = np.full(self.queries, -np.inf)
+        full = np.flatnonzero(np.bincount(best.queries, minlength=self.queries) == self.k)
+        bars[full] = best.keys[np.searchsorted(best.queries, full, side="right") - 1]
+        open = np.flatnonzero(np.isneginf(bars))
+        if len(open):
+            bars[open] = np.partition(sign * scores[open], least, axis=1)[:, least]
+        return np.maximum(bars, np.nextafter(0, 1)) if self.signed else bars
+
+    def _merge(self, kind: int, new: _Best) -> None:
+        best = self._best[kind]
+        query, keys, ids = (np.concatenate(pair) for pair in ((best.queries, new.queries), (best.keys, new.keys), (best.ids, new.ids)))
+        order = np.lexsort((ids, -keys, query))
+        sorted_ = query[order]
+        kept = order[np.arange(len(order)) - np.searchsorted(sorted_, sorted_) < self.k]
+        parts = np.concatenate([best.parts, new.parts], axis=1)[:, kept] if self.parts else best.parts
+        self._best[kind] = _Best(query[kept], keys[kept], ids[kept], parts)
 
     def entries(self, query: int) -> Iterator[Entry]:
-        for kind, sign, kept in zip(("proponent", "opponent"), (1, -1), self._best, strict=False):
-            best = kept[query]
-            for rank, at in enumerate(np.lexsort((best.ids, -best.keys)), start=1):
+        for kind, sign, best in zip(("proponent", "opponent"), (1, -1), self._best, strict=False):
+            first, last = np.searchsorted(best.queries, [query, query + 1])
+            for rank, at in enumerate(range(first, last), start=1):
                 score = float(sign * best.keys[at])
                 yield Entry(kind, rank, int(best.ids[at]), score, tuple(best.parts[:, at].tolist()) if self.parts else ())
 
 
-def best_of(keys: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k largest keys, equal ones by smallest id; in no order. Never sorts all."""
-    if len(keys) <= k:
-        return np.arange(len(keys))
-    bar = np.partition(keys, len(keys) - k)[len(keys) - k]
-    above, equal = np.flatnonzero(keys > bar), np.flatnonzero(keys == bar)
-    return np.concatenate([above, equal[np.argsort(ids[equal], kind="stable")[: k - len(above)]]])
+def no_parts(at: np.ndarray) -> np.ndarray:
+    return np.empty((0, len(at)))
 
 
 class FullRanking(Ranking):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influence_cli.output.ranking import FullRanking, TopRanking, best_of
+from influence_cli.output.ranking import FullRanking, TopRanking
 
 SCORES = st.lists(st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.0 + 1e-16, 3.0, 1e-300, -1e300]), min_size=1, max_size=60)
 
@@ -67,13 +67,6 @@ def test_parts_stay_with_their_pair(make):
     for query in range(2):
         for entry in ranking.entries(query):
             assert entry.parts == tuple(parts[:, query, entry.train])
-
-
-@given(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=30), st.integers(1, 30))
-def test_best_of_breaks_ties_by_id(keys, k):
-    ids = np.random.default_rng(0).permutation(len(keys))
-    chosen = best_of(np.array(keys), ids, k)
-    assert sorted((-keys[i], ids[i]) for i in chosen) == sorted((-key, i) for key, i in zip(keys, ids, strict=True))[:k]
 
 
 FLAT = """
