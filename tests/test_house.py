@@ -27,6 +27,7 @@ MAY_USE = {
     "cache.store": ("cache.files", "cache.tensors", "gradients.forms", "gradients.joining"),
     "cache.fingerprint": ("cache.files", "cache.store", "gradients.joining", "gradients.projection", "run.checkpoints", "run.model"),
     "cache.sizes": ("cache.files", "cache.store", "cache.tensors", "gradients.forms"),
+    "cache.missing": ("cache.cutting", "cache.store", "run"),
     "cache.verify": ("cache", "run"),
     "cache.check": ("cache", "gradients", "run"),
     "cache.build": ("cache", "gradients", "run"),

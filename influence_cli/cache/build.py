@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from influence_cli.cache import verify
 from influence_cli.cache.cutting import Ids, cut
 from influence_cli.cache.files import sweep
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
+from influence_cli.cache.missing import Job, Missing
 from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
 from influence_cli.cache.store import UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit, as_stored
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
@@ -32,15 +32,6 @@ from influence_cli.talk import Advance, Talk
 
 Wanted = tuple[Checkpoint, Ids]
 AnyCapture = Capture | WordCapture
-
-
-@dataclass(frozen=True)
-class Job:
-    """One unit of work: the columns that these examples lack at this checkpoint."""
-
-    checkpoint: Checkpoint
-    unit: Unit
-    ids: np.ndarray
 
 
 class Gradients:
@@ -77,7 +68,7 @@ class Gradients:
         if self.store is None:
             return 0
         jobs = self.missing(split, wanted, columns, level, check=True)
-        total = sum(len(job.ids) for job in jobs)
+        total = jobs.examples
         order = {checkpoint.step: f"checkpoint {k} of {len(wanted)}" for k, (checkpoint, _) in enumerate(wanted, start=1)}
         if jobs:
             stored, memory = self.needs(split, columns, total, level)
@@ -89,7 +80,7 @@ class Gradients:
             self._held.clear()
         return total
 
-    def missing(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str], level: Level, check: bool = False) -> list[Job]:
+    def missing(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str], level: Level, check: bool = False) -> Missing:
         """The units of work that `ensure` would do, in order. `check`: first see that what is cached still holds.
 
         Raises CacheError where it does not.
@@ -97,19 +88,15 @@ class Gradients:
         assert self.store is not None
         if check:
             self._verify(split, [checkpoint for checkpoint, _ in wanted])
-        jobs = []
-        size = self.unit_size(split, columns, level)
+        store, size, length = self.store, self.unit_size(split, columns, level), len(self.run.examples(split))
+
+        def unit(checkpoint: Checkpoint, names: Sequence[str], start: int, ids: np.ndarray) -> Unit:
+            stop = min(int(ids[-1]) // size * size + size, length)
+            return store.unit_for(self.place(split, checkpoint), names, level, self._definition(split, ids), start, stop, ids)
+
+        jobs = Missing(columns, level, size, unit)
         for checkpoint, ids in wanted:
-            place, held = self.place(split, checkpoint), self.held(split, checkpoint)
-            for block in cut(ids, size):
-                lacking = {column: held.where(column, level, block) < 0 for column in columns}
-                absent = np.logical_or.reduce(list(lacking.values()))
-                if absent.any():
-                    names = [column for column in columns if lacking[column].any()]
-                    start, some = int(block[0]) // size * size, block[absent]
-                    stop = min(int(block[-1]) // size * size + size, len(self.run.examples(split)))
-                    unit = self.store.unit_for(place, names, level, self._definition(split, some), start, stop, some)
-                    jobs.append(Job(checkpoint, unit, some))
+            jobs.add(checkpoint, ids, self.held(split, checkpoint))
         return jobs
 
     def _verify(self, split: str, checkpoints: Sequence[Checkpoint]) -> None:
@@ -145,7 +132,7 @@ class Gradients:
         """The same, of examples that differ from checkpoint to checkpoint."""
         if self.store is None:
             return sum(len(ids) for _, ids in wanted)
-        return sum(len(job.ids) for job in self.missing(split, wanted, columns, "values"))
+        return self.missing(split, wanted, columns, "values").examples
 
     def read(self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: Ids, level: Level = "values") -> Iterator[Rows]:
         """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""

@@ -227,8 +227,31 @@ class Held:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = tuple(units)
-        self._starts = np.array([unit.start for unit in units])
-        self._stops = np.array([unit.stop for unit in units])
+        starts, stops = np.array([(unit.start, unit.stop) for unit in units], dtype=np.int64).reshape(-1, 2).T
+        self._order = np.argsort(starts, kind="stable")
+        self._starts = starts[self._order]
+        self._reach = np.maximum.accumulate(stops[self._order])  # how far any of the units up to this one goes
+        self._kinds = {(unit.columns, unit.level) for unit in units}
+        self._whole: dict[tuple[tuple[str, ...], Level], tuple[np.ndarray, np.ndarray]] = {}  # starts and stops of units of all of a range
+        for kind in self._kinds:
+            whole = sorted((unit.start, unit.stop) for unit in units if unit.ids is None and (unit.columns, unit.level) == kind)
+            if whole:
+                found = np.array(whole, dtype=np.int64)
+                self._whole[kind] = found[:, 0], found[:, 1]
+
+    def touches(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Of each range of examples low..high: whether a unit may have any of them."""
+        last = np.searchsorted(self._starts, high) - 1  # that begins before the range ends
+        return (last >= 0) & (self._reach[last] > low) if len(self.units) else np.zeros(len(low), dtype=bool)
+
+    def covers(self, columns: Sequence[str], level: Level, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Of each range: whether a single unit surely holds these columns of all of it."""
+        found = np.zeros(len(low), dtype=bool)
+        for (theirs, their_level), (starts, stops) in self._whole.items():
+            if set(columns) <= set(theirs) and level in (their_level, "norms"):
+                last = np.searchsorted(starts, low, side="right") - 1
+                found |= (last >= 0) & (stops[last] >= high)
+        return found
 
     def where(self, column: str, level: Level, ids: np.ndarray) -> np.ndarray:
         """For each of these (rising) ids the number of the first unit that holds the column at this level, or -1.
@@ -238,7 +261,9 @@ class Held:
         found = np.full(len(ids), -1)
         if not len(ids) or not self.units:
             return found
-        for number in np.flatnonzero((self._starts <= ids[-1]) & (self._stops > ids[0])):
+        last = np.searchsorted(self._starts, ids[-1], side="right")
+        first = np.searchsorted(self._reach, ids[0], side="right")  # no unit before it goes so far
+        for number in np.sort(self._order[first:last]):
             unit = self.units[number]
             if column in unit.columns and level in (unit.level, "norms"):
                 found = np.where((found < 0) & (unit.position(ids) >= 0), number, found)
@@ -251,7 +276,7 @@ class Held:
     def fetch(self, columns: Sequence[str], level: Level, ids: np.ndarray) -> "Fetched":
         """Reads them from disk, and gives a function that makes rows of what was read."""
         groups: dict[bytes, list[str]] = {}  # columns that are found in the same units
-        alike = len({(unit.columns, unit.level) for unit in self.units}) == 1 and set(columns) <= set(self.units[0].columns)
+        alike = len(self._kinds) == 1 and set(columns) <= set(self.units[0].columns)
         first = self.where(columns[0], level, ids).tobytes() if alike else b""
         for column in columns:
             groups.setdefault(first or self.where(column, level, ids).tobytes(), []).append(column)
