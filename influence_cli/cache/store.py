@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ SCALED = (torch.float16, torch.bfloat16, torch.int8)  # stored with a float32 sc
 STORE_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)} | {
     torch.int8: 1 / 127
 }
+NAME = re.compile(r"(\d{12})-(\d{12})(-[0-9a-f]{8})?\.safetensors")  # of a unit
 BESIDE = ":projected"  # the tensor in which projected gradients of all columns stand side by side
 Level = str  # "values": gradients and norms; "norms": norms alone
 
@@ -79,14 +81,15 @@ def concat_rows(parts: Sequence[Rows]) -> Rows:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A unit file: the columns at a level for the examples start..stop, or those of `ids` where it holds some of them only.
 
     `definition`: digest of what it was captured under. `rows`: where not all rows of the file count, the rows of `ids` in it.
     """
 
-    path: Path
+    folder: Path
+    name: str
     columns: tuple[str, ...]
     level: Level
     definition: str
@@ -94,6 +97,10 @@ class Unit:
     stop: int
     ids: np.ndarray | None = None
     rows: np.ndarray | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
 
     @property
     def held_ids(self) -> np.ndarray:
@@ -152,10 +159,11 @@ class Store:
             head = read_json(listing)
             if not isinstance(head.get("columns"), list) or head.get("level") not in ("values", "norms") or "definition" not in head:
                 raise CacheError(f"{listing} does not list columns, level and definition", "delete that folder; it is computed again")
-            for path in sorted(folder.glob("*.safetensors")):
-                if match := re.fullmatch(r"(\d{12})-(\d{12})(-[0-9a-f]{8})?", path.stem):
-                    ids = read_ids(path) if match[3] else None
-                    found.append(Unit(path, tuple(head["columns"]), head["level"], head["definition"], int(match[1]), int(match[2]), ids))
+            columns, level, definition = tuple(head["columns"]), head["level"], head["definition"]
+            for name in sorted(os.listdir(folder)):
+                if match := NAME.fullmatch(name):
+                    ids = read_ids(folder / name) if match[3] else None
+                    found.append(Unit(folder, name, columns, level, definition, int(match[1]), int(match[2]), ids))
         return Held(found)
 
     # ------------------------------------------------------------ writing
@@ -165,7 +173,7 @@ class Store:
         name, some = f"{start:012d}-{stop:012d}", None
         if len(ids) < stop - start:
             name, some = f"{name}-{hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()[:8]}", ids
-        return Unit(folder / f"{name}.safetensors", tuple(columns), level, definition, start, stop, some)
+        return Unit(folder, f"{name}.safetensors", tuple(columns), level, definition, start, stop, some)
 
     def write(self, unit: Unit, rows: Rows, store: torch.dtype | None, direct: bool = False) -> None:
         """Write a unit: temporary name, sync, rename. `direct`: past the page cache. Raises CacheError for a full or read-only disk."""

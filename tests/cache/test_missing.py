@@ -19,7 +19,7 @@ def units(draw):
     columns = tuple(draw(st.lists(st.sampled_from(COLUMNS), min_size=1, unique=True)))
     ids = draw(st.one_of(st.none(), st.lists(st.integers(start, stop - 1), min_size=1, unique=True).map(sorted)))
     level = draw(st.sampled_from(["values", "norms"]))
-    return Unit(Path("unit"), columns, level, "text", start, stop, None if ids is None else np.array(ids))
+    return Unit(Path("folder"), "unit", columns, level, "text", start, stop, None if ids is None else np.array(ids))
 
 
 wanted_ids = st.one_of(
@@ -40,7 +40,7 @@ def test_what_is_missing(held, ids, size, level):
 
     def unit(checkpoint, columns, start, ids):
         asked.append(start)
-        return Unit(Path("new"), tuple(columns), level, "text", start, start + size, ids)
+        return Unit(Path("folder"), "new", tuple(columns), level, "text", start, start + size, ids)
 
     missing = Missing(COLUMNS, level, size, unit)
     missing.add("checkpoint", ids, Held(held))
