@@ -27,7 +27,7 @@ from influence_cli.gradients.forms import HALVES, PART_BYTES, Factors, Form, Pro
 from influence_cli.gradients.passing import Tied
 from influence_cli.gradients.rows import Postings, Rows
 
-FOURIER = 64  # a Fourier transform costs about as much as this many products a number and doubling
+ADDING = 7  # adding a number to its place costs about as much as this many numbers and doublings of a Fourier transform
 Measured = tuple[Tensor, Form]  # squared norms (N,) of the gradients themselves, and their projection
 
 
@@ -184,13 +184,13 @@ class Sided(Map):
 
 
 class TensorSketch(Map):
-    """Both sides are folded to at most K numbers; the products of their numbers, summed over the positions, are a matrix, whose entries
-    with places p and q are added to number p + q modulo K. For large K that is done in the frequency domain instead."""
+    """Both sides are folded to at most K numbers, and multiplied in the frequency domain. Where positions are many and K is large, the
+    products of their numbers, summed over the positions, are a matrix instead, whose entries with places p and q are added to number p + q
+    modulo K."""
 
     def __init__(self, tables: Tables, numbers: int) -> None:
         self.numbers = numbers
         self.left, self.right = (Fold(tables, side, n, numbers) for side, n in (("left", tables.rows), ("right", tables.columns)))
-        self.by_matrix = self.left.width * self.right.width <= FOURIER * numbers * math.log2(2 * numbers)
         places = (self.left.after[:, None] + self.right.after) % numbers
         self.sums = Sums((places + numbers * (self.left.minus[:, None] ^ self.right.minus)).flatten(), numbers)
 
@@ -205,14 +205,16 @@ class TensorSketch(Map):
         return torch.cat(norms), torch.cat(values)
 
     def factors(self, form: Factors) -> Tensor:
-        """Cost S (o + i + the smaller of K^2 and K log K) for each example."""
+        """Cost S (o + i) and the smaller of K^2 and S K log K for each example."""
         N, S, o, i = form.sizes
-        step = max(1, PART_BYTES // (S * (o + i) * form.left.element_size()))
+        entries, each = self.left.width * self.right.width, S * self.numbers
+        by_matrix = ADDING * entries <= each * math.log2(2 * self.numbers)
+        step = max(1, PART_BYTES // ((S * (o + i) + (entries if by_matrix else 4 * each)) * form.left.element_size()))
         found = []
         for first in range(0, N, step):
             at = slice(first, first + step)
             left, right = self.left(form.left[at].reshape(-1, o)), self.right(form.right[at].reshape(-1, i))
-            if self.by_matrix:
+            if by_matrix:
                 left, right = left.view(-1, S, self.left.width), right.view(-1, S, self.right.width)
                 found.append(self.sums(torch.bmm(left.transpose(1, 2), right).flatten(1)))
             else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from influence_cli.gradients import projection as module
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.forms import Dense, Factors, Form
 from influence_cli.gradients.joining import merged
@@ -91,6 +92,18 @@ def test_every_form_is_multiplied_by_the_matrix_of_its_definition(kind, form):
         expected = dense @ explicit(kind, numbers, 3, "layer.weight", gradients.shape).T
         torch.testing.assert_close(found.dense().values, expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(norms, dense.square().sum(1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("adding", [0, 1e9], ids=["by matrix", "in the frequency domain"])
+def test_both_ways_of_a_tensor_sketch_are_its_matrix(adding, monkeypatch):
+    monkeypatch.setattr(module, "ADDING", adding)
+    monkeypatch.setattr(module, "PART_BYTES", 5000)  # some examples at a time
+    for name in ("factors", "tied"):
+        gradients = forms()[name]
+        for numbers in (8, 25, 27, 400):
+            found = Projection("tensor-sketch", numbers, 1)("w", gradients)[1].dense().values
+            expected = gradients.dense().values @ explicit("tensor-sketch", numbers, 1, "w", gradients.shape).T
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_tied_is_neither_lost_nor_formed():
