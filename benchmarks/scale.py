@@ -74,8 +74,10 @@ def main() -> None:
             lambda: f"{len(gradients.missing('train', [(checkpoint, everything)], names, 'values')):,} units missing",
         )
         stored, _ = gradients.needs("train", names, flags.rows)
-        print(f"\non disk {stored / 1e12:.2f} TB ({stored / flags.rows:,.0f} bytes a row) in {len(jobs):,} files; sizes record and manifest "
-              f"{sum(path.stat().st_size for path in (folder / 'cache').rglob('*.json')):,} bytes")  # fmt: skip
+        records = sum(path.stat().st_size for path in (folder / "cache").rglob("*.json"))
+        print(
+            f"\non disk {stored / 1e12:.2f} TB ({stored / flags.rows:,.0f} bytes a row) in {len(jobs):,} files; records {records:,} bytes"
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

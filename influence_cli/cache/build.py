@@ -304,20 +304,23 @@ class Gradients:
                 raise
             except (Exception, SystemExit) as error:
                 raise self.explained(split, error, len(chosen)) from error
-            norms = {name: value.cpu() for name, value in captured.sqnorms.items()}
-            losses.append(captured.losses.cpu())
-            self._check_finite(checkpoint, split, chosen, losses[-1], norms)
+            losses.append(captured.losses)
             for name in columns:
-                sqnorms[name].append(norms[name])
+                sqnorms[name].append(captured.sqnorms[name])
             if level == "values":
                 forms.add(captured.forms)
             digests.append(self.run.examples(split).digests(chosen) if self.store else torch.zeros(len(chosen), dtype=torch.int64))
+            if self.device.type == "cpu":  # a device is not waited for at each batch
+                self._check_finite(checkpoint, split, chosen, losses[-1], {name: values[-1] for name, values in sqnorms.items()})
             advance(len(chosen))
+        all_losses, all_norms = torch.cat(losses).cpu(), {name: torch.cat(values).cpu() for name, values in sqnorms.items()}
+        if self.device.type != "cpu":
+            self._check_finite(checkpoint, split, ids, all_losses, all_norms)
         return Rows(
             ids,
-            torch.cat(losses),
+            all_losses,
             torch.cat(digests),
-            {name: torch.cat(values) for name, values in sqnorms.items()},
+            all_norms,
             {
                 name: Postings.of(form) if name in self.run.embeddings and isinstance(form, ByExample) else form
                 for name, form in forms.done().items()

@@ -11,7 +11,8 @@ from influence_cli.gradients.rows import Rows
 
 
 class Filling:
-    """The gradients of `count` examples, batch after batch, on the CPU: in buffers that are filled, where all batches have one form.
+    """The gradients of `count` examples, batch after batch, on the CPU: in buffers that are filled, where all batches have one form; from a
+    GPU into pinned memory, without waiting for it.
 
     Parameters whose tensors are one in each batch (a layer's left factors are the gradients of its bias) share one buffer.
     """
@@ -37,7 +38,7 @@ class Filling:
             for part, value in form.tensors().items():
                 buffer = self._buffers[name].tensors()[part]
                 if copied.get(identity(value)) != identity(buffer):
-                    buffer[at].copy_(value)
+                    buffer[at].copy_(value, non_blocking=True)
                     copied[identity(value)] = identity(buffer)
         self._filled += size
 
@@ -48,10 +49,13 @@ class Filling:
         for part, value in form.tensors().items():
             shape = (self._count, *value.shape[1:])
             same = known.get(shared.get(identity(value), (0, 0)))
-            mine[part] = torch.empty(shape, dtype=value.dtype) if same is None or not value.numel() else same.view(shape)
+            shared_one = same if value.numel() else None
+            mine[part] = torch.empty(shape, dtype=value.dtype, pin_memory=value.is_cuda) if shared_one is None else shared_one.view(shape)
         return from_tensors(form.kind, form.shape, mine)
 
     def done(self) -> dict[str, Form]:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # copies from a GPU go on while it computes
         return self._buffers | {name: concat(parts) for name, parts in self._others.items()}
 
 

@@ -259,6 +259,8 @@ def squares(values: Tensor) -> Tensor:
 
     Rows that would under- or overflow so are taken in float64 throughout.
     """
+    if values.is_cuda:  # as fast as memory is read, and without asking the device whether it was right
+        return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
     if values.dtype in HALVES:
         values = values.float()
     size, width = values.shape

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from influence_cli.cache.build import Gradients
 from influence_cli.cache.cutting import Ids, blocks
-from influence_cli.cache.store import Rows
+from influence_cli.cache.store import UNIT_EXAMPLES, Rows
 from influence_cli.gradients.forms import Form, Memo, Projected
 from influence_cli.gradients.joining import side_by_side
 from influence_cli.methods import Answer, Question
@@ -46,7 +46,9 @@ def block_scores(
     """(1 + P, Q, N) float64: the scores of a block, then their parts. Each product is taken once and added in one order, so that exact
     scores are the same with and without parts; projected gradients that count alike are multiplied at once."""
     part_of = {name: number for number, name in enumerate(question.parts, start=1)}
-    totals = torch.zeros(1 + len(part_of), len(queries[0].losses), len(ids), dtype=torch.float64)
+    place = device if device.type == "cuda" else torch.device("cpu")  # where products are added up; MPS has no float64
+    part_size = PART if place.type == "cpu" else UNIT_EXAMPLES
+    totals = torch.zeros(1 + len(part_of), len(queries[0].losses), len(ids), dtype=torch.float64, device=place)
     for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
         parts = {name: part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer] if part_of else 0
                  for name, column in question.columns.items()}  # fmt: skip
@@ -56,18 +58,18 @@ def block_scores(
         for unit in of_next(units, len(ids)):
             stacks = {names: side_by_side([unit.forms[name] for name in names]) for names in alike}
             together = {names[0]: form if form is not None else joined([unit.forms[n] for n in names]) for names, form in stacks.items()}
-            for rows in dataclasses.replace(unit, forms=together).parts(PART):
+            for rows in dataclasses.replace(unit, forms=together).parts(part_size):
                 at = slice(done, done + len(rows.ids))
                 done = at.stop
-                scale = inverse_norms(rows, queries[k]) if question.normalize else None
+                scale = inverse_norms(rows, queries[k]).to(place) if question.normalize else None
                 memo: Memo = {}
                 for names, (alpha, part) in alike.items():
-                    found = product(rows.forms[names[0]], query[names], device, memo)
+                    found = product(rows.forms[names[0]], query[names], device, memo).to(place)
                     found = found if scale is None else found * scale
                     for number in {0, part}:
                         totals[number, :, at].add_(found.T, alpha=alpha)
                 advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
-    return totals.numpy()
+    return totals.cpu().numpy()
 
 
 def groups(count_as: dict[str, tuple[float, int]], forms: dict[str, Form]) -> dict[tuple[str, ...], tuple[float, int]]:
@@ -91,9 +93,9 @@ def joined(forms: list[Form]) -> Form:
 
 
 def product(rows: Form, queries: Form, device: torch.device, memo: Memo) -> Tensor:
-    """(N, Q) inner products on the CPU, in the wider of the two precisions."""
+    """(N, Q) inner products on the device, in the wider of the two precisions."""
     wide = torch.float64 if torch.float64 in (dtype_of(rows), dtype_of(queries)) else torch.float32
-    return rows.to(device, wide).dot(queries.to(device, wide), memo).cpu()
+    return rows.to(device, wide).dot(queries.to(device, wide), memo)
 
 
 def inverse_norms(rows: Rows, queries: Rows) -> Tensor:
