@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -191,8 +192,12 @@ class TensorSketch(Map):
     def __init__(self, tables: Tables, numbers: int) -> None:
         self.numbers = numbers
         self.left, self.right = (Fold(tables, side, n, numbers) for side, n in (("left", tables.rows), ("right", tables.columns)))
-        places = (self.left.after[:, None] + self.right.after) % numbers
-        self.sums = Sums((places + numbers * (self.left.minus[:, None] ^ self.right.minus)).flatten(), numbers)
+
+    @cached_property
+    def sums(self) -> "Sums":
+        """Of the products of all pairs: K^2 places, made where they are asked for."""
+        places = (self.left.after[:, None] + self.right.after) % self.numbers
+        return Sums((places + self.numbers * (self.left.minus[:, None] ^ self.right.minus)).flatten(), self.numbers)
 
     def project(self, form: Form) -> tuple[Tensor, Tensor]:
         if isinstance(form, Tied):
