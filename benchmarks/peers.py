@@ -38,6 +38,7 @@ PEERS = {  # peer -> job of its runner -> what it computes
     "bergson": {"projected": "index: blocks' layers, projected to 16 x 16 each", "whole": "index: blocks' layers, exact"},
 }
 OURS = {"none": "tracin --cache none: exact, all parameters", "disk": "tracin, gradients kept on disk: exact, all parameters"}
+OURS["projected"] = "tracin --project 64, kept on disk: all parameters"
 HUGGING_FACE = "takes Hugging Face causal language models only: see gpt2"
 CANNOT = {("captum", "fast", "w4"): "takes one output position an example"}
 CANNOT |= {("bergson", job, name): HUGGING_FACE for job in PEERS["bergson"] for name in ("w1", "w2", "w3", "w4")}

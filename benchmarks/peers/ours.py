@@ -27,7 +27,7 @@ class Kept(TopRanking):
         self.blocks.append(scores)
 
 
-def tracin(keep):
+def tracin(keep, numbers=None):
     def start(work, folder, layers):
         path, cache = folder / "run", folder / "cache"
         if not path.exists():
@@ -36,7 +36,7 @@ def tracin(keep):
             else:
                 write_run(work.name, path, len(work.xtr))
         shutil.rmtree(cache, ignore_errors=True)
-        opened = open_shared(Shared(run=path, cache=str(cache) if keep else "none", quiet=True, layers=layers or None))
+        opened = open_shared(Shared(run=path, cache=str(cache) if keep else "none", quiet=True, layers=layers or None, project=numbers))
         data = opened.run
         question = Question(opened.checkpoints, opened.weights(None, None), opened.columns, range(len(data.train)), range(len(data.query)))
 
@@ -53,4 +53,4 @@ def tracin(keep):
     return start
 
 
-JOBS = {"none": tracin(False), "disk": tracin(True)}
+JOBS = {"none": tracin(False), "disk": tracin(True), "projected": tracin(True, 64)}
