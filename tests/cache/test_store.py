@@ -9,7 +9,7 @@ from influence_cli.cache.store import Held, Rows, Store, pack, unpack
 from influence_cli.cache.tensors import TensorFile
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Dense, Factors, Projected
-from influence_cli.gradients.joining import smallest
+from influence_cli.gradients.joining import side_by_side, smallest
 
 
 def rows(ids, seed=0) -> Rows:
@@ -176,3 +176,33 @@ def test_a_row_past_the_end_of_a_damaged_file_is_noticed(tmp_path):
     unit.path.write_bytes(unit.path.read_bytes()[:-8])
     with pytest.raises(CacheError, match="is damaged"):
         held.read(["a"], "values", np.array([39]))
+
+
+@pytest.mark.parametrize(("store", "allowed"), [(torch.float32, 0.0), (torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.int8, 1 / 250)])
+def test_projected_columns_stand_side_by_side_each_with_its_own_scale(store, allowed, tmp_path):
+    """Whole, a column of them, and a few rows of a large unit; numbers of 1e-12 beside numbers of 1."""
+    torch.manual_seed(0)
+    cache, names, sizes = Store(tmp_path / "c"), ["a", "tiny", "c"], [4, 7, 2]
+    values = [torch.randn(64, size) * scale for size, scale in zip(sizes, (1, 1e-12, 1e3), strict=True)]
+    forms = {name: Projected((9, 9), value) for name, value in zip(names, values, strict=True)}
+    unit = cache.unit_for(cache.folder / "x", names, "values", "digest", 0, 64, np.arange(64))
+    ones = torch.ones(64, dtype=torch.float64)
+    cache.write(unit, Rows(np.arange(64), ones, ones.long(), dict.fromkeys(names, ones), forms), store)
+    held = cache.held(cache.folder / "x")
+    for columns in (names, ["tiny"], ["c", "a"]):
+        for ids in (np.arange(64), np.array([3, 60]), np.arange(10, 50)):
+            found = held.read(columns, "values", ids).forms
+            assert list(found) == columns
+            for name in columns:
+                expected = values[names.index(name)][torch.from_numpy(ids)]
+                largest = expected.abs().amax(1, keepdim=True)
+                assert found[name].dense().values.shape == expected.shape
+                assert bool(((found[name].dense().values - expected).abs() <= allowed * largest).all()), name
+    everything = held.read(names, "values", np.arange(64)).forms
+    together = side_by_side([everything[name] for name in names])
+    assert together is not None and together.dense().values.data_ptr() == everything["a"].dense().values.data_ptr()
+    assert torch.equal(together.dense().values, torch.cat([everything[name].dense().values for name in names], dim=1))
+    assert side_by_side([everything["c"], everything["a"]]) is None
+    assert side_by_side([forms["a"], forms["c"]]) is None
+    part = side_by_side([everything[name].part(slice(8, 24)) for name in names])
+    assert part is not None and torch.equal(part.dense().values, together.dense().values[8:24])

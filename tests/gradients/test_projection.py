@@ -13,7 +13,7 @@ from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.forms import Dense, Factors, Form
 from influence_cli.gradients.joining import merged
 from influence_cli.gradients.passing import Convolved, Tied
-from influence_cli.gradients.projection import KINDS, Fold, Projection, Tables, matrix
+from influence_cli.gradients.projection import KINDS, Fold, Projection, Sided, Tables, TensorSketch, matrix
 from influence_cli.gradients.rows import Postings, Rows
 from tests import reference
 from tests.cases import CASES, Case, tokens
@@ -278,3 +278,15 @@ def test_lower_precisions(dtype):
             assert float((found.dense().values - expected.dense().values).abs().max() / scale) < (
                 1e-5 if dtype == torch.float32 else 1e-4
             ), (kind, name)
+
+
+@pytest.mark.parametrize("kind", ["tensor-sketch", "khatri-rao", "kronecker"])
+@pytest.mark.parametrize("positions", [1, 12])
+def test_projections_stay_on_their_device(kind, positions):
+    """On the meta device, which has no numbers: nothing is asked of them, and nothing lies on another device."""
+    meta = torch.device("meta")
+    form = Factors((80, 70), torch.empty(6, positions, 80, device=meta), torch.empty(6, positions, 70, device=meta))
+    sketch = KINDS[kind](Tables(0, "w", 80, 70, meta, torch.float32), 64)
+    assert isinstance(sketch, TensorSketch | Sided)
+    for found in (sketch.factors(form), sketch.dense(torch.empty(6, 5600, device=meta))):
+        assert found.device == meta and len(found) == 6
