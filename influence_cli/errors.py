@@ -47,6 +47,10 @@ class CacheError(InfluenceError):
     """A cache that can't be written, can't be read, or belongs to something else."""
 
 
+class RankLost(InfluenceError):
+    """Another process of a shared job is gone: it failed, which it says itself, or was killed."""
+
+
 class OutputError(InfluenceError):
     """A table that can't be written."""
 

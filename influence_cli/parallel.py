@@ -3,19 +3,24 @@
 Importing it imports nothing heavy: the command line asks for its place before any work.
 """
 
+import datetime
+import pickle
 import re
+import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from influence_cli.errors import UsageProblem
+from influence_cli.errors import RankLost, UsageProblem
 
 if TYPE_CHECKING:
     import numpy as np
 
     Ids = range | np.ndarray  # rising example ids
 
+T = TypeVar("T")
 COARSE, FINE = 4096, 64  # shards are cut at multiples of these: units of the cache begin at powers of two, COARSE is their most
 EXPECTED = "expected: i/n (shard i of n, i from 1), auto, or auto/n in a job array that does not say how many there are"
 
@@ -131,3 +136,165 @@ def _of_array(spec: str, count: int | None, environ: Mapping[str, str]) -> Shard
             "--shard auto/n, where the array is 1 to n, lets some of its jobs be run again; --shard i/n says it outright",
         )
     return Shard((place - first) // step + 1, total)
+
+
+# ---------------------------------------------------------------- ranks
+@dataclass(frozen=True)
+class Place:
+    """Which of torchrun's processes this is: `rank` of `count`, and `local` of the `beside` ones on this machine."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    beside: int = 1
+
+
+def place_of(environ: Mapping[str, str]) -> Place:
+    """From what torchrun sets; a process without it is alone."""
+    found = [environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if not all(text.isdecimal() for text in found) or int(found[1]) == 1:
+        return Place()
+    return Place(*map(int, found))
+
+
+class Ranks:
+    """The processes that share a job; here one, for which everything is its own and nothing waits.
+
+    All of it is collective: every rank makes the same calls in the same order.
+    """
+
+    def __init__(self, place: Place | None = None) -> None:
+        self.place = place or Place()
+        self.rank, self.count = self.place.rank, self.place.count
+
+    def share(self, value: T) -> T:
+        """What rank 0 has, at every rank."""
+        return value
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+
+    def deal(self, number: int) -> Iterator[int]:
+        """Of 0, 1, ... `number` - 1 the ones that this rank gets: the next one each time it asks, until all are taken. Rising."""
+        yield from range(number)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, at rank 0; elsewhere nothing."""
+        return [value]
+
+    def collect(self, parts: Iterable[T]) -> Iterator[T]:
+        """At rank 0 the parts of all others, one at a time; elsewhere nothing, once the own ones are sent."""
+        return iter(())
+
+    def close(self) -> None:
+        """The job is done."""
+
+
+class TorchRanks(Ranks):
+    """torchrun's: numbers, short messages and waiting go through its store, what is gathered through gloo. Nothing that lies on a GPU is
+    sent, so that this serves on any device."""
+
+    EVER = datetime.timedelta(days=30)  # ranks wait for the slowest one's work
+    POLL = 0.02  # seconds
+
+    def __init__(self, place: Place) -> None:
+        """Raises UsageProblem: this torch can't, or what started the ranks does not say where they meet."""
+        super().__init__(place)
+        import torch.distributed as dist
+
+        if not dist.is_available():
+            raise UsageProblem(f"{place.count} ranks, but this torch was built without torch.distributed", "--shard does without")
+        self._dist, self._turns = dist, 0
+        try:
+            self._store, _, _ = next(dist.rendezvous("env://", timeout=self.EVER))
+        except ValueError as error:
+            raise UsageProblem(f"RANK and WORLD_SIZE are set, but the ranks can't meet: {error}", "start them by torchrun") from error
+        with self._lost():
+            store = dist.PrefixStore("gloo", self._store)
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=self.EVER)
+
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        """torch says that another rank is gone by a RuntimeError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankLost("another rank is gone", "what was written stays: run the same command again") from error
+
+    def _turn(self) -> str:
+        """A name for this call, the same at every rank."""
+        self._turns += 1
+        return f"influence-{self._turns}"
+
+    def _until(self, key: str) -> None:
+        """Until some rank has set this key. Not by the store's own wait, in which signals are not heard."""
+        with self._lost():
+            while not self._store.check([key]):
+                time.sleep(self.POLL)
+
+    def share(self, value: T) -> T:
+        key = self._turn()
+        if self.rank == 0:
+            with self._lost():
+                self._store.set(key, pickle.dumps(value))
+            return value
+        self._until(key)
+        with self._lost():
+            shared: T = pickle.loads(self._store.get(key))
+        return shared
+
+    def wait(self) -> None:
+        key = self._turn()
+        with self._lost():
+            if self._store.add(key, 1) == self.count:
+                self._store.set(f"{key}-all", "")
+        self._until(f"{key}-all")
+
+    def deal(self, number: int) -> Iterator[int]:
+        key = self._turn()
+        while True:
+            with self._lost():
+                mine = self._store.add(key, 1) - 1
+            if mine >= number:
+                return
+            yield mine
+
+    def gather(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.count
+        with self._lost():
+            self._dist.gather_object(value, found if self.rank == 0 else None)
+        return found if self.rank == 0 else []
+
+    def collect(self, parts: Iterable[T]) -> Iterator[T]:
+        for source in range(1, self.count) if self.rank == 0 else ():
+            while (box := self._received(source)) is not None:
+                yield box[0]
+        if self.rank:
+            for part in parts:
+                self._send([part])
+            self._send(None)
+        self.wait()
+
+    def _send(self, box: list[Any] | None) -> None:
+        with self._lost():
+            self._dist.send_object_list([box], dst=0)
+
+    def _received(self, source: int) -> list[Any] | None:
+        box: list[Any] = [None]
+        with self._lost():
+            self._dist.recv_object_list(box, src=source)
+        return box[0]
+
+    def close(self) -> None:
+        """Rank 0 is the last to go: it may hold the store."""
+        with self._lost():
+            self._store.add("influence-gone", 1)
+            until = time.monotonic() + 60
+            while self.rank == 0 and self._store.add("influence-gone", 0) < self.count and time.monotonic() < until:
+                time.sleep(self.POLL)
+            self._dist.destroy_process_group()
+
+
+def open_ranks(place: Place) -> Ranks:
+    """The ranks of this job, met; one that is alone needs no torch."""
+    return TorchRanks(place) if place.count > 1 else Ranks(place)

@@ -30,7 +30,7 @@ MAY_USE = {
     "cache.missing": ("cache.cutting", "cache.store", "run"),
     "cache.verify": ("cache", "run"),
     "cache.check": ("cache", "gradients", "run"),
-    "cache.build": ("cache", "gradients", "run"),
+    "cache.build": ("cache", "gradients", "parallel", "run"),
     "methods": (
         "cache",
         "gradients.curvature",

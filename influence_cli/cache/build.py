@@ -2,8 +2,12 @@
 
 import dataclasses
 import hashlib
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +18,40 @@ from influence_cli.cache import verify
 from influence_cli.cache.cutting import Ids, cut
 from influence_cli.cache.files import sweep
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
-from influence_cli.cache.missing import Job, Missing
+from influence_cli.cache.missing import Job, Missing, Stretch
 from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
 from influence_cli.cache.store import UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit, as_stored
-from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
+from influence_cli.errors import CacheError, GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.filling import Filling
 from influence_cli.gradients.rows import Postings
 from influence_cli.gradients.rows import Rows as ByExample
 from influence_cli.gradients.words import WordCapture
+from influence_cli.parallel import Ranks
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
 from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
+LATE = 60  # seconds in which a file that another machine wrote must be seen
 Wanted = tuple[Checkpoint, Ids]
 AnyCapture = Capture | WordCapture
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `ensure` found missing, and how it is cut: settled by rank 0 for all. `stored`: bytes that it will take on disk."""
+
+    split: str
+    wanted: Sequence[Wanted]
+    columns: Sequence[str]
+    level: Level
+    sizes: Sizes | None
+    examples: int
+    stretches: list[Stretch]
+    stored: int
 
 
 class Gradients:
@@ -46,10 +66,12 @@ class Gradients:
         batch_size: int | None = None,
         cast: torch.dtype | None = None,
         talk: Talk | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`cast`: what floating batch tensors are cast to; None leaves them. `batch_size` None: by the model's size."""
+        """`cast`: what floating batch tensors are cast to; None leaves them. `batch_size` None: by the model's size. `ranks`: the processes
+        that share the work, each with a Gradients of its own; none: this one is alone."""
         self.run, self.settings, self.store, self.device = run, settings, store, device
-        self.talk = talk or Talk()
+        self.talk, self.ranks = talk or Talk(), ranks or Ranks()
         self.asked_batch_size, self.cast = batch_size, cast
         self._loaded: Checkpoint | None = None
         self._captures: dict[tuple[str, tuple[str, ...]], AnyCapture] = {}
@@ -64,21 +86,67 @@ class Gradients:
         return self.ensure_each(split, [(checkpoint, ids) for checkpoint in checkpoints], columns, level)
 
     def ensure_each(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str], level: Level = "values") -> int:
-        """The same, of examples that differ from checkpoint to checkpoint."""
+        """The same, of examples that differ from checkpoint to checkpoint. Ranks share the work; each returns once all of it is there."""
         if self.store is None:
             return 0
-        jobs = self.missing(split, wanted, columns, level, check=True)
-        total = jobs.examples
-        order = {checkpoint.step: f"checkpoint {k} of {len(wanted)}" for k, (checkpoint, _) in enumerate(wanted, start=1)}
+        order = self.ranks.share(self._order(split, wanted, columns, level) if self.ranks.rank == 0 else None)
+        assert order is not None
+        self._fill(order)
+        return order.examples
+
+    def _order(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str], level: Level) -> Order:
+        assert self.store is not None
+        jobs, stored = self.missing(split, wanted, columns, level, check=True), 0
         if jobs:
-            stored, memory = self.needs(split, columns, total, level)
-            check_fits(self.store.folder, stored, memory)
-            progress = self.talk.progress(f"gradients of {split} examples", total)
-            with progress as advance, self.store.writer(self.settings.store, stored) as write:
-                for job in jobs:
-                    self._work(split, job, advance, order[job.checkpoint.step], write)
+            stored, memory = self.needs(split, columns, jobs.examples, level)
+            check_fits(self.store.folder, stored, memory * self.ranks.place.beside)
+        return Order(split, wanted, columns, level, self._sizes.get(split), jobs.examples, jobs.stretches, stored)
+
+    def _fill(self, order: Order) -> None:
+        """Do what is missing, of several ranks the next job that no other has taken."""
+        assert self.store is not None
+        if order.sizes is not None:
+            self._sizes[order.split] = order.sizes
+        if order.examples:
+            jobs, seen = self._nothing(order.split, order.columns, order.level), 0
+            jobs.stretches = order.stretches
+            where = {checkpoint.step: f"checkpoint {k} of {len(order.wanted)}" for k, (checkpoint, _) in enumerate(order.wanted, start=1)}
+            progress = self.talk.progress(f"gradients of {order.split} examples", order.examples)
+            with progress as advance, self.store.writer(self.settings.store, order.stored) as write:
+                for number in self.ranks.deal(len(jobs)):
+                    for taken in range(seen, number):  # by other ranks
+                        advance(len(jobs[taken].ids), where[jobs[taken].checkpoint.step])
+                    job, seen = jobs[number], number + 1
+                    self._work(order.split, job, advance, where[job.checkpoint.step], write)
+            self.ranks.wait()
             self._held.clear()
-        return total
+        if self.ranks.count > 1:
+            self._arrive(order)
+
+    def _arrive(self, order: Order) -> None:
+        """Until this machine sees what all ranks wrote: on a network file system names may come late. Raises CacheError: too late."""
+        until = time.monotonic() + LATE
+        while lacking := self.missing(order.split, order.wanted, order.columns, order.level):
+            if time.monotonic() > until:
+                raise CacheError(
+                    f"{socket.gethostname()} (rank {self.ranks.rank}) lacks {len(lacking)} units that other ranks wrote {LATE} s ago",
+                    f"the first: {lacking[0].unit.path}",
+                    "--cache names a folder that all machines share; the same command goes on from here",
+                )
+            time.sleep(0.5)
+            self._held.clear()
+
+    def help(self) -> None:
+        """Share what rank 0 asks `ensure` for, until it is `helped`: of a job in which it does all else alone."""
+        while (order := self.ranks.share(None)) is not None:
+            self._fill(order)
+
+    @contextmanager
+    def helped(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.ranks.share(None)
 
     def missing(self, split: str, wanted: Sequence[Wanted], columns: Sequence[str], level: Level, check: bool = False) -> Missing:
         """The units of work that `ensure` would do, in order. `check`: first see that what is cached still holds.
@@ -88,16 +156,21 @@ class Gradients:
         assert self.store is not None
         if check:
             self._verify(split, [checkpoint for checkpoint, _ in wanted])
+        jobs = self._nothing(split, columns, level)
+        for checkpoint, ids in wanted:
+            jobs.add(checkpoint, ids, self.held(split, checkpoint))
+        return jobs
+
+    def _nothing(self, split: str, columns: Sequence[str], level: Level) -> Missing:
+        """A plan without work."""
+        assert self.store is not None
         store, size, length = self.store, self.unit_size(split, columns, level), len(self.run.examples(split))
 
         def unit(checkpoint: Checkpoint, names: Sequence[str], start: int, ids: np.ndarray) -> Unit:
             stop = min(int(ids[-1]) // size * size + size, length)
             return store.unit_for(self.place(split, checkpoint), names, level, self._definition(split, ids), start, stop, ids)
 
-        jobs = Missing(columns, level, size, unit)
-        for checkpoint, ids in wanted:
-            jobs.add(checkpoint, ids, self.held(split, checkpoint))
-        return jobs
+        return Missing(columns, level, size, unit)
 
     def _verify(self, split: str, checkpoints: Sequence[Checkpoint]) -> None:
         """Once per checkpoint: compare what is cached of the training examples with the run as it is."""

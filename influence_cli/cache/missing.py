@@ -40,7 +40,7 @@ class Missing(Sequence[Job]):
     ) -> None:
         self.columns, self.level, self.size, self.unit = list(columns), level, size, unit
         self.examples = 0
-        self._stretches: list[Stretch] = []
+        self.stretches: list[Stretch] = []
 
     def add(self, checkpoint: Checkpoint, ids: Ids, held: Held) -> None:
         """What is not held of these examples at a checkpoint."""
@@ -58,7 +58,7 @@ class Missing(Sequence[Job]):
         some = {start: lacking for start, block in looked_at.items() if len((lacking := self._lacking(held, block))[1])}
         self.examples += sum(len(absent) for _, absent in some.values())
         starts = np.union1d(starts, np.array(list(some), dtype=np.int64))
-        self._stretches.append(Stretch(checkpoint, ids, starts, some))
+        self.stretches.append(Stretch(checkpoint, ids, starts, some))
 
     def _lacking(self, held: Held, block: np.ndarray) -> Lacking:
         lacking = {column: held.where(column, self.level, block) < 0 for column in self.columns}
@@ -66,13 +66,13 @@ class Missing(Sequence[Job]):
         return [column for column in self.columns if lacking[column].any()], absent
 
     def __len__(self) -> int:
-        return sum(len(stretch.starts) for stretch in self._stretches)
+        return sum(len(stretch.starts) for stretch in self.stretches)
 
     def __iter__(self) -> Iterator[Job]:
-        return (self._job(stretch, int(start)) for stretch in self._stretches for start in stretch.starts)
+        return (self._job(stretch, int(start)) for stretch in self.stretches for start in stretch.starts)
 
     def __getitem__(self, number: int) -> Job:  # type: ignore[override]
-        for stretch in self._stretches:
+        for stretch in self.stretches:
             if number < len(stretch.starts):
                 return self._job(stretch, int(stretch.starts[number]))
             number -= len(stretch.starts)

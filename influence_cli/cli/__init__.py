@@ -15,7 +15,8 @@ import typer
 
 from influence_cli import __version__
 from influence_cli.cli.options import Debug
-from influence_cli.errors import InfluenceError, is_out_of_memory
+from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
+from influence_cli.parallel import place_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -27,8 +28,9 @@ class Terminated(BaseException):
     """SIGTERM, raised where it came so that temporary files are removed."""
 
 
-def command(name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(name: str, example: str, ranks: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the command line. A parameter that is a group of flags (a dataclass of options.py) stands for each of them.
+    `ranks`: torchrun may run it in several processes, which share its work.
 
     Everything a command can end with is mapped to its message and exit code here. stdout is kept for the table.
     """
@@ -48,7 +50,7 @@ def command(name: str, example: str) -> Callable[[Callable[..., None]], Callable
         def run(debug: bool, **flags: Any) -> None:
             for group, kind in groups.items():
                 flags[group] = kind(**{field.name: flags.pop(field.name) for field in dataclasses.fields(kind)})
-            report(lambda: function(**flags), debug)
+            report(lambda: function(**flags) if ranks else alone(name, lambda: function(**flags)), debug)
 
         run.__signature__ = Signature([*parameters, debug])  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, debug)}
@@ -58,8 +60,17 @@ def command(name: str, example: str) -> Callable[[Callable[..., None]], Callable
     return add
 
 
+def alone(name: str, work: Callable[[], None]) -> None:
+    """Work of a command that several ranks would all do, rather than share."""
+    count = place_of(os.environ).count
+    if count > 1:
+        raise UsageProblem(f"influence {name} runs as one process, WORLD_SIZE is {count}", "torchrun is for cache, score and self")
+    work()
+
+
 def report(work: Callable[[], None], debug: bool) -> None:
-    """Run a command's work; raises typer.Exit with the code that its end means."""
+    """Run a command's work; raises typer.Exit with the code that its end means. Of several ranks the first speaks; another one only of an
+    error of its own."""
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
@@ -74,14 +85,17 @@ def report(work: Callable[[], None], debug: bool) -> None:
         if debug:
             traceback.print_exc()
         known = error if isinstance(error, InfluenceError) else InfluenceError("out of memory", *OUT_OF_MEMORY)
-        print(f"error: {known}", file=sys.stderr)
+        rank = place_of(os.environ).rank
+        if not (rank and isinstance(known, RankLost)):
+            print(f"{f'[rank {rank}] ' if rank else ''}error: {known}", file=sys.stderr)
         silence_stdout()
         raise typer.Exit(known.exit_code) from None
     except BrokenPipeError:  # `| head`: the reader has enough
         silence_stdout()
         raise typer.Exit(0) from None
     except (KeyboardInterrupt, Terminated) as stop:
-        print("interrupted: finished work is kept; the same command goes on from here", file=sys.stderr)
+        if not place_of(os.environ).rank:
+            print("interrupted: finished work is kept; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -3,7 +3,7 @@
 from influence_cli.cli import command, options
 
 
-@command("cache", example="influence cache my_run --train 0:10000 --layers head")
+@command("cache", example="influence cache my_run --train 0:10000 --layers head", ranks=True)
 def cache(shared: options.Shared, queries: options.Queries = None, train: options.Train = None, shard: options.Shard = None) -> None:
     """Compute and keep the gradients that scoring will need; what is there already is left alone.
 
@@ -27,3 +27,4 @@ def cache(shared: options.Shared, queries: options.Queries = None, train: option
         opened.talk.note(
             f"{split}: {new:,} gradients computed, {there:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
         )
+    opened.ranks.close()

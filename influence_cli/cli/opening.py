@@ -1,5 +1,6 @@
 """From the flags that every command shares to an opened run and its gradients."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from influence_cli.cli.talk import StderrTalk
 from influence_cli.errors import UsageProblem
 from influence_cli.gradients.projection import Projection
 from influence_cli.methods import Groups
-from influence_cli.parallel import Shard
+from influence_cli.parallel import Place, Ranks, Shard, open_ranks, place_of
 from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run
 from influence_cli.run.learning_rates import CHOICES, Weight, weigh
 from influence_cli.run.model import PRECISIONS, select
@@ -36,6 +37,10 @@ class Opened:
     gradients: Gradients
     folder: Path | None  # the cache's; None: --cache none
     talk: Talk
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.gradients.ranks
 
     def ids(self, flag: str, spec: str | None, split: str) -> Ids:
         return specs.ids(flag, spec, len(self.run.examples(split)), split, sys.stdin)
@@ -116,9 +121,10 @@ def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = Tr
     store = (PRECISIONS | {"int8": torch.int8})[specs.one_of("--store", flags.store, STORE_NAMES)] if flags.store else None
     projection = specs.projection(flags.project, flags.projection, flags.seed)
     batch_size = specs.batch_size(flags.batch_size)
-    device = find_device(flags.device)
+    place = place_of(os.environ)
+    device = find_device(flags.device, place)
     keep_freed_memory()
-    talk = Talk() if flags.quiet else StderrTalk()
+    talk = Talk() if flags.quiet or place.rank else StderrTalk()
     run = open_run(flags.run, flags.definition, flags.checkpoints, trajectory, precision, device)
     checkpoints = at_steps(run.checkpoints, flags.steps)
     columns = select(run.columns, flags.layers)
@@ -127,14 +133,21 @@ def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = Tr
     settings = Settings(precision or widest, store or precision or widest, mixed, Projection(*projection) if projection else None)
     folder = None if flags.cache == "none" else Path(flags.cache) if flags.cache else run.folder / ".influence"
     opened = open_store(folder) if folder is not None and (create or folder.exists()) else None
-    gradients = Gradients(run, settings, opened, device, batch_size, precision, talk)
+    gradients = Gradients(run, settings, opened, device, batch_size, precision, talk, open_ranks(place))
     return Opened(run, checkpoints, columns, gradients, folder, talk)
 
 
-def find_device(name: str) -> torch.device:
-    """`--device`. Raises UsageProblem where it is not there."""
+def find_device(name: str, place: Place) -> torch.device:
+    """`--device`; of several ranks each has the CUDA device of its local number. Raises UsageProblem where it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and place.count > 1:
+        there = torch.cuda.device_count()
+        if there not in (0, 1) and place.local >= there:
+            raise UsageProblem(
+                f"{place.beside} ranks on this machine, which has {there} CUDA devices", f"--nproc-per-node {there}, one a device"
+            )
+        name = f"cuda:{place.local if there > 1 else 0}"  # where each rank is shown one device, that is 0
     try:
         device = torch.device(name)
     except RuntimeError:

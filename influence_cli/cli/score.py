@@ -6,7 +6,7 @@ from influence_cli.cli import command, options
 from influence_cli.methods import METHODS
 
 
-@command("score", example="influence score my_run --queries 0:5 --top 3 | column -s, -t")
+@command("score", example="influence score my_run --queries 0:5 --top 3 | column -s, -t", ranks=True)
 def score(
     shared: options.Shared,
     shown: options.Shown,
@@ -87,4 +87,15 @@ def score(
         for answer in chosen.score()(opened.gradients, question, new_ranking)
         for row in tables.score_rows(answer.ranking, answer.queries, by, answer.parts, names, opened.describe, answer.split)
     )
-    sink.write(rows, tables.score_columns(by))
+    ranks = opened.ranks
+    if not chosen.ordered and ranks.rank:
+        assert not any(True for _ in rows)  # the work is done, rank 0 has what came out
+    elif not chosen.ordered or ranks.count == 1:
+        sink.write(rows, tables.score_columns(by))
+    elif ranks.rank:
+        opened.gradients.help()
+    else:
+        opened.talk.note(f"{method}: what is cached is captured by all {ranks.count} ranks; training is gone back over by rank 0 alone")
+        with opened.gradients.helped():
+            sink.write(rows, tables.score_columns(by))
+    ranks.close()

@@ -3,7 +3,7 @@
 from influence_cli.cli import command, options
 
 
-@command("self", example="influence self my_run --top 50 --format csv > suspects.csv")
+@command("self", example="influence self my_run --top 50 --format csv > suspects.csv", ranks=True)
 def self_influence(
     shared: options.Shared,
     shown: options.Shown,
@@ -37,4 +37,6 @@ def self_influence(
     question = Question(opened.checkpoints, opened.weights(lr, lr_weights), opened.columns, train_ids)
     ranking: Ranking = TopRanking(1, 0, k, signed=False) if k is not None else FullRanking(1, 0)
     self_influence(opened.gradients, question, ranking)
-    sink.write(tables.self_rows(ranking.entries(0), opened.describe), tables.SELF_COLUMNS)
+    if opened.ranks.rank == 0:
+        sink.write(tables.self_rows(ranking.entries(0), opened.describe), tables.SELF_COLUMNS)
+    opened.ranks.close()

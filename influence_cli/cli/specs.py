@@ -13,7 +13,7 @@ import numpy as np
 from influence_cli.cli.options import Values, Words
 from influence_cli.errors import UsageProblem, listed
 from influence_cli.methods import METHODS, Method
-from influence_cli.parallel import Shard, parse_shard
+from influence_cli.parallel import Shard, parse_shard, place_of
 
 EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
 
@@ -68,6 +68,9 @@ def check_stdin(queries: str | None, train: str | None) -> None:
 
 def shard(spec: str | None) -> Shard | None:
     """`--shard`: which part of the training examples; None: all."""
+    count = place_of(os.environ).count
+    if spec is not None and count > 1:
+        raise UsageProblem(f"--shard {spec} in one of {count} ranks, which share all the work as it is", "give --shard, or use torchrun")
     return parse_shard(spec, os.environ) if spec is not None else None
 
 

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.cutting import Ids, blocks
+from influence_cli.cache.cutting import Ids, cut
 from influence_cli.errors import OutputError
 from influence_cli.methods import Answer, Question
 from influence_cli.methods.adjoint import total
-from influence_cli.methods.ranked import NewRanking, block_size
+from influence_cli.methods.ranked import NewRanking
 from influence_cli.methods.segments import Plan
 from influence_cli.output.ranking import Entry
 
+BLOCK = 4096  # training examples ranked at once
 HELD_BYTES = 1 << 30  # scores held in memory; more lie in a temporary file
 
 
@@ -127,7 +128,7 @@ def score(
             sums.index_add_(1, torch.from_numpy(question.groups.of[np.asarray(question.train)]), scores)
             ranking.add(np.arange(sums.shape[1]), sums[0].T.numpy(), sums[1:].transpose(1, 2).numpy())
         else:
-            for block in blocks(question.train, block_size(width, len(totals.parts))):
+            for block in cut(question.train, BLOCK):
                 part = scores[:, torch.from_numpy(totals.place[block])].transpose(1, 2).numpy()
                 ranking.add(block, part[0], part[1:])
         split = by_step(totals.occurrences, question) if totals.occurrences else None

@@ -5,6 +5,7 @@ N train, Q query, P parts of a score.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids, blocks
-from influence_cli.cache.store import Rows, concat_rows
+from influence_cli.cache.cutting import Ids, cut
+from influence_cli.cache.sizes import floor_power
+from influence_cli.cache.store import Level, Rows, concat_rows
 from influence_cli.gradients.forms import Dense, Form
-from influence_cli.methods import Question
+from influence_cli.methods import Groups, Question
 from influence_cli.output.ranking import Ranking
 from influence_cli.run import Checkpoint
 
@@ -36,32 +38,60 @@ def ranked(
     scores: Callable[[Any, np.ndarray, Units, Advance], np.ndarray],
 ) -> Iterator[tuple[Ids, Any, Ranking]]:
     """Per pass its query ids, what `load` made of them, and their ranking. Memory: a block of scores, and the gradients of some queries.
+    Of several ranks each takes its blocks, and rank 0 has what comes out.
 
     `query_bytes`: of one query at one checkpoint. `scores(queries, ids, units, advance)`: (1 + P, Q, N) float64, the scores and their
     parts, from the units of these ids at one checkpoint after the other.
     """
     gradients.ensure("query", question.checkpoints, list(question.columns), question.queries)
     gradients.ensure("train", question.checkpoints, list(question.columns), question.train)
-    passes = query_passes(question, query_bytes)
+    ranks, passes = gradients.ranks, query_passes(question, query_bytes)
     for number, ids in enumerate(passes, start=1):
         of = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
-        with gradients.talk.progress(f"scores{of}", len(question.train) * len(question.checkpoints)) as advance:
+        with gradients.talk.progress(f"scores{of}", len(question.train) * len(question.checkpoints) // ranks.count) as advance:
             queries = load(ids)
             width, parts = 1 if question.sum_queries else len(ids), question.parts
             ranking = new_ranking(width, len(parts))
             groups = np.zeros((len(parts) + 1, width, len(question.groups.names))) if question.groups else None
-            size = block_size(width, len(parts))
-            wanted = ((checkpoint, block) for block in blocks(question.train, size) for checkpoint in question.checkpoints)
+            turns = in_turns(question.train, block_size(gradients, question, width), ranks.count)
+            wanted = ((checkpoint, turn[ranks.rank]) for turn in turns() if ranks.rank < len(turn) for checkpoint in question.checkpoints)
             units = gradients.read_each("train", wanted, list(question.columns))
-            for block in blocks(question.train, size):
-                totals = scores(queries, block, units, advance)
-                if groups is None or question.groups is None:
+            for turn in turns():
+                block = turn[ranks.rank] if ranks.rank < len(turn) else None
+                totals = scores(queries, block, units, advance) if block is not None else None
+                if groups is not None and question.groups is not None:
+                    sums = group_sums(question.groups, block, totals) if block is not None and totals is not None else None
+                    for found in ranks.gather(sums):  # block by block, so that sums do not depend on the number of ranks
+                        if found is not None:
+                            groups[:, :, found[0]] += found[1]
+                elif block is not None and totals is not None:
                     ranking.add(block, totals[0], totals[1:])
-                else:
-                    np.add.at(groups.transpose(2, 0, 1), question.groups.of[block], totals.transpose(2, 0, 1))
             if groups is not None:
                 ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
-        yield ids, queries, ranking
+            else:
+                for parcel in ranks.collect(ranking.parcels()):
+                    ranking.take(parcel)
+        if ranks.rank == 0:
+            yield ids, queries, ranking
+
+
+def in_turns(ids: Ids, size: int, count: int) -> Callable[[], Iterator[list[np.ndarray]]]:
+    """Walks over the blocks of the ids, `count` at a time: one for each rank, in the last turn maybe fewer."""
+
+    def turns() -> Iterator[list[np.ndarray]]:
+        every = cut(ids, size)
+        while turn := list(itertools.islice(every, count)):
+            yield turn
+
+    return turns
+
+
+def group_sums(groups: Groups, block: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The groups (G,) that a block has, and their sums (1 + P, Q, G) of its scores (1 + P, Q, N)."""
+    there, number = np.unique(groups.of[block], return_inverse=True)
+    sums = np.zeros((*totals.shape[:2], len(there)))
+    np.add.at(sums.transpose(2, 0, 1), number, totals.transpose(2, 0, 1))
+    return there, sums
 
 
 def of_next(units: Units, count: int) -> Units:
@@ -81,9 +111,9 @@ def query_passes(question: Question, query_bytes: int) -> list[Ids]:
     return [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
 
 
-def block_size(queries: int, parts: int) -> int:
-    """Training examples whose scores are held at once; at least 4,096, so that rankings are merged rarely."""
-    return max(4096, TOTAL_BYTES // (8 * queries * (1 + parts)) // 4096 * 4096)
+def block_size(gradients: Gradients, question: Question, queries: int, level: Level = "values") -> int:
+    """Training examples whose scores are held at once: few, so that several ranks have work, but some for each query, and whole units."""
+    return max(min(4096, floor_power(4 * queries)), 256, gradients.unit_size("train", list(question.columns), level))
 
 
 def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:

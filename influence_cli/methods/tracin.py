@@ -7,6 +7,7 @@ N train, Q query, P parts of a score.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids, blocks
+from influence_cli.cache.cutting import Ids, cut
 from influence_cli.cache.store import UNIT_EXAMPLES, Rows
 from influence_cli.gradients.forms import Form, Memo, Projected
 from influence_cli.gradients.joining import side_by_side
@@ -106,11 +107,14 @@ def inverse_norms(rows: Rows, queries: Rows) -> Tensor:
 
 
 def self_influence(gradients: Gradients, question: Question, ranking: Ranking) -> None:
-    """sum over checkpoints of eta_i |g_i(z)|^2, from the exact norms alone: high for mislabelled and atypical examples (section 4.1)."""
+    """sum over checkpoints of eta_i |g_i(z)|^2, from the exact norms alone: high for mislabelled and atypical examples (section 4.1).
+    Of several ranks, rank 0 has the whole ranking."""
     columns = list(question.columns)
     gradients.ensure("train", question.checkpoints, columns, question.train, "norms")
-    with gradients.talk.progress("self-influence", len(question.train) * len(question.checkpoints)) as advance:
-        for block in blocks(question.train, block_size(1, 0)):
+    ranks = gradients.ranks
+    with gradients.talk.progress("self-influence", len(question.train) * len(question.checkpoints) // ranks.count) as advance:
+        every = cut(question.train, block_size(gradients, question, 1, "norms"))
+        for block in itertools.islice(every, ranks.rank, None, ranks.count):
             totals = np.zeros(len(block))
             for checkpoint, weight in zip(question.checkpoints, question.weights, strict=True):
                 done = 0
@@ -120,3 +124,5 @@ def self_influence(gradients: Gradients, question: Question, ranking: Ranking) -
                     done += len(rows.ids)
                     advance(len(rows.ids))
             ranking.add(block, totals[None])
+        for parcel in ranks.collect(ranking.parcels()):
+            ranking.take(parcel)

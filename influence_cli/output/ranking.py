@@ -6,10 +6,10 @@ N examples of a block, Q queries, P parts of a score. Memory does not grow with 
 import heapq
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,14 @@ class Ranking(ABC):
     @abstractmethod
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
         """A block: ids (N,), scores (Q, N) float64, and (P, Q, N) parts of them."""
+
+    @abstractmethod
+    def parcels(self) -> Iterator[Any]:
+        """What is ranked so far, in pieces that can be sent to another process and are small beside all of it."""
+
+    @abstractmethod
+    def take(self, parcel: Any) -> None:
+        """A piece of another ranking, of other examples for the same queries, as if they had been added here."""
 
     @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
@@ -72,6 +80,13 @@ class TopRanking(Ranking):
                 self._merge(
                     kind, _Best(query, sign * scores[query, at], ids[at], parts[:, query, at] if parts is not None else no_parts(at))
                 )
+
+    def parcels(self) -> Iterator[list[_Best]]:
+        yield self._best
+
+    def take(self, parcel: list[_Best]) -> None:
+        for kind, best in enumerate(parcel):
+            self._merge(kind, best)
 
     def _bars(self, kind: int, sign: int, scores: np.ndarray) -> np.ndarray:
         """(Q,): a key below its query's is not among the k best of those kept nor, where fewer are kept, of this block. Never sorts."""
@@ -135,24 +150,42 @@ class FullRanking(Ranking):
         if not self._waiting:
             return
         ids = np.concatenate([ids for ids, _, _ in self._pending])
+
+        def stretches() -> Iterator[np.ndarray]:
+            for query in range(self.queries):
+                scores = np.concatenate([scores[query] for _, scores, _ in self._pending])
+                rows = np.empty(len(ids), self._row)
+                rows["kind"], rows["key"], rows["id"] = scores < 0, -np.abs(scores), ids
+                if self.parts:
+                    rows["parts"] = np.concatenate([parts[:, query] for _, _, parts in self._pending if parts is not None], axis=1).T
+                yield rows[np.lexsort((rows["id"], rows["key"], rows["kind"]))]
+
+        self._write(stretches(), len(ids))
+        self._pending, self._waiting = [], 0
+
+    def _write(self, stretches: Iterable[np.ndarray], size: int) -> None:
+        """A run: a sorted stretch of `size` rows per query."""
         try:
             with (Path(self._folder.name) / f"{self._runs}").open("wb") as file:
-                for query in range(self.queries):
-                    scores = np.concatenate([scores[query] for _, scores, _ in self._pending])
-                    rows = np.empty(len(ids), self._row)
-                    rows["kind"], rows["key"], rows["id"] = scores < 0, -np.abs(scores), ids
-                    if self.parts:
-                        rows["parts"] = np.concatenate([parts[:, query] for _, _, parts in self._pending if parts is not None], axis=1).T
-                    rows[np.lexsort((rows["id"], rows["key"], rows["kind"]))].tofile(file)
+                for rows in stretches:
+                    rows.tofile(file)
         except OSError as error:
             raise OutputError(
                 f"--top all could not be spilled to {self._folder.name}: {error.strerror or error}",
                 f"it needs {self._row.itemsize} bytes a pair",
                 "TMPDIR names a folder on a larger disk",
             ) from error
-        self._sizes.append(len(ids))
+        self._sizes.append(size)
         self._runs += 1
-        self._pending, self._waiting = [], 0
+
+    def parcels(self) -> Iterator[np.ndarray]:
+        """One run at a time, (Q, rows)."""
+        self._spill()
+        for run in range(self._runs):
+            yield np.fromfile(Path(self._folder.name) / f"{run}", self._row).reshape(self.queries, -1)
+
+    def take(self, parcel: np.ndarray) -> None:
+        self._write(parcel, parcel.shape[1])
 
     def _run(self, run: int, query: int) -> Iterator[tuple[int, float, int, tuple[float, ...]]]:
         size, step = self._sizes[run], max(64, READ_ROWS // self._runs)

@@ -1,0 +1,163 @@
+"""torchrun's ranks, real processes each: the bytes of one process, whatever their number; failed and killed ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.test_merge import DEFINITION as TEXTS
+from tests.conftest import build_run
+from tests.refusals import refused, replaced
+from tests.training import train
+
+# many small units and blocks, so that several ranks have work
+SMALL = ("import torch\n", "import os\nimport time\nimport torch\nfrom influence_cli.cache import build\nbuild.UNIT_EXAMPLES = 64\n")
+LOSS = "def loss(model, batch):\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    definition = replaced(TEXTS, ("texts(0, 300, 140)", "texts(0, 1500, 1100)"))
+    return build_run(tmp_path_factory.mktemp("ranks") / "run", definition.replace(*SMALL, 1))
+
+
+def torchrun(count: int, *arguments: object, **options) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "influence_cli"]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environ, **options)
+
+
+ALIKE = {
+    "score by checkpoint": (2, ["--queries", "0:3", "--by", "checkpoint"]),
+    "score all by layer": (4, ["--top", "all", "--by", "layer"]),
+    "score groups": (2, ["--group-by", "label", "--cache", "none", "--by", "layer"]),
+    "score by word, scattered": (2, ["--method", "tracin-we", "--by", "word", "--cache", "none", "--train", "@ids.txt"]),
+    "self": (4, ["--top", "20"]),
+}
+
+
+@pytest.mark.parametrize("asked", ALIKE)
+def test_ranks_give_the_bytes_of_one_process(asked, run, tmp_path, influence, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ids.txt").write_text(" ".join(str(i) for i in range(0, 1500, 2) if i % 7))
+    (count, flags), command = ALIKE[asked], asked.split()[0]
+    alone = influence(command, run, *flags, *([] if "none" in flags else ["--cache", "one"]))
+    assert alone.code == 0, alone.err
+    assert len(alone.rows) >= 8
+    ranks = torchrun(count, command, run, *flags, *([] if "none" in flags else ["--cache", "many"]))
+    assert ranks.returncode == 0, ranks.stderr
+    assert ranks.stdout == alone.out
+    if "none" not in flags:
+        names = [
+            sorted((path.relative_to(folder), path.read_bytes()) for path in Path(folder).rglob("*.safetensors"))
+            for folder in ("one", "many")
+        ]
+        assert len(names[0]) > 4
+        assert names[0] == names[1]
+
+
+# ---------------------------------------------------------------- failures
+def units(folder: Path) -> dict[Path, int]:
+    """The units that are there, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if not path.name.startswith(".tmp")}
+
+
+def test_a_killed_rank_costs_its_unit_and_a_rerun_computes_the_rest(tmp_path):
+    slow = replaced(TEXTS, ("texts(0, 300, 140)", "texts(0, 1500, 1100)"), (LOSS, LOSS + "    time.sleep(0.03)\n")).replace(*SMALL, 1)
+    run = build_run(tmp_path / "run", slow.replace("def model", "print(os.environ.get('RANK'), os.getpid(), flush=True)\n\ndef model"))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "influence_cli",
+        "cache",
+        str(run),
+    ]
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(launch, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 60
+        while len(units(run / ".influence")) < 8 and time.monotonic() < until:
+            time.sleep(0.01)
+        pids = dict(line.split() for line in (tmp_path / "log").read_text().splitlines() if line[:2] in ("0 ", "1 "))
+        os.kill(int(pids["1"]), signal.SIGKILL)
+        assert started.wait(60) != 0
+    finally:
+        started.kill()
+    before = units(run / ".influence")
+    assert 8 <= len(before) < 50
+    again = torchrun(2, "cache", run)
+    assert again.returncode == 0, again.stderr
+    after = units(run / ".influence")
+    assert {path: after[path] for path in before} == before
+    assert len(after) == 2 + 2 * 24  # two checkpoints: queries in one unit, 1,500 training examples in units of 64
+    there = sum(1 for path in before if path.parent.parent.name == "train") * 64
+    assert f"train: {3000 - there:,} gradients computed" in again.stderr
+
+
+def test_an_error_of_another_rank_names_it(tmp_path):
+    broken = replaced(
+        TEXTS, (" * (batch[1] < 3)", " * (float('nan') if os.environ['RANK'] == '1' else 1.0)"), ("texts(0, 300", "texts(0, 9000")
+    )
+    run = build_run(tmp_path / "run", broken.replace(*SMALL, 1))
+    result = torchrun(2, "cache", run)
+    assert result.returncode != 0
+    assert "[rank 1] error: the loss is not finite at checkpoints/" in result.stderr
+    assert "\nerror: " not in result.stderr
+
+
+# ---------------------------------------------------------------- what one rank does alone
+def test_the_way_back_is_gone_by_one_rank_and_gradients_are_shared(tmp_path, influence):
+    run = train(tmp_path / "run")
+    alone = influence("score", run, "--method", "dve", "--cache", tmp_path / "one")
+    assert alone.code == 0, alone.err
+    ranks = torchrun(2, "score", run, "--method", "dve", "--cache", tmp_path / "many")
+    assert ranks.returncode == 0, ranks.stderr
+    assert ranks.stdout == alone.out
+    assert "note: dve: what is cached is captured by all 2 ranks; training is gone back over by rank 0 alone" in ranks.stderr
+    assert "error" not in ranks.stderr
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "command", [["trace"], ["evaluate", "RUN", "tsloo"], ["inspect"], ["check"], ["merge", "a.csv"]], ids=lambda c: c[0]
+)
+def test_what_is_not_shared_is_refused(command, run, influence, second_of_two):
+    arguments = [run if word == "RUN" else word for word in command]
+    result = influence(*arguments, *([run] if len(command) == 1 else []))
+    assert result.code == 2
+    assert result.err.startswith(f"[rank 1] error: influence {command[0]} runs as one process, WORLD_SIZE is 2\n")
+
+
+def test_shards_and_ranks_are_not_both_given(run, influence, monkeypatch, second_of_two):
+    monkeypatch.setenv("RANK", "0")
+    refused(influence("score", run, "--shard", "1/2"), 2, "--shard 1/2 in one of 2 ranks")
+
+
+def test_ranks_that_can_not_meet_are_told_of_torchrun(run, influence, monkeypatch, second_of_two):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refused(influence("score", run), 2, "the ranks can't meet", "MASTER_ADDR", "torchrun")
+
+
+def test_one_rank_is_a_process_like_any_other(run, influence, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert influence("self", run, "--shard", "1/2").code == 0
+    assert not torch.distributed.is_initialized()
