@@ -4,6 +4,7 @@ Importing it imports nothing heavy: the command line asks for its place before a
 """
 
 import datetime
+import os
 import pickle
 import re
 import time
@@ -198,8 +199,11 @@ class TorchRanks(Ranks):
     POLL = 0.02  # seconds
 
     def __init__(self, place: Place) -> None:
-        """Raises UsageProblem: this torch can't, or what started the ranks does not say where they meet."""
+        """Raises UsageProblem: this torch can't, the ranks are not told where they meet, or torchrun started them again, in which case the
+        store holds what the first ones said."""
         super().__init__(place)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            raise UsageProblem("torchrun started the ranks again", "leave out --max-restarts; the same command goes on from here")
         import torch.distributed as dist
 
         if not dist.is_available():

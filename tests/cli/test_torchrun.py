@@ -154,6 +154,12 @@ def test_ranks_that_can_not_meet_are_told_of_torchrun(run, influence, monkeypatc
     refused(influence("score", run), 2, "the ranks can't meet", "MASTER_ADDR", "torchrun")
 
 
+def test_ranks_that_were_started_again_are_refused(run, influence, monkeypatch, second_of_two):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    refused(influence("score", run), 2, "torchrun started the ranks again", "leave out --max-restarts")
+
+
 def test_one_rank_is_a_process_like_any_other(run, influence, monkeypatch):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
