@@ -1,15 +1,21 @@
 """torchrun's ranks, real processes each: the bytes of one process, whatever their number; failed and killed ranks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from influence_cli.cache import build
+from influence_cli.cli import opening
+from influence_cli.errors import UsageProblem
+from influence_cli.parallel import Place, Ranks
 from tests.cli.test_merge import DEFINITION as TEXTS
 from tests.conftest import build_run
 from tests.refusals import refused, replaced
@@ -113,6 +119,53 @@ def test_an_error_of_another_rank_names_it(tmp_path):
     assert result.returncode != 0
     assert "[rank 1] error: the loss is not finite at checkpoints/" in result.stderr
     assert "\nerror: " not in result.stderr
+
+
+class Other(Ranks):
+    """The first of two ranks, where the other takes every job; this one sees its units, those of `source`, `after` some seconds or never."""
+
+    def __init__(self, source: Path | None, cache: Path, after: float) -> None:
+        super().__init__(Place(0, 2, 0, 2))
+        self.source, self.cache, self.after = source, cache, after
+
+    def deal(self, number):
+        return iter(())
+
+    def wait(self):
+        if self.source is not None:
+            threading.Timer(self.after, shutil.copytree, (self.source, self.cache), {"dirs_exist_ok": True}).start()
+
+
+def test_units_that_are_seen_late_are_waited_for(run, tmp_path, influence, monkeypatch):
+    assert influence("cache", run, "--cache", tmp_path / "one").code == 0
+    monkeypatch.setattr(opening, "open_ranks", lambda place: Other(tmp_path / "one", tmp_path / "many", 0.3))
+    result = influence("cache", run, "--cache", tmp_path / "many")
+    assert result.code == 0, result.err
+    assert "query: 6 gradients computed, 0 were there" in result.err
+    assert len(units(tmp_path / "many")) == len(units(tmp_path / "one"))  # they are there when it returns
+
+
+def test_units_that_are_never_seen_are_reported(run, tmp_path, influence, monkeypatch):
+    monkeypatch.setattr(opening, "open_ranks", lambda place: Other(None, tmp_path / "many", 0))
+    monkeypatch.setattr(build, "LATE", 0.2)
+    result = influence("cache", run, "--cache", tmp_path / "many")
+    refused(result, 1, "(rank 0) lacks 2 units that other ranks wrote 0.2 s ago", "the first: ", "all machines share")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "local", "expected"), [("auto", 4, 2, 2), ("cuda", 4, 3, 3), ("cuda", 1, 3, 0), ("cuda:1", 4, 3, 1)]
+)
+def test_each_rank_has_a_device_of_its_own(name, there, local, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert opening.find_device(name, Place(local, 4, local, 4)) == torch.device("cuda", expected)
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageProblem, match="4 ranks on this machine, which has 2 CUDA devices"):
+        opening.find_device("auto", Place(2, 4, 2, 4))
 
 
 # ---------------------------------------------------------------- what one rank does alone
