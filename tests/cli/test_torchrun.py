@@ -122,7 +122,7 @@ def test_an_error_of_another_rank_names_it(tmp_path):
 
 
 class Other(Ranks):
-    """The first of two ranks, where the other takes every job; this one sees its units, those of `source`, `after` some seconds or never."""
+    """The first of two ranks, where the other takes every job; its units, those of `source`, are seen some seconds `after`, or never."""
 
     def __init__(self, source: Path | None, cache: Path, after: float) -> None:
         super().__init__(Place(0, 2, 0, 2))
