@@ -2,7 +2,7 @@
 
 safetensors' own functions copy every tensor before it is written and map files page by page when they are read; at gigabytes that costs the
 processor as much as taking the gradients. Here few large pieces go between memory and disk, and large caches past the system's page cache,
-which they would only fill (docs/log.md has the numbers). The files are ordinary safetensors files.
+which they would only fill; what lies in it is used where it lies (docs/log.md has the numbers). The files are ordinary safetensors files.
 """
 
 import errno
@@ -179,14 +179,24 @@ class TensorFile:
     def _stretch(self, wanted: list[tuple[str, Entry]]) -> dict[str, Tensor]:
         start = wanted[0][1].start // PAGE * PAGE
         stop = max(entry.stop for _, entry in wanted)
-        block = memory(stop - start)
-        self._fill(block, start, stop)
+        block = self._mapped(start, stop)
+        if block is None:
+            block = memory(stop - start)
+            self._fill(block, start, stop)
         whole, found = torch.from_numpy(block), {}
         for name, entry in wanted:
             count = math.prod(entry.shape)
             offset = entry.start - start
             found[name] = whole[offset : offset + count * entry.dtype.itemsize].view(entry.dtype).view(entry.shape)
         return found
+
+    def _mapped(self, start: int, stop: int) -> np.ndarray | None:
+        """The page cache itself, where a large stretch lies there: no copy is made. What is written to it is this process's own."""
+        if stop - start <= PIECE // 8 or PAGE % mmap.ALLOCATIONGRANULARITY or not self._cached(start):
+            return None
+        view = mmap.mmap(self.file, stop - start, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        view.madvise(mmap.MADV_WILLNEED)
+        return np.frombuffer(view, dtype=np.uint8)
 
     def _fill(self, block: np.ndarray, start: int, stop: int) -> None:
         """Read start..stop: from the page cache where it is there, else past it."""
