@@ -39,13 +39,13 @@ class Ranking(ABC):
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
         """A block: ids (N,), scores (Q, N) float64, and (P, Q, N) parts of them."""
 
-    @abstractmethod
     def parcels(self) -> Iterator[Any]:
-        """What is ranked so far, in pieces that can be sent to another process and are small beside all of it."""
+        """What is ranked so far, in pieces small beside all of it that another process can `take`. Here: none, it is not shared."""
+        return iter(())
 
-    @abstractmethod
     def take(self, parcel: Any) -> None:
         """A piece of another ranking, of other examples for the same queries, as if they had been added here."""
+        raise NotImplementedError
 
     @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
