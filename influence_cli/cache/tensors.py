@@ -192,7 +192,7 @@ class TensorFile:
 
     def _mapped(self, start: int, stop: int) -> np.ndarray | None:
         """The page cache itself, where a large stretch lies there: no copy is made. What is written to it is this process's own."""
-        if stop - start <= PIECE // 8 or PAGE % mmap.ALLOCATIONGRANULARITY or not self._cached(start):
+        if stop - start <= PIECE // 8 or PAGE % mmap.ALLOCATIONGRANULARITY or not self._cached(start, stop):
             return None
         view = mmap.mmap(self.file, stop - start, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
         view.madvise(mmap.MADV_WILLNEED)
@@ -202,7 +202,7 @@ class TensorFile:
         """Read start..stop: from the page cache where it is there, else past it."""
         file, view, done = self.file, block.data, 0
         direct = -1
-        if DIRECT and stop - start > PIECE and not self._cached(start):
+        if DIRECT and stop - start > PIECE and not self._cached(start, stop):
             try:
                 file = direct = os.open(self.path, os.O_RDONLY | DIRECT)
             except OSError:  # a file system without that way
@@ -217,9 +217,10 @@ class TensorFile:
             if direct >= 0:
                 os.close(direct)
 
-    def _cached(self, position: int) -> bool:
+    def _cached(self, start: int, stop: int) -> bool:
+        """Whether the middle of a stretch is in the page cache; its beginning is read with the header."""
         try:
-            return os.preadv(self.file, [bytearray(1)], position, os.RWF_NOWAIT) == 1
+            return os.preadv(self.file, [bytearray(1)], (start + stop) // 2, os.RWF_NOWAIT) == 1
         except (OSError, AttributeError):
             return False
 

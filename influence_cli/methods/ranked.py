@@ -112,8 +112,10 @@ def query_passes(question: Question, query_bytes: int) -> list[Ids]:
 
 
 def block_size(gradients: Gradients, question: Question, queries: int, level: Level = "values") -> int:
-    """Training examples whose scores are held at once: few, so that several ranks have work, but some for each query, and whole units."""
-    return max(min(4096, floor_power(4 * queries)), 256, gradients.unit_size("train", list(question.columns), level))
+    """Training examples whose scores are held at once: some for each query, whole units, and few enough that several ranks have work."""
+    held = TOTAL_BYTES // (8 * queries * (1 + len(question.parts)))
+    shared = min(floor_power(held), floor_power(len(question.train) // 64))
+    return max(min(4096, floor_power(4 * queries)), 256, gradients.unit_size("train", list(question.columns), level), shared)
 
 
 def query_rows(gradients: Gradients, question: Question, checkpoint: Checkpoint, ids: Ids) -> Rows:

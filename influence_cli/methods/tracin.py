@@ -24,6 +24,7 @@ from influence_cli.methods.ranked import Advance, NewRanking, Units, block_size,
 from influence_cli.output.ranking import Ranking
 
 PART = 512  # training examples multiplied at once: their products stay in the cache
+THIN = 8192  # bytes of a row from which that counts
 
 
 def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
@@ -48,7 +49,6 @@ def block_scores(
     scores are the same with and without parts; projected gradients that count alike are multiplied at once."""
     part_of = {name: number for number, name in enumerate(question.parts, start=1)}
     place = device if device.type == "cuda" else torch.device("cpu")  # where products are added up; MPS has no float64
-    part_size = PART if place.type == "cpu" else UNIT_EXAMPLES
     totals = torch.zeros(1 + len(part_of), len(queries[0].losses), len(ids), dtype=torch.float64, device=place)
     for k, (checkpoint, weight) in enumerate(zip(question.checkpoints, question.weights, strict=True)):
         parts = {name: part_of[str(checkpoint.step) if question.by == "checkpoint" else column.layer] if part_of else 0
@@ -59,7 +59,9 @@ def block_scores(
         for unit in of_next(units, len(ids)):
             stacks = {names: side_by_side([unit.forms[name] for name in names]) for names in alike}
             together = {names[0]: form if form is not None else joined([unit.forms[n] for n in names]) for names, form in stacks.items()}
-            for rows in dataclasses.replace(unit, forms=together).parts(part_size):
+            numbers = max(form.nbytes // len(form) for form in together.values())
+            norms = unit.sqnorms if question.normalize else {}
+            for rows in dataclasses.replace(unit, forms=together, sqnorms=norms).parts(part_size(numbers, place)):
                 at = slice(done, done + len(rows.ids))
                 done = at.stop
                 scale = inverse_norms(rows, queries[k]).to(place) if question.normalize else None
@@ -71,6 +73,11 @@ def block_scores(
                         totals[number, :, at].add_(found.T, alpha=alpha)
                 advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
     return totals.cpu().numpy()
+
+
+def part_size(row_bytes: int, place: torch.device) -> int:
+    """Training examples multiplied at once: rows of few numbers by the thousand."""
+    return PART if place.type == "cpu" and row_bytes > THIN else UNIT_EXAMPLES
 
 
 def groups(count_as: dict[str, tuple[float, int]], forms: dict[str, Form]) -> dict[tuple[str, ...], tuple[float, int]]:
