@@ -20,7 +20,7 @@ from influence_cli.cache.files import sweep
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
 from influence_cli.cache.missing import Job, Missing, Stretch
 from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
-from influence_cli.cache.store import UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit, as_stored
+from influence_cli.cache.store import SCALED, UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit, as_stored
 from influence_cli.errors import CacheError, GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.capture import Capture
@@ -242,7 +242,8 @@ class Gradients:
             if self._loaded is None:
                 self.load(self.run.checkpoints[0])
             capture = self.capture_of(split, columns)
-            found = weigh(capture.sample, self.settings.store.itemsize / self.settings.precision.itemsize)
+            store = self.settings.store
+            found = weigh(capture.sample, store.itemsize / self.settings.precision.itemsize, 4 if store in SCALED else 0)
             working = round(capture.activations) * 2 + sum(form.nbytes // len(form) for form in capture.sample.values())
             known.add(columns, found, batch_for(working, self.device), working)
         return known

@@ -154,14 +154,16 @@ def disk_speed(folder: Path, direct: bool, count: int = TRIAL) -> float:
         return 0.0
 
 
-def weigh(forms: Mapping[str, Form], ratio: float) -> dict[str, tuple[str, int]]:
-    """Form and bytes per example of each column as stored, floating-point numbers scaled by the store's width. What is kept once for two
-    columns (the gradients of a bias are its layer's left factors) weighs in the first; the other is "shared"."""
+def weigh(forms: Mapping[str, Form], ratio: float, scale: int) -> dict[str, tuple[str, int]]:
+    """Form and bytes per example of each column as stored, floating-point numbers scaled by the store's width and `scale` bytes for each of
+    their rows. What is kept once for two columns (the gradients of a bias are its layer's left factors) weighs in the first; the other is
+    "shared"."""
     found: dict[str, tuple[str, int]] = {}
     seen: set[tuple[int, int]] = set()
     for name, form in forms.items():
         tensors = [value for value in form.tensors().values() if (value.data_ptr(), value.numel()) not in seen or not value.numel()]
         seen |= {(value.data_ptr(), value.numel()) for value in tensors}
         count = sum(v.numel() * v.element_size() * (ratio if v.is_floating_point() else 1) for v in tensors)
+        count += scale * sum(len(v) for v in tensors if v.is_floating_point())
         found[name] = (form.kind if tensors else "shared", round(count / len(form)))
     return found
