@@ -74,7 +74,9 @@ class Projection:
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a parameter seen as a matrix; a vector is one row."""
+    """Rows and columns of a parameter seen as a matrix, the sides of its factors; a vector is one row."""
+    if len(shape) == 2:
+        return shape[0], shape[1]
     wide = [n for n in shape if n != 1] or [1]
     return (wide[0], math.prod(wide[1:])) if len(wide) > 1 else (1, wide[0])
 

@@ -78,6 +78,10 @@ def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
         "rows": rows,
         "postings": Postings.of(rows),
         "tied": merged(few, rows),
+        "factors of one column": Factors((70, 1), torch.randn(5, 1, 70, dtype=dtype), torch.randn(5, 1, 1, dtype=dtype)),
+        "factors of one row": Factors((1, 70), torch.randn(5, 2, 1, dtype=dtype), torch.randn(5, 2, 70, dtype=dtype)),
+        "rows of one number": Rows((90, 1), rows.ids, torch.randn(6, 1, dtype=dtype), rows.offsets),
+        "a table of positions": Dense((1, 12, 8), torch.randn(5, 96, dtype=dtype)),
         "convolution": conv,
     }
 
