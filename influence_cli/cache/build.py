@@ -322,6 +322,8 @@ class Gradients:
     # ------------------------------------------------------------ working
     def _work(self, split: str, job: Job, advance: Advance, where: str, write: Callable[[Unit, Rows], None]) -> None:
         if job.unit.path.is_file():  # another process was faster
+            assert self.store is not None
+            self.store.list_columns(job.unit)
             advance(len(job.ids), where)
             return
         write(job.unit, self.capture(split, job.checkpoint, job.unit.columns, job.ids, job.unit.level, advance, where))

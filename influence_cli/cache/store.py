@@ -205,11 +205,17 @@ class Store:
         tensors = {name: value.detach().cpu() for name, value in tensors.items()}
         with writing(self.folder):
             unit.path.parent.mkdir(parents=True, exist_ok=True)
-            if not (unit.path.parent / "columns.json").is_file():
-                head = {"columns": list(unit.columns), "level": unit.level, "definition": unit.definition}
-                write_json(unit.path.parent / "columns.json", head)
+            self.list_columns(unit)
             with replacing(unit.path) as temporary:
                 save(temporary, tensors, {"influence-unit": json.dumps(forms)}, direct)
+
+    def list_columns(self, unit: Unit) -> None:
+        """Say what the unit's folder holds, where that is not said yet."""
+        if not (unit.folder / "columns.json").is_file():
+            with writing(self.folder):
+                write_json(
+                    unit.folder / "columns.json", {"columns": list(unit.columns), "level": unit.level, "definition": unit.definition}
+                )
 
     @contextmanager
     def writer(self, store: torch.dtype | None, size: int = 0) -> Iterator[Callable[[Unit, Rows], None]]:

@@ -30,7 +30,7 @@ def check(
     from influence_cli.cli.opening import open_shared
     from influence_cli.evaluate.fidelity import fidelity_findings
 
-    opened = open_shared(shared, create=False)
+    opened = open_shared(shared, create=False, searched=target is not None)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     columns = list(opened.columns)
     found = findings(opened.gradients, opened.checkpoints, columns, ids)
@@ -46,6 +46,14 @@ def check(
             f"{len(failed)} of {len(found)} checks failed",
             *(f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}" for f in failed[:8]),
             *([f"and {len(failed) - 8} more"] if len(failed) > 8 else []),
-            "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted; "
-            "a target that is missed asks for a larger --project K",
+            *(
+                ["a target that is missed asks for a larger --project K; the last row names one"]
+                if any(f.check == "target" for f in failed)
+                else []
+            ),
+            *(
+                ["scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted"]
+                if any(f.check != "target" for f in failed)
+                else []
+            ),
         )

@@ -47,7 +47,7 @@ def inspect(
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     specs.check_values(method, chosen.curvatures, options.Values(curvature=curvature, replay=replay), False)
     specs.check_projected(method, chosen, shared.project)
-    opened = open_shared(shared, trajectory, create=False)
+    opened = open_shared(shared, trajectory, create=False, searched=target is not None)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
     weights = checkpoint_rows(opened, lr, lr_weights)
     if method == "unroll":  # which takes no gradients of training examples
@@ -140,6 +140,10 @@ def fidelity_rows(opened: "Opened", ids: "dict[str, Ids]", kind: str | None, tar
         reached = tried[-1].reached >= target
         opened.talk.note(f"{tried[-1].kept} {'is the first to reach' if reached else 'is the last tried, and does not reach'} {target}")
         found += tried
+    exact = opened.gradients.exact().sizes("train", columns).bytes_of(columns)
+    opened.gradients.moved()
+    if found and found[-1].numbers * opened.gradients.settings.store.itemsize > exact:
+        opened.talk.note(f"{found[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} bytes an example, do")
     return [
         (f.kept, f"{f.numbers:,}", f"{f.error:.4f}", f"{f.allowed:.4f}", f"{f.pearson:.4f}", f"{f.spearman:.4f}", f"{f.overlap:.2f}")
         for f in found

@@ -110,7 +110,7 @@ class Opened:
         return examples.label(index), examples.text(index)
 
 
-def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = True) -> Opened:
+def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = True, searched: bool = False) -> Opened:
     """Open the run and its cache (not `create`: only if it is there).
 
     Raises UsageProblem for flags that contradict each other or the machine.
@@ -119,7 +119,7 @@ def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = Tr
         raise UsageProblem("--cache none keeps nothing, --store says how to keep it", "give one of them")
     precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)] if flags.precision else None
     store = (PRECISIONS | {"int8": torch.int8})[specs.one_of("--store", flags.store, STORE_NAMES)] if flags.store else None
-    projection = specs.projection(flags.project, flags.projection, flags.seed)
+    projection = specs.projection(flags.project, flags.projection, flags.seed, searched)
     batch_size = specs.batch_size(flags.batch_size)
     place = place_of(os.environ)
     device = find_device(flags.device, place)

@@ -123,11 +123,11 @@ def check_words(method: str, reads_words: bool, words: Words, layers: list[str] 
             raise UsageProblem(f"{flag} {value}", "expected: a number from 1")
 
 
-def projection(numbers: int | None, kind: str | None, seed: int | None) -> tuple[str, int, int] | None:
-    """`--project`, `--projection`, `--seed` as kind, numbers and seed; None: exact gradients."""
+def projection(numbers: int | None, kind: str | None, seed: int | None, searched: bool = False) -> tuple[str, int, int] | None:
+    """`--project`, `--projection`, `--seed` as kind, numbers and seed; None: exact gradients. `searched`: K is asked for."""
     chosen = one_of("--projection", kind or "tensor-sketch", ("tensor-sketch", "sparse", "khatri-rao", "kronecker"))
     if numbers is None:
-        if kind is not None:
+        if kind is not None and not searched:
             raise UsageProblem(f"--projection {kind} without --project", "--project K says how many numbers a parameter keeps")
         return None
     if numbers < 1:

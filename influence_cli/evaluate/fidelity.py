@@ -113,7 +113,7 @@ class Sample:
 
 
 def fidelity(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Mapping[str, Ids]) -> list[Fidelity]:
-    """What the run's projection does to exact scores, and what its storage does to those; nothing where both are exact."""
+    """What the run's projection does to exact scores, and what it does as it is stored; nothing where both are exact."""
     settings = gradients.settings
     projection, narrow = settings.projection, STORE_EPS[settings.store] > STORE_EPS[settings.precision]
     if projection is None and not narrow:
@@ -133,9 +133,9 @@ def fidelity(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: S
         found.append(sample.compare(f"{projection.kind} {projection.numbers}", scores["projected"], scores["exact"], expected, projection))
     if narrow:
         expected = 8 * STORE_EPS[settings.store] * float(np.linalg.norm(norms.sum(0)))
-        found.append(
-            sample.compare(str(settings.store).removeprefix("torch."), scores["stored"], scores["projected"], expected, projection)
-        )
+        expected += spread_of(projection, sample, norms) if projection else 0.0
+        kept = f"{f'{projection.kind} {projection.numbers} in ' if projection else ''}{str(settings.store).removeprefix('torch.')}"
+        found.append(sample.compare(kept, scores["stored"], scores["exact"], expected, projection))
     return found
 
 

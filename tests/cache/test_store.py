@@ -206,3 +206,16 @@ def test_projected_columns_stand_side_by_side_each_with_its_own_scale(store, all
     assert side_by_side([forms["a"], forms["c"]]) is None
     part = side_by_side([everything[name].part(slice(8, 24)) for name in names])
     assert part is not None and torch.equal(part.dense().values, together.dense().values[8:24])
+
+
+def test_a_folder_that_lost_its_listing_is_told_again(make_run, influence):
+    """Its units are captured no second time for ever: what they hold is said where the writer finds them."""
+    run = make_run()
+    assert influence("cache", run).code == 0
+    listings = sorted((run / ".influence").glob("*/*/train/*/columns.json"))
+    texts = [path.read_text() for path in listings]
+    for path in listings:
+        path.unlink()
+    assert influence("cache", run).code == 0
+    assert listings and [path.read_text() for path in listings] == texts
+    assert influence("score", run).code == 0

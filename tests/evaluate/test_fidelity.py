@@ -162,7 +162,7 @@ def test_errors_stay_below_what_is_allowed(kind, run):
 
 
 def test_a_store_is_compared_with_what_it_stores(run, looked_at):
-    """Projected, then int8: the first row is the projection's against exact scores, the second the store's against projected ones."""
+    """Projected, then int8: the first row is the projection's against exact scores, the second what is read back, against the same."""
     of = opened(run, cache=str(run / "elsewhere"), project=16, store="int8")
     projection, store = fidelity(*asked(of))
     assert not any(run.rglob("0*.safetensors"))  # a look, that keeps nothing
@@ -172,9 +172,10 @@ def test_a_store_is_compared_with_what_it_stores(run, looked_at):
     for pair in looked_at:
         ours, theirs = (rounded(by_matrix(part, "tensor-sketch", 16)) for part in pair)
         after += (reference.flat(theirs) @ reference.flat(ours).T).numpy()
-    assert store.kept == "int8"
-    assert reported(store) == pytest.approx(figures(after, before), rel=1e-4)
-    assert 1e-4 < store.error < store.allowed
+    assert store.kept == "tensor-sketch 16 in int8"
+    assert reported(store) == pytest.approx(figures(after, scores(looked_at)), rel=1e-4)
+    assert reported(store) != pytest.approx(reported(projection), rel=1e-6)
+    assert store.error < store.allowed
 
 
 def rounded(kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
