@@ -22,7 +22,7 @@ from common import machine, opened
 from safetensors.torch import save_model
 
 from influence_cli.cache.check import spread
-from influence_cli.cache.store import as_stored, pack
+from influence_cli.cache.numbers import as_stored, pack
 from influence_cli.evaluate.fidelity import Fidelity, Sample, Way, exactly, projected
 from influence_cli.gradients.forms import Form, Projected
 from influence_cli.gradients.joining import from_tensors

@@ -193,7 +193,7 @@ class Ranks:
 
 class TorchRanks(Ranks):
     """torchrun's: numbers, short messages and waiting go through its store, what is gathered through gloo. Nothing that lies on a GPU is
-    sent, so that this serves on any device."""
+    sent, so that this serves on any device. Messages are pickled, as torch's own are: between the ranks of one job, never from a file."""
 
     EVER = datetime.timedelta(days=30)  # ranks wait for the slowest one's work
     POLL = 0.02  # seconds

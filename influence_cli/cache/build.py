@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +18,19 @@ from influence_cli.cache.cutting import Ids, cut
 from influence_cli.cache.files import sweep
 from influence_cli.cache.fingerprint import Settings, checkpoint_key
 from influence_cli.cache.missing import Job, Missing, Stretch
+from influence_cli.cache.numbers import SCALED, as_stored
 from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
-from influence_cli.cache.store import SCALED, UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit, as_stored
-from influence_cli.errors import CacheError, GradientError, InfluenceError, is_out_of_memory, listed
-from influence_cli.gradients.batches import to
-from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.filling import Filling
-from influence_cli.gradients.rows import Postings
-from influence_cli.gradients.rows import Rows as ByExample
+from influence_cli.cache.store import UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit
+from influence_cli.cache.taking import Taking
+from influence_cli.errors import CacheError, GradientError, is_out_of_memory
 from influence_cli.gradients.words import WordCapture
 from influence_cli.parallel import Ranks
 from influence_cli.run import Checkpoint, Run
-from influence_cli.run import checkpoints as checkpoint_files
-from influence_cli.run.definition import failure
 from influence_cli.run.examples import digest
 from influence_cli.talk import Advance, Talk
 
 LATE = 60  # seconds in which a file that another machine wrote must be seen
 Wanted = tuple[Checkpoint, Ids]
-AnyCapture = Capture | WordCapture
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Order:
     stored: int
 
 
-class Gradients:
+class Gradients(Taking):
     """Per-example gradients of a run: from the cache where they are there, captured where not. Without a store: captured each time."""
 
     def __init__(
@@ -70,11 +63,8 @@ class Gradients:
     ) -> None:
         """`cast`: what floating batch tensors are cast to; None leaves them. `batch_size` None: by the model's size. `ranks`: the processes
         that share the work, each with a Gradients of its own; none: this one is alone."""
-        self.run, self.settings, self.store, self.device = run, settings, store, device
-        self.talk, self.ranks = talk or Talk(), ranks or Ranks()
-        self.asked_batch_size, self.cast = batch_size, cast
-        self._loaded: Checkpoint | None = None
-        self._captures: dict[tuple[str, tuple[str, ...]], AnyCapture] = {}
+        super().__init__(run, settings, device, cast, talk or Talk())
+        self.store, self.ranks, self.asked_batch_size = store, ranks or Ranks(), batch_size
         self._held: dict[Path, Held] = {}
         self._verified: set[tuple[str, int]] = set()
         self._digests: dict[int, int] = {}
@@ -353,9 +343,9 @@ class Gradients:
                 advance(examples, where)
 
             try:
-                return self._capture(split, checkpoint, columns, ids, level, count)
-            except GradientError as error:
                 size = self.batch_size(split, columns)
+                return self.take(split, checkpoint, columns, ids, size, level, self.store is not None, count)
+            except GradientError as error:
                 if self.device.type == "cpu" or self.asked_batch_size or size == 1 or not is_out_of_memory(error.__cause__ or error):
                     raise
                 known = self.sizes(split, columns)
@@ -363,122 +353,6 @@ class Gradients:
                 self.talk.note(f"out of memory on {self.device}: going on with batches of {size // 2}")
                 advance(-done, where)
                 torch.cuda.empty_cache()
-
-    def _capture(
-        self, split: str, checkpoint: Checkpoint, columns: Sequence[str], ids: np.ndarray, level: Level, advance: Callable[[int], None]
-    ) -> Rows:
-        capture, size = self.capture_of(split, columns), self.batch_size(split, columns)
-        losses, digests = [], []
-        sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
-        forms = Filling(len(ids))
-        for first in range(0, len(ids), size):
-            chosen = ids[first : first + size]
-            batch, single = self.batch(split, chosen)
-            try:
-                captured = capture(batch, single, len(chosen), level == "values")
-            except InfluenceError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise self.explained(split, error, len(chosen)) from error
-            losses.append(captured.losses)
-            for name in columns:
-                sqnorms[name].append(captured.sqnorms[name])
-            if level == "values":
-                forms.add(captured.forms)
-            digests.append(self.run.examples(split).digests(chosen) if self.store else torch.zeros(len(chosen), dtype=torch.int64))
-            if self.device.type == "cpu":  # a device is not waited for at each batch
-                self._check_finite(checkpoint, split, chosen, losses[-1], {name: values[-1] for name, values in sqnorms.items()})
-            advance(len(chosen))
-        all_losses, all_norms = torch.cat(losses).cpu(), {name: torch.cat(values).cpu() for name, values in sqnorms.items()}
-        if self.device.type != "cpu":
-            self._check_finite(checkpoint, split, ids, all_losses, all_norms)
-        return Rows(
-            ids,
-            all_losses,
-            torch.cat(digests),
-            all_norms,
-            {
-                name: Postings.of(form) if name in self.run.embeddings and isinstance(form, ByExample) else form
-                for name, form in forms.done().items()
-            },
-        )
-
-    def batch(self, split: str, ids: np.ndarray, cast: torch.dtype | None = None) -> tuple[Any, Callable[[int], Any]]:
-        """A batch on the device, and a function that gives its examples as batches of one. `cast`: in place of the run's precision."""
-        examples = self.run.examples(split)
-
-        def single(i: int) -> Any:
-            return to(examples.batch(ids[i : i + 1]), self.device, cast or self.cast)
-
-        try:
-            return to(examples.batch(ids), self.device, cast or self.cast), single
-        except InfluenceError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise self.explained(split, error, len(ids)) from error
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        if self._loaded != checkpoint:
-            self._loaded = None
-            checkpoint_files.load(checkpoint, self.run.model)
-            self._loaded = checkpoint
-
-    def moved(self) -> None:
-        """Someone else put other parameters into the model."""
-        self._loaded = None
-
-    def capture_of(self, split: str, columns: Sequence[str]) -> AnyCapture:
-        key = (split, tuple(columns))
-        if key not in self._captures:
-            definition, examples = self.run.definition, self.run.examples(split)
-            measured = split == "query" and definition.has("measure")
-            name, function = ("measure()", definition.raw("measure")) if measured else ("loss()", definition.raw("loss"))
-
-            def quantity(model: torch.nn.Module, batch: Any) -> Any:
-                value = function(model, batch)
-                return -value if measured and isinstance(value, torch.Tensor) else value
-
-            words = self.run.embeddings.get(columns[0]) if len(columns) == 1 and columns[0] not in self.run.columns else None
-            if words is not None and words.module is not None:
-                capture: AnyCapture = WordCapture(self.run.model, quantity, words.name, words.module, name, self.talk.note)
-            else:
-                embeddings = [column for column in columns if self.run.columns[column].embedding]
-                capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note, self.settings.projection)
-            first = range(min(2, len(examples)))
-            examples.check_stable(range(min(4, len(examples))))
-            batch, single = self.batch(split, np.array(first))
-            try:
-                capture.probe(batch, [single(i) for i in first])
-            except InfluenceError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise self.explained(split, error, len(first)) from error
-            self._captures[key] = capture
-        return self._captures[key]
-
-    def explained(self, split: str, error: Exception | SystemExit, size: int) -> InfluenceError:
-        """What an exception of the user's quantity becomes, in a batch of so many examples."""
-        text = str(error)
-        if is_out_of_memory(error):
-            return GradientError(
-                f"out of memory while taking the gradients of a batch of {size}",
-                text.splitlines()[0] if text else type(error).__name__,
-                "--batch-size N takes fewer at once, --layers GLOB fewer parameters; finished units are kept",
-            )
-        measured = split == "query" and self.run.definition.has("measure")
-        return failure(self.run.definition, "measure" if measured else "loss", error)
-
-    def _check_finite(
-        self, checkpoint: Checkpoint, split: str, ids: np.ndarray, losses: torch.Tensor, sqnorms: dict[str, torch.Tensor]
-    ) -> None:
-        for name, values in [("the loss", losses), *((f"the gradient of {column}", norms) for column, norms in sqnorms.items())]:
-            wrong = ids[~torch.isfinite(values).numpy()]
-            if len(wrong):
-                raise GradientError(
-                    f"{name} is not finite at {checkpoint.name}, example {wrong[0]} of {split}_data()",
-                    f"{len(wrong)} of the {len(ids)} examples of its batch: {listed(wrong)}",
-                    "look at that example and the loss; --precision float64 helps against overflow; --steps or --train leaves it out",
-                )
 
 
 def open_store(folder: Path) -> Store:

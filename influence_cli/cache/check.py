@@ -22,7 +22,8 @@ from influence_cli.cache import verify
 from influence_cli.cache.build import Gradients
 from influence_cli.cache.cutting import Ids
 from influence_cli.cache.fingerprint import compare
-from influence_cli.cache.store import STORE_EPS, Held, Store, read_unit
+from influence_cli.cache.numbers import STORE_EPS
+from influence_cli.cache.store import Held, Store, read_unit
 from influence_cli.errors import CacheError, listed
 from influence_cli.gradients.capture import Capture, Captured, rounding
 from influence_cli.gradients.forms import Form, Projected

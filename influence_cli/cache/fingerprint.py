@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from influence_cli.cache.files import read_json, write_json
-from influence_cli.cache.store import STORE_EPS, Rows
+from influence_cli.cache.numbers import STORE_EPS
+from influence_cli.cache.store import Rows
 from influence_cli.errors import CacheError
 from influence_cli.gradients.joining import distance
 from influence_cli.gradients.projection import Projection

@@ -9,7 +9,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.files import read_json, replacing, write_json, write_text, writing
+from influence_cli.cache.numbers import pack, pack_side_by_side, unpack, unpack_side_by_side
 from influence_cli.cache.tensors import TensorFile, save
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form, Projected
@@ -34,10 +34,6 @@ UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and wha
 UNIT_EXAMPLES = 4096
 DIRECT_FROM = 1 << 30  # bytes written in one go from which the page cache is left to others
 FEW, ROWWISE = 4, ("dense", "factors", "projected")  # less than a quarter of a unit's examples is read row by row, in forms that allow it
-SCALED = (torch.float16, torch.bfloat16, torch.int8)  # stored with a float32 scale per row, so that small gradients survive
-STORE_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)} | {
-    torch.int8: 1 / 127
-}
 NAME = re.compile(r"(\d{12})-(\d{12})(-[0-9a-f]{8})?\.safetensors")  # of a unit
 BESIDE = ":projected"  # the tensor in which projected gradients of all columns stand side by side
 Level = str  # "values": gradients and norms; "norms": norms alone
@@ -402,55 +398,3 @@ def damaged(path: Path) -> Iterator[None]:
         raise CacheError(
             f"the cache file {path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again"
         ) from error
-
-
-# ---------------------------------------------------------------- numbers
-def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tensor]:
-    """A tensor as it is stored; half precisions with a float32 scale per row (the row's largest magnitude), int8 with a 127th of it."""
-    if not value.is_floating_point():
-        return {name: value}
-    store = store or value.dtype
-    if store not in SCALED:
-        return {name: value.to(store)}
-    rows = value.double().reshape(len(value), math.prod(value.shape[1:]))
-    scale = rows.abs().amax(1) if rows.numel() else rows.new_ones(len(rows))
-    scale = scale / 127 if store == torch.int8 else scale
-    scale = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale)).float()
-    rows = rows / scale[:, None]
-    rows = rows.round_().clamp_(-127, 127) if store == torch.int8 else rows
-    return {name: rows.to(store).reshape(value.shape), f"{name}.scale": scale}
-
-
-def pack_side_by_side(name: str, values: Sequence[Tensor], store: torch.dtype | None) -> dict[str, Tensor]:
-    """Several (N, K) tensors as one, each with a scale of its own: read at once, and multiplied at once."""
-    packed = [pack(name, value, store) for value in values]
-    scale = f"{name}.scale"
-    scales = {scale: torch.stack([part[scale] for part in packed], dim=1)} if scale in packed[0] else {}
-    return {name: torch.cat([part[name] for part in packed], dim=1)} | scales
-
-
-def as_stored(form: Form, store: torch.dtype) -> Form:
-    """As it is read after it was written, in its own precision."""
-    parts: dict[str, Tensor] = {}
-    for part, value in form.tensors().items():
-        packed = pack(part, value, store)
-        kept = unpack(packed[part], packed.get(f"{part}.scale"))
-        parts[part] = kept.to(value.dtype) if value.is_floating_point() else kept
-    return from_tensors(form.kind, form.shape, parts)
-
-
-def unpack(value: Tensor, scale: Tensor | None) -> Tensor:
-    """The inverse: float32, or float64 where that was stored."""
-    if scale is None:
-        return value
-    return value.float() * scale.view(-1, *[1] * (value.ndim - 1))
-
-
-def unpack_side_by_side(value: Tensor, scales: Tensor | None, places: Sequence[Sequence[int]]) -> Tensor:
-    """(N, sum of K); `places`: first and last of each of them in a row."""
-    if scales is None:
-        return value
-    found = value.float()
-    for (start, stop), scale in zip(places, scales.unbind(1), strict=True):
-        found[:, start:stop] *= scale[:, None]
-    return found

@@ -17,7 +17,8 @@ import torch
 from influence_cli.cache.build import Gradients
 from influence_cli.cache.check import Finding, spread
 from influence_cli.cache.cutting import Ids
-from influence_cli.cache.store import STORE_EPS, Rows, as_stored, concat_rows
+from influence_cli.cache.numbers import STORE_EPS, as_stored
+from influence_cli.cache.store import Rows, concat_rows
 from influence_cli.evaluate.correlation import pearson, spearman
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.projection import Projection

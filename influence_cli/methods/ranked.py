@@ -19,7 +19,8 @@ from influence_cli.cache.sizes import floor_power
 from influence_cli.cache.store import Level, Rows, concat_rows
 from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods import Groups, Question
-from influence_cli.output.ranking import Ranking
+from influence_cli.output.ranking import Ranking, Shareable
+from influence_cli.parallel import Ranks
 from influence_cli.run import Checkpoint
 
 QUERY_BYTES = 2 << 30  # gradients of queries held at once, over all checkpoints; more queries go in several passes
@@ -69,10 +70,17 @@ def ranked(
             if groups is not None:
                 ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
             else:
-                for parcel in ranks.collect(ranking.parcels()):
-                    ranking.take(parcel)
+                unite(ranks, ranking)
         if ranks.rank == 0:
             yield ids, queries, ranking
+
+
+def unite(ranks: Ranks, ranking: Ranking) -> None:
+    """Rank 0's ranking takes in those of the others."""
+    if ranks.count > 1:
+        assert isinstance(ranking, Shareable)
+        for parcel in ranks.collect(ranking.parcels()):
+            ranking.take(parcel)
 
 
 def in_turns(ids: Ids, size: int, count: int) -> Callable[[], Iterator[list[np.ndarray]]]:

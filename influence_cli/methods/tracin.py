@@ -20,7 +20,18 @@ from influence_cli.cache.store import UNIT_EXAMPLES, Rows
 from influence_cli.gradients.forms import Form, Memo, Projected
 from influence_cli.gradients.joining import side_by_side
 from influence_cli.methods import Answer, Question
-from influence_cli.methods.ranked import Advance, NewRanking, Units, block_size, dtype_of, mean_query_row, of_next, query_rows, ranked
+from influence_cli.methods.ranked import (
+    Advance,
+    NewRanking,
+    Units,
+    block_size,
+    dtype_of,
+    mean_query_row,
+    of_next,
+    query_rows,
+    ranked,
+    unite,
+)
 from influence_cli.output.ranking import Ranking
 
 PART = 512  # training examples multiplied at once: their products stay in the cache
@@ -131,5 +142,4 @@ def self_influence(gradients: Gradients, question: Question, ranking: Ranking) -
                     done += len(rows.ids)
                     advance(len(rows.ids))
             ranking.add(block, totals[None])
-        for parcel in ranks.collect(ranking.parcels()):
-            ranking.take(parcel)
+        unite(ranks, ranking)

@@ -39,17 +39,21 @@ class Ranking(ABC):
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
         """A block: ids (N,), scores (Q, N) float64, and (P, Q, N) parts of them."""
 
-    def parcels(self) -> Iterator[Any]:
-        """What is ranked so far, in pieces small beside all of it that another process can `take`. Here: none, it is not shared."""
-        return iter(())
-
-    def take(self, parcel: Any) -> None:
-        """A piece of another ranking, of other examples for the same queries, as if they had been added here."""
-        raise NotImplementedError
-
     @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
         """Proponents by falling score, then opponents by rising score, of the query at this position."""
+
+
+class Shareable(Ranking):
+    """One that several processes can add to, each apart, before their parts become one."""
+
+    @abstractmethod
+    def parcels(self) -> Iterator[Any]:
+        """What is ranked so far, in pieces small beside all of it that another process can `take`."""
+
+    @abstractmethod
+    def take(self, parcel: Any) -> None:
+        """A piece of another ranking, of other examples for the same queries, as if they had been added here."""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class _Best:
     parts: np.ndarray
 
 
-class TopRanking(Ranking):
+class TopRanking(Shareable):
     """The k highest scores above 0 and the k lowest below 0; with `signed` False simply the k highest."""
 
     def __init__(self, queries: int, parts: int, k: int, signed: bool = True) -> None:
@@ -120,7 +124,7 @@ def no_parts(at: np.ndarray) -> np.ndarray:
     return np.empty((0, len(at)))
 
 
-class FullRanking(Ranking):
+class FullRanking(Shareable):
     """Every pair: spilled to a temporary folder in sorted runs, merged when read. Zeros are the last proponents."""
 
     def __init__(self, queries: int, parts: int, run_bytes: int = RUN_BYTES) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from influence_cli.cache.files import sweep
-from influence_cli.cache.store import Held, Rows, Store, pack, unpack
+from influence_cli.cache.numbers import pack, unpack
+from influence_cli.cache.store import Held, Rows, Store
 from influence_cli.cache.tensors import TensorFile
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Dense, Factors, Projected
