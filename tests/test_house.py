@@ -147,6 +147,30 @@ def test_every_command_helps_with_an_example(command, influence):
     assert f"Example: influence {command}" in result.out
 
 
+def test_each_heading_stands_once_in_a_command_of_the_reference():
+    sections = (ROOT.parent / "docs" / "commands.md").read_text().split("\n## ")[1:]
+    assert len(sections) == len(COMMANDS)
+    for section in sections:
+        headings = re.findall(r"^([A-Z].*):$", section, re.M)
+        flags = re.findall(r"^- `(--[a-z-]+|-o)", section, re.M)
+        assert headings
+        assert len(headings) == len(set(headings)), section[:30]
+        assert len(flags) == len(set(flags)), section[:30]
+
+
+def test_the_defaults_of_an_optimizer_are_read_without_torchs_compiler():
+    code = """
+import sys
+from types import SimpleNamespace
+from pathlib import Path
+from influence_cli.run.optimizers import options_of
+group = SimpleNamespace(options={"momentum": 0.9})
+options = options_of(SimpleNamespace(optimizer="sgd", path=Path("t"), groups=[group]), 0)
+print(options["momentum"], options["dampening"], "torch._dynamo" in sys.modules)
+"""
+    assert run(code).split() == ["0.9", "0", "False"]
+
+
 def test_the_version_is_the_packages():
     text = (ROOT.parent / "pyproject.toml").read_text()
     assert re.search(r'^version = "(.*)"', text, re.M)[1] == influence_cli.__version__  # type: ignore[index]

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from inspect import Parameter, Signature, getdoc, signature  # `inspect` itself is a command here
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import typer
 
 from influence_cli import __version__
-from influence_cli.cli.options import Debug
+from influence_cli.cli.options import HEADINGS, Debug
 from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
 from influence_cli.parallel import place_of
 
@@ -46,18 +46,25 @@ def command(name: str, example: str, ranks: bool = False) -> Callable[[Callable[
                 flags = [(parameter.name, parameter.default, parameter.annotation)]
             parameters += [Parameter(n, Parameter.KEYWORD_ONLY, default=d, annotation=t) for n, d, t in flags]
         debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        parameters = sorted([*parameters, debug], key=heading_order)
 
         def run(debug: bool, **flags: Any) -> None:
             for group, kind in groups.items():
                 flags[group] = kind(**{field.name: flags.pop(field.name) for field in dataclasses.fields(kind)})
             report(lambda: function(**flags) if ranks else alone(name, lambda: function(**flags)), debug)
 
-        run.__signature__ = Signature([*parameters, debug])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, debug)}
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         app.command(name, epilog=f"Example: {example}", help=getdoc(function))(run)
         return function
 
     return add
+
+
+def heading_order(parameter: Parameter) -> int:
+    """Sort key that keeps the flags of one heading together; what has no heading (arguments) comes first."""
+    heading = getattr(get_args(parameter.annotation)[1], "rich_help_panel", None) if get_args(parameter.annotation) else None
+    return HEADINGS.index(heading) if heading in HEADINGS else -1
 
 
 def alone(name: str, work: Callable[[], None]) -> None:

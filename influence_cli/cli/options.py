@@ -10,6 +10,7 @@ from influence_cli.methods import METHODS
 
 RUN, RANKED, WORDS, VALUES = "The run", "What is scored", "Words (tracin-we)", "Order of training (dve, unroll)"
 NUMBERS, OUT = "Numbers", "Output"
+HEADINGS = (RUN, RANKED, WORDS, VALUES, NUMBERS, OUT)  # in the order of --help
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None):

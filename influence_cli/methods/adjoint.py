@@ -6,10 +6,12 @@ Step t, with g the (clipped) sum of w x gradient over the entries of its batch (
     AdamW  m' = β1 m + (1-β1) g;   v' = β2 v + (1-β2) g²;   θ' = (1 - rate decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε),  C = 1 - β^t
     Adam   the same with decay θ added to g instead
 
-    AdamW  m' = β1 m + (1-β1) g;   v' = β2 v + (1-β2) g²;   θ' = (1 - rate decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε);  C = 1 - β^t
-own derivative. Without its entry z the quantity would grow by -w_z g(z).u. H is the derivative of the batch's gradient by θ, or what stands
-for it: the empirical Fisher, sum over y of w g(y) g(y)^T, in data value embedding (Wang et al. 2024, arXiv:2412.09538, which has plain SGD:
-u = -rate a_θ); the Hessian or Gauss-Newton's in unroll. The rest was derived for this project and is tested against really training again.
+Backward, a_θ, a_m and a_v are the derivatives of a quantity of the final model by θ, m and v. u is its derivative by the step's gradient
+before clipping, so it includes clipping's own derivative. Without its entry z the quantity would grow by -w_z g(z).u.
+
+H is the derivative of the batch's gradient by θ, or an approximation to it. Data value embedding uses the empirical Fisher, the sum over y
+of w g(y) g(y)^T (Wang et al. 2024, arXiv:2412.09538, for plain SGD: u = -rate a_θ). unroll uses the Hessian or Gauss-Newton's matrix.
+The rest was derived for this project and is tested against real retraining.
 
 B entries of a batch, D numbers of a parameter, K quantities carried at once: queries, or the coordinates of the end itself.
 """

@@ -1,6 +1,7 @@
 """Torch's own optimizers, as a trajectory's header names them."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -37,8 +38,34 @@ def unknown_state(trajectory: Trajectory, start: Checkpoint) -> TrajectoryError:
 
 
 def options_of(trajectory: Trajectory, number: int) -> dict[str, Any]:
-    """A group's options, torch's defaults where the header says nothing."""
-    return build(optimizer_of(trajectory), [nn.Parameter(torch.zeros(1))], trajectory, number).param_groups[0]
+    """A group's options, with torch's defaults where the header says nothing.
+
+    The defaults come from the constructor's signature: building an optimizer would import torch's compiler, which takes 1.3 seconds.
+    Raises TrajectoryError: options that the optimizer does not take, or values out of range.
+    """
+    kind = optimizer_of(trajectory)
+    given = constructor_options(kind, trajectory, number)
+    try:
+        bound = signature(kind).bind([], lr=0.0, **given)
+        bound.apply_defaults()
+        options = dict(bound.arguments)
+        check_values(options)
+    except (TypeError, ValueError) as error:
+        raise refused_options(kind, trajectory, number, error) from error
+    return options
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """The ranges that torch's own constructors check. Raises ValueError or TypeError."""
+    for name in ("momentum", "dampening", "weight_decay", "eps"):
+        if name in options and not options[name] >= 0:
+            raise ValueError(f"{name} is {options[name]!r}, expected a number from 0")
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, tuple) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {betas!r}, expected two numbers from 0 to below 1")
+    if options.get("nesterov") and (options["momentum"] <= 0 or options["dampening"] != 0):
+        raise ValueError("nesterov needs a momentum above 0 and a dampening of 0")
 
 
 def optimizers_of(model: nn.Module, columns: Mapping[str, Column], trajectory: Trajectory) -> dict[int, Optimizer]:
@@ -57,14 +84,21 @@ def optimizers_of(model: nn.Module, columns: Mapping[str, Column], trajectory: T
     return {number: build(kind, parameters, trajectory, number) for number, parameters in sorted(groups.items())}
 
 
-def build(kind: type[Optimizer], parameters: list[nn.Parameter], trajectory: Trajectory, number: int) -> Optimizer:
+def constructor_options(kind: type[Optimizer], trajectory: Trajectory, number: int) -> dict[str, Any]:
+    """A group's options in the form that torch's constructor takes."""
     given = {name: value for name, value in trajectory.groups[number].options.items() if name not in SPEED}
     if given.get("decoupled_weight_decay") == (kind is torch.optim.AdamW):  # the name says it; not every torch takes the argument
         del given["decoupled_weight_decay"]
-    options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def refused_options(kind: type[Optimizer], trajectory: Trajectory, number: int, error: Exception) -> TrajectoryError:
+    options = constructor_options(kind, trajectory, number)
+    return TrajectoryError(f"{trajectory.path.name}: torch's {kind.__name__} refuses these options: {error}", f"group {number}: {options}")
+
+
+def build(kind: type[Optimizer], parameters: list[nn.Parameter], trajectory: Trajectory, number: int) -> Optimizer:
     try:
-        return kind(parameters, lr=0.0, **options)  # type: ignore[call-arg]
+        return kind(parameters, lr=0.0, **constructor_options(kind, trajectory, number))  # type: ignore[call-arg]
     except (TypeError, ValueError, IndexError) as error:
-        raise TrajectoryError(
-            f"{trajectory.path.name}: torch's {kind.__name__} refuses these options: {error}", f"group {number}: {options}"
-        ) from error
+        raise refused_options(kind, trajectory, number, error) from error

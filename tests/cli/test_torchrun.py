@@ -32,9 +32,10 @@ def run(tmp_path_factory) -> Path:
     return build_run(tmp_path_factory.mktemp("ranks") / "run", definition.replace(*SMALL, 1))
 
 
-def torchrun(count: int, *arguments: object, **options) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "influence_cli"]
+def torchrun(count: int, *arguments: object, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+    launch = [sys.executable, *python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "influence_cli"]
     environ = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"} | {"OMP_NUM_THREADS": "1"}
+    environ |= {"PYTHONOPTIMIZE": "1"} if "-O" in python else {}  # torchrun starts the ranks without its own flags
     return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environ, **options)
 
 
@@ -65,6 +66,13 @@ def test_ranks_give_the_bytes_of_one_process(asked, run, tmp_path, influence, mo
         ]
         assert len(names[0]) > 4
         assert names[0] == names[1]
+
+
+def test_ranks_do_their_share_under_python_O(run, tmp_path, influence):
+    alone = influence("score", run, "--queries", "0:3", "--cache", "none")
+    ranks = torchrun(2, "score", run, "--queries", "0:3", "--cache", "none", python=("-O",))
+    assert ranks.returncode == 0, ranks.stderr
+    assert ranks.stdout == alone.out
 
 
 # ---------------------------------------------------------------- failures
