@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from workloads import Work, floor_seconds, write_run
 
-from influence_cli.cache.build import Gradients
 from influence_cli.cli.opening import Opened, open_shared
 from influence_cli.cli.options import Shared
 from influence_cli.cli.specs import ids as parse_ids
+from influence_cli.extraction.source import Gradients
 from influence_cli.methods import METHODS, Question
 from influence_cli.output.ranking import TopRanking
 

@@ -15,7 +15,7 @@ import torch
 from common import fresh, machine, opened, peak_mb, workload
 
 from influence_cli.methods import METHODS, Question, ValueOptions
-from influence_cli.methods.segments import plan
+from influence_cli.methods.reverse.segments import plan
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.learning_rates import weigh
 

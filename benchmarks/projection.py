@@ -21,11 +21,11 @@ import tsloo
 from common import machine, opened
 from safetensors.torch import save_model
 
-from influence_cli.cache.check import spread
-from influence_cli.cache.numbers import as_stored, pack
-from influence_cli.evaluate.fidelity import Fidelity, Sample, Way, exactly, projected
+from influence_cli.cache.quantize import as_stored, pack
+from influence_cli.diagnostics.fidelity import Fidelity, Sample, Way, exactly, projected
+from influence_cli.diagnostics.gradient_check import spread
+from influence_cli.gradients.form_ops import from_tensors
 from influence_cli.gradients.forms import Form, Projected
-from influence_cli.gradients.joining import from_tensors
 from influence_cli.gradients.projection import Projection
 
 SIZES, SEEDS = (64, 256, 1024), 3

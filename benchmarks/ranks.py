@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 from common import Opened, capture, interleaved, machine, opened, workload
 
-from influence_cli.cache.cutting import blocks
+from influence_cli.cache.id_blocks import blocks
 
 
 def work(run: Path, cache: str) -> None:

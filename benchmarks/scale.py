@@ -60,7 +60,7 @@ def main() -> None:
         first = jobs[0].unit.path
         first.parent.mkdir(parents=True)
         head = {"columns": names, "level": "values", "definition": run.run.definition.digest}
-        from influence_cli.cache.files import write_json
+        from influence_cli.storage.atomic import write_json
 
         write_json(first.parent / "columns.json", head)
         size = gradients.unit_size("train", names, "values")

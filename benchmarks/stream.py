@@ -21,9 +21,9 @@ from common import machine, opened, score
 from safetensors.torch import save_file
 
 from influence_cli.cache.store import Rows
-from influence_cli.cache.tensors import TensorFile, memory
 from influence_cli.cli.opening import Opened
 from influence_cli.gradients.forms import Projected, products
+from influence_cli.storage.safetensors_io import TensorFile, memory
 
 LAYERS, NUMBERS = 16, 64
 DEFINITION = f"""

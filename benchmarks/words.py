@@ -18,7 +18,7 @@ from common import floor_of, fresh, interleaved, machine, opened, peak_mb, score
 from safetensors.torch import save_model
 
 from influence_cli.cache.store import concat_rows
-from influence_cli.gradients.rows import Postings
+from influence_cli.gradients.sparse_forms import Postings
 
 DEFINITION = """
 import torch

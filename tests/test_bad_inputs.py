@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from influence_cli import cli
-from influence_cli.cache import store, taking
+from influence_cli.cache import store
 from influence_cli.cache.store import VERSION
+from influence_cli.extraction import extractor
 from influence_cli.gradients.capture import Capture
 from tests.conftest import DEFINITION, build_run
 from tests.refusals import refused, replaced
@@ -818,8 +819,8 @@ def test_out_of_memory_inside_the_loss_is_out_of_memory(make_run, influence):
 
 @pytest.mark.parametrize("examples", [1, 6])
 def test_out_of_memory_while_a_batch_is_moved_is_out_of_memory(examples, make_run, influence, monkeypatch):
-    to = taking.to
-    monkeypatch.setattr(taking, "to", lambda batch, *args: out_of_memory() if len(batch[0]) >= examples else to(batch, *args))
+    to = extractor.to
+    monkeypatch.setattr(extractor, "to", lambda batch, *args: out_of_memory() if len(batch[0]) >= examples else to(batch, *args))
     refused(influence("score", make_run()), 1, "out of memory", "--batch-size")
 
 

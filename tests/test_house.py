@@ -14,66 +14,55 @@ from influence_cli.methods import METHODS
 ROOT = Path(influence_cli.__file__).parent
 COMMANDS = ("cache", "check", "evaluate", "init", "inspect", "merge", "score", "self", "trace")
 
-# room -> what of ours it may use; `talk` and `errors` are everybody's (docs/architecture.md)
+# room -> what of ours it may use; `progress` and `errors` are everybody's (docs/architecture.md)
+FORMS = ("gradients.forms", "gradients.form_ops")
 MAY_USE = {
     "errors": (),
-    "talk": (),
+    "progress": (),
     "parallel": (),
+    "storage": ("storage",),
     "run": ("run",),
     "gradients": ("gradients",),
-    "cache.files": (),
-    "cache.tensors": (),
-    "cache.cutting": (),
-    "cache.numbers": ("gradients.forms", "gradients.joining"),
-    "cache.store": ("cache.files", "cache.numbers", "cache.tensors", "gradients.forms", "gradients.joining"),
-    "cache.fingerprint": (
-        "cache.files",
-        "cache.numbers",
-        "cache.store",
-        "gradients.joining",
-        "gradients.projection",
-        "run.checkpoints",
-        "run.model",
-    ),
-    "cache.sizes": ("cache.files", "cache.store", "cache.tensors", "gradients.forms"),
-    "cache.missing": ("cache.cutting", "cache.store", "run"),
-    "cache.verify": ("cache", "run"),
-    "cache.check": ("cache", "gradients", "run"),
-    "cache.taking": ("cache.fingerprint", "cache.store", "gradients", "run"),
-    "cache.build": ("cache", "gradients", "parallel", "run"),
+    "cache": ("storage", "cache", *FORMS),
+    "cache.identity": ("storage", "cache", *FORMS, "gradients.projection", "run.checkpoints", "run.parameters"),
+    "extraction": ("storage", "cache", "gradients", "parallel", "run", "extraction"),
     "methods": (
         "cache",
+        "extraction",
         "gradients.curvature",
-        "gradients.forms",
-        "gradients.joining",
-        "gradients.rows",
+        "gradients.sparse_forms",
+        *FORMS,
+        "methods",
+        "output.ranking",
         "parallel",
         "run",
-        "output.ranking",
-        "methods",
+        "storage",
     ),
     "output": ("output",),
-    "evaluate": ("run", "cache", "methods", "output.ranking", "evaluate"),
-    "evaluate.fidelity": ("run", "cache", "gradients.forms", "gradients.projection", "evaluate"),
+    "diagnostics": ("diagnostics", "storage", "run", "cache", "extraction", "gradients", "methods", "evaluate.correlation"),
+    "evaluate": ("storage", "run", "cache", "extraction", "methods", "output.ranking", "evaluate"),
     "cli": ("",),
 }
 THIRD_PARTY = {
     "errors": (),
-    "talk": (),
+    "progress": (),
     "parallel": ("torch", "numpy"),
+    "storage": ("torch", "numpy"),
     "run": ("torch", "safetensors", "numpy"),
     "gradients": ("torch",),
     "gradients.projection": ("torch", "numpy"),
     "cache": ("torch", "safetensors", "numpy"),
+    "extraction": ("torch", "safetensors", "numpy"),
     "methods": ("torch", "numpy"),
     "output": ("numpy", "rich", "pyarrow"),
+    "diagnostics": ("torch", "numpy"),
     "evaluate": ("torch", "numpy"),
     "cli": ("typer", "rich", "numpy", "torch"),
 }
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
-    if ("templates" not in path.parts and path.parent != ROOT) or path.stem in ("errors", "talk", "parallel")
+    if ("templates" not in path.parts and path.parent != ROOT) or path.stem in ("errors", "progress", "parallel")
 )
 
 
@@ -104,7 +93,7 @@ def room(table: dict, module: str):
 def test_rooms_import_only_what_the_table_allows(module):
     if module == "cache":
         return  # its __init__ says what the room is for
-    allowed = (*room(MAY_USE, module), "errors", "talk")
+    allowed = (*room(MAY_USE, module), "errors", "progress")
     for name in imports(module):
         top = name.split(".")[0]
         if top == "influence_cli":

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from influence_cli.run.saving import save_state
+from influence_cli.run.optimizer_state import save_state
 from tests import reference
 
 Tilt = tuple[int, int, float]

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.files import read_json, replacing, write_json, write_text, writing
-from influence_cli.cache.numbers import pack, pack_side_by_side, unpack, unpack_side_by_side
-from influence_cli.cache.tensors import TensorFile, save
+from influence_cli.cache.quantize import pack, pack_side_by_side, unpack, unpack_side_by_side
 from influence_cli.errors import CacheError
+from influence_cli.gradients.form_ops import concat, from_tensors
 from influence_cli.gradients.forms import Form, Projected
-from influence_cli.gradients.joining import concat, from_tensors
+from influence_cli.storage.atomic import read_json, replacing, write_json, write_text, writing
+from influence_cli.storage.safetensors_io import TensorFile, save
 
 FORMAT, VERSION = "influence-cache", 2
 UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once

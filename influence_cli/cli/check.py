@@ -26,9 +26,9 @@ def check(
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
 
-    from influence_cli.cache.check import findings
     from influence_cli.cli.opening import open_shared
-    from influence_cli.evaluate.fidelity import fidelity_findings
+    from influence_cli.diagnostics.fidelity import fidelity_findings
+    from influence_cli.diagnostics.gradient_check import findings
 
     opened = open_shared(shared, create=False, searched=target is not None)
     ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}

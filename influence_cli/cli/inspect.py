@@ -10,7 +10,7 @@ from influence_cli.cli import command, options
 from influence_cli.methods import METHODS
 
 if TYPE_CHECKING:
-    from influence_cli.cache.cutting import Ids
+    from influence_cli.cache.id_blocks import Ids
     from influence_cli.cli.opening import Opened
 
 Row = tuple[str, ...]
@@ -37,9 +37,9 @@ def inspect(
     adds its cost, in trainings of the recorded steps; it keeps no gradients of training examples. --project and a narrow --store add what
     they do to the scores of a sample of pairs.
     """
-    from influence_cli.cache import sizes
     from influence_cli.cli import specs
     from influence_cli.cli.opening import open_shared
+    from influence_cli.extraction import memory_budget
     from influence_cli.output.tables import to_stdout
 
     specs.check_stdin(queries, train)
@@ -69,7 +69,7 @@ def inspect(
     if method == "unroll":
         return
     stored, memory = needs(opened, lacking)
-    sizes.check_fits(opened.folder, stored, memory)
+    memory_budget.check_fits(opened.folder, stored, memory)
 
 
 def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) -> list[Row]:
@@ -110,7 +110,7 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
 def dve_rows(opened: "Opened") -> list[Row]:
     """What `--method dve` would take in place of every example at every checkpoint, where the run has a trajectory it can go back over."""
     from influence_cli.errors import InfluenceError
-    from influence_cli.methods.segments import plan
+    from influence_cli.methods.reverse.segments import plan
 
     if opened.run.trajectory_path is None:
         return []
@@ -131,7 +131,7 @@ def dve_rows(opened: "Opened") -> list[Row]:
 
 def fidelity_rows(opened: "Opened", ids: "dict[str, Ids]", kind: str | None, target: float | None) -> list[Row]:
     """What is kept, and, with a target, projections up to the one that reaches it."""
-    from influence_cli.evaluate.fidelity import chosen_kind, fidelity, search
+    from influence_cli.diagnostics.fidelity import chosen_kind, fidelity, search
 
     columns = list(opened.columns)
     found = fidelity(opened.gradients, opened.checkpoints, columns, ids)
@@ -229,8 +229,8 @@ def measure(opened: "Opened", stored: int) -> Measured:
 
     import numpy as np
 
-    from influence_cli.cache import sizes
     from influence_cli.cache.store import DIRECT_FROM
+    from influence_cli.extraction import memory_budget
 
     gradients, names, first = opened.gradients, list(opened.columns), opened.checkpoints[0]
     batch, total = gradients.batch_size("train", names), len(opened.run.train)
@@ -246,13 +246,13 @@ def measure(opened: "Opened", stored: int) -> Measured:
     gradients.capture("train", first, names, np.arange(min(batch, total)))  # loads, checks and warms up
     until = time.perf_counter() + SECONDS
     elapsed, done = take(lambda: time.perf_counter() < until)
-    seconds, peak = elapsed / done, sizes.peak_memory()
+    seconds, peak = elapsed / done, memory_budget.peak_memory()
     if opened.folder is None:
         return Measured(seconds, peak)
     with ThreadPoolExecutor(1) as thread:
-        writing = thread.submit(sizes.disk_speed, opened.folder, stored > DIRECT_FROM)
+        writing = thread.submit(memory_budget.disk_speed, opened.folder, stored > DIRECT_FROM)
         elapsed, done = take(lambda: not writing.done())
-    return Measured(seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / sizes.TRIAL)
+    return Measured(seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / memory_budget.TRIAL)
 
 
 def show(title: str, heads: Row, rows: Sequence[Row]) -> None:

@@ -20,20 +20,20 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
     import sys
 
     from influence_cli.cli import specs
-    from influence_cli.cli.talk import StderrTalk
+    from influence_cli.cli.stderr_reporter import StderrTalk
     from influence_cli.errors import UsageProblem
-    from influence_cli.output import merging, tables
-    from influence_cli.talk import Talk
+    from influence_cli.output import merge, tables
+    from influence_cli.progress import Talk
 
     sink = tables.Sink.open(shown.format, shown.output)
     k = specs.top(shown.top)
     if parts.count("-") > 1:
         raise UsageProblem("two parts are -, stdin is read once", "put one of them into a file")
     talk = Talk() if quiet else StderrTalk()
-    opened, columns = merging.open_parts(parts, sys.stdin)
-    sink.write(merging.merged(opened, columns, k), columns)
+    opened, columns = merge.open_parts(parts, sys.stdin)
+    sink.write(merge.merged(opened, columns, k), columns)
     for part in opened:
         if not part.longest:
             talk.note(f"{part.name} has no rows")
-    if (most := merging.shortened(opened, k)) is not None:
+    if (most := merge.shortened(opened, k)) is not None:
         talk.note(f"the parts have at most {most} rows of each kind and query: with --top {shown.top} they might have had more")

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from influence_cli.cache.build import Gradients, open_store
-from influence_cli.cache.cutting import Ids
-from influence_cli.cache.fingerprint import Settings
-from influence_cli.cache.sizes import keep_freed_memory
+from influence_cli.cache.id_blocks import Ids
+from influence_cli.cache.identity import Settings
 from influence_cli.cli import specs
 from influence_cli.cli.options import Shared
-from influence_cli.cli.talk import StderrTalk
+from influence_cli.cli.stderr_reporter import StderrTalk
 from influence_cli.errors import UsageProblem
+from influence_cli.extraction.memory_budget import keep_freed_memory
+from influence_cli.extraction.source import Gradients, open_store
 from influence_cli.gradients.projection import Projection
 from influence_cli.methods import Groups
 from influence_cli.parallel import Place, Ranks, Shard, open_ranks, place_of
+from influence_cli.progress import Talk
 from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run
 from influence_cli.run.learning_rates import CHOICES, Weight, weigh
-from influence_cli.run.model import PRECISIONS, select
-from influence_cli.talk import Talk
+from influence_cli.run.parameters import PRECISIONS, select
 
 PRECISION_NAMES, STORE_NAMES = ("float32", "float64", "bfloat16"), ("float64", "float32", "float16", "bfloat16", "int8")
 

@@ -68,7 +68,7 @@ def trace(
         return f"{split} {index} ({label})" if label else f"{split} {index}"
 
     if plotted:
-        from influence_cli.output.plots import trace_plot
+        from influence_cli.output.trace_plot import trace_plot
 
         with tables.to_stdout(stdout):
             for query, example, traced, position in found:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from influence_cli.cache.build import Gradients
-    from influence_cli.cache.cutting import Ids
+    from influence_cli.cache.id_blocks import Ids
+    from influence_cli.extraction.source import Gradients
     from influence_cli.methods import Question
     from influence_cli.run import Checkpoint
 

@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids
-from influence_cli.cache.fingerprint import checkpoint_key
+from influence_cli.cache.id_blocks import Ids
+from influence_cli.cache.identity import checkpoint_key
 from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, UsageProblem, is_out_of_memory
 from influence_cli.evaluate import Asked
 from influence_cli.evaluate.correlation import interval, pearson, spearman
-from influence_cli.evaluate.predicted import Removal, scores
-from influence_cli.evaluate.results import Results
+from influence_cli.evaluate.predicted_effects import Removal, scores
+from influence_cli.evaluate.result_log import Results
+from influence_cli.extraction.source import Gradients
 from influence_cli.methods import METHODS
+from influence_cli.progress import Advance, Talk
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run.definition import failure
 from influence_cli.run.replay import Drop, Replay
 from influence_cli.run.trajectory import Trajectory
-from influence_cli.talk import Advance, Talk
 
 VERSION = 1  # of the results on file
 FAR = 0.01  # a replay that ends so far from the saved checkpoint, of the way that training went, is another training

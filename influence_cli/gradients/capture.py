@@ -17,10 +17,10 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from influence_cli.errors import GradientError, is_out_of_memory, listed
 from influence_cli.gradients.batches import leaves, map_tensors, without_tensors
+from influence_cli.gradients.example_axes import Plan, Unhooked, make_plan
+from influence_cli.gradients.form_ops import cheapest, smallest
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.hooks import Hooks, Past
-from influence_cli.gradients.joining import cheapest, smallest
-from influence_cli.gradients.plans import Plan, Unhooked, make_plan
 from influence_cli.gradients.projection import Projection
 
 Quantity = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> (B,), smaller is better

@@ -1,6 +1,6 @@
 """Per-example gradients by hooks: one batched forward and backward in which weights are frozen and each layer's output is watched.
 
-Autograd then computes activation gradients only; a layer's rule (layers.py) turns its input and the gradient at its output into the
+Autograd then computes activation gradients only; a layer's rule (layer_rules.py) turns its input and the gradient at its output into the
 gradients of its parameters, example by example. A parameter used several times sums its uses.
 
 What depends on no example (a table of positions, a weight computed from two parameters) stays one for all; where it meets the batch by
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_cli.gradients.example_axes import MIXED, Axis, Plan, Unhooked, Watcher, tensors_in
+from influence_cli.gradients.form_ops import merged
 from influence_cli.gradients.forms import Dense, Form
-from influence_cli.gradients.joining import merged
-from influence_cli.gradients.layers import BROADCAST, EXPAND, RULES, Rule
-from influence_cli.gradients.plans import MIXED, Axis, Plan, Unhooked, Watcher, tensors_in
+from influence_cli.gradients.layer_rules import BROADCAST, EXPAND, RULES, Rule
 
 
 class Hooks(Watcher):

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_cli.gradients.deferred_forms import Tied
 from influence_cli.gradients.forms import HALVES, PART_BYTES, Factors, Form, Projected, products, squares
-from influence_cli.gradients.passing import Tied
-from influence_cli.gradients.rows import Postings, Rows
+from influence_cli.gradients.sparse_forms import Postings, Rows
 
 ADDING = 7  # adding a number to its place costs about as much as this many numbers and doublings of a Fourier transform
 Measured = tuple[Tensor, Form]  # squared norms (N,) of the gradients themselves, and their projection

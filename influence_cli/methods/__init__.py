@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from influence_cli.cache.cutting import Ids
+    from influence_cli.cache.id_blocks import Ids
     from influence_cli.output.ranking import Entry, Ranking
     from influence_cli.run import Checkpoint, Column
     from influence_cli.run.learning_rates import Weight

@@ -16,30 +16,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids
+from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.store import Rows
 from influence_cli.errors import UsageProblem
-from influence_cli.methods import Answer, Question, ValueOptions, carried, over_time
-from influence_cli.methods.backward import Fisher, Stability, Taken, prepare
-from influence_cli.methods.embeddings import STATE_BYTES, Embeddings
-from influence_cli.methods.over_time import New, Sums, Totals, Trace
-from influence_cli.methods.ranked import NewRanking
-from influence_cli.methods.replayed import Replayed
-from influence_cli.methods.segments import Plan, plan
-from influence_cli.talk import Advance
+from influence_cli.extraction.source import Gradients
+from influence_cli.methods import Answer, Question, ValueOptions
+from influence_cli.methods.pairwise import NewRanking
+from influence_cli.methods.reverse import occurrences, reverse_pass
+from influence_cli.methods.reverse.embedding_store import STATE_BYTES, Embeddings
+from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
+from influence_cli.methods.reverse.replayed_steps import Replayed
+from influence_cli.methods.reverse.segments import Plan, plan
+from influence_cli.methods.reverse.steps import Fisher, Stability, Taken, prepare
+from influence_cli.progress import Advance
 
 
 def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
     """Scores of every training example asked for, ranked per query."""
     going = Dve(gradients, question)
-    yield from over_time.score(question, new_ranking, going.plan, going.passes)
+    yield from occurrences.score(question, new_ranking, going.plan, going.passes)
 
 
-def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, over_time.Trace]]:
+def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, occurrences.Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
     going = Dve(gradients, question)
-    yield from over_time.trace(question, going.plan, going.passes)
+    yield from occurrences.trace(question, going.plan, going.passes)
 
 
 class Dve:
@@ -67,9 +68,9 @@ class Dve:
 
     def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
         """Raises CacheError (embeddings of something else), GradientError (what is carried back runs away)."""
-        return carried.passes(self.gradients, self.question, self.plan, new, self.work)
+        return reverse_pass.passes(self.gradients, self.question, self.plan, new, self.work)
 
-    def work(self, folder: Path) -> carried.Work:
+    def work(self, folder: Path) -> reverse_pass.Work:
         if self.embedded():
             whole = self.plan if self.options.at is None else self._plan(None)
             kept = Embeddings(self.options.embeddings or folder / "embeddings", self.gradients, whole, self.plan.end.step, self.options)
@@ -84,13 +85,13 @@ class Dve:
         return lambda rows, totals, advance: self.carry(rows, totals, take, advance)
 
     def read(self, kept: Embeddings, rows: Rows, totals: Totals | Trace, advance: Advance) -> None:
-        for step, checkpoint, examples, found in kept.scores(carried.dense(rows, self.plan, self.gradients.device), advance):
+        for step, checkpoint, examples, found in kept.scores(reverse_pass.dense(rows, self.plan, self.gradients.device), advance):
             totals.add(step, str(checkpoint), examples, {"": found})
 
-    def carry(self, rows: Rows, totals: Totals | Trace, take: carried.Take, advance: Advance) -> None:
-        kept = carried.Kept(self.gradients if self.options.replay else None, self.plan, self.options, "dve")
+    def carry(self, rows: Rows, totals: Totals | Trace, take: reverse_pass.Take, advance: Advance) -> None:
+        kept = reverse_pass.Kept(self.gradients if self.options.replay else None, self.plan, self.options, "dve")
         try:
-            carried.carry(self.gradients, self.plan, self.options, rows, totals, take, kept, advance)
+            reverse_pass.carry(self.gradients, self.plan, self.options, rows, totals, take, kept, advance)
         finally:
             if self.stability.note():
                 self.gradients.talk.note(str(self.stability.note()))
@@ -114,7 +115,7 @@ class Dve:
     def embedded(self) -> bool:
         """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and query, or coordinate of the end."""
         question, options = self.question, self.options
-        queries, size = 1 if question.sum_queries else len(question.queries), carried.numbers(self.gradients, self.plan)
+        queries, size = 1 if question.sum_queries else len(question.queries), reverse_pass.numbers(self.gradients, self.plan)
         if options.replay:
             cheaper = False
         elif options.form is None and options.embeddings is None:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids, cut
+from influence_cli.cache.id_blocks import Ids, cut
 from influence_cli.cache.store import UNIT_EXAMPLES, Rows
+from influence_cli.extraction.source import Gradients
+from influence_cli.gradients.form_ops import side_by_side
 from influence_cli.gradients.forms import Form, Memo, Projected
-from influence_cli.gradients.joining import side_by_side
 from influence_cli.methods import Answer, Question
-from influence_cli.methods.ranked import (
+from influence_cli.methods.pairwise import (
     Advance,
     NewRanking,
     Units,

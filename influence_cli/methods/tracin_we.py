@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids
+from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.store import concat_rows
 from influence_cli.errors import DefinitionError, UsageProblem
-from influence_cli.gradients.rows import Postings, Rows
+from influence_cli.extraction.source import Gradients
+from influence_cli.gradients.sparse_forms import Postings, Rows
 from influence_cli.methods import Answer, Question, WordOptions
-from influence_cli.methods.ranked import Advance, NewRanking, Units, of_next, ranked
+from influence_cli.methods.pairwise import Advance, NewRanking, Units, of_next, ranked
 from influence_cli.output.ranking import Entry, Ranking, TopRanking
 from influence_cli.run import Checkpoint
 

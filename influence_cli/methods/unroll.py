@@ -20,22 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids
-from influence_cli.cache.sizes import key_of
+from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.store import Rows
 from influence_cli.errors import DefinitionError, GradientError, InfluenceError
+from influence_cli.extraction.memory_budget import key_of
+from influence_cli.extraction.source import Gradients
 from influence_cli.gradients.curvature import Curvature, Functions, verify
-from influence_cli.methods import Answer, Question, ValueOptions, carried, over_time
-from influence_cli.methods.adjoint import AnyUpdate, Pull
-from influence_cli.methods.backward import Taken
-from influence_cli.methods.over_time import New, Sums, Totals, Trace
-from influence_cli.methods.ranked import NewRanking
-from influence_cli.methods.replayed import Replayed
-from influence_cli.methods.segments import plan
+from influence_cli.methods import Answer, Question, ValueOptions
+from influence_cli.methods.pairwise import NewRanking
+from influence_cli.methods.reverse import occurrences, reverse_pass
+from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
+from influence_cli.methods.reverse.optimizer_adjoint import AnyUpdate, Pull
+from influence_cli.methods.reverse.replayed_steps import Replayed
+from influence_cli.methods.reverse.segments import plan
+from influence_cli.methods.reverse.steps import Taken
+from influence_cli.progress import Advance
 from influence_cli.run import Checkpoint
 from influence_cli.run.replay import Moments, Replay
-from influence_cli.talk import Advance
 
 DIRECTION_BYTES = 256 << 20  # working memory of queries that are taken through a batch's curvature at once
 OUTPUTS = ("outputs", "loss_from_outputs")
@@ -44,13 +45,13 @@ OUTPUTS = ("outputs", "loss_from_outputs")
 def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
     """Scores of every training example asked for, ranked per query."""
     going = Unroll(gradients, question)
-    yield from over_time.score(question, new_ranking, going.plan, going.passes)
+    yield from occurrences.score(question, new_ranking, going.plan, going.passes)
 
 
 def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
     going = Unroll(gradients, question)
-    yield from over_time.trace(question, going.plan, going.passes)
+    yield from occurrences.trace(question, going.plan, going.passes)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def cost(gradients: Gradients, question: Question) -> Cost:
     examples, weights = plan.trajectory.lines[number].examples, torch.from_numpy(plan.trajectory.weights(number))
     wide = torch.float64 if gradients.settings.store == torch.float64 else torch.float32
     weights = weights.to(gradients.device, wide)
-    most = carried.queries_of_a_pass(gradients, plan, question)
+    most = reverse_pass.queries_of_a_pass(gradients, plan, question)
     width = 1 if question.sum_queries else min(most, len(question.queries))
     u = {name: torch.randn(width, column.numel, dtype=wide, device=gradients.device) for name, column in plan.columns.items()}
     replay = Replay(gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size)
@@ -109,7 +110,7 @@ def cost(gradients: Gradients, question: Question) -> Cost:
         timed(lambda: replay.gradient(number)),
         timed(back),
         going.options.replay,
-        3 * width * carried.numbers(gradients, plan) * wide.itemsize,
+        3 * width * reverse_pass.numbers(gradients, plan) * wide.itemsize,
     )
 
 
@@ -172,9 +173,9 @@ class Unroll:
 
     def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
         """Raises GradientError (no second derivative; what is carried back runs away)."""
-        return carried.passes(self.gradients, self.question, self.plan, new, self.work)
+        return reverse_pass.passes(self.gradients, self.question, self.plan, new, self.work)
 
-    def work(self, folder: Path) -> carried.Work:
+    def work(self, folder: Path) -> reverse_pass.Work:
         longest = max(segment.stop - segment.first for segment in self.plan.segments)
         if not self.options.replay and longest > 1:
             self.gradients.talk.note(
@@ -186,8 +187,8 @@ class Unroll:
         return self.carry
 
     def carry(self, rows: Rows, totals: Totals | Trace, advance: Advance) -> None:
-        kept = carried.Kept(self.gradients, self.plan, self.options, "unroll")
-        carried.carry(self.gradients, self.plan, self.options, rows, totals, self.take, kept, advance)
+        kept = reverse_pass.Kept(self.gradients, self.plan, self.options, "unroll")
+        reverse_pass.carry(self.gradients, self.plan, self.options, rows, totals, self.take, kept, advance)
 
     def take(self, width: int, wide: torch.dtype, stop: int, apart: bool) -> Iterator[Taken]:
         for number, checkpoint, moments in self.places(stop):

@@ -10,12 +10,12 @@ from torch import nn
 from influence_cli.errors import UsageProblem, listed
 from influence_cli.run import checkpoints as _checkpoints
 from influence_cli.run import definition as _definition
-from influence_cli.run import model as _model
+from influence_cli.run import parameters
 from influence_cli.run import trajectory as _trajectory
 from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.datasets import Examples
 from influence_cli.run.definition import Definition
-from influence_cli.run.examples import Examples
-from influence_cli.run.model import Column
+from influence_cli.run.parameters import Column
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Run:
     @cached_property
     def embeddings(self) -> dict[str, Column]:
         """The embedding modules, by the columns of what they return."""
-        return _model.embeddings(self.model)
+        return parameters.embeddings(self.model)
 
     def has(self, column: str) -> bool:
         return column in self.columns or column in self.embeddings
@@ -78,11 +78,11 @@ def open_run(
         raise UsageProblem(f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl")
     loaded = _definition.load(definition or folder / "definition.py")
     found = _checkpoints.find(folder, checkpoints)
-    model = _model.build(loaded)
+    model = parameters.build(loaded)
     _checkpoints.check(found, model, cast=precision is not None)
-    model = _model.cast(model, precision, device or torch.device("cpu"))
+    model = parameters.cast(model, precision, device or torch.device("cpu"))
     default = folder / "trajectory.jsonl"
-    return Run(folder, loaded, model, _model.columns(model), tuple(found), trajectory or (default if default.is_file() else None))
+    return Run(folder, loaded, model, parameters.columns(model), tuple(found), trajectory or (default if default.is_file() else None))
 
 
 def at_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple[Checkpoint, ...]:

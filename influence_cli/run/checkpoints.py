@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from influence_cli.errors import CheckpointError, listed
-from influence_cli.run.model import WRAPPERS
+from influence_cli.run.parameters import WRAPPERS
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {

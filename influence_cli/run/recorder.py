@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from influence_cli.errors import TrajectoryError, listed
 from influence_cli.run import checkpoints, trajectory
-from influence_cli.run.saving import checkpoints_in, file_name, holds, load_state, name_of, names_of, replace, save_state, unwritable, write
+from influence_cli.run.optimizer_state import (
+    checkpoints_in,
+    file_name,
+    holds,
+    load_state,
+    name_of,
+    names_of,
+    replace,
+    save_state,
+    unwritable,
+    write,
+)
 
 Numbers = Sequence[Any] | np.ndarray | Tensor
 LEFT_OUT = ("lr", "foreach", "fused", "capturable", "differentiable")  # lr has its place in each line; how it is computed matters to nobody

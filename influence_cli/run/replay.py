@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, is_out_of_memory, listed
+from influence_cli.progress import Advance
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
+from influence_cli.run.optimizer_state import read_state, state_file
 from influence_cli.run.optimizers import is_stateful, optimizers_of, unknown_state
-from influence_cli.run.saving import read_state, state_file
-from influence_cli.talk import Advance
 
 Batch = Callable[[np.ndarray], Any]  # training ids (B,) -> their batch, on the model's device and in its precision
 

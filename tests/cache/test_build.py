@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.cache import build, cutting
-from influence_cli.cache import files as cache_files
+from influence_cli.cache import id_blocks
+from influence_cli.extraction import source
 from influence_cli.gradients import capture
+from influence_cli.storage import atomic
 from tests.conftest import DEFINITION, build_run
 
 
@@ -40,7 +41,7 @@ def captured(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(build, "UNIT_EXAMPLES", 8)
+    monkeypatch.setattr(source, "UNIT_EXAMPLES", 8)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_the_batch_size_does_not_change_scores(flags, make_run, influence):
 
 def test_the_unit_size_does_not_change_scores(make_run, influence, monkeypatch):
     expected = influence("score", make_run("a"), "--precision", "float64")
-    monkeypatch.setattr(build, "UNIT_EXAMPLES", 8)
+    monkeypatch.setattr(source, "UNIT_EXAMPLES", 8)
     found = influence("score", make_run("b"), "--precision", "float64")
     assert [row["train"] for row in found.rows] == [row["train"] for row in expected.rows]
     assert [float(r["score"]) for r in found.rows] == pytest.approx([float(r["score"]) for r in expected.rows], rel=1e-12)
@@ -143,7 +144,7 @@ def test_the_order_of_work_does_not_change_bytes(make_run, influence, small_unit
 SLOW = DEFINITION.replace("def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)").replace(
     "examples(0, 20)", "examples(0, 40)"
 )
-SMALL = "from influence_cli.cache import build; build.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
+SMALL = "from influence_cli.extraction import source; source.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
 
 
 def start(run: Path, *flags: str) -> subprocess.Popen:
@@ -349,7 +350,7 @@ def test_units_appear_whole_and_are_synced_before_they_are_named(make_run, influ
     order: list[str] = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
-        monkeypatch.setattr(cache_files.os, name, lambda *args, name=name, original=original: (order.append(name), original(*args))[1])
+        monkeypatch.setattr(atomic.os, name, lambda *args, name=name, original=original: (order.append(name), original(*args))[1])
     run = make_run()
     influence("cache", run)
     assert order == ["fsync", "replace"] * (len(order) // 2)
@@ -376,4 +377,4 @@ def test_scattered_examples_share_units_and_batches(make_run, influence, capture
     ],
 )
 def test_ids_are_cut_by_the_grid_and_scattered_ones_by_count(ids, cuts):
-    assert [part.tolist() for part in cutting.cut(ids, 8)] == cuts
+    assert [part.tolist() for part in id_blocks.cut(ids, 8)] == cuts

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from influence_cli.gradients import layers
+from influence_cli.gradients import layer_rules
 from influence_cli.gradients.forms import Dense
-from influence_cli.run import model as models
+from influence_cli.run import parameters
 from tests.conftest import DEFINITION
 from tests.refusals import replaced
 
@@ -47,7 +47,7 @@ def test_a_check_leaves_no_cache_behind(make_run, influence):
 
 def test_a_wrong_rule_is_named_by_its_layer(make_run, influence, monkeypatch):
     """Wrong only for more examples than the probe takes, so that nothing else notices."""
-    right = layers.RULES[F.linear]
+    right = layer_rules.RULES[F.linear]
 
     def wrong(call, x, g):
         grads = right.gradients(call, x, g)
@@ -55,7 +55,7 @@ def test_a_wrong_rule_is_named_by_its_layer(make_run, influence, monkeypatch):
             grads["bias"] = Dense(grads["bias"].shape, grads["bias"].dense().values * 1.01)
         return grads
 
-    monkeypatch.setitem(layers.RULES, F.linear, dataclasses.replace(right, gradients=wrong))
+    monkeypatch.setitem(layer_rules.RULES, F.linear, dataclasses.replace(right, gradients=wrong))
     found = failed(influence("check", make_run()))
     assert {("gradients", "2.bias"), ("coverage", "2.bias")} <= found
     assert not any(subject in ("0.weight", "0.bias", "2.weight") for _, subject in found)
@@ -76,8 +76,8 @@ def test_a_loss_that_changes_from_call_to_call_is_found(make_run, influence):
 
 
 def test_a_trained_parameter_without_gradients_is_found(make_run, influence, monkeypatch):
-    everything = models.columns
-    monkeypatch.setattr(models, "columns", lambda model: {name: c for name, c in everything(model).items() if name != "0.bias"})
+    everything = parameters.columns
+    monkeypatch.setattr(parameters, "columns", lambda model: {name: c for name, c in everything(model).items() if name != "0.bias"})
     result = influence("check", make_run())
     assert ("coverage", "0.bias") in failed(result)
     assert "no gradients are taken of it" in result.err

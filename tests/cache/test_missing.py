@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influence_cli.cache.missing import Missing
 from influence_cli.cache.store import Held, Unit
+from influence_cli.extraction.work_plan import Missing
 
 COLUMNS, TOTAL = ("a", "b", "c"), 60
 

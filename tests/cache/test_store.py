@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.cache.files import sweep
-from influence_cli.cache.numbers import pack, unpack
+from influence_cli.cache.quantize import pack, unpack
 from influence_cli.cache.store import Held, Rows, Store
-from influence_cli.cache.tensors import TensorFile
 from influence_cli.errors import CacheError
+from influence_cli.gradients.form_ops import side_by_side, smallest
 from influence_cli.gradients.forms import Dense, Factors, Projected
-from influence_cli.gradients.joining import side_by_side, smallest
+from influence_cli.storage.atomic import sweep
+from influence_cli.storage.safetensors_io import TensorFile
 
 
 def rows(ids, seed=0) -> Rows:

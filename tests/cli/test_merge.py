@@ -249,10 +249,11 @@ def test_cached_shards_are_what_scoring_all_needs(run, tmp_path, influence):
 # ---------------------------------------------------------------- memory
 FLAT = """
 import resource, sys
-from influence_cli.output import merging, tables
+from influence_cli.output import tables
+from influence_cli.output import merge
 count = int(sys.argv[1])
-parts, columns = merging.open_parts(sys.argv[2:], sys.stdin)
-rows = sum(1 for _ in merging.merged(parts, columns, None))
+parts, columns = merge.open_parts(sys.argv[2:], sys.stdin)
+rows = sum(1 for _ in merge.merged(parts, columns, None))
 print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -10,7 +10,7 @@ import torch
 
 from influence_cli.cli.opening import Opened, open_shared
 from influence_cli.cli.options import Shared
-from influence_cli.evaluate.fidelity import Fidelity, fidelity, fidelity_findings, search
+from influence_cli.diagnostics.fidelity import Fidelity, fidelity, fidelity_findings, search
 from influence_cli.gradients.projection import KINDS
 from tests import reference
 from tests.conftest import build_run

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from influence_cli.gradients import forms as forms_module
+from influence_cli.gradients.form_ops import FORMS, cheapest, concat, distance, from_tensors, merged, padded, smallest
 from influence_cli.gradients.forms import Dense, Factors, Form, Projected, squares
-from influence_cli.gradients.joining import FORMS, cheapest, concat, distance, from_tensors, merged, padded, smallest
-from influence_cli.gradients.rows import Postings, Rows
+from influence_cli.gradients.sparse_forms import Postings, Rows
 
 torch.manual_seed(0)
 

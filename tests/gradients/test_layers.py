@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.layers import per_example_by_groups, per_example_by_patches
+from influence_cli.gradients.layer_rules import per_example_by_groups, per_example_by_patches
 from tests import reference
 from tests.cases import Case, numbers, squared
 from tests.gradients.capturing import assert_equal, captured
@@ -225,12 +225,12 @@ def test_a_gradient_that_is_zero_but_for_rounding_keeps_its_rule(dtype):
 
 
 def test_a_wrong_rule_is_not_used(monkeypatch):
-    from influence_cli.gradients import layers
+    from influence_cli.gradients import layer_rules
 
     def wrong(call, x, g):
-        return layers.linear(call, x, g * 1.001)
+        return layer_rules.linear(call, x, g * 1.001)
 
-    monkeypatch.setitem(layers.RULES, F.linear, layers.Rule(("input", "weight", "bias"), wrong))
+    monkeypatch.setitem(layer_rules.RULES, F.linear, layer_rules.Rule(("input", "weight", "bias"), wrong))
     result, expected, capture, _ = captured(Case(lambda: nn.Linear(4, 3), numbers(4)))
     assert capture.others == ("weight", "bias")
     assert capture.why_not_hooked["weight"] == "its rule disagrees with autograd"

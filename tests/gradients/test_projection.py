@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from influence_cli.gradients import projection as module
 from influence_cli.gradients.capture import Capture
+from influence_cli.gradients.deferred_forms import Convolved, Tied
+from influence_cli.gradients.form_ops import merged
 from influence_cli.gradients.forms import Dense, Factors, Form
-from influence_cli.gradients.joining import merged
-from influence_cli.gradients.passing import Convolved, Tied
 from influence_cli.gradients.projection import KINDS, Fold, Projection, Sided, Tables, TensorSketch, matrix
-from influence_cli.gradients.rows import Postings, Rows
+from influence_cli.gradients.sparse_forms import Postings, Rows
 from tests import reference
 from tests.cases import CASES, Case, tokens
 from tests.cases import numbers as numbers_of

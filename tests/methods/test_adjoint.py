@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from influence_cli.gradients.forms import Dense, Factors
-from influence_cli.methods.adjoint import Adjoint, FromForms, Update, effects, gram, total
-from influence_cli.methods.backward import top_eigenvalue
+from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, FromForms, Update, effects, gram, total
+from influence_cli.methods.reverse.steps import top_eigenvalue
 from tests import reference
 
 

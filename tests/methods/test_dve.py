@@ -124,7 +124,7 @@ def test_query_form_is_embedding_form_and_parts_are_the_whole(options, tmp_path,
     query = scores(dve(influence, run, "--form", "query"))
     parts = scores(dve(influence, run, "--embeddings", tmp_path / "parts"))
     assert len(list((tmp_path / "parts").glob("part-*"))) >= 3
-    monkeypatch.setattr("influence_cli.methods.embeddings.cut", lambda going, size: [(0, 90)])
+    monkeypatch.setattr("influence_cli.methods.reverse.embedding_store.cut", lambda going, size: [(0, 90)])
     whole = scores(dve(influence, run, "--form", "embedding"))
     close(parts, query, 1e-8)
     close(parts, whole, 1e-10)
@@ -207,9 +207,9 @@ def test_without_a_cache_the_scores_are_the_same(tmp_path, influence):
 def test_memory_for_few_rows_and_few_queries_gives_the_same_scores(tmp_path, influence, monkeypatch):
     run = train(tmp_path / "run", every=4)
     whole = scores(dve(influence, run))
-    monkeypatch.setattr("influence_cli.methods.backward.ROWS_BYTES", 1)
-    monkeypatch.setattr("influence_cli.methods.carried.QUERY_BYTES", 1)
-    monkeypatch.setattr("influence_cli.methods.over_time.HELD_BYTES", 0)
+    monkeypatch.setattr("influence_cli.methods.reverse.steps.ROWS_BYTES", 1)
+    monkeypatch.setattr("influence_cli.methods.reverse.reverse_pass.QUERY_BYTES", 1)
+    monkeypatch.setattr("influence_cli.methods.reverse.occurrences.HELD_BYTES", 0)
     close(scores(dve(influence, run)), whole, 1e-12)
     close(scores(dve(influence, run, "--by", "step")), whole, 1e-12)
 
@@ -347,7 +347,7 @@ def test_flags_that_dve_cannot_take_are_refused(flags, tmp_path, influence):
 
 def test_an_embedding_form_that_does_not_fit_is_refused_before_any_work(tmp_path, influence, monkeypatch):
     run = train(tmp_path / "run", every=4)
-    monkeypatch.setattr("influence_cli.methods.embeddings.available_memory", lambda: 1000)
+    monkeypatch.setattr("influence_cli.methods.reverse.embedding_store.available_memory", lambda: 1000)
     result = dve(influence, run, "--form", "embedding")
     refused(result, 2, "the embedding form carries 27 x 27 numbers back", "--form query")
 

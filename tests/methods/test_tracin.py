@@ -161,11 +161,11 @@ def test_self_influence_is_the_weighted_squared_norm(make_run, influence):
 
 
 def test_queries_in_several_passes_score_the_same(make_run, influence, monkeypatch):
-    from influence_cli.methods import ranked
+    from influence_cli.methods import pairwise
 
     run = make_run()
     once = influence("score", run, "--precision", "float64", "--top", "4")
-    monkeypatch.setattr(ranked, "QUERY_BYTES", 1200)
+    monkeypatch.setattr(pairwise, "QUERY_BYTES", 1200)
     passes = influence("score", run, "--precision", "float64", "--top", "4")
     assert [(r["query"], r["train"]) for r in passes.rows] == [(r["query"], r["train"]) for r in once.rows]
     assert [float(r["score"]) for r in passes.rows] == pytest.approx([float(r["score"]) for r in once.rows], rel=1e-12)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 
-from influence_cli.gradients.words import WordCapture
+from influence_cli.gradients.embedding_capture import WordCapture
 from tests import reference
 from tests.conftest import build_run
 from tests.refusals import refused, replaced

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load as load_file_of
 from safetensors.torch import save_file
 
-from influence_cli.methods import carried, replayed
+from influence_cli.methods.reverse import replayed_steps, reverse_pass
 from tests.refusals import refused
 from tests.training import DEFINITION, definition_of, load, train
 
@@ -105,7 +105,7 @@ def test_a_replay_from_few_checkpoints_is_that_from_all(name, method, tmp_path, 
     flags = ("--method", method, "--by", "step", "--replay", "--top", "all")
     wanted = of_steps(influence("score", every, *flags))
     for room in (1 << 30, 0):
-        monkeypatch.setattr(replayed, "STATE_BYTES", room)
+        monkeypatch.setattr(replayed_steps, "STATE_BYTES", room)
         result = influence("score", few, *flags, "--cache", "none")
         found = of_steps(result)
         assert "training that was run again came to 3 saved checkpoints" in result.err
@@ -174,13 +174,13 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
     whole = unroll(influence, run, "--replay", "--by", "step", "--cache", "none").out
     code = (
         "import os, signal, sys\n"
-        "from influence_cli.methods import carried\n"
-        "carried.KEEP_EVERY = 0\n"
-        "keep = carried.Kept.add\n"
+        "from influence_cli.methods.reverse import reverse_pass\n"
+        "reverse_pass.KEEP_EVERY = 0\n"
+        "keep = reverse_pass.Kept.add\n"
         "def add(self, adjoint, step, *rest):\n"
         "    if step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    keep(self, adjoint, step, *rest)\n"
-        "carried.Kept.add = add\n"
+        "reverse_pass.Kept.add = add\n"
         "from influence_cli.cli import main\n"
         f"sys.argv = ['influence', 'score', {str(run)!r}, '--method', 'unroll', '--replay', '--by', 'step', '--top', 'all']\n"
         "main()\n"
@@ -196,8 +196,8 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
 
 def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, monkeypatch):
     run = train(tmp_path / "run")
-    monkeypatch.setattr(carried, "KEEP_EVERY", 0)
-    monkeypatch.setattr(carried.Kept, "done", lambda self: None)
+    monkeypatch.setattr(reverse_pass, "KEEP_EVERY", 0)
+    monkeypatch.setattr(reverse_pass.Kept, "done", lambda self: None)
     unroll(influence, run)
     for flags in (("--queries", "0:2"), ("--layers", "0"), ("--at", "6"), ("--renormalize",), ("--replay",), ("--by", "layer")):
         assert "going on" not in unroll(influence, run, *flags).err

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.run.examples import digest
+from influence_cli.run.datasets import digest
 
 
 @dataclass

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids, cut
-from influence_cli.cache.sizes import floor_power
+from influence_cli.cache.id_blocks import Ids, cut
 from influence_cli.cache.store import Level, Rows, concat_rows
+from influence_cli.extraction.memory_budget import floor_power
+from influence_cli.extraction.source import Gradients
 from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods import Groups, Question
 from influence_cli.output.ranking import Ranking, Shareable

@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_cli.cache.fingerprint import Settings
+from influence_cli.cache.identity import Settings
 from influence_cli.cache.store import Level, Rows
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
+from influence_cli.gradients.buffers import Filling
 from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.filling import Filling
-from influence_cli.gradients.rows import Postings
-from influence_cli.gradients.rows import Rows as ByExample
-from influence_cli.gradients.words import WordCapture
+from influence_cli.gradients.embedding_capture import WordCapture
+from influence_cli.gradients.sparse_forms import Postings
+from influence_cli.gradients.sparse_forms import Rows as ByExample
+from influence_cli.progress import Talk
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
-from influence_cli.talk import Talk
 
 AnyCapture = Capture | WordCapture
 

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from influence_cli.cache.files import writing
 from influence_cli.errors import CacheError
+from influence_cli.storage.atomic import writing
 
 
 class Results:

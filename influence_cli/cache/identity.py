@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from influence_cli.cache.files import read_json, write_json
-from influence_cli.cache.numbers import STORE_EPS
+from influence_cli.cache.quantize import STORE_EPS
 from influence_cli.cache.store import Rows
 from influence_cli.errors import CacheError
-from influence_cli.gradients.joining import distance
+from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.projection import Projection
 from influence_cli.run.checkpoints import Checkpoint
-from influence_cli.run.model import Column
+from influence_cli.run.parameters import Column
+from influence_cli.storage.atomic import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.files import read_json, replacing, write_json, writing
-from influence_cli.cache.fingerprint import checkpoint_key, compare
-from influence_cli.cache.sizes import available_memory, check_fits
+from influence_cli.cache.identity import checkpoint_key, compare
 from influence_cli.cache.store import Rows, reading
-from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError, UsageProblem, listed
+from influence_cli.extraction.memory_budget import available_memory, check_fits
+from influence_cli.extraction.source import Gradients
 from influence_cli.methods import ValueOptions
-from influence_cli.methods.adjoint import Adjoint
-from influence_cli.methods.backward import Fisher, Stability, back, prepare, sizes, spread
-from influence_cli.methods.segments import Plan
-from influence_cli.talk import Advance
+from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
+from influence_cli.methods.reverse.segments import Plan
+from influence_cli.methods.reverse.steps import Fisher, Stability, back, prepare, sizes, spread
+from influence_cli.progress import Advance
+from influence_cli.storage.atomic import read_json, replacing, write_json, writing
+from influence_cli.storage.safetensors_io import save
 
 FORMAT, VERSION = "influence-embeddings", 1
 STATE_BYTES = 2 << 30  # of a map: what may be carried back without being asked for

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache import verify
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids
-from influence_cli.cache.fingerprint import compare
-from influence_cli.cache.numbers import STORE_EPS
+from influence_cli.cache.id_blocks import Ids
+from influence_cli.cache.identity import compare
+from influence_cli.cache.quantize import STORE_EPS
 from influence_cli.cache.store import Held, Store, read_unit
 from influence_cli.errors import CacheError, listed
+from influence_cli.extraction import revalidate
+from influence_cli.extraction.source import Gradients
 from influence_cli.gradients.capture import Capture, Captured, rounding
 from influence_cli.gradients.forms import Form, Projected
 from influence_cli.run import Checkpoint
@@ -232,8 +232,8 @@ def taken_again(gradients: Gradients, checkpoint: Checkpoint, place: Path, held:
     assert gradients.store is not None
     subject, count = f"{checkpoint.name}, taken again", 0
     try:
-        verify.verify_items(gradients.run, "train", {place: held}, gradients.store, gradients.talk, all_items=True)
-        for unit, ids in verify.sampled(held.units, EXAMPLES, len(gradients.run.train)):
+        revalidate.verify_items(gradients.run, "train", {place: held}, gradients.store, gradients.talk, all_items=True)
+        for unit, ids in revalidate.sampled(held.units, EXAMPLES, len(gradients.run.train)):
             stored = Held([unit]).read(unit.columns, unit.level, ids)
             now = gradients.again("train", checkpoint, unit.columns, ids)
             compare(stored, now, gradients.settings.rounding, checkpoint.name, "train", gradients.store.folder)

@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from influence_cli.gradients.deferred_forms import Passing, Tied
 from influence_cli.gradients.forms import Dense, Factors, Form, Projected
-from influence_cli.gradients.passing import Passing, Tied
-from influence_cli.gradients.rows import Postings, Rows
+from influence_cli.gradients.sparse_forms import Postings, Rows
 
 FORMS: dict[str, type[Form]] = {form.kind: form for form in (Dense, Factors, Rows, Postings, Projected)}
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients
 from influence_cli.cache.store import Rows, concat_rows
 from influence_cli.errors import GradientError
+from influence_cli.extraction.source import Gradients
+from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.forms import Form
-from influence_cli.gradients.joining import distance
-from influence_cli.methods.adjoint import Adjoint, AnyUpdate, Batch, FromForms, Update, densely, effects, gram, total
-from influence_cli.methods.ranked import dtype_of
-from influence_cli.methods.segments import Plan, Segment
+from influence_cli.methods.pairwise import dtype_of
+from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, AnyUpdate, Batch, FromForms, Update, densely, effects, gram, total
+from influence_cli.methods.reverse.segments import Plan, Segment
 from influence_cli.run import Checkpoint
 from influence_cli.run.trajectory import Trajectory
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from influence_cli.talk import Advance, Talk
+from influence_cli.progress import Advance, Talk
 
 EVERY = 30.0  # seconds between the lines of a log
 

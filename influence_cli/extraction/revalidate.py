@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from influence_cli.cache.files import read_json, write_json, writing
-from influence_cli.cache.fingerprint import compare, compare_data
+from influence_cli.cache.identity import compare, compare_data
 from influence_cli.cache.store import Held, Rows, Store, Unit
 from influence_cli.errors import CacheError, listed
+from influence_cli.progress import Talk
 from influence_cli.run import Checkpoint, Run
-from influence_cli.talk import Talk
+from influence_cli.storage.atomic import read_json, write_json, writing
 
 GRADIENTS = 8  # examples taken again, per checkpoint and older definition
 ITEMS = 1024  # items read again, per split, while the definition is the same

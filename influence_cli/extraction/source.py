@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from influence_cli.cache import verify
-from influence_cli.cache.cutting import Ids, cut
-from influence_cli.cache.files import sweep
-from influence_cli.cache.fingerprint import Settings, checkpoint_key
-from influence_cli.cache.missing import Job, Missing, Stretch
-from influence_cli.cache.numbers import SCALED, as_stored
-from influence_cli.cache.sizes import Sizes, batch_for, check_fits, key_of, weigh
+from influence_cli.cache.id_blocks import Ids, cut
+from influence_cli.cache.identity import Settings, checkpoint_key
+from influence_cli.cache.quantize import SCALED, as_stored
 from influence_cli.cache.store import UNIT_EXAMPLES, Fetched, Held, Level, Rows, Store, Unit
-from influence_cli.cache.taking import Taking
 from influence_cli.errors import CacheError, GradientError, is_out_of_memory
-from influence_cli.gradients.words import WordCapture
+from influence_cli.extraction import revalidate
+from influence_cli.extraction.extractor import Taking
+from influence_cli.extraction.memory_budget import Sizes, batch_for, check_fits, key_of, weigh
+from influence_cli.extraction.work_plan import Job, Missing, Stretch
+from influence_cli.gradients.embedding_capture import WordCapture
 from influence_cli.parallel import Ranks
+from influence_cli.progress import Advance, Talk
 from influence_cli.run import Checkpoint, Run
-from influence_cli.run.examples import digest
-from influence_cli.talk import Advance, Talk
+from influence_cli.run.datasets import digest
+from influence_cli.storage.atomic import sweep
 
 LATE = 60  # seconds in which a file that another machine wrote must be seen
 Wanted = tuple[Checkpoint, Ids]
@@ -169,14 +169,14 @@ class Gradients(Taking):
         if split != "train" or not todo:
             return
         everything = {self.place(split, checkpoint): self.held(split, checkpoint) for checkpoint in todo}
-        verify.verify_items(self.run, split, everything, self.store, self.talk)
+        revalidate.verify_items(self.run, split, everything, self.store, self.talk)
         again = 0
         for checkpoint, (place, held) in zip(todo, everything.items(), strict=True):
-            again += verify.verify(self.run, split, checkpoint, place, held, self.store, self.settings.rounding, self.again)
+            again += revalidate.verify(self.run, split, checkpoint, place, held, self.store, self.settings.rounding, self.again)
             self._verified.add((split, checkpoint.step))
         if again:
             self.talk.note(
-                f"the definition changed since {split} gradients were cached: {verify.GRADIENTS} were taken again at each of {again} "
+                f"the definition changed since {split} gradients were cached: {revalidate.GRADIENTS} were taken again at each of {again} "
                 "checkpoints and agree, so the cache is used"
             )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from influence_cli.cache.cutting import Ids, cut
+from influence_cli.cache.id_blocks import Ids, cut
 from influence_cli.cache.store import Held, Level, Unit
 from influence_cli.run import Checkpoint
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from influence_cli.gradients.deferred_forms import Convolved
 from influence_cli.gradients.forms import Dense, Factors, Form
-from influence_cli.gradients.passing import Convolved
-from influence_cli.gradients.rows import Rows
+from influence_cli.gradients.sparse_forms import Rows
 
 Arguments = Mapping[str, Any]  # of the call, by name; weights and biases detached
 Gradients = dict[str, Form]  # "weight" and "bias", as far as they are wanted

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from influence_cli.cache.build import Gradients
+from influence_cli.extraction.source import Gradients
 from influence_cli.methods import Answer, Method, Question
 from influence_cli.output.ranking import Entry, Ranking
 

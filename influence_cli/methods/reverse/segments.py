@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from influence_cli.errors import TrajectoryError, UsageProblem, listed
-from influence_cli.methods.adjoint import AdamUpdate, AnyUpdate, Update
+from influence_cli.methods.reverse.optimizer_adjoint import AdamUpdate, AnyUpdate, Update
 from influence_cli.run import Checkpoint, Column, Run
 from influence_cli.run.optimizers import OPTIMIZERS, options_of
 from influence_cli.run.replay import Moments

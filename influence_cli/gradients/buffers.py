@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from influence_cli.gradients.form_ops import concat, from_tensors
 from influence_cli.gradients.forms import Form
-from influence_cli.gradients.joining import concat, from_tensors
-from influence_cli.gradients.rows import Rows
+from influence_cli.gradients.sparse_forms import Rows
 
 
 class Filling:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.gradients.forms import Dense, Factors, Form, Memo, squares
-from influence_cli.gradients.rows import Rows
+from influence_cli.gradients.sparse_forms import Rows
 
 
 class Passing(Form):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from influence_cli.gradients.form_ops import from_tensors
 from influence_cli.gradients.forms import Form
-from influence_cli.gradients.joining import from_tensors
 
 SCALED = (torch.float16, torch.bfloat16, torch.int8)  # stored with a float32 scale per row, so that small gradients survive
 STORE_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)} | {

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.cutting import Ids, cut
+from influence_cli.cache.id_blocks import Ids, cut
 from influence_cli.errors import OutputError
 from influence_cli.methods import Answer, Question
-from influence_cli.methods.adjoint import total
-from influence_cli.methods.ranked import NewRanking
-from influence_cli.methods.segments import Plan
+from influence_cli.methods.pairwise import NewRanking
+from influence_cli.methods.reverse.optimizer_adjoint import total
+from influence_cli.methods.reverse.segments import Plan
 from influence_cli.output.ranking import Entry
 
 BLOCK = 4096  # training examples ranked at once

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from influence_cli.cache.files import read_json, sync, write_json, writing
 from influence_cli.cache.store import UNIT_BYTES
-from influence_cli.cache.tensors import save
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Form
+from influence_cli.storage.atomic import read_json, sync, write_json, writing
+from influence_cli.storage.safetensors_io import save
 
 BATCH_BYTES = 384 << 20  # working memory of a batch on the CPU; about what its caches and allocator like
 BATCH_MOST = 1024

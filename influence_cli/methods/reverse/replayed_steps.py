@@ -6,9 +6,9 @@ the others are run again. Memory: STATE_BYTES, and again for each level of that.
 
 from collections.abc import Iterator
 
-from influence_cli.cache.build import Gradients
 from influence_cli.errors import TrajectoryError
-from influence_cli.methods.segments import Plan, Segment
+from influence_cli.extraction.source import Gradients
+from influence_cli.methods.reverse.segments import Plan, Segment
 from influence_cli.run import Checkpoint
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.optimizers import unknown_state

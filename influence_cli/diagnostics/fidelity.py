@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.check import Finding, spread
-from influence_cli.cache.cutting import Ids
-from influence_cli.cache.numbers import STORE_EPS, as_stored
+from influence_cli.cache.id_blocks import Ids
+from influence_cli.cache.quantize import STORE_EPS, as_stored
 from influence_cli.cache.store import Rows, concat_rows
+from influence_cli.diagnostics.gradient_check import Finding, spread
 from influence_cli.evaluate.correlation import pearson, spearman
+from influence_cli.extraction.source import Gradients
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.projection import Projection
 from influence_cli.run import Checkpoint

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, is_out_of_memory
 from influence_cli.gradients.capture import Captured, Quantity, checked, close, frozen, rounding
+from influence_cli.gradients.form_ops import concat, distance, merged
 from influence_cli.gradients.forms import Form
-from influence_cli.gradients.joining import concat, distance, merged
-from influence_cli.gradients.layers import embedding
-from influence_cli.gradients.rows import Postings, Rows
+from influence_cli.gradients.layer_rules import embedding
+from influence_cli.gradients.sparse_forms import Postings, Rows
 
 MASK = "attention_mask"  # of a batch that is a mapping: 0 where a position is padding
 

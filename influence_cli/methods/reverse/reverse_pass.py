@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.build import Gradients
-from influence_cli.cache.cutting import Ids
-from influence_cli.cache.files import replacing, writing
-from influence_cli.cache.fingerprint import checkpoint_key
+from influence_cli.cache.id_blocks import Ids
+from influence_cli.cache.identity import checkpoint_key
 from influence_cli.cache.store import Rows, reading
-from influence_cli.cache.tensors import save
+from influence_cli.extraction.source import Gradients
 from influence_cli.methods import Question, ValueOptions
-from influence_cli.methods.adjoint import Adjoint
-from influence_cli.methods.backward import Taken, back, sizes, working_dtype
-from influence_cli.methods.over_time import New, Sums, Totals, Trace
-from influence_cli.methods.ranked import QUERY_BYTES, mean_query_row, query_rows
-from influence_cli.methods.segments import Plan
-from influence_cli.talk import Advance
+from influence_cli.methods.pairwise import QUERY_BYTES, mean_query_row, query_rows
+from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
+from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
+from influence_cli.methods.reverse.segments import Plan
+from influence_cli.methods.reverse.steps import Taken, back, sizes, working_dtype
+from influence_cli.progress import Advance
+from influence_cli.storage.atomic import replacing, writing
+from influence_cli.storage.safetensors_io import save
 
 KEEP_EVERY = 30.0  # seconds between what is kept of a job for when it is killed
 Take = Callable[[int, torch.dtype, int, bool], Iterator[Taken]]  # (Q, precision, stop, by layer) -> the steps below `stop`, last first

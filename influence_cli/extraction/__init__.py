@@ -1,0 +1,1 @@
+"""Run the model to fill the cache, or to stream past it."""

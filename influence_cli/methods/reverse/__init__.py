@@ -1,0 +1,1 @@
+"""Training run backward: segments, steps, the adjoint of each optimizer step."""

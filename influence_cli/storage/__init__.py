@@ -1,0 +1,1 @@
+"""Bytes on disk, shared by all rooms: atomic files, safetensors."""
