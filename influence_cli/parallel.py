@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from influence_cli.errors import RankLost, UsageProblem
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COARSE, FINE = 4096, 64  # shards are cut at multiples of these: units of the cache begin at powers of two, COARSE is their most
-EXPECTED = "expected: i/n (shard i of n, i from 1), auto, or auto/n in a job array that does not say how many there are"
+EXPECTED = "expected: i/n (shard i of n, counted from 1), or auto or auto/n in a job array of Slurm or Kubernetes"
 
 
 # ---------------------------------------------------------------- shards
@@ -75,66 +75,56 @@ def parse_shard(spec: str, environ: Mapping[str, str]) -> Shard:
     return _of_array(spec, count, environ)
 
 
-@dataclass(frozen=True)
-class Array:
-    """How a scheduler tells a job its place in an array. Slurm and SGE say where the array begins and ends and its step, LSF all but the
-    beginning, PBS and Kubernetes only the place."""
-
-    name: str
-    place: str
-    first: str | int
-    last: str | None = None
-    step: str | None = None
-    count: str | None = None
-    unset: str = ""  # what `place` is outside of an array
-
-
-ARRAYS = (
-    Array(
-        "Slurm", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT"
-    ),
-    Array("LSF", "LSB_JOBINDEX", 1, "LSB_JOBINDEX_END", "LSB_JOBINDEX_STEP", unset="0"),
-    Array("SGE", "SGE_TASK_ID", "SGE_TASK_FIRST", "SGE_TASK_LAST", "SGE_TASK_STEPSIZE", unset="undefined"),
-    Array("PBS", "PBS_ARRAY_INDEX", 1),
-    Array("PBS", "PBS_ARRAYID", 1),
-    Array("Kubernetes", "JOB_COMPLETION_INDEX", 0),
-)
-
-
 def _of_array(spec: str, count: int | None, environ: Mapping[str, str]) -> Shard:
-    """The place in a job array. With `count` the array is 1 to n (Kubernetes: 0 to n - 1), so that one job of it can be run again alone."""
-    array = next((array for array in ARRAYS if environ.get(array.place, "") not in ("", array.unset)), None)
-    if array is None:
-        looked = ", ".join(array.place for array in ARRAYS)
-        raise UsageProblem(f"--shard {spec}: this is no job of an array", f"looked for: {looked}", "--shard i/n says it outright")
+    """The place in a job array of Slurm or Kubernetes.
 
-    def number(name: str | int | None) -> int | None:
-        if not isinstance(name, str):
-            return name
-        text = environ.get(name, "")
-        if text and not text.isdecimal():
-            raise UsageProblem(f"--shard {spec}: {name} is {text!r}", "expected: a number", "--shard i/n says it outright")
-        return int(text) if text else None
-
-    place, first, last, step = number(array.place), number(array.first), number(array.last), number(array.step) or 1
-    assert place is not None
-    found = f"--shard {spec}: {array.place} is {place}"
-    if count is not None:
-        lowest = 0 if array.name == "Kubernetes" else 1
-        if not lowest <= place < lowest + count:
-            raise UsageProblem(found, f"expected: {lowest} to {lowest + count - 1}, the places of {count} jobs of {array.name}")
-        return Shard(place - lowest + 1, count)
-    if first is None or last is None:
+    With `count` the array's places are 1 to n (Kubernetes: 0 to n - 1), so that a single job of it can be re-run.
+    """
+    if environ.get("SLURM_ARRAY_TASK_ID"):
+        name, lowest = "SLURM_ARRAY_TASK_ID", 1
+    elif environ.get("JOB_COMPLETION_INDEX"):
+        name, lowest = "JOB_COMPLETION_INDEX", 0
+    else:
         raise UsageProblem(
-            f"{found}, and {array.name} does not say of how many",
-            f"--shard auto/n says it, where the array is {'0 to n - 1' if array.name == 'Kubernetes' else '1 to n'}",
+            f"--shard {spec}: this process is not part of a Slurm or Kubernetes job array",
+            "expected: SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX in the environment",
+            "name the shard: --shard $INDEX/$COUNT, counted from 1",
         )
+    place = _number(spec, name, environ)
+    if count is None:
+        return _slurm_shard(spec, place, environ) if lowest else _count_unknown(spec, place)
+    if not lowest <= place < lowest + count:
+        raise UsageProblem(f"--shard {spec}: {name} is {place}", f"expected: {lowest} to {lowest + count - 1} for an array of {count} jobs")
+    return Shard(place - lowest + 1, count)
+
+
+def _number(spec: str, name: str, environ: Mapping[str, str], default: int | None = None) -> int:
+    text = environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not text.isdecimal():
+        raise UsageProblem(f"--shard {spec}: {name} is {text!r}", "expected: a number", "name the shard: --shard $INDEX/$COUNT")
+    return int(text)
+
+
+def _count_unknown(spec: str, place: int) -> NoReturn:
+    raise UsageProblem(
+        f"--shard {spec}: JOB_COMPLETION_INDEX is {place}, and Kubernetes does not give the number of jobs",
+        "give the number: --shard auto/n, for an array from 0 to n - 1",
+    )
+
+
+def _slurm_shard(spec: str, place: int, environ: Mapping[str, str]) -> Shard:
+    """Slurm sets the first place, the last one, their step and (from version 19) the number of jobs."""
+    first, last = (_number(spec, f"SLURM_ARRAY_TASK_{name}", environ) for name in ("MIN", "MAX"))
+    step = _number(spec, "SLURM_ARRAY_TASK_STEP", environ, default=1)
     total = (last - first) // step + 1
-    told = number(array.count) or total
-    if first > 1 or not first <= place <= last or (place - first) % step or told != total:
+    count = _number(spec, "SLURM_ARRAY_TASK_COUNT", environ, default=total)
+    if first > 1 or not first <= place <= last or (place - first) % step or count != total:
         raise UsageProblem(
-            f"{found}, in an array with gaps, or one that begins elsewhere than at 0 or 1 ({first} to {last} by {step}, {told} jobs)",
-            "--shard auto/n, where the array is 1 to n, lets some of its jobs be run again; --shard i/n says it outright",
+            f"--shard {spec}: the Slurm array has gaps, or does not start at 0 or 1",
+            f"found: place {place} in {first} to {last}, step {step}, {count} jobs",
+            "give the number of shards to re-run some jobs of an array 1-n: --shard auto/n; or name the shard: --shard $INDEX/$COUNT",
         )
     return Shard((place - first) // step + 1, total)
 

@@ -19,9 +19,7 @@ SLURM = {
     "SLURM_ARRAY_TASK_STEP": "1",
     "SLURM_ARRAY_TASK_COUNT": "8",
 }
-LSF = {"LSB_JOBINDEX": "3", "LSB_JOBINDEX_END": "7", "LSB_JOBINDEX_STEP": "2"}
-SGE = {"SGE_TASK_ID": "4", "SGE_TASK_FIRST": "1", "SGE_TASK_LAST": "16", "SGE_TASK_STEPSIZE": "1"}
-NO_ARRAY = {"LSB_JOBINDEX": "0", "LSB_JOBINDEX_END": "0", "SGE_TASK_ID": "undefined", "SLURM_ARRAY_TASK_ID": ""}
+NO_ARRAY = {"SLURM_ARRAY_TASK_ID": "", "LSB_JOBINDEX": "3", "LSB_JOBINDEX_END": "7", "SGE_TASK_ID": "4"}
 
 READ = [
     ("1/1", {}, Shard(1, 1)),
@@ -30,12 +28,7 @@ READ = [
     ("auto", SLURM | {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_ID": "0"}, Shard(1, 8)),
     ("auto", SLURM | {"SLURM_ARRAY_TASK_MAX": "15", "SLURM_ARRAY_TASK_STEP": "2"}, Shard(4, 8)),
     ("auto", {name: SLURM[name] for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")}, Shard(7, 8)),
-    ("auto", LSF, Shard(2, 4)),
-    ("auto", SGE, Shard(4, 16)),
-    ("auto", NO_ARRAY | LSF, Shard(2, 4)),
     ("auto/8", SLURM | {"SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_COUNT": "1"}, Shard(7, 8)),  # again
-    ("auto/16", {"PBS_ARRAY_INDEX": "16"}, Shard(16, 16)),
-    ("auto/16", {"PBS_ARRAYID": "1"}, Shard(1, 16)),
     ("auto/16", {"JOB_COMPLETION_INDEX": "0"}, Shard(1, 16)),
     ("auto/16", {"JOB_COMPLETION_INDEX": "15"}, Shard(16, 16)),
 ]
@@ -44,20 +37,16 @@ REFUSED = [
     ("9/8", {}, "no such shard", "1/8 to 8/8"),
     ("1/0", {}, "no shards"),
     *((spec, {}, "expected: i/n") for spec in ("", "3", "auto/", "/8", "-1/8", "1/8/2", "1.5/8", "Auto", "²/8")),
-    ("auto", {}, "no job of an array", "SLURM_ARRAY_TASK_ID", "LSB_JOBINDEX", "SGE_TASK_ID", "PBS_ARRAY_INDEX", "JOB_COMPLETION_INDEX"),
-    ("auto/8", {}, "no job of an array"),
-    ("auto", NO_ARRAY, "no job of an array"),
-    ("auto", {"PBS_ARRAY_INDEX": "2"}, "PBS does not say of how many", "--shard auto/n", "1 to n"),
-    ("auto", {"JOB_COMPLETION_INDEX": "2"}, "Kubernetes does not say of how many", "0 to n - 1"),
-    ("auto", {"LSB_JOBINDEX": "2"}, "LSF does not say of how many"),
-    ("auto/16", {"PBS_ARRAY_INDEX": "0"}, "PBS_ARRAY_INDEX is 0", "expected: 1 to 16"),
-    ("auto/16", {"PBS_ARRAYID": "17"}, "PBS_ARRAYID is 17", "expected: 1 to 16"),
+    ("auto", {}, "not part of a Slurm or Kubernetes job array", "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"),
+    ("auto/8", {}, "--shard $INDEX/$COUNT"),
+    ("auto", NO_ARRAY, "--shard $INDEX/$COUNT"),
+    ("auto", {"JOB_COMPLETION_INDEX": "2"}, "Kubernetes does not give the number of jobs", "0 to n - 1"),
     ("auto/16", {"JOB_COMPLETION_INDEX": "16"}, "JOB_COMPLETION_INDEX is 16", "expected: 0 to 15"),
     ("auto/8", SLURM | {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_ID": "0"}, "SLURM_ARRAY_TASK_ID is 0", "expected: 1 to 8"),
     ("auto", SLURM | {"SLURM_ARRAY_TASK_ID": "seven"}, "SLURM_ARRAY_TASK_ID is 'seven'"),
-    ("auto", SLURM | {"SLURM_ARRAY_TASK_COUNT": "4"}, "an array with gaps", "1 to 8 by 1, 4 jobs"),
-    ("auto", SLURM | {"SLURM_ARRAY_TASK_STEP": "4"}, "an array with gaps"),
-    ("auto", SLURM | {"SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "2"}, "begins elsewhere than at 0 or 1", "run again"),
+    ("auto", SLURM | {"SLURM_ARRAY_TASK_COUNT": "4"}, "array has gaps", "1 to 8, step 1, 4 jobs"),
+    ("auto", SLURM | {"SLURM_ARRAY_TASK_STEP": "4"}, "array has gaps"),
+    ("auto", SLURM | {"SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "2"}, "does not start at 0 or 1", "re-run"),
 ]
 
 
