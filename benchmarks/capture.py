@@ -43,8 +43,14 @@ def time_all(names: list[str], repeats: int, train: int | None, projected: list[
             best = interleaved(jobs, repeats)
             unit = best["floor"] * work.n_ckpt
             ratios = " | ".join(f"{best[way] / unit:.2f}" for way in ("norms", "discarded"))
-            on_disk = " | ".join(f"{best[f'on disk {numbers}'] / unit:.2f} | {sizes[numbers] / 1e6:,.0f}" for numbers in ways)
-            print(f"| {name} | {len(work.xtr):,} x {work.n_ckpt} | {best['floor']:.3f} s | {ratios} | {on_disk} |", flush=True)
+            on_disk = " | ".join(
+                f"{best[f'on disk {numbers}'] / unit:.2f} | {sizes[numbers] / 1e6:,.0f}"
+                for numbers in ways
+            )
+            print(
+                f"| {name} | {len(work.xtr):,} x {work.n_ckpt} | {best['floor']:.3f} s | {ratios} | {on_disk} |",
+                flush=True,
+            )
 
 
 def memory(names: list[str], train: int | None) -> None:
@@ -62,7 +68,9 @@ def memory(names: list[str], train: int | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workloads", nargs="*", default=["w1", "w2", "w3"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--train", type=int)

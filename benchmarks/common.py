@@ -19,11 +19,16 @@ from workloads import Work, floor_seconds, write_run
 from influence_cli.cli.opening import Opened, open_shared
 from influence_cli.cli.options import Shared
 from influence_cli.cli.specs import ids as parse_ids
-from influence_cli.extraction.source import Gradients
+from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import METHODS, Question
 from influence_cli.output.ranking import TopRanking
 
-BATCHES = {"w1": (256, 1000), "w2": (32, 64), "w3": (32, 64, 250), "w4": (8, 16)}  # among them the floor's best
+BATCHES = {
+    "w1": (256, 1000),
+    "w2": (32, 64),
+    "w3": (32, 64, 250),
+    "w4": (8, 16),
+}  # among them the floor's best
 
 
 @contextmanager
@@ -42,13 +47,19 @@ def opened(run: Path, cache: str, **flags: object) -> Opened:
     return open_shared(Shared(run=run, cache=cache, quiet=True, **flags))
 
 
-def fresh(like: Opened, cache: str | None) -> Gradients:
+def fresh(like: Opened, cache: str | None) -> GradientSource:
     """Gradients that hold nothing in memory: of the same opened run, with the same or no cache."""
     old = like.gradients
-    return Gradients(like.run, old.settings, old.store if cache else None, old.device)
+    return GradientSource(like.run, old.settings, old.store if cache else None, old.device)
 
 
-def score(like: Opened, gradients: Gradients, queries: int | None = None, method: str = "tracin", embedding: str | None = None) -> float:
+def score(
+    like: Opened,
+    gradients: GradientSource,
+    queries: int | None = None,
+    method: str = "tracin",
+    embedding: str | None = None,
+) -> float:
     """Seconds from an opened run to the ranked top 10 of every query: capture, cache, products, ranking. `embedding`: for tracin-we."""
     columns = like.embedding(embedding) if METHODS[method].words else like.columns
     question = Question(
@@ -56,13 +67,15 @@ def score(like: Opened, gradients: Gradients, queries: int | None = None, method
         parse_ids("--queries", f"0:{queries}" if queries else None, len(like.run.query), "query", sys.stdin),
     )  # fmt: skip
     started = time.perf_counter()
-    for answer in METHODS[method].score()(gradients, question, lambda width, parts: TopRanking(width, parts, 10)):
+    for answer in METHODS[method].score()(
+        gradients, question, lambda width, parts: TopRanking(width, parts, 10)
+    ):
         for query in range(answer.ranking.queries):
             list(answer.ranking.entries(query))
     return time.perf_counter() - started
 
 
-def capture(like: Opened, gradients: Gradients, level: str = "values") -> float:
+def capture(like: Opened, gradients: GradientSource, level: str = "values") -> float:
     """Seconds to take (and, with a cache, keep) the gradients of every training example at every checkpoint."""
     columns, ids = list(like.columns), range(len(like.run.train))
     started = time.perf_counter()
@@ -89,7 +102,10 @@ def floor_of(work: Work) -> Callable[[], float]:
 
 
 def machine() -> str:
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -105,5 +121,9 @@ def peak_mb(command: Sequence[str]) -> tuple[float, float]:
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
     )
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=True)
-    return time.perf_counter() - started, int(done.stdout.split()[-1]) / (1024 if sys.platform != "darwin" else 1024**2)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], capture_output=True, text=True, check=True
+    )
+    return time.perf_counter() - started, int(done.stdout.split()[-1]) / (
+        1024 if sys.platform != "darwin" else 1024**2
+    )

@@ -46,10 +46,22 @@ AT_ONCE = 32  # models trained together; more fall out of the processor's caches
 # ---------------------------------------------------------------- what is deleted
 def ranked(flags: list[str], queries: list[int], cache: str) -> dict[tuple[int, str], list[int]]:
     """(query, kind) -> training examples, the strongest first."""
-    asked = ["--queries", ",".join(map(str, queries)), "--top", str(max(GRID)), "--format", "csv", "--cache", cache, "--quiet"]
+    asked = [
+        "--queries",
+        ",".join(map(str, queries)),
+        "--top",
+        str(max(GRID)),
+        "--format",
+        "csv",
+        "--cache",
+        cache,
+        "--quiet",
+    ]
     command = [sys.executable, "-m", "influence_cli", "score", str(RUN), *flags, *asked]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[tuple[int, str], list[int]] = {(query, kind): [] for query in queries for kind in KINDS}
+    found: dict[tuple[int, str], list[int]] = {
+        (query, kind): [] for query in queries for kind in KINDS
+    }
     for row in csv.DictReader(io.StringIO(done.stdout)):
         found[int(row["query"]), row["kind"]].append(int(row["train"]))
     return found
@@ -57,7 +69,11 @@ def ranked(flags: list[str], queries: list[int], cache: str) -> dict[tuple[int, 
 
 def at_random(queries: list[int], seed: int) -> dict[tuple[int, str], list[int]]:
     rng = np.random.default_rng(seed)
-    return {(query, kind): rng.permutation(train.TRAIN)[: max(GRID)].tolist() for query in queries for kind in KINDS}
+    return {
+        (query, kind): rng.permutation(train.TRAIN)[: max(GRID)].tolist()
+        for query in queries
+        for kind in KINDS
+    }
 
 
 def right_queries(number: int) -> list[int]:
@@ -76,7 +92,9 @@ def retrained(kept: Tensor, seed: int) -> dict[str, Tensor]:
     model, (texts, origins) = train.initial(seed), definition.train_data().tensors
     parameters, _ = stack_module_state([model] * len(kept))
 
-    def mean_loss(parameters: dict[str, Tensor], batch: tuple[Tensor, Tensor], kept: Tensor) -> Tensor:
+    def mean_loss(
+        parameters: dict[str, Tensor], batch: tuple[Tensor, Tensor], kept: Tensor
+    ) -> Tensor:
         losses = definition.loss(lambda texts: functional_call(model, parameters, (texts,)), batch)
         return (losses * kept).sum() / kept.sum()
 
@@ -96,7 +114,11 @@ def qualities(kept: Tensor, seed: int) -> Tensor:
     for some in kept.split(AT_ONCE):
         parameters = retrained(some, seed)
         with torch.no_grad():
-            losses = vmap(lambda own: definition.loss(lambda texts: functional_call(model, own, (texts,)), batch))(parameters)
+            losses = vmap(
+                lambda own: definition.loss(
+                    lambda texts: functional_call(model, own, (texts,)), batch
+                )
+            )(parameters)
             parts.append(-losses)
     return torch.cat(parts)
 
@@ -105,7 +127,10 @@ def reproduced() -> float:
     """Largest difference between the run's last checkpoint and a retraining that deletes nothing, relative to the largest weight."""
     saved = load_file(max((RUN / "checkpoints").iterdir()))
     found = retrained(torch.ones(1, train.TRAIN), 0)
-    return max(float((found[name][0] - saved[name]).abs().max() / saved[name].abs().max()) for name in saved)
+    return max(
+        float((found[name][0] - saved[name]).abs().max() / saved[name].abs().max())
+        for name in saved
+    )
 
 
 # ---------------------------------------------------------------- the table
@@ -118,7 +143,9 @@ def interval(values: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     flags = parser.parse_args()
@@ -129,10 +156,21 @@ def main() -> None:
         rankings = {name: ranked(method, queries, cache) for name, method in METHODS.items()}
     rankings["random"] = at_random(queries, 0)
     shortest = min(len(ids) for found in rankings.values() for ids in found.values())
-    print(f"{machine()}\n{len(queries)} queries, {flags.seeds} seeds; the shortest ranking has {shortest} of {max(GRID)} examples")
-    print(f"a retraining without deletions is the run's last checkpoint within {reproduced():.1e}\n", flush=True)
+    print(
+        f"{machine()}\n{len(queries)} queries, {flags.seeds} seeds; the shortest ranking has {shortest} of {max(GRID)} examples"
+    )
+    print(
+        f"a retraining without deletions is the run's last checkpoint within {reproduced():.1e}\n",
+        flush=True,
+    )
 
-    cases = [(name, kind, k, query) for name in rankings for kind in KINDS for k in GRID for query in queries]
+    cases = [
+        (name, kind, k, query)
+        for name in rankings
+        for kind in KINDS
+        for k in GRID
+        for query in queries
+    ]
     kept = torch.ones(1 + len(cases), train.TRAIN)  # row 0: the full training set
     for row, (name, kind, k, query) in zip(kept[1:], cases, strict=True):
         row[rankings[name][query, kind][:k]] = 0
@@ -146,9 +184,13 @@ def main() -> None:
     print(f"| | {' | '.join(f'k = {k}' for k in GRID)} | AUC |\n|---|{'---|' * (len(GRID) + 1)}")
     for j, sign in enumerate(("DEL+", "DEL-")):
         for i, name in enumerate(rankings):
-            cells = [interval(table[i, j, g]) for g in range(len(GRID))] + [interval(table[i, j].mean(0))]
+            cells = [interval(table[i, j, g]) for g in range(len(GRID))] + [
+                interval(table[i, j].mean(0))
+            ]
             print(f"| {sign} {name} | {' | '.join(cells)} |")
-    print(f"\n{len(kept) * flags.seeds:,} retrainings, {time.perf_counter() - started:.0f} s in all")
+    print(
+        f"\n{len(kept) * flags.seeds:,} retrainings, {time.perf_counter() - started:.0f} s in all"
+    )
 
 
 if __name__ == "__main__":

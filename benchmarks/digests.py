@@ -25,7 +25,10 @@ DIGITS = (
     *(f"score digits --method {method} --queries 57 --top all" for method in ("tracin", "dve")),
     *(f"score digits --method {method} --by layer --queries 57 --top 3" for method in METHODS),
     *(f"score digits --method {method} --by checkpoint --queries 57 --top 3" for method in METHODS),
-    *(f"score digits --method {method} --by step --queries 57 --top 2" for method in ("dve", "unroll --replay")),
+    *(
+        f"score digits --method {method} --by step --queries 57 --top 2"
+        for method in ("dve", "unroll --replay")
+    ),
     "score digits --method dve --curvature none --queries 57 --top 3",
     "score digits --method dve --form embedding --queries 57 --top 3 --train 0:200 --steps 480: --layers 2.*",
     "score digits --method dve --replay --at 240 --queries 57 --top 3",
@@ -46,7 +49,10 @@ DIGITS = (
     "evaluate digits tsloo --removals 6 --queries 0:5 --method dve --method tracin --format csv",
 )
 WORDS = (
-    *(f"score words --method {method} --queries 0 --top 5" for method in ("tracin", "grad-dot", "tracin-we")),
+    *(
+        f"score words --method {method} --queries 0 --top 5"
+        for method in ("tracin", "grad-dot", "tracin-we")
+    ),
     "score words --method tracin-we --by word --queries 0:3 --top 3",
     "score words --method tracin-we --by checkpoint --queries 0:3 --top 3",
     "score words --method tracin-we --special-tokens drop --top-words 5 --queries 0:3 --top 3 --by word",
@@ -55,7 +61,11 @@ WORDS = (
     "self words --top 20",
 )
 CHECKS = ("check digits", "check words")
-SHARDS = ("score digits --queries 0:5 --top 6", "score digits --queries 0:5 --top all", "self digits --top 15")
+SHARDS = (
+    "score digits --queries 0:5 --top 6",
+    "score digits --queries 0:5 --top all",
+    "self digits --top 15",
+)
 RANKS = (
     "score digits --queries 0:5 --top 6 --by layer",
     "score words --method tracin-we --by word --queries 0:3 --top 3",
@@ -69,15 +79,26 @@ class Runner:
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         self.folder = folder
-        self.environ = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+        self.environ = {
+            **os.environ,
+            "PYTHONPATH": str(checkout),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "160",
+        }
         for name in ("digits", "words"):
-            shutil.copytree(ROOT / "sample_runs" / name, folder / name, ignore=shutil.ignore_patterns(".influence"))
+            shutil.copytree(
+                ROOT / "sample_runs" / name,
+                folder / name,
+                ignore=shutil.ignore_patterns(".influence"),
+            )
 
     def output(self, *words: str, launch: tuple[str, ...] = ()) -> bytes:
         command = [sys.executable, *launch, "-m", "influence_cli", *words]
         done = subprocess.run(command, cwd=self.folder, env=self.environ, capture_output=True)
         if done.returncode:
-            sys.exit(f"{shlex.join(words)}: exit code {done.returncode}\n{done.stderr.decode()}")  # a case must be one that works
+            sys.exit(
+                f"{shlex.join(words)}: exit code {done.returncode}\n{done.stderr.decode()}"
+            )  # a case must be one that works
         return done.stdout
 
     def shards(self, line: str) -> bytes:
@@ -103,15 +124,36 @@ def outputs(runner: Runner):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, default=ROOT, metavar="DIR", help="the checkout whose package runs (default: this one)")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="digests that were printed before")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="also write each output to DIR, as 000.txt, 001.txt, ...")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkout",
+        type=Path,
+        default=ROOT,
+        metavar="DIR",
+        help="the checkout whose package runs (default: this one)",
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="digests that were printed before"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="also write each output to DIR, as 000.txt, 001.txt, ...",
+    )
     flags = parser.parse_args()
-    before = dict(reversed(line.split("  ", 1)) for line in flags.compare.read_text().splitlines()) if flags.compare else {}
+    before = (
+        dict(reversed(line.split("  ", 1)) for line in flags.compare.read_text().splitlines())
+        if flags.compare
+        else {}
+    )
     different = 0
     with tempfile.TemporaryDirectory(prefix="influence-digests-") as folder:
-        for number, (line, content) in enumerate(outputs(Runner(flags.checkout.resolve(), Path(folder)))):
+        for number, (line, content) in enumerate(
+            outputs(Runner(flags.checkout.resolve(), Path(folder)))
+        ):
             digest = hashlib.sha256(content).hexdigest()[:16]
             changed = bool(before) and before.get(line) != digest
             different += changed

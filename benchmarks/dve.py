@@ -21,13 +21,17 @@ from influence_cli.run.learning_rates import weigh
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--queries", type=int, nargs="*", default=[10, 100])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
     flags = parser.parse_args()
     print(machine())
-    print("| queries | occurrences | read | products | dve | dve / max(read, products) | peak MB |\n|---|---|---|---|---|---|---|")
+    print(
+        "| queries | occurrences | read | products | dve | dve / max(read, products) | peak MB |\n|---|---|---|---|---|---|---|"
+    )
     with workload("w1") as (work, run):
         trajectory(run, len(work.xtr), flags.steps, flags.batch)
         live = opened(run, str(run / ".influence"))
@@ -37,9 +41,22 @@ def main() -> None:
                 values=ValueOptions("fisher", form="query"),
             )  # fmt: skip
             score(live, question)
-            best = [min(job() for _ in range(3)) for job in (lambda q=question: read(live, q), lambda q=queries: products(work, flags, q))]
+            best = [
+                min(job() for _ in range(3))
+                for job in (
+                    lambda q=question: read(live, q),
+                    lambda q=queries: products(work, flags, q),
+                )
+            ]
             found = min(score(live, question) for _ in range(3))
-            command = [str(Path(torch.__file__).parents[4] / "bin" / "influence"), "score", str(run), "--method", "dve", "--quiet"]
+            command = [
+                str(Path(torch.__file__).parents[4] / "bin" / "influence"),
+                "score",
+                str(run),
+                "--method",
+                "dve",
+                "--quiet",
+            ]
             _, peak = peak_mb([*command, "--queries", f"0:{queries}"])
             print(
                 f"| {queries} | {flags.steps * flags.batch:,} | {best[0]:.2f} s | {best[1]:.2f} s | {found:.2f} s "
@@ -50,9 +67,24 @@ def main() -> None:
 
 def trajectory(run: Path, examples: int, steps: int, batch: int) -> None:
     """Checkpoints at 0, 1/2 and the end of a training that never was: time does not depend on it."""
-    head = {"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": "sgd"}}
+    head = {
+        "format": "influence-trajectory",
+        "version": 1,
+        "reduction": "mean",
+        "optimizer": {"name": "sgd"},
+    }
     order = torch.Generator().manual_seed(0)
-    lines = [head, *({"step": t, "lr": 1e-3, "examples": torch.randperm(examples, generator=order)[:batch].tolist()} for t in range(steps))]
+    lines = [
+        head,
+        *(
+            {
+                "step": t,
+                "lr": 1e-3,
+                "examples": torch.randperm(examples, generator=order)[:batch].tolist(),
+            }
+            for t in range(steps)
+        ),
+    ]
     (run / "trajectory.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     from safetensors.torch import load_file, save_file
 
@@ -64,7 +96,9 @@ def trajectory(run: Path, examples: int, steps: int, batch: int) -> None:
 
 def score(live, question: Question) -> float:
     started = time.perf_counter()
-    for answer in METHODS["dve"].score()(fresh(live, "kept"), question, lambda width, parts: TopRanking(width, parts, 10)):
+    for answer in METHODS["dve"].score()(
+        fresh(live, "kept"), question, lambda width, parts: TopRanking(width, parts, 10)
+    ):
         for query in range(answer.ranking.queries):
             list(answer.ranking.entries(query))
     return time.perf_counter() - started
@@ -74,7 +108,9 @@ def read(live, question: Question) -> float:
     gradients, started = fresh(live, "kept"), time.perf_counter()
     going = plan(live.run, question.checkpoints, question.columns)
     for segment in going.segments:
-        for _ in gradients.read("train", segment.checkpoint, list(question.columns), going.examples(segment)):
+        for _ in gradients.read(
+            "train", segment.checkpoint, list(question.columns), going.examples(segment)
+        ):
             pass
     return time.perf_counter() - started
 

@@ -40,7 +40,9 @@ CASES = {
 def peak(arguments: list[str], folder: Path) -> tuple[float, float]:
     """Seconds and peak resident MB of a command."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "influence_cli", *arguments], cwd=folder, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "influence_cli", *arguments], cwd=folder, stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, arguments
     return time.perf_counter() - started, usage.ru_maxrss / 1024
@@ -48,7 +50,9 @@ def peak(arguments: list[str], folder: Path) -> tuple[float, float]:
 
 def main() -> None:
     counts = [int(float(count)) for count in sys.argv[1:]] or [10_000, 1_000_000]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    )
     print(f"{'':28}" + "".join(f"{count:>14,} examples" for count in counts))
     results: dict[str, list[str]] = {name: [] for name in CASES}
     for count in counts:
@@ -57,7 +61,11 @@ def main() -> None:
             (folder / "checkpoints").mkdir()
             (folder / "definition.py").write_text(DEFINITION.format(count=count))
             torch.manual_seed(0)
-            save_file(torch.nn.Linear(4, 1).state_dict(), folder / "checkpoints" / "step-1.safetensors", metadata={"learning_rate": "0.1"})
+            save_file(
+                torch.nn.Linear(4, 1).state_dict(),
+                folder / "checkpoints" / "step-1.safetensors",
+                metadata={"learning_rate": "0.1"},
+            )
             for case, flags in CASES.items():
                 seconds, megabytes = peak(["score", ".", "--quiet", *flags], folder)
                 results[case].append(f"{seconds:9.1f} s {megabytes:7.0f} MB")

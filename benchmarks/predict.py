@@ -23,20 +23,41 @@ def number(text: str, pattern: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workloads", nargs="*", default=["w1", "w2", "w3"])
     parser.add_argument("--train", type=int)
     flags = parser.parse_args()
     print(machine())
-    print("| | disk: predicted | found | memory: predicted | found | time: predicted | found |\n|---|---|---|---|---|---|---|")
+    print(
+        "| | disk: predicted | found | memory: predicted | found | time: predicted | found |\n|---|---|---|---|---|---|---|"
+    )
     for name in flags.workloads:
         with workload(name, flags.train) as (_, run):
-            said = subprocess.run([*INFLUENCE, "inspect", str(run)], capture_output=True, text=True, check=True).stdout
+            said = subprocess.run(
+                [*INFLUENCE, "inspect", str(run)], capture_output=True, text=True, check=True
+            ).stdout
             start, _ = peak_mb(
-                [*INFLUENCE, "cache", str(run), "--train", "0", "--queries", "0", "--steps", "100", "--cache", str(run / "x")]
+                [
+                    *INFLUENCE,
+                    "cache",
+                    str(run),
+                    "--train",
+                    "0",
+                    "--queries",
+                    "0",
+                    "--steps",
+                    "100",
+                    "--cache",
+                    str(run / "x"),
+                ]
             )
             seconds, peak = peak_mb([*INFLUENCE, "cache", str(run)])
-            size = sum(path.stat().st_size for path in (run / ".influence").rglob("*.safetensors")) / 1e6
+            size = (
+                sum(path.stat().st_size for path in (run / ".influence").rglob("*.safetensors"))
+                / 1e6
+            )
             disk = number(said, r"([\d.,]+) (\w+) to store")
             memory = number(said, r"memory +about ([\d.,]+) (\w+)")
             time = number(said, r"time to compute +about ([\d.,]+) (\w+)")

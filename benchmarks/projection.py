@@ -78,7 +78,9 @@ def loss(model, batch):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", required=True)
     parser.add_argument("--images", help="without: the GPT alone")
     parser.add_argument("--steps", type=int, default=1500, help="of the GPT's training")
@@ -90,29 +92,46 @@ def main() -> None:
         assert old in gpt, old
         gpt = gpt.replace(old, new)
     with tempfile.TemporaryDirectory(prefix="influence-projection-") as place:
-        run = trained(Path(place) / "gpt", gpt.format(data=flags.text), batch=32, rate=2e-3, steps=flags.steps)
+        run = trained(
+            Path(place) / "gpt", gpt.format(data=flags.text), batch=32, rate=2e-3, steps=flags.steps
+        )
         sample = sampled(run, [f"blocks.*.{name}.weight" for name in ("qkv", "out", "up", "down")])
         found = projections("GPT", sample)
         ours, theirs = found["tensor-sketch", 64].spearman, found["kronecker", 1024].spearman
         verdict = "beats" if ours > theirs else "does not beat"
-        print(f"\nA tensor sketch of 64 numbers ({ours:.3f}) {verdict} the kronecker map of 1,024 ({theirs:.3f}).")
+        print(
+            f"\nA tensor sketch of 64 numbers ({ours:.3f}) {verdict} the kronecker map of 1,024 ({theirs:.3f})."
+        )
         stores("GPT", sample)
         if flags.images is None:
             return
-        run = trained(Path(place) / "classifier", CLASSIFIER.format(data=flags.images), batch=128, rate=1e-3, steps=12000, until=0.002)
+        run = trained(
+            Path(place) / "classifier",
+            CLASSIFIER.format(data=flags.images),
+            batch=128,
+            rate=1e-3,
+            steps=12000,
+            until=0.002,
+        )
         sample = sampled(run, ["*.weight"])
         projections("classifier", sample)
         stores("classifier", sample)
 
 
-def trained(folder: Path, definition: str, batch: int, rate: float, steps: int, until: float = 0.0) -> Path:
+def trained(
+    folder: Path, definition: str, batch: int, rate: float, steps: int, until: float = 0.0
+) -> Path:
     """A run folder with the last checkpoint of a training by AdamW, at most so many steps, until the loss of the training set is low."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "definition.py").write_text(definition)
     space: dict = {}
     exec(definition, space)
     torch.manual_seed(0)
-    model, data, queries = space["model"](), space["train_data"]().tensors, space["query_data"]().tensors
+    model, data, queries = (
+        space["model"](),
+        space["train_data"]().tensors,
+        space["query_data"]().tensors,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, rate / 10)
 
@@ -121,7 +140,12 @@ def trained(folder: Path, definition: str, batch: int, rate: float, steps: int, 
         with torch.no_grad():
             return float(space["loss"](model, [tensor[some] for tensor in tensors]).mean())
 
-    started, first, ids, done = time.perf_counter(), mean_loss(data), torch.empty(0, dtype=torch.int64), 0
+    started, first, ids, done = (
+        time.perf_counter(),
+        mean_loss(data),
+        torch.empty(0, dtype=torch.int64),
+        0,
+    )
     while done < steps:
         ids = ids if len(ids) >= batch else torch.randperm(len(data[0]))
         chosen, ids = ids[:batch], ids[batch:]
@@ -133,7 +157,9 @@ def trained(folder: Path, definition: str, batch: int, rate: float, steps: int, 
         if done % 500 == 0 and mean_loss(data) < until:
             break
     seconds = time.perf_counter() - started
-    save_model(model, str(folder / "checkpoints" / f"step-{done:06d}.safetensors"), {"learning_rate": "1"})
+    save_model(
+        model, str(folder / "checkpoints" / f"step-{done:06d}.safetensors"), {"learning_rate": "1"}
+    )
     print(
         f"\n{folder.name}: {done:,} steps, {seconds:.0f} s, training loss {first:.3f} -> {mean_loss(data):.4f}, "
         f"of held-out examples {mean_loss(queries):.4f}",
@@ -152,20 +178,33 @@ def sampled(run: Path, layers: list[str]) -> Sample:
 # ---------------------------------------------------------------- projections
 def projections(name: str, sample: Sample) -> dict[tuple[str, int], Fidelity]:
     """Prints what each kind does; of each the first seed's, with the means over the seeds."""
-    drawn: dict[tuple[str, int], list[Fidelity]] = {(kind, numbers): [] for kind in KINDS for numbers in SIZES}
+    drawn: dict[tuple[str, int], list[Fidelity]] = {
+        (kind, numbers): [] for kind in KINDS for numbers in SIZES
+    }
     for seed in range(SEEDS):
         gaussian = Gaussian(sample, max(SIZES), seed)
-        maps = {(kind, numbers): Projection(kind, numbers, seed) for kind in KINDS[:-1] for numbers in SIZES}
-        ways: dict[tuple[str, int], Way] = {key: projected(projection) for key, projection in maps.items()}
+        maps = {
+            (kind, numbers): Projection(kind, numbers, seed)
+            for kind in KINDS[:-1]
+            for numbers in SIZES
+        }
+        ways: dict[tuple[str, int], Way] = {
+            key: projected(projection) for key, projection in maps.items()
+        }
         ways |= {(KINDS[-1], numbers): gaussian.way(numbers) for numbers in SIZES}
         scores, _ = sample.scores({"exact": exactly} | {str(key): way for key, way in ways.items()})
         for key in ways:
-            drawn[key].append(sample.compare(str(key), scores[str(key)], scores["exact"], 0.0, maps.get(key)))
+            drawn[key].append(
+                sample.compare(str(key), scores[str(key)], scores["exact"], 0.0, maps.get(key))
+            )
     found = {key: averaged(many) for key, many in drawn.items()}
     for title, of in FIGURES.items():
         print(f"\n{name}, {title}:\n\n| K | {' | '.join(KINDS)} |\n|{'---|' * (len(KINDS) + 1)}")
         for numbers in SIZES:
-            print(f"| {numbers:,} | {' | '.join(f'{of(found[kind, numbers]):.3f}' for kind in KINDS)} |", flush=True)
+            print(
+                f"| {numbers:,} | {' | '.join(f'{of(found[kind, numbers]):.3f}' for kind in KINDS)} |",
+                flush=True,
+            )
     return found
 
 
@@ -183,7 +222,9 @@ class Gaussian:
     def __init__(self, sample: Sample, numbers: int, seed: int) -> None:
         random = torch.Generator().manual_seed(seed)
         shapes = {name: sample.gradients.run.columns[name].numel for name in sample.columns}
-        self.maps = {name: torch.randn(numbers, size, generator=random) for name, size in shapes.items()}
+        self.maps = {
+            name: torch.randn(numbers, size, generator=random) for name, size in shapes.items()
+        }
 
     def way(self, numbers: int) -> Way:
         def keep(name: str, form: Form) -> Form:
@@ -196,7 +237,8 @@ class Gaussian:
 def averaged(many: list[Fidelity]) -> Fidelity:
     first = many[0]
     error, pearson, spearman, overlap = (
-        float(np.mean([getattr(found, figure) for found in many])) for figure in ("error", "pearson", "spearman", "overlap")
+        float(np.mean([getattr(found, figure) for found in many]))
+        for figure in ("error", "pearson", "spearman", "overlap")
     )
     return Fidelity(first.kept, error, 0.0, pearson, spearman, overlap, first.pairs, first.numbers)
 
@@ -204,10 +246,20 @@ def averaged(many: list[Fidelity]) -> Fidelity:
 # ---------------------------------------------------------------- stores
 def stores(name: str, sample: Sample) -> None:
     """Prints what each store does to exact gradients, and to tensor sketches of 256: against the same in the precision of the run."""
-    heads = ("gradients", "store", "bytes per example", "relative error", "of gradients of 1e-12", "without a scale")
+    heads = (
+        "gradients",
+        "store",
+        "bytes per example",
+        "relative error",
+        "of gradients of 1e-12",
+        "without a scale",
+    )
     heads += ("Pearson", "Spearman", "top-10 overlap")
     print(f"\n{name}, stored:\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for kind, before in {"exact": exactly, "tensor-sketch 256": projected(Projection("tensor-sketch", 256))}.items():
+    for kind, before in {
+        "exact": exactly,
+        "tensor-sketch 256": projected(Projection("tensor-sketch", 256)),
+    }.items():
         ways: dict[str, Way] = {"as they are": before}
         for store in STORES:
             ways[f"{store}"] = stored(before, store)
@@ -216,15 +268,24 @@ def stores(name: str, sample: Sample) -> None:
         scores, _ = sample.scores(ways)
         exact = scores["as they are"]
         for store in STORES:
-            found, tiny, plain = (sample.compare(kind, scores[f"{store}{of}"], exact, 0.0, None) for of in ("", ", tiny", ", bare"))
+            found, tiny, plain = (
+                sample.compare(kind, scores[f"{store}{of}"], exact, 0.0, None)
+                for of in ("", ", tiny", ", bare")
+            )
             figures = f"{found.error:.1e} | {tiny.error:.1e} | {plain.error:.1e} | {found.pearson:.6f} | {found.spearman:.6f}"
             size = bytes_of(sample, before, store)
-            print(f"| {kind} | {str(store)[6:]} | {size:,.0f} | {figures} | {found.overlap:.3f} |", flush=True)
+            print(
+                f"| {kind} | {str(store)[6:]} | {size:,.0f} | {figures} | {found.overlap:.3f} |",
+                flush=True,
+            )
 
 
 def times(form: Form, factor: float) -> Form:
     """Of factors the left ones are multiplied."""
-    scaled = {part: value * factor if part in ("values", "left") else value for part, value in form.tensors().items()}
+    scaled = {
+        part: value * factor if part in ("values", "left") else value
+        for part, value in form.tensors().items()
+    }
     return from_tensors(form.kind, form.shape, scaled)
 
 

@@ -39,7 +39,9 @@ def work(run: Path, cache: str) -> None:
 def discard(live: Opened) -> float:
     started = time.perf_counter()
     for checkpoint in live.checkpoints:
-        for block in list(blocks(range(len(live.run.train)), 256))[live.ranks.rank :: live.ranks.count]:
+        for block in list(blocks(range(len(live.run.train)), 256))[
+            live.ranks.rank :: live.ranks.count
+        ]:
             for _ in live.gradients.read("train", checkpoint, list(live.columns), block):
                 pass
     live.ranks.wait()
@@ -49,13 +51,19 @@ def discard(live: Opened) -> float:
 def timed(run: Path, ranks: int, cache: str) -> float:
     """Seconds that so many ranks say they took."""
     shutil.rmtree(run / ".influence", ignore_errors=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     command = [sys.executable, *launch, __file__, "--work", str(run), cache]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workloads", nargs="*", default=["w3"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--train", type=int, default=1024)
@@ -70,11 +78,15 @@ def main() -> None:
         with workload(name, flags.train) as (asked, run):
             pairs = len(asked.xtr) * asked.n_ckpt
             for way, cache in (("on disk", str(run / ".influence")), ("discarded", "none")):
-                jobs = {str(ranks): lambda ranks=ranks, cache=cache: timed(run, ranks, cache) for ranks in (1, 2)}
+                jobs = {
+                    str(ranks): lambda ranks=ranks, cache=cache: timed(run, ranks, cache)
+                    for ranks in (1, 2)
+                }
                 best = interleaved(jobs, flags.repeats)
                 one, two = (pairs / best[ranks] for ranks in ("1", "2"))
                 print(
-                    f"| {name} | {len(asked.xtr):,} x {asked.n_ckpt} | {way} | {one:,.0f}/s | {two:,.0f}/s | {two / one:.2f} |", flush=True
+                    f"| {name} | {len(asked.xtr):,} x {asked.n_ckpt} | {way} | {one:,.0f}/s | {two:,.0f}/s | {two / one:.2f} |",
+                    flush=True,
                 )
 
 

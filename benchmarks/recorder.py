@@ -33,9 +33,17 @@ def training(name: str) -> tuple[torch.nn.Module, int, Callable[[Tensor], Tensor
         import definition
 
         model, (images, labels, truth) = definition.model(), definition.train_data().tensors
-        return model, len(images), lambda ids: definition.loss(model, (images[ids], labels[ids], truth[ids])).mean()
+        return (
+            model,
+            len(images),
+            lambda ids: definition.loss(model, (images[ids], labels[ids], truth[ids])).mean(),
+        )
     work = Work(name)
-    return work.model, len(work.xtr), lambda ids: work.loss_each(work.model(work.xtr[ids]), work.ytr[ids]).mean()
+    return (
+        work.model,
+        len(work.xtr),
+        lambda ids: work.loss_each(work.model(work.xtr[ids]), work.ytr[ids]).mean(),
+    )
 
 
 def measure(name: str, repeats: int, every: int, folder: Path) -> str:
@@ -77,13 +85,19 @@ def measure(name: str, repeats: int, every: int, folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", default=["digits", "w1", "w2", "w3", "w4"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--every", type=int, default=100)
     flags = parser.parse_args()
     print(machine())
-    print("| | batch | MB | step, ms | line, us | checkpoint, ms | line | checkpoint | both | recorded / plain |\n" + "|---" * 10 + "|")
+    print(
+        "| | batch | MB | step, ms | line, us | checkpoint, ms | line | checkpoint | both | recorded / plain |\n"
+        + "|---" * 10
+        + "|"
+    )
     for name in flags.names:
         folder = Path(tempfile.mkdtemp(prefix="influence-recorder-"))
         try:

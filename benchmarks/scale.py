@@ -26,13 +26,18 @@ def measured(name: str, work: Callable[[], object]) -> object:
     """Runs it, and prints its seconds and how far it raised the process's memory."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     found = work()
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, after = (
+        time.perf_counter() - started,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
     print(f"| {name} | {seconds:.3f} s | {(after - before) / 1e3:,.0f} MB | {found} |", flush=True)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000_000)
     parser.add_argument("--project", type=int, default=64)
     parser.add_argument("--files", type=int, default=250_000)
@@ -46,7 +51,9 @@ def main() -> None:
         everything = range(flags.rows)
         gradients.sizes("train", names)  # probed as `inspect` does
         unit = gradients.unit_size("train", names, "values")
-        print(f"{flags.rows:,} rows of {LAYERS} x {flags.project} numbers at one checkpoint, units of {unit}")
+        print(
+            f"{flags.rows:,} rows of {LAYERS} x {flags.project} numbers at one checkpoint, units of {unit}"
+        )
         print("| | time | memory | found |\n|---|---|---|---|")
 
         def plan(ids=everything) -> str:
@@ -56,7 +63,10 @@ def main() -> None:
         measured("plan, fresh", plan)
         measured("plan of shard 500/1000", lambda: plan(Shard(500, 1000).of(everything)))
         jobs = gradients.missing("train", [(checkpoint, everything)], names, "values")
-        measured("every 1,000th unit named", lambda: sum(1 for number in range(0, len(jobs), 1000) if jobs[number].unit))
+        measured(
+            "every 1,000th unit named",
+            lambda: sum(1 for number in range(0, len(jobs), 1000) if jobs[number].unit),
+        )
         first = jobs[0].unit.path
         first.parent.mkdir(parents=True)
         head = {"columns": names, "level": "values", "definition": run.run.definition.digest}
@@ -66,12 +76,23 @@ def main() -> None:
         size = gradients.unit_size("train", names, "values")
         count = min(flags.files, len(jobs))
         for number in range(count):
-            os.close(os.open(first.parent / f"{number * size:012d}-{min(number * size + size, flags.rows):012d}.safetensors", os.O_CREAT))
+            os.close(
+                os.open(
+                    first.parent
+                    / f"{number * size:012d}-{min(number * size + size, flags.rows):012d}.safetensors",
+                    os.O_CREAT,
+                )
+            )
         gradients._held.clear()
-        measured(f"what is there, {count:,} files", lambda: f"{len(gradients.held('train', checkpoint).units):,} units")
+        measured(
+            f"what is there, {count:,} files",
+            lambda: f"{len(gradients.held('train', checkpoint).units):,} units",
+        )
         measured(
             "plan, that much there",
-            lambda: f"{len(gradients.missing('train', [(checkpoint, everything)], names, 'values')):,} units missing",
+            lambda: (
+                f"{len(gradients.missing('train', [(checkpoint, everything)], names, 'values')):,} units missing"
+            ),
         )
         stored, _ = gradients.needs("train", names, flags.rows)
         records = sum(path.stat().st_size for path in (folder / "cache").rglob("*.json"))

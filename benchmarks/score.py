@@ -13,13 +13,17 @@ from common import floor_of, fresh, interleaved, machine, opened, score, workloa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workloads", nargs="*", default=["w1", "w2", "w3"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--train", type=int)
     flags = parser.parse_args()
     print(machine())
-    print("| | examples x queries x checkpoints | floor | none | disk | again | MB kept |\n|---|---|---|---|---|---|---|")
+    print(
+        "| | examples x queries x checkpoints | floor | none | disk | again | MB kept |\n|---|---|---|---|---|---|---|"
+    )
     for name in flags.workloads:
         with workload(name, flags.train) as (work, run):
             kept = run / ".influence"
@@ -38,7 +42,12 @@ def main() -> None:
                 return score(run_, run_.gradients)
 
             live = opened(run, "none")
-            jobs = {"floor": floor_of(work), "none": lambda live=live: score(live, fresh(live, None)), "disk": disk, "again": again}
+            jobs = {
+                "floor": floor_of(work),
+                "none": lambda live=live: score(live, fresh(live, None)),
+                "disk": disk,
+                "again": again,
+            }
             best = interleaved(jobs, flags.repeats)
             unit = best["floor"] * work.n_ckpt
             ratios = " | ".join(f"{best[way] / unit:.2f}" for way in ("none", "disk", "again"))

@@ -20,7 +20,7 @@ import torch
 from common import machine, opened, score
 from safetensors.torch import save_file
 
-from influence_cli.cache.store import Rows
+from influence_cli.cache.store import GradientRows
 from influence_cli.cli.opening import Opened
 from influence_cli.gradients.forms import Projected, products
 from influence_cli.storage.safetensors_io import TensorFile, memory
@@ -47,7 +47,11 @@ def make_run(folder: Path, rows: int) -> None:
     (folder / "definition.py").write_text(DEFINITION.replace("ROWS", str(rows)))
     space: dict = {}
     exec(DEFINITION.replace("ROWS", str(rows)), space)
-    save_file(space["model"]().state_dict(), folder / "checkpoints" / "step-1.safetensors", {"learning_rate": "0.1"})
+    save_file(
+        space["model"]().state_dict(),
+        folder / "checkpoints" / "step-1.safetensors",
+        {"learning_rate": "0.1"},
+    )
 
 
 def fill(run: Opened) -> float:
@@ -55,15 +59,29 @@ def fill(run: Opened) -> float:
     gradients, names = run.gradients, list(run.columns)
     assert gradients.store is not None
     started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
-    jobs = gradients.missing("train", [(run.checkpoints[0], range(len(run.run.train)))], names, "values")
+    jobs = gradients.missing(
+        "train", [(run.checkpoints[0], range(len(run.run.train)))], names, "values"
+    )
     values = torch.randn(4096 + 509, LAYERS * NUMBERS, generator=generator)
     with gradients.store.writer(gradients.settings.store, 1 << 40) as write:
         for number, job in enumerate(jobs):
             size = len(job.ids)
             some = values[number % 509 :][:size]
-            forms = {name: Projected(run.columns[name].shape, some[:, k * NUMBERS : (k + 1) * NUMBERS]) for k, name in enumerate(names)}
+            forms = {
+                name: Projected(run.columns[name].shape, some[:, k * NUMBERS : (k + 1) * NUMBERS])
+                for k, name in enumerate(names)
+            }
             zeros = torch.ones(size, dtype=torch.float64)
-            write(job.unit, Rows(job.ids, zeros, run.run.train.digests(job.ids), dict.fromkeys(names, zeros), forms))
+            write(
+                job.unit,
+                GradientRows(
+                    job.ids,
+                    zeros,
+                    run.run.train.digests(job.ids),
+                    dict.fromkeys(names, zeros),
+                    forms,
+                ),
+            )
     return time.perf_counter() - started
 
 
@@ -96,7 +114,9 @@ def gemm(rows: int, queries: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--queries", type=int, nargs="*", default=[1, 10, 100, 400])
     parser.add_argument("--store", default="float32")
@@ -116,7 +136,9 @@ def main() -> None:
             f"{flags.rows:,} rows of {LAYERS * NUMBERS:,} {flags.store} numbers, {size / 1e9:.1f} GB in {len(paths):,} files, written in "
             f"{seconds:.0f} s"
         )
-        print("| queries | page cache | disk alone | GEMM alone | score | of the slower | MB at most |\n|---|---|---|---|---|---|---|")
+        print(
+            "| queries | page cache | disk alone | GEMM alone | score | of the slower | MB at most |\n|---|---|---|---|---|---|---|"
+        )
         for queries in flags.queries:
             for state in ("cold", "warm"):
                 best = {"disk": np.inf, "gemm": np.inf, "score": np.inf}
@@ -130,7 +152,9 @@ def main() -> None:
                         work = {
                             "disk": lambda: read_all(paths),
                             "gemm": lambda queries=queries: gemm(flags.rows, queries),
-                            "score": lambda again=again, queries=queries: score(again, again.gradients, queries),
+                            "score": lambda again=again, queries=queries: score(
+                                again, again.gradients, queries
+                            ),
                         }[name]
                         best[name] = min(best[name], work())
                 part = max(best["disk"], best["gemm"]) / best["score"]

@@ -135,14 +135,21 @@ def trained(name: str, folder: Path, data: str, rate: float | None = None) -> tu
     text, steps, batch, kind, usual, options = RUNS[name]
     rate = rate or usual
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "definition.py").write_text(text.format(data=data, activation="ReLU" if name == "relu" else "GELU"))
+    (folder / "definition.py").write_text(
+        text.format(data=data, activation="ReLU" if name == "relu" else "GELU")
+    )
     space: dict = {}
     exec((folder / "definition.py").read_text(), space)
     torch.manual_seed(0)
     model, examples = space["model"](), space["train_data"]()
     optimizer = getattr(torch.optim, kind)(model.parameters(), rate, **options)
     order = torch.Generator().manual_seed(1)
-    head = {"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": kind.lower(), **options}}
+    head = {
+        "format": "influence-trajectory",
+        "version": 1,
+        "reduction": "mean",
+        "optimizer": {"name": kind.lower(), **options},
+    }
     lines = [head]
     for step in range(steps + 1):
         save_file(dict(model.state_dict()), folder / "checkpoints" / f"step-{step:06d}.safetensors")
@@ -155,8 +162,13 @@ def trained(name: str, folder: Path, data: str, rate: float | None = None) -> tu
     (folder / "trajectory.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     queries = space["query_data"]().tensors
     with torch.no_grad():
-        outputs, answers = space["outputs"](model, queries), queries[1] if len(queries) > 1 else queries[0][:, 1:]
-        return float(space["loss_from_outputs"](outputs, queries).mean()), float((outputs.argmax(-1) == answers).double().mean())
+        outputs, answers = (
+            space["outputs"](model, queries),
+            queries[1] if len(queries) > 1 else queries[0][:, 1:],
+        )
+        return float(space["loss_from_outputs"](outputs, queries).mean()), float(
+            (outputs.argmax(-1) == answers).double().mean()
+        )
 
 
 def settings(name: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -190,61 +202,141 @@ def late(run: Path, queries: int, flags: tuple[str, ...]) -> float:
     from influence_cli.evaluate.correlation import spearman
 
     file = next((run / ".influence" / "evaluate").glob("*.jsonl"))
-    removed = [record for record in map(json.loads, file.read_text().splitlines()) if "truth" in record and record["step"] >= 10]
+    removed = [
+        record
+        for record in map(json.loads, file.read_text().splitlines())
+        if "truth" in record and record["step"] >= 10
+    ]
     ids = ",".join(sorted({str(record["example"]) for record in removed}))
-    command = [sys.executable, "-m", "influence_cli", "score", str(run), "--top", "all", "--by", "step", "--quiet", "--format", "csv"]
-    done = subprocess.run([*command, "--train", ids, "--queries", f"0:{queries}", *flags], capture_output=True, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "influence_cli",
+        "score",
+        str(run),
+        "--top",
+        "all",
+        "--by",
+        "step",
+        "--quiet",
+        "--format",
+        "csv",
+    ]
+    done = subprocess.run(
+        [*command, "--train", ids, "--queries", f"0:{queries}", *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     scores: dict[tuple[int, int], dict[int, float]] = {}
     for row in csv.DictReader(io.StringIO(done.stdout)):
-        scores.setdefault((int(row["step"]), int(row["train"])), {})[int(row["query"])] = float(row["score"])
-    found = np.array([[scores[record["step"], record["example"]][query] for query in range(queries)] for record in removed])
+        scores.setdefault((int(row["step"]), int(row["train"])), {})[int(row["query"])] = float(
+            row["score"]
+        )
+    found = np.array(
+        [
+            [scores[record["step"], record["example"]][query] for query in range(queries)]
+            for record in removed
+        ]
+    )
     truth = np.array([record["truth"] for record in removed])
     return float(np.mean([spearman(a, b) for a, b in zip(found.T, truth.T, strict=True)]))
 
 
-def evaluated(run: Path, removals: int, queries: int, *flags: str) -> dict[str, dict[str, dict[str, str]]]:
+def evaluated(
+    run: Path, removals: int, queries: int, *flags: str
+) -> dict[str, dict[str, dict[str, str]]]:
     """method -> row's query -> row, of the real command."""
-    command = [sys.executable, "-m", "influence_cli", "evaluate", str(run), "tsloo", "--removals", str(removals)]
-    done = subprocess.run([*command, "--queries", f"0:{queries}", *flags, "--format", "csv"], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "influence_cli",
+        "evaluate",
+        str(run),
+        "tsloo",
+        "--removals",
+        str(removals),
+    ]
+    done = subprocess.run(
+        [*command, "--queries", f"0:{queries}", *flags, "--format", "csv"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        return {"": {"mean": {"spearman": done.stderr.splitlines()[-3 if len(done.stderr.splitlines()) > 2 else -1]}}}
+        return {
+            "": {
+                "mean": {
+                    "spearman": done.stderr.splitlines()[
+                        -3 if len(done.stderr.splitlines()) > 2 else -1
+                    ]
+                }
+            }
+        }
     found: dict[str, dict[str, dict[str, str]]] = {}
     for row in csv.DictReader(io.StringIO(done.stdout)):
         found.setdefault(row["method"], {})[row["query"]] = row
     return found
 
 
-def of_dattri(python: str, run: Path, queries: int, removals: list[tuple[int, int]], truth: np.ndarray) -> tuple[np.ndarray, float]:
+def of_dattri(
+    python: str, run: Path, queries: int, removals: list[tuple[int, int]], truth: np.ndarray
+) -> tuple[np.ndarray, float]:
     """(Q, 2) Spearman and Pearson of its scores, and its seconds."""
     from influence_cli.evaluate.correlation import pearson, spearman
 
     out = run / "dattri.npz"
-    subprocess.run([python, str(HERE / "peers" / "dattri_dve.py"), str(run), str(out), "--queries", str(queries)], check=True)
+    subprocess.run(
+        [
+            python,
+            str(HERE / "peers" / "dattri_dve.py"),
+            str(run),
+            str(out),
+            "--queries",
+            str(queries),
+        ],
+        check=True,
+    )
     found = np.load(out)
-    place = {pair: k for k, pair in enumerate(zip(found["step"].tolist(), found["example"].tolist(), strict=True))}
+    place = {
+        pair: k
+        for k, pair in enumerate(
+            zip(found["step"].tolist(), found["example"].tolist(), strict=True)
+        )
+    }
     scores = found["scores"][[place[removal] for removal in removals]]
-    return np.array([[spearman(a, b), pearson(a, b)] for a, b in zip(scores.T, truth.T, strict=True)]), float(found["seconds"])
+    return np.array(
+        [[spearman(a, b), pearson(a, b)] for a, b in zip(scores.T, truth.T, strict=True)]
+    ), float(found["seconds"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", default=["digits", "faster", "fast", "relu", "momentum", "adamw"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="*", default=["digits", "faster", "fast", "relu", "momentum", "adamw"]
+    )
     parser.add_argument("--removals", type=int, default=150)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--text")
     parser.add_argument("--dattri")
     parser.add_argument("--only", help="one row of the checkpoints: 'every 6', 'replay from 5'")
-    parser.add_argument("--rates", action="store_true", help="what each rate ends with, and no more")
+    parser.add_argument(
+        "--rates", action="store_true", help="what each rate ends with, and no more"
+    )
     flags = parser.parse_args()
     print(machine())
     print(f"{flags.removals} removals, {flags.queries} queries\n")
-    columns = (
-        "run, checkpoints, method, mean Spearman, mean Pearson, pooled Spearman, pooled Pearson, late Spearman, seconds, effect / noise"
-    )
+    columns = "run, checkpoints, method, mean Spearman, mean Pearson, pooled Spearman, pooled Pearson, late Spearman, seconds, effect / noise"
     print(f"| {' | '.join(columns.split(', '))} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in flags.runs:
-        data = flags.text if name.startswith("gpt") else str(HERE.parent / "sample_runs" / "digits" / "digits.npz")
+        data = (
+            flags.text
+            if name.startswith("gpt")
+            else str(HERE.parent / "sample_runs" / "digits" / "digits.npz")
+        )
         if data is None:
             parser.error("gpt needs --text FILE")
         for rate in RATES if flags.rates else ():
@@ -264,32 +356,53 @@ def main() -> None:
                 seconds = time.perf_counter() - started
                 for method, rows in found.items():
                     if not method:  # an error
-                        print(f"| {name} ({loss:.2f}) | {label} | {given[1]} | {rows['mean']['spearman']} |", flush=True)
+                        print(
+                            f"| {name} ({loss:.2f}) | {label} | {given[1]} | {rows['mean']['spearman']} |",
+                            flush=True,
+                        )
                         continue
                     mean, pooled = rows["mean"], rows["pooled"]
                     numbers = " | ".join(
-                        f"{float(row[k]):.4f}" if row.get(k) else "-" for row in (mean, pooled) for k in ("spearman", "pearson")
+                        f"{float(row[k]):.4f}" if row.get(k) else "-"
+                        for row in (mean, pooled)
+                        for k in ("spearman", "pearson")
                     )
                     if "unroll" in given:
                         numbers += f" | {late(run, flags.queries, given):.4f} | {seconds:.0f} s"
                     else:
                         numbers += " | | "
                     ratio = f"{float(pooled['effect']) / max(1e-300, float(pooled['noise'])):.1e}"
-                    print(f"| {name} ({loss:.2f}) | {label} | {method} | {numbers} | {ratio} |", flush=True)
+                    print(
+                        f"| {name} ({loss:.2f}) | {label} | {method} | {numbers} | {ratio} |",
+                        flush=True,
+                    )
             if flags.dattri and name != "gpt":
                 file = next((run / ".influence" / "evaluate").glob("*.jsonl"))
                 records = [json.loads(line) for line in file.read_text().splitlines()]
                 removed = [record for record in records if "truth" in record]
                 truth = np.array([record["truth"] for record in removed])
                 pairs = [(record["step"], record["example"]) for record in removed]
-                command = [sys.executable, "-m", "influence_cli", "score", str(run), "--method", "dve", "--queries", f"0:{flags.queries}"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "influence_cli",
+                    "score",
+                    str(run),
+                    "--method",
+                    "dve",
+                    "--queries",
+                    f"0:{flags.queries}",
+                ]
                 started = time.perf_counter()
-                subprocess.run([*command, "--cache", "none", "--quiet"], stdout=subprocess.DEVNULL, check=True)
+                subprocess.run(
+                    [*command, "--cache", "none", "--quiet"], stdout=subprocess.DEVNULL, check=True
+                )
                 ours = time.perf_counter() - started
                 means, seconds = of_dattri(flags.dattri, run, flags.queries, pairs, truth)
                 pair = f"{means[:, 0].mean():.3f} | {means[:, 1].mean():.3f}"
                 print(
-                    f"| {name} | its own loop | dattri DVE | {pair} | | | {seconds:.1f} s; ours, whole process, {ours:.1f} s |", flush=True
+                    f"| {name} | its own loop | dattri DVE | {pair} | | | {seconds:.1f} s; ours, whole process, {ours:.1f} s |",
+                    flush=True,
                 )
 
 

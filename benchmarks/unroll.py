@@ -24,7 +24,9 @@ JOBS = {"w1": (256, 16), "w2": (32, 4), "w3": (32, 4), "w4": (8, 3)}  # batch, s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workloads", nargs="*", default=list(JOBS))
     parser.add_argument("--queries", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--curvature", default="hessian")
@@ -32,7 +34,9 @@ def main() -> None:
     flags = parser.parse_args()
     print(machine())
     print(f"curvature {flags.curvature}{', replay' * flags.replay}\n")
-    print("| workload | batch | queries | a step's floor | a step back | x floor, per query | peak MB |\n|---|---|---|---|---|---|---|")
+    print(
+        "| workload | batch | queries | a step's floor | a step back | x floor, per query | peak MB |\n|---|---|---|---|---|---|---|"
+    )
     for name in flags.workloads:
         batch, steps = JOBS[name]
         with workload(name) as (work, run):
@@ -40,7 +44,9 @@ def main() -> None:
             if flags.curvature == "gauss-newton":
                 with (run / "definition.py").open("a") as file:
                     file.write("\ndef outputs(model, batch): return model(batch[0])\n")
-                    file.write("def loss_from_outputs(outputs, batch): return W.loss_each(outputs, batch[1])\n")
+                    file.write(
+                        "def loss_from_outputs(outputs, batch): return W.loss_each(outputs, batch[1])\n"
+                    )
             live = opened(run, str(run / ".influence"))
             values = METHODS["unroll"].options(curvature=flags.curvature, replay=flags.replay)
             weights = tuple(weigh(live.checkpoints, None, "none"))
@@ -54,20 +60,38 @@ def main() -> None:
 
             Unroll.check = lambda self: None  # once a job, of four examples
             for queries in flags.queries:
-                question = Question(live.checkpoints, weights, live.columns, range(len(work.xtr)), range(queries), values=values)
+                question = Question(
+                    live.checkpoints,
+                    weights,
+                    live.columns,
+                    range(len(work.xtr)),
+                    range(queries),
+                    values=values,
+                )
 
                 def job(live=live, question=question) -> float:
                     gradients = fresh(live, "kept")
                     started = time.perf_counter()
-                    for answer in METHODS["unroll"].score()(gradients, question, lambda width, parts: TopRanking(width, parts, 10)):
+                    for answer in METHODS["unroll"].score()(
+                        gradients, question, lambda width, parts: TopRanking(width, parts, 10)
+                    ):
                         list(answer.ranking.entries(0))
                     return time.perf_counter() - started
 
                 job()
                 best = interleaved({"floor": floor, "ours": job}, 3)
-                command = [str(Path(torch.__file__).parents[4] / "bin" / "influence"), "score", str(run), "--method", "unroll", "--quiet"]
+                command = [
+                    str(Path(torch.__file__).parents[4] / "bin" / "influence"),
+                    "score",
+                    str(run),
+                    "--method",
+                    "unroll",
+                    "--quiet",
+                ]
                 more = ["--replay"] if flags.replay else []
-                _, peak = peak_mb([*command, "--queries", f"0:{queries}", "--curvature", flags.curvature, *more])
+                _, peak = peak_mb(
+                    [*command, "--queries", f"0:{queries}", "--curvature", flags.curvature, *more]
+                )
                 print(
                     f"| {name} | {batch} | {queries} | {best['floor'] / steps * 1e3:.1f} ms | {best['ours'] / steps * 1e3:.1f} ms "
                     f"| {best['ours'] / best['floor'] / queries:.2f} | {peak:,.0f} |",
@@ -79,7 +103,12 @@ def trajectory(run: Path, examples: int, steps: int, batch: int) -> list[list[in
     """A first checkpoint at 0 and the same at the end; the batches of a training that never was."""
     order = torch.Generator().manual_seed(0)
     batches = [torch.randperm(examples, generator=order)[:batch].tolist() for _ in range(steps)]
-    head = {"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": "sgd"}}
+    head = {
+        "format": "influence-trajectory",
+        "version": 1,
+        "reduction": "mean",
+        "optimizer": {"name": "sgd"},
+    }
     lines = [head, *({"step": t, "lr": 1e-7, "examples": ids} for t, ids in enumerate(batches))]
     (run / "trajectory.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     from safetensors.torch import load_file, save_file

@@ -70,15 +70,24 @@ def against_the_floor(repeats: int) -> None:
 
         live = opened(run, "none")
         none = lambda: score(live, fresh(live, None), method="tracin-we", embedding="emb")  # noqa: E731
-        best = interleaved({"floor": floor_of(work), "none": none, "disk": disk, "again": again}, repeats)
+        best = interleaved(
+            {"floor": floor_of(work), "none": none, "disk": disk, "again": again}, repeats
+        )
         unit = best["floor"] * work.n_ckpt
-        print("W3, tracin-we, 1,000 x 50 x 2: x floor\n\n| floor | none | disk | again |\n|---|---|---|---|")
-        print(f"| {best['floor']:.3f} s | {' | '.join(f'{best[way] / unit:.3f}' for way in ('none', 'disk', 'again'))} |\n", flush=True)
+        print(
+            "W3, tracin-we, 1,000 x 50 x 2: x floor\n\n| floor | none | disk | again |\n|---|---|---|---|"
+        )
+        print(
+            f"| {best['floor']:.3f} s | {' | '.join(f'{best[way] / unit:.3f}' for way in ('none', 'disk', 'again'))} |\n",
+            flush=True,
+        )
 
         run_ = opened(run, str(kept))
         name = "emb()"
         train, queries = (
-            concat_rows(list(run_.gradients.read(split, run_.checkpoints[0], [name], range(count)))).forms[name]
+            concat_rows(
+                list(run_.gradients.read(split, run_.checkpoints[0], [name], range(count)))
+            ).forms[name]
             for split, count in (("train", len(work.xtr)), ("query", len(work.xte)))
         )
         assert isinstance(train, Postings) and isinstance(queries, Postings)
@@ -103,10 +112,18 @@ def products_against_gathering(train: Postings, queries: Postings, repeats: int)
             columns.append(torch.where(same, values @ rows.T, 0.0).sum((1, 2)))
         return torch.stack(columns, dim=1)
 
-    assert torch.allclose(gathered(), train.dot(queries), atol=1e-6 * float(train.dot(queries).abs().max()))
-    best = interleaved({"index": lambda: timed(lambda: train.dot(queries)), "gathered": lambda: timed(gathered)}, repeats)
+    assert torch.allclose(
+        gathered(), train.dot(queries), atol=1e-6 * float(train.dot(queries).abs().max())
+    )
+    best = interleaved(
+        {"index": lambda: timed(lambda: train.dot(queries)), "gathered": lambda: timed(gathered)},
+        repeats,
+    )
     print("Products alone, 1,000 x 50\n\n| inverted index | gathered | times |\n|---|---|---|")
-    print(f"| {best['index'] * 1e3:.1f} ms | {best['gathered'] * 1e3:.1f} ms | {best['gathered'] / best['index']:.1f} |\n", flush=True)
+    print(
+        f"| {best['index'] * 1e3:.1f} ms | {best['gathered'] * 1e3:.1f} ms | {best['gathered'] / best['index']:.1f} |\n",
+        flush=True,
+    )
 
 
 def padded(postings: Postings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,20 +144,41 @@ def large(texts: int) -> None:
         space: dict = {}
         exec(DEFINITION.format(texts=texts), space)
         torch.manual_seed(0)
-        save_model(space["model"](), str(folder / "checkpoints/step-1.safetensors"), metadata={"learning_rate": "0.1"})
-        influence = [str(Path(sys.executable).with_name("influence")), "score", str(folder), "--method", "tracin-we", "--quiet"]
-        print(f"{texts:,} texts of 64 tokens, d = 768, 100 queries, one checkpoint\n\n| | seconds | peak MB |\n|---|---|---|")
-        for what, flags in (("captured, kept, scored", []), ("scored again", []), ("scored again, --by word", ["--by", "word"])):
+        save_model(
+            space["model"](),
+            str(folder / "checkpoints/step-1.safetensors"),
+            metadata={"learning_rate": "0.1"},
+        )
+        influence = [
+            str(Path(sys.executable).with_name("influence")),
+            "score",
+            str(folder),
+            "--method",
+            "tracin-we",
+            "--quiet",
+        ]
+        print(
+            f"{texts:,} texts of 64 tokens, d = 768, 100 queries, one checkpoint\n\n| | seconds | peak MB |\n|---|---|---|"
+        )
+        for what, flags in (
+            ("captured, kept, scored", []),
+            ("scored again", []),
+            ("scored again, --by word", ["--by", "word"]),
+        ):
             seconds, peak = peak_mb([*influence, *flags])
             print(f"| {what} | {seconds:.1f} | {peak:,.0f} |", flush=True)
         size = sum(path.stat().st_size for path in (folder / ".influence").rglob("*.safetensors"))
-        print(f"\n{size / 1e9:.1f} GB kept; start, import and checks of the cache are in the seconds")
+        print(
+            f"\n{size / 1e9:.1f} GB kept; start, import and checks of the cache are in the seconds"
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--texts", type=int, default=50_000)
     flags = parser.parse_args()

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+        self.net = nn.Sequential(
+            nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -126,7 +128,12 @@ class Work:
 
     def __init__(self, name, n_train=None, n_test=None):
         self.name = name
-        sizes = {"w1": (5000, 200, 3, MLP), "w2": (1000, 50, 2, ResNet), "w3": (1000, 50, 2, Encoder), "w4": (512, 16, 1, GPT)}
+        sizes = {
+            "w1": (5000, 200, 3, MLP),
+            "w2": (1000, 50, 2, ResNet),
+            "w3": (1000, 50, 2, Encoder),
+            "w4": (512, 16, 1, GPT),
+        }
         ntr, nte, self.n_ckpt, cls = sizes[name]
         ntr, nte = n_train or ntr, n_test or nte
         torch.manual_seed(0)
@@ -168,7 +175,9 @@ class Work:
         """Per-example loss; causal LM: mean over its tokens."""
         if self.name == "w4":
             lo = out[:, :-1].reshape(-1, out.shape[-1])
-            return F.cross_entropy(lo, y[:, 1:].reshape(-1), reduction="none").view(len(y), -1).mean(1)
+            return (
+                F.cross_entropy(lo, y[:, 1:].reshape(-1), reduction="none").view(len(y), -1).mean(1)
+            )
         return F.cross_entropy(out, y, reduction="none")
 
 

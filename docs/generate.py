@@ -28,7 +28,14 @@ def reference() -> str:
                 panel = heading
                 parts.append(f"\n{panel}:\n\n")
             names = ", ".join(parameter.opts) if parameter.opts[0].startswith("-") else ""
-            shown = " ".join(part for part in (names, parameter.metavar if not getattr(parameter, "is_flag", False) else "") if part)
+            shown = " ".join(
+                part
+                for part in (
+                    names,
+                    parameter.metavar if not getattr(parameter, "is_flag", False) else "",
+                )
+                if part
+            )
             parts.append(f"- `{shown}` {' '.join((parameter.help or '').split())}\n")
     return "".join(parts)
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     Ids = range | np.ndarray  # rising example ids
 
 T = TypeVar("T")
-COARSE, FINE = 4096, 64  # shards are cut at multiples of these: units of the cache begin at powers of two, COARSE is their most
+COARSE, FINE = (
+    4096,
+    64,
+)  # shards are cut at multiples of these: units of the cache begin at powers of two, COARSE is their most
 EXPECTED = "expected: i/n (shard i of n, counted from 1), or auto or auto/n in a job array of Slurm or Kubernetes"
 
 
@@ -46,7 +49,10 @@ class Shard:
         size = COARSE
         while size > FINE and len(ids) < 4 * self.count * size:
             size //= 2
-        first, last = (_cut(ids, number * len(ids) // self.count, size) for number in (self.index - 1, self.index))
+        first, last = (
+            _cut(ids, number * len(ids) // self.count, size)
+            for number in (self.index - 1, self.index)
+        )
         return ids[first:last]
 
 
@@ -70,7 +76,9 @@ def parse_shard(spec: str, environ: Mapping[str, str]) -> Shard:
     if match[1] != "auto":
         assert count is not None
         if not 1 <= int(match[1]) <= count:
-            raise UsageProblem(f"--shard {spec}: no such shard", f"expected: 1/{count} to {count}/{count}")
+            raise UsageProblem(
+                f"--shard {spec}: no such shard", f"expected: 1/{count} to {count}/{count}"
+            )
         return Shard(int(match[1]), count)
     return _of_array(spec, count, environ)
 
@@ -94,7 +102,10 @@ def _of_array(spec: str, count: int | None, environ: Mapping[str, str]) -> Shard
     if count is None:
         return _slurm_shard(spec, place, environ) if lowest else _count_unknown(spec, place)
     if not lowest <= place < lowest + count:
-        raise UsageProblem(f"--shard {spec}: {name} is {place}", f"expected: {lowest} to {lowest + count - 1} for an array of {count} jobs")
+        raise UsageProblem(
+            f"--shard {spec}: {name} is {place}",
+            f"expected: {lowest} to {lowest + count - 1} for an array of {count} jobs",
+        )
     return Shard(place - lowest + 1, count)
 
 
@@ -103,7 +114,11 @@ def _number(spec: str, name: str, environ: Mapping[str, str], default: int | Non
     if not text and default is not None:
         return default
     if not text.isdecimal():
-        raise UsageProblem(f"--shard {spec}: {name} is {text!r}", "expected: a number", "name the shard: --shard $INDEX/$COUNT")
+        raise UsageProblem(
+            f"--shard {spec}: {name} is {text!r}",
+            "expected: a number",
+            "name the shard: --shard $INDEX/$COUNT",
+        )
     return int(text)
 
 
@@ -142,7 +157,9 @@ class Place:
 
 def place_of(environ: Mapping[str, str]) -> Place:
     """From what torchrun sets; a process without it is alone."""
-    found = [environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    found = [
+        environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    ]
     if not all(text.isdecimal() for text in found) or int(found[1]) == 1:
         return Place()
     return Place(*map(int, found))
@@ -193,19 +210,30 @@ class TorchRanks(Ranks):
         store holds what the first ones said."""
         super().__init__(place)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            raise UsageProblem("torchrun started the ranks again", "leave out --max-restarts; the same command goes on from here")
+            raise UsageProblem(
+                "torchrun started the ranks again",
+                "leave out --max-restarts; the same command goes on from here",
+            )
         import torch.distributed as dist
 
         if not dist.is_available():
-            raise UsageProblem(f"{place.count} ranks, but this torch was built without torch.distributed", "--shard does without")
+            raise UsageProblem(
+                f"{place.count} ranks, but this torch was built without torch.distributed",
+                "--shard does without",
+            )
         self._dist, self._turns = dist, 0
         try:
             self._store, _, _ = next(dist.rendezvous("env://", timeout=self.EVER))
         except ValueError as error:
-            raise UsageProblem(f"RANK and WORLD_SIZE are set, but the ranks can't meet: {error}", "start them by torchrun") from error
+            raise UsageProblem(
+                f"RANK and WORLD_SIZE are set, but the ranks can't meet: {error}",
+                "start them by torchrun",
+            ) from error
         with self._lost():
             store = dist.PrefixStore("gloo", self._store)
-            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=self.EVER)
+            dist.init_process_group(
+                "gloo", store=store, rank=self.rank, world_size=self.count, timeout=self.EVER
+            )
 
     @contextmanager
     def _lost(self) -> Iterator[None]:
@@ -213,7 +241,9 @@ class TorchRanks(Ranks):
         try:
             yield
         except RuntimeError as error:
-            raise RankLost("another rank is gone", "what was written stays: run the same command again") from error
+            raise RankLost(
+                "another rank is gone", "what was written stays: run the same command again"
+            ) from error
 
     def _turn(self) -> str:
         """A name for this call, the same at every rank."""
@@ -284,7 +314,11 @@ class TorchRanks(Ranks):
         with self._lost():
             self._store.add("influence-gone", 1)
             until = time.monotonic() + 60
-            while self.rank == 0 and self._store.add("influence-gone", 0) < self.count and time.monotonic() < until:
+            while (
+                self.rank == 0
+                and self._store.add("influence-gone", 0) < self.count
+                and time.monotonic() < until
+            ):
                 time.sleep(self.POLL)
             self._dist.destroy_process_group()
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Advance = Callable[..., None]  # advance(examples, where=""): so many more done, and where the work stands
+Advance = Callable[
+    ..., None
+]  # advance(examples, where=""): so many more done, and where the work stands
 
 
-class Talk:
+class Reporter:
     """Notes (things a user should know) and progress (how far the work is)."""
 
     def note(self, message: str) -> None:

@@ -28,15 +28,21 @@ class Case:
     loss: Callable[[nn.Module, Any], Tensor] = squared
     collate: Callable[[list[Any]], Any] = default_collate
     at_once: bool | None = True  # all together; False: one example at a time; None: either
-    falls: tuple[str, ...] = ()  # parameters that no layer rule takes (checked where the layers are: tests/gradients/layers.py)
+    falls: tuple[
+        str, ...
+    ] = ()  # parameters that no layer rule takes (checked where the layers are: tests/gradients/layers.py)
 
 
 def numbers(*shape: int, count: int = 5) -> Callable[[], list[Tensor]]:
-    return lambda: list(torch.randn(count, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    return lambda: list(
+        torch.randn(count, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    )
 
 
 def tokens(length: int, vocabulary: int = 9, count: int = 5) -> Callable[[], list[Tensor]]:
-    return lambda: list(torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(3)))
+    return lambda: list(
+        torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(3))
+    )
 
 
 def labelled(*shape: int, classes: int = 3) -> Callable[[], list[Any]]:
@@ -48,7 +54,11 @@ class Bare(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.scale, self.unused = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.ones(2))
+        self.weight, self.scale, self.unused = (
+            nn.Parameter(torch.randn(4, 3)),
+            nn.Parameter(torch.tensor(0.7)),
+            nn.Parameter(torch.ones(2)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x @ self.weight) * self.scale
@@ -65,7 +75,7 @@ class Reused(nn.Module):
         return self.layer(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
 
 
-class Tied(nn.Module):
+class TiedForm(nn.Module):
     """Embedding and output weight are one parameter; positions are broadcast over the batch."""
 
     def __init__(self) -> None:
@@ -113,7 +123,10 @@ class ScaledDotProduct(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
-        self.rnn, self.out = kind(4, 5, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(10, 3)
+        self.rnn, self.out = (
+            kind(4, 5, num_layers=2, batch_first=True, bidirectional=True),
+            nn.Linear(10, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.rnn(x)[0][:, -1])
@@ -151,7 +164,9 @@ class Reader(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         mask = batch["mask"].to(self.out.weight.dtype)
-        return self.out((self.embedding(batch["ids"]) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        return self.out(
+            (self.embedding(batch["ids"]) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        )
 
 
 class Constant(nn.Module):
@@ -172,7 +187,10 @@ def padded(items: list[Tensor]) -> dict[str, Tensor]:
 
 
 def with_shared(items: list[Tensor]) -> dict[str, Tensor]:
-    return {"x": torch.stack(items), "shared": torch.arange(25, dtype=torch.float64).view(5, 5) / 25}
+    return {
+        "x": torch.stack(items),
+        "shared": torch.arange(25, dtype=torch.float64).view(5, 5) / 25,
+    }
 
 
 def texts() -> list[Tensor]:
@@ -189,30 +207,51 @@ def pairs(as_dict: bool, **more: Any) -> Callable[[], list[Any]]:
 
 
 def with_statistics() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2, stride=2), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, groups=2, stride=2),
+        nn.Flatten(),
+    )
     model[1].running_mean.normal_()
     model[1].running_var.uniform_(0.5, 2)
     return model
 
 
 CASES = {
-    "mlp": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)), labelled(4), classified),
-    "no-bias": Case(lambda: nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)), numbers(4)),
+    "mlp": Case(
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)), labelled(4), classified
+    ),
+    "no-bias": Case(
+        lambda: nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)),
+        numbers(4),
+    ),
     "bare-parameters": Case(Bare, numbers(4)),
     "reused": Case(Reused, numbers(4)),
-    "tied": Case(Tied, tokens(7)),
+    "tied": Case(TiedForm, tokens(7)),
     "positions": Case(Positions, numbers(6, 4)),
     "batchnorm-eval": Case(with_statistics, numbers(3, 8, 8)),
     "groupnorm-conv1d": Case(
-        lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding="same", padding_mode="circular"), nn.GroupNorm(2, 4)), numbers(2, 9)
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 4, 3, padding="same", padding_mode="circular"), nn.GroupNorm(2, 4)
+        ),
+        numbers(2, 9),
     ),
-    "layernorm": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), numbers(3, 4)),
+    "layernorm": Case(
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), numbers(3, 4)
+    ),
     "lstm": Case(lambda: Recurrent(nn.LSTM), numbers(6, 4), at_once=None),
     "gru": Case(lambda: Recurrent(nn.GRU), numbers(6, 4), at_once=None),
     "rnn": Case(lambda: Recurrent(nn.RNN), numbers(6, 4), at_once=None),
     "attention": Case(SelfAttention, numbers(6, 8)),
-    "encoder-layer": Case(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), numbers(6, 8)),
-    "encoder": Case(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), numbers(6, 8)),
+    "encoder-layer": Case(
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), numbers(6, 8)
+    ),
+    "encoder": Case(
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+        numbers(6, 8),
+    ),
     "sdpa": Case(ScaledDotProduct, numbers(6, 8)),
     "embedding": Case(lambda: nn.Embedding(9, 4), tokens(6)),
     "embedding-sparse": Case(lambda: nn.Embedding(9, 4, sparse=True), tokens(6)),

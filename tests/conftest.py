@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; before torch is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests run side by side; before torch is imported
 
 import torch
 from safetensors.torch import save_model
@@ -75,19 +77,27 @@ def influence(capfd, monkeypatch) -> Callable[..., Result]:
 
 
 def build_run(
-    folder: Path, definition: str = DEFINITION, steps: tuple[int, ...] = (10, 20), model: Callable[[], torch.nn.Module] | None = None
+    folder: Path,
+    definition: str = DEFINITION,
+    steps: tuple[int, ...] = (10, 20),
+    model: Callable[[], torch.nn.Module] | None = None,
 ) -> Path:
     """A run folder: definition.py and checkpoints of the steps given (random weights, rates 0.1, 0.05, ...)."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "definition.py").write_text(definition)
     if model is None:
-        space: dict = {"__file__": str(folder / "definition.py"), "__name__": "definition_of_a_test"}
+        space: dict = {
+            "__file__": str(folder / "definition.py"),
+            "__name__": "definition_of_a_test",
+        }
         exec(compile(definition, "definition.py", "exec"), space)
         model = space["model"]
     for k, step in enumerate(steps):
         torch.manual_seed(step)
         metadata = {"step": str(step), "learning_rate": str(0.1 / (1 + k))}
-        save_model(model(), str(folder / "checkpoints" / f"step-{step:06d}.safetensors"), metadata=metadata)
+        save_model(
+            model(), str(folder / "checkpoints" / f"step-{step:06d}.safetensors"), metadata=metadata
+        )
     return folder
 
 

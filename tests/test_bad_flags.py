@@ -30,7 +30,11 @@ WRONG = {
     "--device cuda:x": ("--device cuda:x: unknown", "auto, cpu, cuda, cuda:N or mps"),
     "--device meta": ("--device meta: unknown", "auto, cpu, cuda, cuda:N or mps"),
     "--lr-weights half": ("--lr-weights half: unknown", "point, segment, none"),
-    "--lr-weights segment": ("--lr-weights segment needs a trajectory.jsonl", "--trajectory", "--lr-weights point"),
+    "--lr-weights segment": (
+        "--lr-weights segment needs a trajectory.jsonl",
+        "--trajectory",
+        "--lr-weights point",
+    ),
     "--lr 0": ("--lr 0", "above 0"),
     "--lr -0.1": ("--lr -0.1", "above 0"),
     "--lr nan": ("--lr nan", "above 0"),
@@ -51,13 +55,21 @@ WRONG = {
     "--steps last": ("--steps 'last' can't be read at 'last'", "100,200", "100:500"),
     "--steps 10,": ("--steps '10,' can't be read at ''", "100,200"),
     "--steps 1:2:3": ("--steps '1:2:3' can't be read", "100,200"),
-    "--layers head": ("--layers 'head' matches no trained parameter or module", "0.weight, 0.bias, 2.weight, 2.bias", "inspect"),
+    "--layers head": (
+        "--layers 'head' matches no trained parameter or module",
+        "0.weight, 0.bias, 2.weight, 2.bias",
+        "inspect",
+    ),
     "--layers !head": ("--layers 'head' matches no trained parameter", "0.weight"),
     "--layers !*": ("--layers !* leaves no parameter", "0.weight"),
     "--definition nowhere.py": ("--definition nowhere.py: no such file", "definition.py"),
     "--checkpoints nowhere": ("--checkpoints nowhere: no such folder", "checkpoints"),
     "--trajectory nowhere.jsonl": ("--trajectory nowhere.jsonl: no such file", "trajectory.jsonl"),
-    "--group-by nowhere.txt": ("--group-by nowhere.txt", "No such file", "one group name per training example"),
+    "--group-by nowhere.txt": (
+        "--group-by nowhere.txt",
+        "No such file",
+        "one group name per training example",
+    ),
     "-o nowhere/scores.csv": ("-o nowhere/scores.csv: no such folder",),
 }
 
@@ -69,7 +81,16 @@ def test_a_wrong_value_names_its_flag_and_what_was_expected(flags, run, influenc
 
 @pytest.mark.parametrize("command", ["score", "self", "cache", "inspect"])
 @pytest.mark.parametrize(
-    "flags", ["--precision float8", "--store double", "--device tpu", "--batch-size 0", "--steps 40", "--layers head", "--train 99"]
+    "flags",
+    [
+        "--precision float8",
+        "--store double",
+        "--device tpu",
+        "--batch-size 0",
+        "--steps 40",
+        "--layers head",
+        "--train 99",
+    ],
 )
 def test_a_shared_flag_is_refused_alike_by_every_command(flags, command, run, influence):
     refused(influence(command, run, *flags.split()), 2, flags.split()[0], *WRONG.get(flags, ())[:1])
@@ -93,7 +114,14 @@ def test_an_unknown_command_is_refused(influence):
 
 @pytest.mark.parametrize("command", ["score", "self", "cache", "inspect"])
 def test_a_run_that_is_not_there_is_named(command, influence, tmp_path):
-    refused(influence(command, tmp_path / "nowhere"), 2, "no run at", "nowhere", "definition.py and checkpoints/", "influence init")
+    refused(
+        influence(command, tmp_path / "nowhere"),
+        2,
+        "no run at",
+        "nowhere",
+        "definition.py and checkpoints/",
+        "influence init",
+    )
 
 
 # ---------------------------------------------------------------- ids
@@ -118,47 +146,91 @@ IDS = {
 @pytest.mark.parametrize("spec", IDS)
 def test_bad_ids_name_flag_dataset_and_size(spec, flag, make_run, influence):
     run = make_run(definition=replaced(DEFINITION, ("examples(1, 6)", "examples(1, 20)")))
-    source = (f"{flag[2:].replace('queries', 'query')}_data() has",) if "range" in IDS[spec][0] and "out of" in IDS[spec][0] else ()
+    source = (
+        (f"{flag[2:].replace('queries', 'query')}_data() has",)
+        if "range" in IDS[spec][0] and "out of" in IDS[spec][0]
+        else ()
+    )
     refused(influence("score", run, flag, spec), 2, f"{flag}", *IDS[spec], *source)
 
 
 @pytest.mark.parametrize("flag", ["--train", "--queries"])
 def test_bad_ids_in_a_file_name_flag_and_id(flag, run, influence, tmp_path):
     (tmp_path / "ids.txt").write_text("0, 1  # two good ones\n77\n")
-    refused(influence("score", run, flag, f"@{tmp_path / 'ids.txt'}"), 2, f"{flag} 77: out of range", "examples (0 to ")
+    refused(
+        influence("score", run, flag, f"@{tmp_path / 'ids.txt'}"),
+        2,
+        f"{flag} 77: out of range",
+        "examples (0 to ",
+    )
 
 
 def test_a_file_of_ids_that_is_no_text_is_refused(run, influence, tmp_path):
     (tmp_path / "ids.bin").write_bytes(b"\xff\xfe\x00")
-    refused(influence("score", run, "--train", f"@{tmp_path / 'ids.bin'}"), 2, "--train @", "ids.bin", "a text file of ids")
+    refused(
+        influence("score", run, "--train", f"@{tmp_path / 'ids.bin'}"),
+        2,
+        "--train @",
+        "ids.bin",
+        "a text file of ids",
+    )
 
 
 def test_an_empty_file_of_ids_is_refused(run, influence, tmp_path):
     (tmp_path / "ids.txt").write_text("# none today\n")
-    refused(influence("score", run, "--train", f"@{tmp_path / 'ids.txt'}"), 2, "--train @", "no ids")
+    refused(
+        influence("score", run, "--train", f"@{tmp_path / 'ids.txt'}"), 2, "--train @", "no ids"
+    )
 
 
 @pytest.mark.parametrize("command", ["score", "cache", "inspect"])
 def test_both_ids_from_one_stdin_are_refused(command, run, influence):
-    refused(influence(command, run, "--queries", "-", "--train", "-", stdin="1\n"), 2, "--queries - and --train -", "stdin", "@ids.txt")
+    refused(
+        influence(command, run, "--queries", "-", "--train", "-", stdin="1\n"),
+        2,
+        "--queries - and --train -",
+        "stdin",
+        "@ids.txt",
+    )
 
 
 def test_bad_ids_from_a_pipe_are_named(run, influence):
-    refused(influence("score", run, "--train", "-", stdin="1\n55\n"), 2, "--train 55: out of range", "20 examples")
+    refused(
+        influence("score", run, "--train", "-", stdin="1\n55\n"),
+        2,
+        "--train 55: out of range",
+        "20 examples",
+    )
 
 
 def test_an_empty_pipe_is_refused(run, influence):
-    refused(influence("score", run, "--train", "-", stdin=""), 2, "--train -: no ids", "expected: ids like")
+    refused(
+        influence("score", run, "--train", "-", stdin=""),
+        2,
+        "--train -: no ids",
+        "expected: ids like",
+    )
 
 
 # ---------------------------------------------------------------- flags that contradict each other
 CONFLICTS = {
     "--lr 0.1 --lr-weights point": ("--lr and --lr-weights both", "give one"),
     "--method grad-dot --lr 0.1": ("--method grad-dot has no learning-rate weights", "--lr"),
-    "--method grad-cos --lr-weights none": ("--method grad-cos has no learning-rate weights", "--lr-weights"),
+    "--method grad-cos --lr-weights none": (
+        "--method grad-cos has no learning-rate weights",
+        "--lr-weights",
+    ),
     "--cache none --store float16": ("--cache none", "--store", "give one"),
-    "--method grad-dot --steps 10,20": ("--method grad-dot reads one checkpoint", "--steps 10,20 selects 2", "name one step"),
-    "--method grad-cos --steps 10:": ("--method grad-cos reads one checkpoint", "--steps 10: selects 3", "name one step"),
+    "--method grad-dot --steps 10,20": (
+        "--method grad-dot reads one checkpoint",
+        "--steps 10,20 selects 2",
+        "name one step",
+    ),
+    "--method grad-cos --steps 10:": (
+        "--method grad-cos reads one checkpoint",
+        "--steps 10: selects 3",
+        "name one step",
+    ),
 }
 
 
@@ -176,11 +248,18 @@ def test_contradicting_flags_are_refused(flags, run, influence):
     ],
 )
 def test_two_sources_of_rates_are_refused_by_every_command(command, run, influence):
-    refused(influence(command, run, "--lr", "0.1", "--lr-weights", "none"), 2, "--lr and --lr-weights both", "give one")
+    refused(
+        influence(command, run, "--lr", "0.1", "--lr-weights", "none"),
+        2,
+        "--lr and --lr-weights both",
+        "give one",
+    )
 
 
 def test_a_cache_of_nothing_is_refused(run, influence):
-    refused(influence("cache", run, "--cache", "none"), 2, "--cache none keeps nothing", "name a folder")
+    refused(
+        influence("cache", run, "--cache", "none"), 2, "--cache none keeps nothing", "name a folder"
+    )
 
 
 # ---------------------------------------------------------------- learning rates
@@ -188,8 +267,19 @@ def test_a_cache_of_nothing_is_refused(run, influence):
 def test_a_missing_learning_rate_names_lr_and_where_it_was_looked_for(command, run, influence):
     for path in sorted((run / "checkpoints").iterdir())[1:]:
         save_file(load_file(path), path)
-    says = ("no learning rate for checkpoints/step-000020.safetensors, checkpoints/step-000030.safetensors", "trajectory.jsonl")
-    refused(influence(command, run), 2, *says, "metadata", "trainer_state.json", "--lr X", "--lr-weights none")
+    says = (
+        "no learning rate for checkpoints/step-000020.safetensors, checkpoints/step-000030.safetensors",
+        "trajectory.jsonl",
+    )
+    refused(
+        influence(command, run),
+        2,
+        *says,
+        "metadata",
+        "trainer_state.json",
+        "--lr X",
+        "--lr-weights none",
+    )
     assert not list(run.rglob("0*.safetensors")), "work was done before the rates were missed"
     assert influence(command, run, "--lr", "0.1").code == 0
 
@@ -220,13 +310,23 @@ def test_groups_by_label_without_a_label_function_are_refused(make_run, influenc
 )
 def test_a_group_file_that_does_not_fit_is_refused(text, says, run, influence, tmp_path):
     (tmp_path / "groups.txt").write_text(text)
-    refused(influence("score", run, "--group-by", tmp_path / "groups.txt"), 2, "--group-by", "groups.txt", *says)
+    refused(
+        influence("score", run, "--group-by", tmp_path / "groups.txt"),
+        2,
+        "--group-by",
+        "groups.txt",
+        *says,
+    )
 
 
 def test_a_group_file_that_is_no_text_is_refused(run, influence, tmp_path):
     (tmp_path / "groups.bin").write_bytes(b"\xff\xfe\x00")
     refused(
-        influence("score", run, "--group-by", tmp_path / "groups.bin"), 2, "--group-by", "groups.bin", "one group name per training example"
+        influence("score", run, "--group-by", tmp_path / "groups.bin"),
+        2,
+        "--group-by",
+        "groups.bin",
+        "one group name per training example",
     )
 
 
@@ -238,25 +338,45 @@ def test_an_output_that_is_a_folder_is_refused(command, run, influence, tmp_path
 def test_parquet_without_its_library_says_what_to_install(run, influence, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    refused(influence("score", run, "--format", "parquet"), 2, "--format parquet needs pyarrow", "pip install")
+    refused(
+        influence("score", run, "--format", "parquet"),
+        2,
+        "--format parquet needs pyarrow",
+        "pip install",
+    )
 
 
 # ---------------------------------------------------------------- the machine
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
 def test_cuda_where_there_is_none_is_refused(device, run, influence):
-    refused(influence("score", run, "--device", device), 2, f"--device {device}", "0 CUDA devices", "--device auto")
+    refused(
+        influence("score", run, "--device", device),
+        2,
+        f"--device {device}",
+        "0 CUDA devices",
+        "--device auto",
+    )
 
 
 def test_more_cuda_devices_than_there_are_is_refused(run, influence):
     refused(
-        influence("score", run, "--device", "cuda:99"), 2, "--device cuda:99", f"{torch.cuda.device_count()} CUDA devices", "--device auto"
+        influence("score", run, "--device", "cuda:99"),
+        2,
+        "--device cuda:99",
+        f"{torch.cuda.device_count()} CUDA devices",
+        "--device auto",
     )
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is here")
 def test_mps_where_there_is_none_is_refused(run, influence):
-    refused(influence("score", run, "--device", "mps"), 2, "--device mps: not available", "--device auto")
+    refused(
+        influence("score", run, "--device", "mps"),
+        2,
+        "--device mps: not available",
+        "--device auto",
+    )
 
 
 # ---------------------------------------------------------------- init
@@ -266,7 +386,12 @@ def test_init_never_overwrites(run, influence):
 
 
 def test_init_names_its_templates(influence, tmp_path):
-    refused(influence("init", tmp_path / "new", "--template", "gan"), 2, "--template gan: unknown", *init.TEMPLATES)
+    refused(
+        influence("init", tmp_path / "new", "--template", "gan"),
+        2,
+        "--template gan: unknown",
+        *init.TEMPLATES,
+    )
     assert not (tmp_path / "new").exists()
 
 

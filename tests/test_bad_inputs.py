@@ -31,7 +31,11 @@ FIRST, SECOND = "step-000010.safetensors", "step-000020.safetensors"
 def resave(run: Path, name: str, change, metadata: dict[str, str] | None = None) -> None:
     """Save a checkpoint again with its tensors changed: change(tensors) -> tensors."""
     path = run / "checkpoints" / name
-    save_file(change(load_file(path)), path, metadata or {"step": str(int(name[5:11])), "learning_rate": "0.1"})
+    save_file(
+        change(load_file(path)),
+        path,
+        metadata or {"step": str(int(name[5:11])), "learning_rate": "0.1"},
+    )
 
 
 def trainer_folder(run: Path, name: str = "checkpoint-20", state: str | None = None) -> Path:
@@ -55,7 +59,9 @@ def sharded(run: Path) -> Path:
         weights[key] = f"model-{k % 2 + 1:05d}-of-00002.safetensors"
     for shard in set(weights.values()):
         save_file({key: tensors[key] for key in tensors if weights[key] == shard}, folder / shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weights})
+    )
     return folder
 
 
@@ -73,7 +79,9 @@ def test_pickled_checkpoints_are_named_and_never_opened(make_run, influence, tmp
             return (Path.touch, (tmp_path / "opened",))
 
     torch.save(Bomb(), run / "checkpoints" / "epoch_1.pt")
-    refused(influence("score", run), 1, "no checkpoints in", "epoch_1.pt", "never opened", "safetensors")
+    refused(
+        influence("score", run), 1, "no checkpoints in", "epoch_1.pt", "never opened", "safetensors"
+    )
     assert not (tmp_path / "opened").exists()
 
 
@@ -82,7 +90,14 @@ def test_a_truncated_checkpoint_is_named_with_its_size(kept, make_run, influence
     run = make_run()
     path = run / "checkpoints" / SECOND
     path.write_bytes(path.read_bytes()[:kept])
-    refused(influence("score", run), 1, SECOND, "truncated", f"{path.stat().st_size} bytes", "save or copy it again")
+    refused(
+        influence("score", run),
+        1,
+        SECOND,
+        "truncated",
+        f"{path.stat().st_size} bytes",
+        "save or copy it again",
+    )
 
 
 def test_an_empty_checkpoint_is_named(make_run, influence):
@@ -91,11 +106,21 @@ def test_an_empty_checkpoint_is_named(make_run, influence):
     refused(influence("score", run), 1, SECOND, "empty", "0 bytes", "save it again")
 
 
-@pytest.mark.parametrize("content", [b"this is a text, written to the wrong name", b'{"a": 1}' * 30, bytes(range(256)) * 4])
+@pytest.mark.parametrize(
+    "content",
+    [b"this is a text, written to the wrong name", b'{"a": 1}' * 30, bytes(range(256)) * 4],
+)
 def test_a_file_that_is_no_safetensors_file_is_named(content, make_run, influence):
     run = make_run()
     (run / "checkpoints" / SECOND).write_bytes(content)
-    refused(influence("score", run), 1, SECOND, "not a safetensors file", f"{len(content):,} bytes", "again")
+    refused(
+        influence("score", run),
+        1,
+        SECOND,
+        "not a safetensors file",
+        f"{len(content):,} bytes",
+        "again",
+    )
 
 
 def test_several_broken_checkpoints_are_reported_together(make_run, influence):
@@ -108,13 +133,23 @@ def test_several_broken_checkpoints_are_reported_together(make_run, influence):
 def test_two_checkpoints_of_one_step_are_named(make_run, influence):
     run = make_run()
     shutil.copy(run / "checkpoints" / SECOND, run / "checkpoints" / "step-20.safetensors")
-    refused(influence("score", run), 1, "two checkpoints have one step", "step 20", SECOND, "step-20.safetensors", "--checkpoints")
+    refused(
+        influence("score", run),
+        1,
+        "two checkpoints have one step",
+        "step 20",
+        SECOND,
+        "step-20.safetensors",
+        "--checkpoints",
+    )
 
 
 def test_a_step_that_differs_between_name_and_metadata_is_refused(make_run, influence):
     run = make_run()
     resave(run, SECOND, lambda tensors: tensors, {"step": "21"})
-    refused(influence("score", run), 1, SECOND, "step 20 in its name", "21 in its metadata", "rename")
+    refused(
+        influence("score", run), 1, SECOND, "step 20 in its name", "21 in its metadata", "rename"
+    )
 
 
 def test_a_checkpoint_without_a_step_is_told_how_to_name_it(make_run, influence):
@@ -133,7 +168,13 @@ def test_metadata_that_is_no_number_is_quoted(metadata, make_run, influence):
 # ---------------------------------------------------------------- checkpoints of another model
 def test_missing_and_unexpected_keys_are_listed_with_their_shapes(make_run, influence):
     run = make_run()
-    resave(run, SECOND, lambda tensors: {key.replace("2.weight", "head.weight"): value for key, value in tensors.items()})
+    resave(
+        run,
+        SECOND,
+        lambda tensors: {
+            key.replace("2.weight", "head.weight"): value for key, value in tensors.items()
+        },
+    )
     says = (
         f"checkpoints/{SECOND} does not fit the model in definition.py",
         "missing:    2.weight (3, 5)",
@@ -145,13 +186,25 @@ def test_missing_and_unexpected_keys_are_listed_with_their_shapes(make_run, infl
 def test_a_shape_mismatch_shows_both_shapes(make_run, influence):
     run = make_run()
     resave(run, SECOND, lambda tensors: {**tensors, "2.weight": torch.zeros(7, 5)})
-    refused(influence("score", run), 1, SECOND, "2.weight is (7, 5) in the file, (3, 5) in the model", "another size")
+    refused(
+        influence("score", run),
+        1,
+        SECOND,
+        "2.weight is (7, 5) in the file, (3, 5) in the model",
+        "another size",
+    )
 
 
 def test_a_dtype_mismatch_shows_both_and_names_precision(make_run, influence):
     run = make_run()
     resave(run, SECOND, lambda tensors: {**tensors, "2.weight": tensors["2.weight"].half()})
-    refused(influence("score", run), 1, SECOND, "2.weight is float16 in the file, float32 in the model", "--precision")
+    refused(
+        influence("score", run),
+        1,
+        SECOND,
+        "2.weight is float16 in the file, float32 in the model",
+        "--precision",
+    )
 
 
 def test_precision_settles_a_dtype_mismatch(make_run, influence):
@@ -182,12 +235,32 @@ def test_weights_that_are_not_finite_are_counted_by_name(value, make_run, influe
         return tensors
 
     resave(run, SECOND, change)
-    refused(influence("score", run), 1, f"checkpoints/{SECOND}", "not finite", "2.weight: 2 of 15 values", "--steps")
+    refused(
+        influence("score", run),
+        1,
+        f"checkpoints/{SECOND}",
+        "not finite",
+        "2.weight: 2 of 15 values",
+        "--steps",
+    )
 
 
 def test_a_tied_tensor_with_two_values_is_refused_by_both_names(make_run, influence):
-    run = make_run("run", TIED, model=lambda: nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 3)}))
-    refused(influence("score", run), 1, FIRST, "two values of one tied tensor", "a.weight and b.weight", "definition.py")
+    run = make_run(
+        "run",
+        TIED,
+        model=lambda: nn.ModuleDict(
+            {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 3)}
+        ),
+    )
+    refused(
+        influence("score", run),
+        1,
+        FIRST,
+        "two values of one tied tensor",
+        "a.weight and b.weight",
+        "definition.py",
+    )
 
 
 # ---------------------------------------------------------------- Trainer folders and index files
@@ -195,39 +268,77 @@ def test_an_index_that_names_a_missing_shard_is_refused_by_its_name(make_run, in
     folder = sharded(make_run())
     (folder / "model-00002-of-00002.safetensors").unlink()
     result = influence("score", folder.parents[1])
-    refused(result, 1, "checkpoint-20/model.safetensors.index.json", "model-00002-of-00002.safetensors", "copy the missing shards")
+    refused(
+        result,
+        1,
+        "checkpoint-20/model.safetensors.index.json",
+        "model-00002-of-00002.safetensors",
+        "copy the missing shards",
+    )
 
 
 def test_an_index_that_names_a_missing_tensor_is_refused_by_its_name(make_run, influence):
     folder = sharded(make_run())
     index = folder / "model.safetensors.index.json"
     weights = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": {**weights, "3.weight": "model-00001-of-00002.safetensors"}}))
-    refused(influence("score", folder.parents[1]), 1, "index.json", "tensors that its shards lack: 3.weight", "copy the shards again")
+    index.write_text(
+        json.dumps({"weight_map": {**weights, "3.weight": "model-00001-of-00002.safetensors"}})
+    )
+    refused(
+        influence("score", folder.parents[1]),
+        1,
+        "index.json",
+        "tensors that its shards lack: 3.weight",
+        "copy the shards again",
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"0.weight": 1}}', '{"weight_map": {"0.weight": []}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"0.weight": 1}}',
+        '{"weight_map": {"0.weight": []}}',
+    ],
 )
 def test_an_index_that_can_not_be_read_is_refused(text, make_run, influence):
     folder = sharded(make_run())
     (folder / "model.safetensors.index.json").write_text(text)
-    refused(influence("score", folder.parents[1]), 1, "checkpoint-20/model.safetensors.index.json can't be read", "weight_map")
+    refused(
+        influence("score", folder.parents[1]),
+        1,
+        "checkpoint-20/model.safetensors.index.json can't be read",
+        "weight_map",
+    )
 
 
 def test_a_broken_trainer_state_is_refused_and_names_lr(make_run, influence):
     folder = trainer_folder(make_run(), state='{"log_history": [{"step": 10, "learning_rate"')
-    refused(influence("score", folder.parents[1]), 1, "checkpoint-20/trainer_state.json can't be read", "--lr")
+    refused(
+        influence("score", folder.parents[1]),
+        1,
+        "checkpoint-20/trainer_state.json can't be read",
+        "--lr",
+    )
 
 
 def test_shards_score_like_one_file(make_run, influence):
     whole, cut = make_run("whole"), make_run("cut")
     sharded(cut)
-    assert influence("score", cut, "--lr", "0.1").out == influence("score", whole, "--lr", "0.1").out != ""
+    assert (
+        influence("score", cut, "--lr", "0.1").out
+        == influence("score", whole, "--lr", "0.1").out
+        != ""
+    )
 
 
 # ---------------------------------------------------------------- handled: prefixes, tied weights, frozen parameters
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_wrapper_prefixes_in_a_checkpoint_are_stripped(prefix, make_run, influence):
     plain, wrapped = make_run("plain"), make_run("wrapped")
     resave(plain, SECOND, lambda tensors: tensors)
@@ -237,7 +348,11 @@ def test_wrapper_prefixes_in_a_checkpoint_are_stripped(prefix, make_run, influen
 
 def test_a_wrapped_model_is_taken_out_of_its_wrapper(make_run, influence):
     plain = make_run("plain")
-    wrapped = make_run("wrapped", replaced(DEFINITION, (MODEL, f"return nn.DataParallel({MODEL.removeprefix('return ')})")), model=original)
+    wrapped = make_run(
+        "wrapped",
+        replaced(DEFINITION, (MODEL, f"return nn.DataParallel({MODEL.removeprefix('return ')})")),
+        model=original,
+    )
     assert influence("score", wrapped).out == influence("score", plain).out != ""
 
 
@@ -245,7 +360,9 @@ def original() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-UNTIED = 'return nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 3)})'
+UNTIED = (
+    'return nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 3)})'
+)
 TIED = replaced(
     DEFINITION,
     (MODEL, UNTIED.replace("return ", "m = ") + "\n    m.b.weight = m.a.weight\n    return m"),
@@ -259,13 +376,30 @@ def test_tied_weights_saved_once_load_under_either_name(make_run, influence):
         assert "b.weight" not in load_file(once / "checkpoints" / name)
         for run in (once, other, twice):
             resave(run, name, lambda tensors: tensors)
-        resave(other, name, lambda tensors: {key.replace("a.weight", "b.weight"): value for key, value in tensors.items()})
+        resave(
+            other,
+            name,
+            lambda tensors: {
+                key.replace("a.weight", "b.weight"): value for key, value in tensors.items()
+            },
+        )
         resave(twice, name, lambda tensors: {**tensors, "b.weight": tensors["a.weight"].clone()})
-    assert influence("score", once).out == influence("score", other).out == influence("score", twice).out != ""
+    assert (
+        influence("score", once).out
+        == influence("score", other).out
+        == influence("score", twice).out
+        != ""
+    )
 
 
 def test_frozen_parameters_are_not_scored(make_run, influence):
-    frozen = replaced(DEFINITION, (MODEL, MODEL.replace("return ", "m = ") + "\n    m[0].requires_grad_(False)\n    return m"))
+    frozen = replaced(
+        DEFINITION,
+        (
+            MODEL,
+            MODEL.replace("return ", "m = ") + "\n    m[0].requires_grad_(False)\n    return m",
+        ),
+    )
     plain, partly = make_run("plain"), make_run("partly", frozen)
     assert influence("score", partly).out == influence("score", plain, "--layers", "2").out != ""
     assert {row["layer"] for row in influence("score", partly, "--by", "layer").rows} == {"2"}
@@ -282,7 +416,13 @@ def test_a_syntax_error_is_shown_with_its_line(make_run, influence):
     run = make_run()
     (run / "definition.py").write_text(DEFINITION + "def broken(:\n    pass\n")
     line = DEFINITION.count("\n") + 1
-    refused(influence("score", run), 1, "definition.py is not valid Python", f"line {line}", "> def broken(:")
+    refused(
+        influence("score", run),
+        1,
+        "definition.py is not valid Python",
+        f"line {line}",
+        "> def broken(:",
+    )
 
 
 @pytest.mark.parametrize("content", [b"name = '\xff\xfe'\n", b"a = 1\0\n"])
@@ -295,8 +435,16 @@ def test_a_definition_that_is_no_text_is_refused(content, make_run, influence):
 
 
 def test_missing_functions_are_named_together(make_run, influence):
-    text = replaced(DEFINITION, ("def loss(", "def my_loss("), ("def query_data(", "def validation_data("))
-    refused(influence("score", make_run(definition=text)), 1, "definition.py lacks query_data() and loss()", "expected:", "influence init")
+    text = replaced(
+        DEFINITION, ("def loss(", "def my_loss("), ("def query_data(", "def validation_data(")
+    )
+    refused(
+        influence("score", make_run(definition=text)),
+        1,
+        "definition.py lacks query_data() and loss()",
+        "expected:",
+        "influence init",
+    )
 
 
 def test_an_exception_while_the_definition_loads_names_its_line(make_run, influence):
@@ -304,45 +452,86 @@ def test_an_exception_while_the_definition_loads_names_its_line(make_run, influe
     (run / "definition.py").write_text(DEFINITION + "numbers = [1, 2]\nnumbers[5]\n")
     line = DEFINITION.count("\n") + 2
     result = influence("score", run)
-    refused(result, 1, "definition.py raised IndexError while it was loaded", f"definition.py line {line}: numbers[5]", "--debug")
+    refused(
+        result,
+        1,
+        "definition.py raised IndexError while it was loaded",
+        f"definition.py line {line}: numbers[5]",
+        "--debug",
+    )
 
 
 def test_a_definition_that_exits_is_refused(make_run, influence):
     run = make_run()
     (run / "definition.py").write_text(DEFINITION + "import sys\nsys.exit(0)\n")
-    refused(influence("score", run), 1, "definition.py raised SystemExit while it was loaded", "sys.exit(0)")
+    refused(
+        influence("score", run),
+        1,
+        "definition.py raised SystemExit while it was loaded",
+        "sys.exit(0)",
+    )
 
 
-@pytest.mark.parametrize(("function", "body"), [("model", MODEL), ("train_data", TRAIN), ("query_data", QUERY), ("loss", LOSS)])
-def test_an_exception_inside_a_function_names_function_and_line(function, body, make_run, influence):
+@pytest.mark.parametrize(
+    ("function", "body"),
+    [("model", MODEL), ("train_data", TRAIN), ("query_data", QUERY), ("loss", LOSS)],
+)
+def test_an_exception_inside_a_function_names_function_and_line(
+    function, body, make_run, influence
+):
     run = make_run()
     (run / "definition.py").write_text(replaced(DEFINITION, (body, "return {}['nothing']")))
     result = influence("score", run)
-    refused(result, 1, f"{function}() in definition.py raised KeyError: 'nothing'", "definition.py line ", "{}['nothing']", "--debug")
+    refused(
+        result,
+        1,
+        f"{function}() in definition.py raised KeyError: 'nothing'",
+        "definition.py line ",
+        "{}['nothing']",
+        "--debug",
+    )
 
 
 def test_a_model_that_is_no_module_is_refused(make_run, influence):
     run = make_run()
-    (run / "definition.py").write_text(replaced(DEFINITION, (MODEL, "return nn.Linear(4, 3).state_dict()")))
-    refused(influence("score", run), 1, "model() returned a OrderedDict", "expected: a torch.nn.Module")
+    (run / "definition.py").write_text(
+        replaced(DEFINITION, (MODEL, "return nn.Linear(4, 3).state_dict()"))
+    )
+    refused(
+        influence("score", run), 1, "model() returned a OrderedDict", "expected: a torch.nn.Module"
+    )
 
 
 def test_a_model_without_storage_is_refused(make_run, influence):
     run = make_run()
-    (run / "definition.py").write_text(replaced(DEFINITION, ("nn.Linear(4, 5)", "nn.Linear(4, 5, device='meta')")))
+    (run / "definition.py").write_text(
+        replaced(DEFINITION, ("nn.Linear(4, 5)", "nn.Linear(4, 5, device='meta')"))
+    )
     refused(influence("score", run), 1, "meta device", "0.weight", "on the CPU")
 
 
 @pytest.mark.parametrize("option", ["max_norm=1.0", "scale_grad_by_freq=True"])
 @pytest.mark.parametrize("kind", ["Embedding", "EmbeddingBag"])
-def test_embedding_options_that_couple_examples_are_refused_by_name(kind, option, make_run, influence):
+def test_embedding_options_that_couple_examples_are_refused_by_name(
+    kind, option, make_run, influence
+):
     text = replaced(DEFINITION, ("nn.Linear(4, 5)", f"nn.{kind}(9, 5, {option})"))
-    refused(influence("score", make_run(definition=text)), 1, f"0 ({kind}): {option}", "build the model without it")
+    refused(
+        influence("score", make_run(definition=text)),
+        1,
+        f"0 ({kind}): {option}",
+        "build the model without it",
+    )
 
 
 def test_a_model_that_is_all_frozen_is_refused(make_run, influence):
     text = replaced(DEFINITION, (MODEL, f"{MODEL}.requires_grad_(False)"))
-    refused(influence("score", make_run(definition=text)), 1, "no trained parameter", "requires_grad=False")
+    refused(
+        influence("score", make_run(definition=text)),
+        1,
+        "no trained parameter",
+        "requires_grad=False",
+    )
 
 
 def test_debug_shows_the_trace_and_the_message(make_run, influence):
@@ -377,7 +566,11 @@ WRONG_LOSSES = {
 def test_a_wrong_loss_says_what_it_returned(function, wrong, make_run, influence):
     body, says = WRONG_LOSSES[wrong]
     run = make_run()
-    changed = replaced(DEFINITION, (LOSS, body)) if function == "loss" else f"{DEFINITION}\ndef measure(model, batch):\n    {body}\n"
+    changed = (
+        replaced(DEFINITION, (LOSS, body))
+        if function == "loss"
+        else f"{DEFINITION}\ndef measure(model, batch):\n    {body}\n"
+    )
     (run / "definition.py").write_text(changed)
     refused(influence("score", run), 1, f"{function}() returned", *says)
 
@@ -392,11 +585,21 @@ NOT_FINITE = {
 def test_a_value_that_is_not_finite_names_checkpoint_layer_and_example(what, make_run, influence):
     text = replaced(
         DEFINITION,
-        (TRAIN, "data = examples(0, 20).tensors\n    data[0][7] = 99.0\n    return torch.utils.data.TensorDataset(*data)"),
+        (
+            TRAIN,
+            "data = examples(0, 20).tensors\n    data[0][7] = 99.0\n    return torch.utils.data.TensorDataset(*data)",
+        ),
         (LOSS, f"x, odd = model(batch[0]), batch[0][:, 0] > 50\n    {LOSS} + {NOT_FINITE[what]}"),
     )
     result = influence("self", make_run(definition=text))
-    refused(result, 1, f"{what} is not finite", f"checkpoints/{FIRST}", "example 7 of train_data()", "--steps or --train")
+    refused(
+        result,
+        1,
+        f"{what} is not finite",
+        f"checkpoints/{FIRST}",
+        "example 7 of train_data()",
+        "--steps or --train",
+    )
 
 
 # ---------------------------------------------------------------- the data
@@ -441,16 +644,33 @@ def run_on(make_run):
 
 @pytest.mark.parametrize("source", DATA)
 def test_an_empty_dataset_is_refused(source, run_on, influence):
-    refused(influence("score", run_on(source, "[]")), 1, f"{source} is empty", "at least one example")
+    refused(
+        influence("score", run_on(source, "[]")), 1, f"{source} is empty", "at least one example"
+    )
 
 
 @pytest.mark.parametrize("source", DATA)
 @pytest.mark.parametrize(
-    "data", ["Stream()", "SizedStream()", "torch.utils.data.DataLoader(examples(0, 9))", "iter(examples(0, 9))", "None"]
+    "data",
+    [
+        "Stream()",
+        "SizedStream()",
+        "torch.utils.data.DataLoader(examples(0, 9))",
+        "iter(examples(0, 9))",
+        "None",
+    ],
 )
 def test_a_dataset_without_an_index_is_refused(data, source, run_on, influence):
-    kind = {"torch": "DataLoader", "iter": "iterator", "None": "NoneType"}.get(data.split("(")[0].split(".")[0], data[:-2])
-    refused(influence("score", run_on(source, data)), 1, f"{source} returned a {kind}", "can't be read by index", "list(...)")
+    kind = {"torch": "DataLoader", "iter": "iterator", "None": "NoneType"}.get(
+        data.split("(")[0].split(".")[0], data[:-2]
+    )
+    refused(
+        influence("score", run_on(source, data)),
+        1,
+        f"{source} returned a {kind}",
+        "can't be read by index",
+        "list(...)",
+    )
 
 
 def test_a_dataset_whose_length_fails_is_refused(run_on, influence):
@@ -464,7 +684,13 @@ def test_a_dataset_whose_length_fails_is_refused(run_on, influence):
 @pytest.mark.parametrize("source", DATA)
 def test_a_dataset_that_raises_names_the_example_and_the_line(source, run_on, influence):
     result = influence("score", run_on(source, "Torn(examples(0, 8))"))
-    refused(result, 1, f"{source} raised ValueError at example 5: page 5 is torn", "definition.py line ", "it has 8 examples")
+    refused(
+        result,
+        1,
+        f"{source} raised ValueError at example 5: page 5 is torn",
+        "definition.py line ",
+        "it has 8 examples",
+    )
 
 
 @pytest.mark.parametrize("source", DATA)
@@ -485,8 +711,15 @@ def test_examples_that_can_not_be_batched_name_collate(run_on, influence):
 @pytest.mark.parametrize("function", ["collate(items)", "label(example)", "describe(example)"])
 def test_an_exception_in_an_optional_function_names_it(function, make_run, influence):
     run = make_run()
-    (run / "definition.py").write_text(f"{DEFINITION}\ndef {function}:\n    return {{}}['nothing']\n")
-    refused(influence("score", run), 1, f"{function.split('(')[0]}() in definition.py raised KeyError", "definition.py line ")
+    (run / "definition.py").write_text(
+        f"{DEFINITION}\ndef {function}:\n    return {{}}['nothing']\n"
+    )
+    refused(
+        influence("score", run),
+        1,
+        f"{function.split('(')[0]}() in definition.py raised KeyError",
+        "definition.py line ",
+    )
 
 
 # ---------------------------------------------------------------- the trajectory
@@ -495,9 +728,19 @@ HEADER = '{"format": "influence-trajectory", "version": 1, "reduction": "mean", 
 
 def lines(*changes: tuple[int, str | None], steps: int = 20) -> str:
     """A trajectory of `steps` steps after HEADER; (line number, text) replaces a line, None leaves it out."""
-    text = [HEADER, *(json.dumps({"step": step, "lr": 0.1, "examples": [step % 20, 3]}) for step in range(steps))]
+    text = [
+        HEADER,
+        *(
+            json.dumps({"step": step, "lr": 0.1, "examples": [step % 20, 3]})
+            for step in range(steps)
+        ),
+    ]
     changed = dict(changes)
-    return "".join(f"{changed.get(number, line)}\n" for number, line in enumerate(text, start=1) if changed.get(number, line) is not None)
+    return "".join(
+        f"{changed.get(number, line)}\n"
+        for number, line in enumerate(text, start=1)
+        if changed.get(number, line) is not None
+    )
 
 
 BAD_TRAJECTORIES = {
@@ -595,29 +838,65 @@ def units(run: Path) -> list[Path]:
 
 def test_a_cache_of_other_data_names_the_example(cached, influence):
     text = replaced(
-        DEFINITION, (TRAIN, "data = examples(0, 20).tensors\n    data[0][4] += 1\n    return torch.utils.data.TensorDataset(*data)")
+        DEFINITION,
+        (
+            TRAIN,
+            "data = examples(0, 20).tensors\n    data[0][4] += 1\n    return torch.utils.data.TensorDataset(*data)",
+        ),
     )
     (cached / "definition.py").write_text(text)
-    refused(influence("score", cached), 1, ".influence belongs to other data", "example 4 of train_data()", "--cache DIR")
+    refused(
+        influence("score", cached),
+        1,
+        ".influence belongs to other data",
+        "example 4 of train_data()",
+        "--cache DIR",
+    )
 
 
 def test_a_cache_of_another_loss_names_checkpoint_and_example(cached, influence):
     (cached / "definition.py").write_text(replaced(DEFINITION, (LOSS, f"{LOSS} * 2")))
-    says = (".influence belongs to another run", "first at example 0 of train_data()", f"checkpoints/{FIRST}", "cached, ", " now")
+    says = (
+        ".influence belongs to another run",
+        "first at example 0 of train_data()",
+        f"checkpoints/{FIRST}",
+        "cached, ",
+        " now",
+    )
     refused(influence("score", cached), 1, *says, "--cache DIR", "deleting")
 
 
 def test_a_cache_of_a_model_with_other_parameters_is_refused(cached, influence):
-    frozen = replaced(DEFINITION, (MODEL, MODEL.replace("return ", "m = ") + "\n    m[0].requires_grad_(False)\n    return m"))
+    frozen = replaced(
+        DEFINITION,
+        (
+            MODEL,
+            MODEL.replace("return ", "m = ") + "\n    m[0].requires_grad_(False)\n    return m",
+        ),
+    )
     (cached / "definition.py").write_text(frozen)
-    refused(influence("score", cached), 1, "belongs to another run", "no trained parameter 0.weight", "--cache DIR")
+    refused(
+        influence("score", cached),
+        1,
+        "belongs to another run",
+        "no trained parameter 0.weight",
+        "--cache DIR",
+    )
 
 
-@pytest.mark.parametrize("head", [{"format": "influence-cache", "version": 99}, {"format": "influence-cache"}])
+@pytest.mark.parametrize(
+    "head", [{"format": "influence-cache", "version": 99}, {"format": "influence-cache"}]
+)
 def test_a_cache_of_another_version_is_refused(head, cached, influence):
     (cached / ".influence" / "cache.json").write_text(json.dumps(head))
     refused(
-        influence("score", cached), 1, ".influence is of version", str(head.get("version")), f"version {VERSION}", "--cache DIR", "deleting"
+        influence("score", cached),
+        1,
+        ".influence is of version",
+        str(head.get("version")),
+        f"version {VERSION}",
+        "--cache DIR",
+        "deleting",
     )
 
 
@@ -625,7 +904,13 @@ def test_a_folder_that_is_not_a_cache_is_refused_and_left_alone(make_run, influe
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "me.jpg").write_bytes(b"jpg")
-    refused(influence("score", make_run(), "--cache", photos), 1, "photos is not an influence cache", "other files", "--cache DIR")
+    refused(
+        influence("score", make_run(), "--cache", photos),
+        1,
+        "photos is not an influence cache",
+        "other files",
+        "--cache DIR",
+    )
     assert [path.name for path in photos.iterdir()] == ["me.jpg"]
 
 
@@ -637,11 +922,21 @@ def test_a_cache_with_another_head_is_refused(head, cached, influence):
 
 def test_a_cache_that_is_a_file_is_refused(make_run, influence, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(influence("score", make_run(), "--cache", tmp_path / "file"), 1, "the cache", "file can't be written", "--cache DIR")
+    refused(
+        influence("score", make_run(), "--cache", tmp_path / "file"),
+        1,
+        "the cache",
+        "file can't be written",
+        "--cache DIR",
+    )
 
 
 def rename_tensors(path: Path) -> None:
-    save_file({f"x{key}": value for key, value in load_file(path).items()}, path, {"format": "influence-unit", "forms": "{}"})
+    save_file(
+        {f"x{key}": value for key, value in load_file(path).items()},
+        path,
+        {"format": "influence-unit", "forms": "{}"},
+    )
 
 
 DAMAGE = {
@@ -650,7 +945,9 @@ DAMAGE = {
     "other bytes": lambda path: path.write_bytes(b"\xff" * 99),
     "without metadata": lambda path: save_file(load_file(path), path),
     "of other tensors": rename_tensors,
-    "of fewer rows": lambda path: save_file({key: value[:3] for key, value in load_file(path).items()}, path, head_of(path)),
+    "of fewer rows": lambda path: save_file(
+        {key: value[:3] for key, value in load_file(path).items()}, path, head_of(path)
+    ),
 }
 
 
@@ -694,7 +991,9 @@ def fails(number: int):
     return call
 
 
-def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(make_run, influence, monkeypatch):
+def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(
+    make_run, influence, monkeypatch
+):
     run, written, save = make_run(), [], store.save
 
     def full_after_one(path, *content):
@@ -705,7 +1004,15 @@ def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(make_run, in
         save(path, *content)
 
     monkeypatch.setattr(store, "save", full_after_one)
-    refused(influence("score", run), 1, "the disk of the cache", ".influence is full", "bytes free", "--store float16", "--cache none")
+    refused(
+        influence("score", run),
+        1,
+        "the disk of the cache",
+        ".influence is full",
+        "bytes free",
+        "--store float16",
+        "--cache none",
+    )
     assert len(units(run)) == 1
     assert not list((run / ".influence").rglob(".tmp-*"))
     monkeypatch.undo()
@@ -723,7 +1030,13 @@ def test_a_full_disk_while_the_cache_is_begun_is_a_full_disk(make_run, influence
 def test_a_full_disk_under_an_output_file_leaves_none(cached, influence, monkeypatch, tmp_path):
     assert influence("score", cached).code == 0  # the cache has nothing left to write
     monkeypatch.setattr(os, "fsync", fails(errno.ENOSPC))
-    refused(influence("score", cached, "-o", tmp_path / "scores.csv"), 1, "scores.csv can't be written", "No space left", "-o FILE")
+    refused(
+        influence("score", cached, "-o", tmp_path / "scores.csv"),
+        1,
+        "scores.csv can't be written",
+        "No space left",
+        "-o FILE",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -750,7 +1063,11 @@ def test_a_full_stdout_is_an_error_not_a_trace(make_run):
 def test_a_full_stdout_is_an_error_of_every_command(command, cached, influence, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "__stdout__", full)
-        refused(influence(*command[:1], cached, *command[1:]), 1, "stdout can't be written: No space left on device")
+        refused(
+            influence(*command[:1], cached, *command[1:]),
+            1,
+            "stdout can't be written: No space left on device",
+        )
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
@@ -763,22 +1080,39 @@ def test_a_read_only_run_names_cache(make_run, influence, monkeypatch):
         return fails(errno.EROFS)() if ".influence" in path.parts else mkdir(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    refused(influence("score", run), 1, "the cache", ".influence can't be written: Read-only file system", "--cache DIR", "--cache none")
+    refused(
+        influence("score", run),
+        1,
+        "the cache",
+        ".influence can't be written: Read-only file system",
+        "--cache DIR",
+        "--cache none",
+    )
     assert influence("score", run, "--cache", "none").code == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
 def test_a_folder_without_write_permission_names_cache(make_run, influence):
     run = make_run()
     run.chmod(0o500)
     try:
-        refused(influence("score", run), 1, ".influence can't be written: Permission denied", "--cache DIR", "--cache none")
+        refused(
+            influence("score", run),
+            1,
+            ".influence can't be written: Permission denied",
+            "--cache DIR",
+            "--cache none",
+        )
     finally:
         run.chmod(0o700)
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_read_only_cache_is_enough_when_nothing_is_missing(moved, filled, cached, influence, monkeypatch):
+def test_a_read_only_cache_is_enough_when_nothing_is_missing(
+    moved, filled, cached, influence, monkeypatch
+):
     run = cached if moved else filled
     for name in ("touch", "mkdir", "write_text"):
         monkeypatch.setattr(Path, name, fails(errno.EROFS))
@@ -790,13 +1124,23 @@ def test_a_read_only_cache_is_enough_when_nothing_is_missing(moved, filled, cach
 
 def test_a_unit_that_can_not_be_written_names_cache(make_run, influence, monkeypatch):
     monkeypatch.setattr(store, "save", fails(errno.EACCES))
-    refused(influence("score", make_run()), 1, ".influence can't be written: Permission denied", "--cache DIR")
+    refused(
+        influence("score", make_run()),
+        1,
+        ".influence can't be written: Permission denied",
+        "--cache DIR",
+    )
 
 
 def test_an_output_that_can_not_be_written_is_named(cached, influence, monkeypatch, tmp_path):
     assert influence("score", cached).code == 0  # the cache has nothing left to write
     monkeypatch.setattr(os, "replace", fails(errno.EACCES))
-    refused(influence("score", cached, "-o", tmp_path / "scores.csv"), 1, "scores.csv can't be written: Permission denied", "-o FILE")
+    refused(
+        influence("score", cached, "-o", tmp_path / "scores.csv"),
+        1,
+        "scores.csv can't be written: Permission denied",
+        "-o FILE",
+    )
     assert not (tmp_path / "scores.csv").exists()
 
 
@@ -806,28 +1150,53 @@ def out_of_memory(*args, **kwargs):
 
 
 @pytest.mark.parametrize("where", ["probe", "__call__"])
-def test_out_of_memory_in_a_batch_names_batch_size_and_layers(where, make_run, influence, monkeypatch):
+def test_out_of_memory_in_a_batch_names_batch_size_and_layers(
+    where, make_run, influence, monkeypatch
+):
     monkeypatch.setattr(Capture, where, out_of_memory)
-    refused(influence("score", make_run()), 1, "out of memory", "batch of", "Tried to allocate 2.00 GiB", "--batch-size", "--layers")
+    refused(
+        influence("score", make_run()),
+        1,
+        "out of memory",
+        "batch of",
+        "Tried to allocate 2.00 GiB",
+        "--batch-size",
+        "--layers",
+    )
 
 
 def test_out_of_memory_inside_the_loss_is_out_of_memory(make_run, influence):
     run = make_run()
-    (run / "definition.py").write_text(replaced(DEFINITION, (LOSS, f"torch.empty(2**50)\n    {LOSS}")))
+    (run / "definition.py").write_text(
+        replaced(DEFINITION, (LOSS, f"torch.empty(2**50)\n    {LOSS}"))
+    )
     refused(influence("score", run), 1, "out of memory", "--batch-size")
 
 
 @pytest.mark.parametrize("examples", [1, 6])
-def test_out_of_memory_while_a_batch_is_moved_is_out_of_memory(examples, make_run, influence, monkeypatch):
+def test_out_of_memory_while_a_batch_is_moved_is_out_of_memory(
+    examples, make_run, influence, monkeypatch
+):
     to = extractor.to
-    monkeypatch.setattr(extractor, "to", lambda batch, *args: out_of_memory() if len(batch[0]) >= examples else to(batch, *args))
+    monkeypatch.setattr(
+        extractor,
+        "to",
+        lambda batch, *args: out_of_memory() if len(batch[0]) >= examples else to(batch, *args),
+    )
     refused(influence("score", make_run()), 1, "out of memory", "--batch-size")
 
 
 def test_out_of_memory_while_the_model_is_moved_names_the_device(make_run, influence, monkeypatch):
     run = make_run()
     monkeypatch.setattr(nn.Module, "to", out_of_memory)
-    refused(influence("score", run, "--device", "cpu"), 1, "the model", "memory of cpu", "Tried to allocate 2.00 GiB", "--device")
+    refused(
+        influence("score", run, "--device", "cpu"),
+        1,
+        "the model",
+        "memory of cpu",
+        "Tried to allocate 2.00 GiB",
+        "--device",
+    )
 
 
 def test_out_of_memory_while_scores_are_summed_is_an_error(cached, influence, monkeypatch):
@@ -837,5 +1206,7 @@ def test_out_of_memory_while_scores_are_summed_is_an_error(cached, influence, mo
 
 def test_a_model_too_large_for_memory_is_refused(make_run, influence):
     run = make_run(definition=replaced(DEFINITION, (MODEL, "return nn.Linear(4, 3)")))
-    (run / "definition.py").write_text(replaced(DEFINITION, (MODEL, "return nn.Linear(2**24, 2**24)")))
+    (run / "definition.py").write_text(
+        replaced(DEFINITION, (MODEL, "return nn.Linear(2**24, 2**24)"))
+    )
     refused(influence("score", run), 1, "allocate memory")

@@ -24,7 +24,14 @@ MAY_USE = {
     "run": ("run",),
     "gradients": ("gradients",),
     "cache": ("storage", "cache", *FORMS),
-    "cache.identity": ("storage", "cache", *FORMS, "gradients.projection", "run.checkpoints", "run.parameters"),
+    "cache.identity": (
+        "storage",
+        "cache",
+        *FORMS,
+        "gradients.projection",
+        "run.checkpoints",
+        "run.parameters",
+    ),
     "extraction": ("storage", "cache", "gradients", "parallel", "run", "extraction"),
     "methods": (
         "cache",
@@ -39,7 +46,16 @@ MAY_USE = {
         "storage",
     ),
     "output": ("output",),
-    "diagnostics": ("diagnostics", "storage", "run", "cache", "extraction", "gradients", "methods", "evaluate.correlation"),
+    "diagnostics": (
+        "diagnostics",
+        "storage",
+        "run",
+        "cache",
+        "extraction",
+        "gradients",
+        "methods",
+        "evaluate.correlation",
+    ),
     "evaluate": ("storage", "run", "cache", "extraction", "methods", "output.ranking", "evaluate"),
     "cli": ("",),
 }
@@ -62,31 +78,43 @@ THIRD_PARTY = {
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
-    if ("templates" not in path.parts and path.parent != ROOT) or path.stem in ("errors", "progress", "parallel")
+    if ("templates" not in path.parts and path.parent != ROOT)
+    or path.stem in ("errors", "progress", "parallel")
 )
 
 
 def imports(module: str) -> set[str]:
     path = ROOT / module.replace(".", "/")
-    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    tree = ast.parse(
+        (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    )
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            inner = {f"{node.module}.{alias.name}" for alias in node.names} if node.module else set()
+            inner = (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module else set()
+            )
             modules = {
                 name
                 for name in inner
-                if (ROOT.parent / (name.replace(".", "/") + ".py")).exists() or (ROOT.parent / name.replace(".", "/")).is_dir()
+                if (ROOT.parent / (name.replace(".", "/") + ".py")).exists()
+                or (ROOT.parent / name.replace(".", "/")).is_dir()
             }
             found |= modules or {node.module or ""}
     return found
 
 
 def room(table: dict, module: str):
-    return table[next(name for name in sorted(table, key=len, reverse=True) if module == name or module.startswith(f"{name}."))]
+    return table[
+        next(
+            name
+            for name in sorted(table, key=len, reverse=True)
+            if module == name or module.startswith(f"{name}.")
+        )
+    ]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -98,7 +126,9 @@ def test_rooms_import_only_what_the_table_allows(module):
         top = name.split(".")[0]
         if top == "influence_cli":
             inner = name.removeprefix("influence_cli").lstrip(".")
-            fits = inner == "" or any(rule == "" or inner == rule or inner.startswith(f"{rule}.") for rule in allowed)
+            fits = inner == "" or any(
+                rule == "" or inner == rule or inner.startswith(f"{rule}.") for rule in allowed
+            )
             assert fits, f"{module} imports {name}"
         elif top not in sys.stdlib_module_names:
             assert top in room(THIRD_PARTY, module), f"{module} imports {name}"
@@ -106,15 +136,23 @@ def test_rooms_import_only_what_the_table_allows(module):
 
 @pytest.mark.parametrize("method", sorted({method.module for method in METHODS.values()}))
 def test_methods_do_not_import_each_other(method):
-    others = {f"influence_cli.methods.{other.module}" for other in METHODS.values()} - {f"influence_cli.methods.{method}"}
+    others = {f"influence_cli.methods.{other.module}" for other in METHODS.values()} - {
+        f"influence_cli.methods.{method}"
+    }
     assert not imports(f"methods.{method}") & others
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)],
+    ids=" ".join,
+)
 def test_help_leaves_torch_alone(arguments):
     loaded = run(
         f"import sys; sys.argv = ['influence', *{arguments}]\n"
@@ -170,4 +208,6 @@ def test_the_command_reference_is_up_to_date():
     script = ROOT.parent / "docs" / "generate.py"
     space: dict = {"__file__": str(script), "__name__": "generate"}
     exec(script.read_text(), space)
-    assert (ROOT.parent / "docs" / "commands.md").read_text() == space["reference"](), "run: python docs/generate.py"
+    assert (ROOT.parent / "docs" / "commands.md").read_text() == space["reference"](), (
+        "run: python docs/generate.py"
+    )

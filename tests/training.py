@@ -41,7 +41,10 @@ def label(example):
 
 
 def definition_of(folder: Path) -> dict[str, Any]:
-    space: dict[str, Any] = {"__file__": str(folder / "definition.py"), "__name__": "definition_of_a_test"}
+    space: dict[str, Any] = {
+        "__file__": str(folder / "definition.py"),
+        "__name__": "definition_of_a_test",
+    }
     exec(compile((folder / "definition.py").read_text(), "definition.py", "exec"), space)
     return space
 
@@ -73,13 +76,24 @@ def train(
     model, data = space["model"](), space["train_data"]()
     parameters = dict(model.named_parameters())
     factors = [group.get("lr", 1.0) for group in groups] or [1.0]
-    members = [[parameters[name] for name in group["params"]] for group in groups] or [list(parameters.values())]
-    own = [{key: value for key, value in group.items() if key not in ("lr", "params")} for group in groups] or [{}]
-    optimizer = kind([{"params": m, **o} for m, o in zip(members, own, strict=True)], lr=rate, **(options or {}))  # type: ignore[call-arg]
+    members = [[parameters[name] for name in group["params"]] for group in groups] or [
+        list(parameters.values())
+    ]
+    own = [
+        {key: value for key, value in group.items() if key not in ("lr", "params")}
+        for group in groups
+    ] or [{}]
+    optimizer = kind(
+        [{"params": m, **o} for m, o in zip(members, own, strict=True)], lr=rate, **(options or {})
+    )  # type: ignore[call-arg]
     named = {"name": kind.__name__.lower(), **(options or {})}
     head: dict[str, Any] = {"format": "influence-trajectory", "version": 1, "optimizer": named}
     head |= {} if weights else {"reduction": reduction}
-    head |= {"groups": [{"params": list(g["params"]), **o} for g, o in zip(groups, own, strict=True)]} if groups else {}
+    head |= (
+        {"groups": [{"params": list(g["params"]), **o} for g, o in zip(groups, own, strict=True)]}
+        if groups
+        else {}
+    )
     lines, order = [head], torch.Generator().manual_seed(1)
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
@@ -89,16 +103,26 @@ def train(
                 save_state(folder / "optimizer" / f"step-{step:06d}.safetensors", model, optimizer)
         if step == steps:
             break
-        ids = batches(step) if batches else torch.randperm(len(data), generator=order)[:batch].tolist()
-        w = torch.full((len(ids),), 1 / len(ids) if reduction == "mean" else 1.0, dtype=torch.float64)
+        ids = (
+            batches(step)
+            if batches
+            else torch.randperm(len(data), generator=order)[:batch].tolist()
+        )
+        w = torch.full(
+            (len(ids),), 1 / len(ids) if reduction == "mean" else 1.0, dtype=torch.float64
+        )
         if weights:
             w = torch.rand(len(ids), generator=order, dtype=torch.float64) / len(ids)
         if tilt is not None and tilt[0] == step:
             w[[position for position, example in enumerate(ids) if example == tilt[1]]] += tilt[2]
         rates = [rate * factor / (1 + step / 10) for factor in factors]
         optimizer.zero_grad()
-        (w * space["loss"](model, torch.utils.data.default_collate([data[i] for i in ids]))).sum().backward()
-        norm = float(torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm())
+        (
+            w * space["loss"](model, torch.utils.data.default_collate([data[i] for i in ids]))
+        ).sum().backward()
+        norm = float(
+            torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm()
+        )
         line: dict[str, Any] = {"step": step, "lr": rates if groups else rates[0], "examples": ids}
         line |= {"weights": w.tolist()} if weights else {}
         if (factor := clip(norm)) != 1:
@@ -127,10 +151,14 @@ def expected(
     """
     space = definition_of(folder)
     model, data, queries = space["model"](), space["train_data"](), space["query_data"]()
-    head, *lines = [json.loads(text) for text in (folder / "trajectory.jsonl").read_text().splitlines()]
+    head, *lines = [
+        json.loads(text) for text in (folder / "trajectory.jsonl").read_text().splitlines()
+    ]
     latest = {line["step"]: line for line in lines}
     there = sorted(int(path.stem.split("-")[1]) for path in (folder / "checkpoints").iterdir())
-    used = list(steps) if steps is not None else [step for step in there if end is None or step <= end]
+    used = (
+        list(steps) if steps is not None else [step for step in there if end is None or step <= end]
+    )
     one = lambda source, i: torch.utils.data.default_collate([source[i]])  # noqa: E731
 
     def gradients(step: int, source: Any, ids: Sequence[int]) -> torch.Tensor:
@@ -140,21 +168,37 @@ def expected(
 
     selected = [name for name, _ in model.named_parameters() if names is None or name in names]
     sizes = {name: dict(model.named_parameters())[name].numel() for name in selected}
-    kept = torch.cat([torch.full((sizes[n],), float(sources is None or n in sources), dtype=torch.float64) for n in selected])
+    kept = torch.cat(
+        [
+            torch.full((sizes[n],), float(sources is None or n in sources), dtype=torch.float64)
+            for n in selected
+        ]
+    )
     passed = []
     for step in range(used[-1]):
         line = latest[step]
         checkpoint = max([c for c in used[:-1] if c <= step], default=used[0])
         G = gradients(checkpoint, data, line["examples"])
         count = len(line["examples"])
-        w = torch.tensor(line.get("weights", [1 / count if head.get("reduction") == "mean" else 1.0] * count), dtype=torch.float64)
+        w = torch.tensor(
+            line.get("weights", [1 / count if head.get("reduction") == "mean" else 1.0] * count),
+            dtype=torch.float64,
+        )
         rate = line["lr"]
         if isinstance(rate, list):
-            of = {name: value for group, value in zip(head["groups"], rate, strict=True) for name in group["params"]}
-            rate = torch.cat([torch.full((sizes[n],), of[n], dtype=torch.float64) for n in selected])
+            of = {
+                name: value
+                for group, value in zip(head["groups"], rate, strict=True)
+                for name in group["params"]
+            }
+            rate = torch.cat(
+                [torch.full((sizes[n],), of[n], dtype=torch.float64) for n in selected]
+            )
         passed.append((G, w, rate, line.get("clip", 1.0)))
     query = gradients(used[-1], queries, range(len(queries)))
-    whole = reference.left_out([(G, G, w, rate, s) for G, w, rate, s in passed], query, source=kept, **options)
+    whole = reference.left_out(
+        [(G, G, w, rate, s) for G, w, rate, s in passed], query, source=kept, **options
+    )
     return [(step, latest[step]["examples"], scores) for step, scores in enumerate(whole)]
 
 

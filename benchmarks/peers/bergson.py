@@ -7,7 +7,13 @@ import logging
 import shutil
 
 import torch
-from bergson import Attributor, GradientProcessor, IndexConfig, collect_gradients, load_module_gradients
+from bergson import (
+    Attributor,
+    GradientProcessor,
+    IndexConfig,
+    collect_gradients,
+    load_module_gradients,
+)
 from datasets import Dataset
 
 PACKAGE = "bergson"
@@ -15,11 +21,19 @@ logging.disable(logging.INFO)
 
 
 def index(work, path, tokens, projection):
-    cfg = IndexConfig(str(path), projection_dim=projection, include_bias=True, loss_reduction="mean", token_batch_size=work.batch * 128)
+    cfg = IndexConfig(
+        str(path),
+        projection_dim=projection,
+        include_bias=True,
+        loss_reduction="mean",
+        token_batch_size=work.batch * 128,
+    )
     processor = GradientProcessor({}, projection_dim=projection or None, include_bias=True)
     shutil.rmtree(cfg.partial_run_path, ignore_errors=True)
     processor.save(cfg.partial_run_path)
-    rows = Dataset.from_dict({"input_ids": tokens.tolist(), "length": [tokens.shape[1]] * len(tokens)})
+    rows = Dataset.from_dict(
+        {"input_ids": tokens.tolist(), "length": [tokens.shape[1]] * len(tokens)}
+    )
     batches = [batch.tolist() for batch in torch.arange(len(tokens)).split(work.batch)]
     collect_gradients(work.model.hf, rows, processor, cfg, batches=batches)
     return cfg.partial_run_path
@@ -29,7 +43,9 @@ def search(projection):
     def start(work, folder, _):
         def run():
             work.model.requires_grad_(False)
-            work.model.hf.get_input_embeddings().requires_grad_(True)  # as bergson's own commands do: backward has to reach the first layer
+            work.model.hf.get_input_embeddings().requires_grad_(
+                True
+            )  # as bergson's own commands do: backward has to reach the first layer
             train = index(work, folder / "train", work.xtr, projection)
             queries = load_module_gradients(index(work, folder / "queries", work.xte, projection))
             found = {name: torch.tensor(queries[name]) for name in queries}

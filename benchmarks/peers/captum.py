@@ -35,7 +35,9 @@ def batched(work, folder, _):
 
 
 def one_by_one(work, folder, _):
-    batch = 32 if work.name == "w1" else 1  # a batch's whole graph is gone through for each example: only small ones gain by batches
+    batch = (
+        32 if work.name == "w1" else 1
+    )  # a batch's whole graph is gone through for each example: only small ones gain by batches
     method = TracInCP(**arguments(work, work.loss_each, batch))
     return lambda: method.influence(queries(work, batch)), []
 

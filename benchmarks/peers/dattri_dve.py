@@ -85,7 +85,9 @@ def load_safetensors(path):
     for name, entry in json.loads(raw[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            numbers = torch.frombuffer(bytearray(raw[start + begin : start + end]), dtype=DTYPES[entry["dtype"]])
+            numbers = torch.frombuffer(
+                bytearray(raw[start + begin : start + end]), dtype=DTYPES[entry["dtype"]]
+            )
             tensors[name] = numbers.reshape(entry["shape"])
     return tensors
 
@@ -93,8 +95,15 @@ def load_safetensors(path):
 def load_trajectory(path, steps):
     header, *lines = map(json.loads, path.read_text().splitlines())
     optimizer = header["optimizer"]
-    if header["reduction"] != "mean" or optimizer["name"] != "sgd" or optimizer.get("momentum") or optimizer.get("weight_decay"):
-        raise SystemExit(f"dattri's data value embedding is for plain SGD on the mean loss, this run is {header}")
+    if (
+        header["reduction"] != "mean"
+        or optimizer["name"] != "sgd"
+        or optimizer.get("momentum")
+        or optimizer.get("weight_decay")
+    ):
+        raise SystemExit(
+            f"dattri's data value embedding is for plain SGD on the mean loss, this run is {header}"
+        )
     return lines[:steps]
 
 
@@ -118,7 +127,9 @@ def main():
         return torch.func.functional_call(model, params, ([part[None] for part in example],))[0]
 
     start = time.perf_counter()
-    task = AttributionTask(loss, model, model.state_dict())  # the checkpoint is not used: gradients are at the model's parameters
+    task = AttributionTask(
+        loss, model, model.state_dict()
+    )  # the checkpoint is not used: gradients are at the model's parameters
     attributor = DVEmbAttributor(task, proj_dim=None, factorization_type="none")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     first = 0  # index of the step's first occurrence
@@ -150,7 +161,10 @@ def main():
     recorded = checkpoints / f"step-{lines[-1]['step'] + 1:06d}.safetensors"
     if recorded.exists():
         ours = model.model.state_dict()
-        gap = max((ours[name].double() - tensor.double()).abs().max().item() for name, tensor in load_safetensors(recorded).items())
+        gap = max(
+            (ours[name].double() - tensor.double()).abs().max().item()
+            for name, tensor in load_safetensors(recorded).items()
+        )
         print(f"last parameters are within {gap:.1e} of {recorded.name}")
 
 

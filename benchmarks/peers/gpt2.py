@@ -25,7 +25,14 @@ class Logits(nn.Module):
 
         super().__init__()
         sizes = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 128}
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+        off = {
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "use_cache": False,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
         self.hf = GPT2LMHeadModel(GPT2Config(**sizes, **off))
 
     def forward(self, x):
@@ -38,12 +45,16 @@ class Work:
     def __init__(self, n_train):
         torch.manual_seed(0)
         self.model = Logits().eval()
-        x = torch.randint(0, 4096, (n_train + QUERIES, 128), generator=torch.Generator().manual_seed(7))
+        x = torch.randint(
+            0, 4096, (n_train + QUERIES, 128), generator=torch.Generator().manual_seed(7)
+        )
         self.xtr, self.xte = x[:n_train], x[n_train:]
         self.ytr, self.yte = self.xtr, self.xte
 
     def loss_each(self, out, y):
-        losses = F.cross_entropy(out[:, :-1].reshape(-1, out.shape[-1]), y[:, 1:].reshape(-1), reduction="none")
+        losses = F.cross_entropy(
+            out[:, :-1].reshape(-1, out.shape[-1]), y[:, 1:].reshape(-1), reduction="none"
+        )
         return losses.view(len(y), -1).mean(1)
 
 
@@ -54,4 +65,8 @@ def write_run(folder, n_train):
     (folder / "checkpoints").mkdir(parents=True)
     shutil.copy(__file__, folder / "gpt2.py")
     (folder / "definition.py").write_text(DEFINITION.format(n=n_train))
-    save_model(work.model, str(folder / "checkpoints/step-000100.safetensors"), metadata={"learning_rate": str(work.lrs[0])})
+    save_model(
+        work.model,
+        str(folder / "checkpoints/step-000100.safetensors"),
+        metadata={"learning_rate": str(work.lrs[0])},
+    )

@@ -25,18 +25,44 @@ import torch
 from torch import nn
 from workloads import Work, floor_seconds
 
-FLOOR_BATCHES = {"w1": (256, 1000), "w2": (32, 64), "w3": (32, 64, 250), "w4": (8, 16), "gpt2": (8, 16)}
-BATCH = {"w1": 500, "w2": 100, "w3": 100, "w4": 32, "gpt2": 32}  # examples a batch for peers; tried on w1 only
+FLOOR_BATCHES = {
+    "w1": (256, 1000),
+    "w2": (32, 64),
+    "w3": (32, 64, 250),
+    "w4": (8, 16),
+    "gpt2": (8, 16),
+}
+BATCH = {
+    "w1": 500,
+    "w2": 100,
+    "w3": 100,
+    "w4": 32,
+    "gpt2": 32,
+}  # examples a batch for peers; tried on w1 only
 REPEATS, ENOUGH = 5, 5.0
 ROUND = 0.1
 
 
 def load(name: str, train: int) -> Work:
-    work = runpy.run_path(str(Path(__file__).with_name("gpt2.py")))["Work"](train) if name == "gpt2" else Work(name, train)
+    work = (
+        runpy.run_path(str(Path(__file__).with_name("gpt2.py")))["Work"](train)
+        if name == "gpt2"
+        else Work(name, train)
+    )
     work.batch = BATCH[name]
-    plain = {key: module for key, module in work.model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    uses = Counter(id(module.weight) for module in work.model.modules() if isinstance(getattr(module, "weight", None), torch.Tensor))
-    work.plain = [key for key, module in plain.items() if uses[id(module.weight)] == 1]  # a tied weight's gradient has another part
+    plain = {
+        key: module
+        for key, module in work.model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    uses = Counter(
+        id(module.weight)
+        for module in work.model.modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+    )
+    work.plain = [
+        key for key, module in plain.items() if uses[id(module.weight)] == 1
+    ]  # a tied weight's gradient has another part
     return work
 
 

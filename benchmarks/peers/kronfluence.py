@@ -38,10 +38,21 @@ def identity(work, folder, _):
                 log_level=logging.ERROR, output_dir=str(folder / "kronfluence"),
             )  # fmt: skip
             analyzer.fit_all_factors(
-                "none", train, per_device_batch_size=work.batch, factor_args=FactorArguments("identity"), overwrite_output_dir=True
+                "none",
+                train,
+                per_device_batch_size=work.batch,
+                factor_args=FactorArguments("identity"),
+                overwrite_output_dir=True,
             )
             analyzer.compute_pairwise_scores(
-                "scores", "none", queries, train, work.batch, work.batch, score_args=ScoreArguments(), overwrite_output_dir=True
+                "scores",
+                "none",
+                queries,
+                train,
+                work.batch,
+                work.batch,
+                score_args=ScoreArguments(),
+                overwrite_output_dir=True,
             )
             total += rate * analyzer.load_pairwise_scores("scores")["all_modules"]
         return total

@@ -32,13 +32,29 @@ def tracin(keep, numbers=None):
         path, cache = folder / "run", folder / "cache"
         if not path.exists():
             if work.name == "gpt2":
-                runpy.run_path(str(Path(__file__).with_name("gpt2.py")))["write_run"](path, len(work.xtr))
+                runpy.run_path(str(Path(__file__).with_name("gpt2.py")))["write_run"](
+                    path, len(work.xtr)
+                )
             else:
                 write_run(work.name, path, len(work.xtr))
         shutil.rmtree(cache, ignore_errors=True)
-        opened = open_shared(Shared(run=path, cache=str(cache) if keep else "none", quiet=True, layers=layers or None, project=numbers))
+        opened = open_shared(
+            Shared(
+                run=path,
+                cache=str(cache) if keep else "none",
+                quiet=True,
+                layers=layers or None,
+                project=numbers,
+            )
+        )
         data = opened.run
-        question = Question(opened.checkpoints, opened.weights(None, None), opened.columns, range(len(data.train)), range(len(data.query)))
+        question = Question(
+            opened.checkpoints,
+            opened.weights(None, None),
+            opened.columns,
+            range(len(data.train)),
+            range(len(data.query)),
+        )
 
         def run():
             scores = []

@@ -51,11 +51,15 @@ def projected(work, folder, _):
         traker.finalize_features()
         for checkpoint, rate in enumerate(work.lrs):
             task.scale = rate**0.5
-            traker.start_scoring_checkpoint("queries", work.ckpts[checkpoint], checkpoint, num_targets=len(work.xte))
+            traker.start_scoring_checkpoint(
+                "queries", work.ckpts[checkpoint], checkpoint, num_targets=len(work.xte)
+            )
             for batch in batches(work.xte, work.yte):
                 traker.score(batch, num_samples=len(batch[0]))
         scores = traker.finalize_scores("queries")
-        scale = work.n_ckpt * float(traker.normalize_factor) ** 2 / WIDTH  # it averages checkpoints and divides by these
+        scale = (
+            work.n_ckpt * float(traker.normalize_factor) ** 2 / WIDTH
+        )  # it averages checkpoints and divides by these
         return torch.as_tensor(scores).T * scale
 
     return run, []

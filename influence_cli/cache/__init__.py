@@ -1,1 +1,1 @@
-"""Rows keyed by (checkpoint, split, column, example), kept on disk."""
+"""GradientRows keyed by (checkpoint, split, column, example), kept on disk."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from influence_cli.cache.quantize import STORE_EPS
-from influence_cli.cache.store import Rows
+from influence_cli.cache.store import GradientRows
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.projection import Projection
@@ -33,7 +33,9 @@ class Settings:
     @property
     def key(self) -> str:
         """The name of the folder of all units taken and kept so."""
-        precision, store = (str(dtype).removeprefix("torch.") for dtype in (self.precision, self.store))
+        precision, store = (
+            str(dtype).removeprefix("torch.") for dtype in (self.precision, self.store)
+        )
         kept = self.projection.key if self.projection else "exact"
         return f"{'mixed' if self.mixed else precision}-stored-{store}-{kept}"
 
@@ -59,9 +61,13 @@ def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:
             known[key], fresh = tensor_digest(file), True
         parts.append(known[key])
     if fresh and memory:
-        with contextlib.suppress(OSError):  # a read-only cache serves all the same; digests are then taken again
+        with contextlib.suppress(
+            OSError
+        ):  # a read-only cache serves all the same; digests are then taken again
             write_json(memory, known)
-    return f"step-{checkpoint.step:09d}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+    return (
+        f"step-{checkpoint.step:09d}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+    )
 
 
 def tensor_digest(file: Path) -> str:
@@ -75,7 +81,9 @@ def tensor_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def compare(stored: Rows, again: Rows, rounding: float, where: str, split: str, cache: Path) -> None:
+def compare(
+    stored: GradientRows, again: GradientRows, rounding: float, where: str, split: str, cache: Path
+) -> None:
     """Raise CacheError, naming layer and example, where cached rows and the same rows captured again differ beyond rounding.
 
     Rounding is relative to the largest gradient among the rows: a well-fit example's own gradient may be all rounding; so may a parameter's
@@ -110,7 +118,7 @@ def compare(stored: Rows, again: Rows, rounding: float, where: str, split: str, 
             )
 
 
-def compare_data(stored: Rows, digests: torch.Tensor, split: str, cache: Path) -> None:
+def compare_data(stored: GradientRows, digests: torch.Tensor, split: str, cache: Path) -> None:
     """Raise CacheError, naming the first example, where the items behind cached rows are not the dataset's items now."""
     changed = (stored.digests != digests).nonzero().flatten().tolist()
     if changed:

@@ -9,10 +9,15 @@ from torch import Tensor
 from influence_cli.gradients.form_ops import from_tensors
 from influence_cli.gradients.forms import Form
 
-SCALED = (torch.float16, torch.bfloat16, torch.int8)  # stored with a float32 scale per row, so that small gradients survive
-STORE_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)} | {
-    torch.int8: 1 / 127
-}
+SCALED = (
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+)  # stored with a float32 scale per row, so that small gradients survive
+STORE_EPS = {
+    dtype: torch.finfo(dtype).eps
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+} | {torch.int8: 1 / 127}
 
 
 def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tensor]:
@@ -25,17 +30,23 @@ def pack(name: str, value: Tensor, store: torch.dtype | None) -> dict[str, Tenso
     rows = value.double().reshape(len(value), math.prod(value.shape[1:]))
     scale = rows.abs().amax(1) if rows.numel() else rows.new_ones(len(rows))
     scale = scale / 127 if store == torch.int8 else scale
-    scale = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale)).float()
+    scale = torch.where(
+        scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), torch.ones_like(scale)
+    ).float()
     rows = rows / scale[:, None]
     rows = rows.round_().clamp_(-127, 127) if store == torch.int8 else rows
     return {name: rows.to(store).reshape(value.shape), f"{name}.scale": scale}
 
 
-def pack_side_by_side(name: str, values: Sequence[Tensor], store: torch.dtype | None) -> dict[str, Tensor]:
+def pack_side_by_side(
+    name: str, values: Sequence[Tensor], store: torch.dtype | None
+) -> dict[str, Tensor]:
     """Several (N, K) tensors as one, each with a scale of its own: read at once, and multiplied at once."""
     packed = [pack(name, value, store) for value in values]
     scale = f"{name}.scale"
-    scales = {scale: torch.stack([part[scale] for part in packed], dim=1)} if scale in packed[0] else {}
+    scales = (
+        {scale: torch.stack([part[scale] for part in packed], dim=1)} if scale in packed[0] else {}
+    )
     return {name: torch.cat([part[name] for part in packed], dim=1)} | scales
 
 
@@ -56,7 +67,9 @@ def unpack(value: Tensor, scale: Tensor | None) -> Tensor:
     return value.float() * scale.view(-1, *[1] * (value.ndim - 1))
 
 
-def unpack_side_by_side(value: Tensor, scales: Tensor | None, places: Sequence[Sequence[int]]) -> Tensor:
+def unpack_side_by_side(
+    value: Tensor, scales: Tensor | None, places: Sequence[Sequence[int]]
+) -> Tensor:
     """(N, sum of K); `places`: first and last of each of them in a row."""
     if scales is None:
         return value

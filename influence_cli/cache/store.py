@@ -30,17 +30,22 @@ from influence_cli.storage.atomic import read_json, replacing, write_json, write
 from influence_cli.storage.safetensors_io import TensorFile, save
 
 FORMAT, VERSION = "influence-cache", 2
-UNIT_BYTES = 128 << 20  # a unit's gradients; what a kill costs at most, and what a reader holds at once
+UNIT_BYTES = (
+    128 << 20
+)  # a unit's gradients; what a kill costs at most, and what a reader holds at once
 UNIT_EXAMPLES = 4096
 DIRECT_FROM = 1 << 30  # bytes written in one go from which the page cache is left to others
-FEW, ROWWISE = 4, ("dense", "factors", "projected")  # less than a quarter of a unit's examples is read row by row, in forms that allow it
+FEW, ROWWISE = (
+    4,
+    ("dense", "factors", "projected"),
+)  # less than a quarter of a unit's examples is read row by row, in forms that allow it
 NAME = re.compile(r"(\d{12})-(\d{12})(-[0-9a-f]{8})?\.safetensors")  # of a unit
 BESIDE = ":projected"  # the tensor in which projected gradients of all columns stand side by side
 Level = str  # "values": gradients and norms; "norms": norms alone
 
 
 @dataclass(frozen=True)
-class Rows:
+class GradientRows:
     """Some examples at one checkpoint: ids (N,), losses (N,) and squared norms (N,) float64, gradients per column (where asked for)."""
 
     ids: np.ndarray
@@ -49,26 +54,32 @@ class Rows:
     sqnorms: dict[str, Tensor]
     forms: dict[str, Form]
 
-    def parts(self, size: int) -> "Iterator[Rows]":
+    def parts(self, size: int) -> "Iterator[GradientRows]":
         """The rows a few at a time, as views of the same memory wherever the form allows."""
         for first in range(0, len(self.ids), size):
             at = slice(first, first + size)
             norms = {name: value[at] for name, value in self.sqnorms.items()}
             forms = {name: form.part(at) for name, form in self.forms.items()}
-            yield Rows(self.ids[at], self.losses[at], self.digests[at], norms, forms)
+            yield GradientRows(self.ids[at], self.losses[at], self.digests[at], norms, forms)
 
-    def take(self, index: np.ndarray) -> "Rows":
+    def take(self, index: np.ndarray) -> "GradientRows":
         at = torch.from_numpy(index)
         forms = {name: form.take(at) for name, form in self.forms.items()}
-        return Rows(self.ids[index], self.losses[at], self.digests[at], {name: value[at] for name, value in self.sqnorms.items()}, forms)
+        return GradientRows(
+            self.ids[index],
+            self.losses[at],
+            self.digests[at],
+            {name: value[at] for name, value in self.sqnorms.items()},
+            forms,
+        )
 
 
-def concat_rows(parts: Sequence[Rows]) -> Rows:
+def concat_rows(parts: Sequence[GradientRows]) -> GradientRows:
     """Parts of the same columns, one after the other."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
-    return Rows(
+    return GradientRows(
         np.concatenate([part.ids for part in parts]),
         torch.cat([part.losses for part in parts]),
         torch.cat([part.digests for part in parts]),
@@ -109,7 +120,9 @@ class Unit:
         if not len(self.ids):
             return np.full(len(ids), -1)
         place = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
-        return np.where(self.ids[place] == ids, place if self.rows is None else self.rows[place], -1)
+        return np.where(
+            self.ids[place] == ids, place if self.rows is None else self.rows[place], -1
+        )
 
     def only(self, kept: np.ndarray) -> "Unit":
         """The unit without the examples for which `kept`, a mask over its own, is False."""
@@ -127,7 +140,9 @@ class Store:
             found = read_json(head)
             if found.get("format") != FORMAT:
                 raise CacheError(
-                    f"{folder} is not an influence cache", f"cache.json says {found.get('format')!r}", "--cache DIR names another place"
+                    f"{folder} is not an influence cache",
+                    f"cache.json says {found.get('format')!r}",
+                    "--cache DIR names another place",
                 )
             if found.get("version") != VERSION:
                 raise CacheError(
@@ -138,47 +153,97 @@ class Store:
             return
         begun = (".tmp-", ".gitignore")  # by another process, or by one that was killed
         if folder.is_dir() and any(not path.name.startswith(begun) for path in folder.iterdir()):
-            raise CacheError(f"{folder} is not an influence cache: it holds other files", "--cache DIR names an empty or a new folder")
+            raise CacheError(
+                f"{folder} is not an influence cache: it holds other files",
+                "--cache DIR names an empty or a new folder",
+            )
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(head, {"format": FORMAT, "version": VERSION})
             write_text(folder / ".gitignore", "*\n")
 
     # ------------------------------------------------------------ what is there
-    def held(self, place: Path) -> "Held":
+    def held(self, place: Path) -> "UnitIndex":
         """The units of one (settings, checkpoint, split) folder, in the order of their names."""
         found: list[Unit] = []
-        for folder in sorted(path for path in place.glob("*") if path.is_dir()) if place.is_dir() else ():
+        for folder in (
+            sorted(path for path in place.glob("*") if path.is_dir()) if place.is_dir() else ()
+        ):
             listing = folder / "columns.json"
             if not listing.is_file():
                 continue  # begun and killed before its first unit
             head = read_json(listing)
-            if not isinstance(head.get("columns"), list) or head.get("level") not in ("values", "norms") or "definition" not in head:
-                raise CacheError(f"{listing} does not list columns, level and definition", "delete that folder; it is computed again")
+            if (
+                not isinstance(head.get("columns"), list)
+                or head.get("level") not in ("values", "norms")
+                or "definition" not in head
+            ):
+                raise CacheError(
+                    f"{listing} does not list columns, level and definition",
+                    "delete that folder; it is computed again",
+                )
             columns, level, definition = tuple(head["columns"]), head["level"], head["definition"]
             for name in sorted(os.listdir(folder)):
                 if match := NAME.fullmatch(name):
                     ids = read_ids(folder / name) if match[3] else None
-                    found.append(Unit(folder, name, columns, level, definition, int(match[1]), int(match[2]), ids))
-        return Held(found)
+                    found.append(
+                        Unit(
+                            folder,
+                            name,
+                            columns,
+                            level,
+                            definition,
+                            int(match[1]),
+                            int(match[2]),
+                            ids,
+                        )
+                    )
+        return UnitIndex(found)
 
     # ------------------------------------------------------------ writing
-    def unit_for(self, place: Path, columns: Sequence[str], level: Level, definition: str, start: int, stop: int, ids: np.ndarray) -> Unit:
+    def unit_for(
+        self,
+        place: Path,
+        columns: Sequence[str],
+        level: Level,
+        definition: str,
+        start: int,
+        stop: int,
+        ids: np.ndarray,
+    ) -> Unit:
         """The unit that would hold these examples of start..stop; its name says so."""
-        folder = place / hashlib.sha256(json.dumps([list(columns), level, definition]).encode()).hexdigest()[:12]
+        folder = (
+            place
+            / hashlib.sha256(json.dumps([list(columns), level, definition]).encode()).hexdigest()[
+                :12
+            ]
+        )
         name, some = f"{start:012d}-{stop:012d}", None
         if len(ids) < stop - start:
-            name, some = f"{name}-{hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()[:8]}", ids
-        return Unit(folder, f"{name}.safetensors", tuple(columns), level, definition, start, stop, some)
+            name, some = (
+                f"{name}-{hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()[:8]}",
+                ids,
+            )
+        return Unit(
+            folder, f"{name}.safetensors", tuple(columns), level, definition, start, stop, some
+        )
 
-    def write(self, unit: Unit, rows: Rows, store: torch.dtype | None, direct: bool = False) -> None:
+    def write(
+        self, unit: Unit, rows: GradientRows, store: torch.dtype | None, direct: bool = False
+    ) -> None:
         """Write a unit: temporary name, sync, rename. `direct`: past the page cache. Raises CacheError for a full or read-only disk."""
         tensors: dict[str, Tensor] = {"losses": rows.losses, "digests": rows.digests}
         if unit.ids is not None:
             tensors["ids"] = torch.from_numpy(unit.ids)
         forms: dict[str, Any] = {}
-        owners: dict[tuple[int, torch.Size], str] = {}  # two gradients may be one tensor (a bias and its layer's left factors): kept once
-        thin = {name: form for name, form in rows.forms.items() if isinstance(form, Projected)} if unit.level == "values" else {}
+        owners: dict[
+            tuple[int, torch.Size], str
+        ] = {}  # two gradients may be one tensor (a bias and its layer's left factors): kept once
+        thin = (
+            {name: form for name, form in rows.forms.items() if isinstance(form, Projected)}
+            if unit.level == "values"
+            else {}
+        )
         if thin:
             tensors |= pack_side_by_side(BESIDE, [form.values for form in thin.values()], store)
         start = 0
@@ -186,13 +251,19 @@ class Store:
             tensors[f"{column}:sqnorms"] = rows.sqnorms[column]
             if column in thin:
                 width = thin[column].values.shape[1]
-                forms[column] = ["projected", list(thin[column].shape), {"values": [BESIDE, [start, start + width]]}]
+                forms[column] = [
+                    "projected",
+                    list(thin[column].shape),
+                    {"values": [BESIDE, [start, start + width]]},
+                ]
                 start += width
             elif unit.level == "values":
                 form, shared = rows.forms[column], {}
                 for part, value in form.tensors().items():
                     name = f"{column}:{part}"
-                    owner = owners.setdefault((value.data_ptr(), torch.Size([len(value), value[:1].numel()])), name)
+                    owner = owners.setdefault(
+                        (value.data_ptr(), torch.Size([len(value), value[:1].numel()])), name
+                    )
                     if owner == name or not value.is_contiguous():
                         tensors |= pack(name, value, store)
                     else:
@@ -210,11 +281,18 @@ class Store:
         if not (unit.folder / "columns.json").is_file():
             with writing(self.folder):
                 write_json(
-                    unit.folder / "columns.json", {"columns": list(unit.columns), "level": unit.level, "definition": unit.definition}
+                    unit.folder / "columns.json",
+                    {
+                        "columns": list(unit.columns),
+                        "level": unit.level,
+                        "definition": unit.definition,
+                    },
                 )
 
     @contextmanager
-    def writer(self, store: torch.dtype | None, size: int = 0) -> Iterator[Callable[[Unit, Rows], None]]:
+    def writer(
+        self, store: torch.dtype | None, size: int = 0
+    ) -> Iterator[Callable[[Unit, GradientRows], None]]:
         """Yields a `write` that returns while the disk works: one unit is written while the next is computed. All are there at the end.
 
         `size`: bytes that will be written in all; many go past the page cache.
@@ -222,7 +300,7 @@ class Store:
         with ThreadPoolExecutor(1) as thread:
             pending: list[Future[None]] = []
 
-            def write(unit: Unit, rows: Rows) -> None:
+            def write(unit: Unit, rows: GradientRows) -> None:
                 while pending:
                     pending.pop().result()
                 pending.append(thread.submit(self.write, unit, rows, store, size > DIRECT_FROM))
@@ -232,19 +310,29 @@ class Store:
                 pending.pop().result()
 
 
-class Held:
+class UnitIndex:
     """Units that are there, and which of them holds what."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = tuple(units)
-        starts, stops = np.array([(unit.start, unit.stop) for unit in units], dtype=np.int64).reshape(-1, 2).T
+        starts, stops = (
+            np.array([(unit.start, unit.stop) for unit in units], dtype=np.int64).reshape(-1, 2).T
+        )
         self._order = np.argsort(starts, kind="stable")
         self._starts = starts[self._order]
-        self._reach = np.maximum.accumulate(stops[self._order])  # how far any of the units up to this one goes
+        self._reach = np.maximum.accumulate(
+            stops[self._order]
+        )  # how far any of the units up to this one goes
         self._kinds = {(unit.columns, unit.level) for unit in units}
-        self._whole: dict[tuple[tuple[str, ...], Level], tuple[np.ndarray, np.ndarray]] = {}  # starts and stops of units of all of a range
+        self._whole: dict[
+            tuple[tuple[str, ...], Level], tuple[np.ndarray, np.ndarray]
+        ] = {}  # starts and stops of units of all of a range
         for kind in self._kinds:
-            whole = sorted((unit.start, unit.stop) for unit in units if unit.ids is None and (unit.columns, unit.level) == kind)
+            whole = sorted(
+                (unit.start, unit.stop)
+                for unit in units
+                if unit.ids is None and (unit.columns, unit.level) == kind
+            )
             if whole:
                 found = np.array(whole, dtype=np.int64)
                 self._whole[kind] = found[:, 0], found[:, 1]
@@ -252,9 +340,15 @@ class Held:
     def touches(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Of each range of examples low..high: whether a unit may have any of them."""
         last = np.searchsorted(self._starts, high) - 1  # that begins before the range ends
-        return (last >= 0) & (self._reach[last] > low) if len(self.units) else np.zeros(len(low), dtype=bool)
+        return (
+            (last >= 0) & (self._reach[last] > low)
+            if len(self.units)
+            else np.zeros(len(low), dtype=bool)
+        )
 
-    def covers(self, columns: Sequence[str], level: Level, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    def covers(
+        self, columns: Sequence[str], level: Level, low: np.ndarray, high: np.ndarray
+    ) -> np.ndarray:
         """Of each range: whether a single unit surely holds these columns of all of it."""
         found = np.zeros(len(low), dtype=bool)
         for (theirs, their_level), (starts, stops) in self._whole.items():
@@ -279,7 +373,7 @@ class Held:
                 found = np.where((found < 0) & (unit.position(ids) >= 0), number, found)
         return found
 
-    def read(self, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
+    def read(self, columns: Sequence[str], level: Level, ids: np.ndarray) -> GradientRows:
         """The rows of these examples, in this order, gathered from whichever units hold them; all must be there."""
         return self.fetch(columns, level, ids)()
 
@@ -295,21 +389,28 @@ class Held:
             place = np.frombuffer(key, dtype=np.int64)
             assert (place >= 0).all(), f"{members[0]}: read before it was ensured"
             rows = [np.flatnonzero(place == number) for number in np.unique(place)]
-            fetched.append((rows, [fetch_unit(self.units[place[at[0]]], members, level, ids[at]) for at in rows]))
+            fetched.append(
+                (
+                    rows,
+                    [fetch_unit(self.units[place[at[0]]], members, level, ids[at]) for at in rows],
+                )
+            )
 
-        def finished() -> Rows:
+        def finished() -> GradientRows:
             gathered = []
             for rows, parts in fetched:
                 part = concat_rows([finish() for finish in parts])
-                gathered.append(part if len(rows) == 1 else part.take(np.argsort(np.concatenate(rows))))
+                gathered.append(
+                    part if len(rows) == 1 else part.take(np.argsort(np.concatenate(rows)))
+                )
             sqnorms = {name: part.sqnorms[name] for part in gathered for name in part.sqnorms}
             forms = {name: part.forms[name] for part in gathered for name in part.forms}
-            return Rows(ids, gathered[0].losses, gathered[0].digests, sqnorms, forms)
+            return GradientRows(ids, gathered[0].losses, gathered[0].digests, sqnorms, forms)
 
         return finished
 
 
-def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> Rows:
+def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> GradientRows:
     """These examples of one unit. Raises CacheError for a damaged file."""
     return fetch_unit(unit, columns, level, ids)()
 
@@ -323,19 +424,30 @@ def fetch_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray
         scales = {f"{name}.scale" for name in stored} & set(file.entries)
         heads = {"losses", "digests", *norms.values()}
         count, rows = file.entries["losses"].shape[0], unit.position(ids)
-        held = unit.held_ids if unit.rows is None else np.arange(count)  # ids of rows that don't count are not asked for
+        held = (
+            unit.held_ids if unit.rows is None else np.arange(count)
+        )  # ids of rows that don't count are not asked for
         few = len(ids) < count / FEW and all(kind in ROWWISE for kind, _, _ in sources.values())
-        if any(file.entries[name].shape[0] != len(held) for name in (heads | stored if few else heads)):
+        if any(
+            file.entries[name].shape[0] != len(held) for name in (heads | stored if few else heads)
+        ):
             raise ValueError(f"{count} rows for {len(held)} examples")
         content = file.read(heads | scales if few else heads | scales | stored)
         if few:
-            content = {name: value[rows] for name, value in content.items()} | {name: file.read_rows(name, rows) for name in stored}
+            content = {name: value[rows] for name, value in content.items()} | {
+                name: file.read_rows(name, rows) for name in stored
+            }
 
-    def finished() -> Rows:
+    def finished() -> GradientRows:
         with damaged(unit.path):
-            values = {name: unpack(content[name], content.get(f"{name}.scale")) for name in stored - {BESIDE}}
+            values = {
+                name: unpack(content[name], content.get(f"{name}.scale"))
+                for name in stored - {BESIDE}
+            }
             if BESIDE in stored:
-                values[BESIDE] = unpack_side_by_side(content[BESIDE], content.get(f"{BESIDE}.scale"), places)
+                values[BESIDE] = unpack_side_by_side(
+                    content[BESIDE], content.get(f"{BESIDE}.scale"), places
+                )
             forms: dict[str, Form] = {}
             for column, (kind, shape, parts) in sources.items():
                 tensors = {}
@@ -343,18 +455,30 @@ def fetch_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray
                     if tail is None:
                         tensors[part] = values[name]
                     else:
-                        tensors[part] = values[name][:, slice(*tail)] if name == BESIDE else values[name].view(-1, *tail)
+                        tensors[part] = (
+                            values[name][:, slice(*tail)]
+                            if name == BESIDE
+                            else values[name].view(-1, *tail)
+                        )
                 forms[column] = from_tensors(kind, shape, tensors)
             if not few and any(len(form) != len(held) for form in forms.values()):
                 raise ValueError(f"gradients for other than its {len(held)} examples")
             sqnorms = {column: content[name] for column, name in norms.items()}
-            found = Rows(ids if few else held, content["losses"], content["digests"], sqnorms, forms)
-            return found if few else dataclasses.replace(found if len(ids) == len(held) else found.take(rows), ids=ids)
+            found = GradientRows(
+                ids if few else held, content["losses"], content["digests"], sqnorms, forms
+            )
+            return (
+                found
+                if few
+                else dataclasses.replace(
+                    found if len(ids) == len(held) else found.take(rows), ids=ids
+                )
+            )
 
     return finished
 
 
-Fetched = Callable[[], Rows]
+Fetched = Callable[[], GradientRows]
 Sources = dict[str, tuple[str, list[int], dict[str, tuple[str, list[int] | None]]]]
 
 
@@ -371,11 +495,14 @@ def sources_of(file: TensorFile, columns: Sequence[str]) -> tuple[Sources, list[
         column: (
             heads[column][0],
             heads[column][1],
-            own.get(column, {}) | {part: (name, tail) for part, (name, tail) in heads[column][2].items()},
+            own.get(column, {})
+            | {part: (name, tail) for part, (name, tail) in heads[column][2].items()},
         )
         for column in columns
     }
-    return found, sorted(tail for _, _, shared in heads.values() for name, tail in shared.values() if name == BESIDE)
+    return found, sorted(
+        tail for _, _, shared in heads.values() for name, tail in shared.values() if name == BESIDE
+    )
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -396,5 +523,6 @@ def damaged(path: Path) -> Iterator[None]:
         yield
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CacheError(
-            f"the cache file {path} is damaged: {type(error).__name__} {error}", "delete it; what it held is computed again"
+            f"the cache file {path} is damaged: {type(error).__name__} {error}",
+            "delete it; what it held is computed again",
         ) from error

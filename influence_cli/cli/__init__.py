@@ -18,17 +18,27 @@ from influence_cli.cli.options import HEADINGS, Debug
 from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
 from influence_cli.parallel import place_of
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
 
 
-OUT_OF_MEMORY = ("fewer --queries or --layers at once need less; finished units are kept", "--debug shows where it happened")
+OUT_OF_MEMORY = (
+    "fewer --queries or --layers at once need less; finished units are kept",
+    "--debug shows where it happened",
+)
 
 
 class Terminated(BaseException):
     """SIGTERM, raised where it came so that temporary files are removed."""
 
 
-def command(name: str, example: str, ranks: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str, example: str, ranks: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a function to the command line. A parameter that is a group of flags (a dataclass of options.py) stands for each of them.
     `ranks`: torchrun may run it in several processes, which share its work.
 
@@ -41,17 +51,27 @@ def command(name: str, example: str, ranks: bool = False) -> Callable[[Callable[
         for parameter in signature(function).parameters.values():
             if dataclasses.is_dataclass(parameter.annotation):
                 groups[parameter.name] = parameter.annotation
-                flags = [(field.name, field.default, field.type) for field in dataclasses.fields(parameter.annotation)]
+                flags = [
+                    (field.name, field.default, field.type)
+                    for field in dataclasses.fields(parameter.annotation)
+                ]
             else:
                 flags = [(parameter.name, parameter.default, parameter.annotation)]
-            parameters += [Parameter(n, Parameter.KEYWORD_ONLY, default=d, annotation=t) for n, d, t in flags]
+            parameters += [
+                Parameter(n, Parameter.KEYWORD_ONLY, default=d, annotation=t) for n, d, t in flags
+            ]
         debug = Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
         parameters = sorted([*parameters, debug], key=heading_order)
 
         def run(debug: bool, **flags: Any) -> None:
             for group, kind in groups.items():
-                flags[group] = kind(**{field.name: flags.pop(field.name) for field in dataclasses.fields(kind)})
-            report(lambda: function(**flags) if ranks else alone(name, lambda: function(**flags)), debug)
+                flags[group] = kind(
+                    **{field.name: flags.pop(field.name) for field in dataclasses.fields(kind)}
+                )
+            report(
+                lambda: function(**flags) if ranks else alone(name, lambda: function(**flags)),
+                debug,
+            )
 
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -63,7 +83,11 @@ def command(name: str, example: str, ranks: bool = False) -> Callable[[Callable[
 
 def heading_order(parameter: Parameter) -> int:
     """Sort key that keeps the flags of one heading together; what has no heading (arguments) comes first."""
-    heading = getattr(get_args(parameter.annotation)[1], "rich_help_panel", None) if get_args(parameter.annotation) else None
+    heading = (
+        getattr(get_args(parameter.annotation)[1], "rich_help_panel", None)
+        if get_args(parameter.annotation)
+        else None
+    )
     return HEADINGS.index(heading) if heading in HEADINGS else -1
 
 
@@ -71,7 +95,10 @@ def alone(name: str, work: Callable[[], None]) -> None:
     """Work of a command that several ranks would all do, rather than share."""
     count = place_of(os.environ).count
     if count > 1:
-        raise UsageProblem(f"influence {name} runs as one process, WORLD_SIZE is {count}", "torchrun is for cache, score and self")
+        raise UsageProblem(
+            f"influence {name} runs as one process, WORLD_SIZE is {count}",
+            "torchrun is for cache, score and self",
+        )
     work()
 
 
@@ -87,11 +114,17 @@ def report(work: Callable[[], None], debug: bool) -> None:
         with redirect_stdout(sys.stderr):  # what the user's own code prints is talk
             work()
     except (InfluenceError, MemoryError, RuntimeError) as error:
-        if isinstance(error, typer.Exit) or not (isinstance(error, InfluenceError) or is_out_of_memory(error)):
+        if isinstance(error, typer.Exit) or not (
+            isinstance(error, InfluenceError) or is_out_of_memory(error)
+        ):
             raise
         if debug:
             traceback.print_exc()
-        known = error if isinstance(error, InfluenceError) else InfluenceError("out of memory", *OUT_OF_MEMORY)
+        known = (
+            error
+            if isinstance(error, InfluenceError)
+            else InfluenceError("out of memory", *OUT_OF_MEMORY)
+        )
         rank = place_of(os.environ).rank
         if not (rank and isinstance(known, RankLost)):
             print(f"{f'[rank {rank}] ' if rank else ''}error: {known}", file=sys.stderr)
@@ -102,7 +135,10 @@ def report(work: Callable[[], None], debug: bool) -> None:
         raise typer.Exit(0) from None
     except (KeyboardInterrupt, Terminated) as stop:
         if not place_of(os.environ).rank:
-            print("interrupted: finished work is kept; the same command goes on from here", file=sys.stderr)
+            print(
+                "interrupted: finished work is kept; the same command goes on from here",
+                file=sys.stderr,
+            )
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -124,7 +160,9 @@ def version(asked: bool) -> None:
 
 @app.callback()
 def influence(
-    version: bool = typer.Option(False, "--version", callback=version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     """Which training examples made the model predict this, and which worked against it?
 
@@ -134,7 +172,17 @@ def influence(
 
 def register() -> None:
     """Import the commands, which add themselves to `app`."""
-    from influence_cli.cli import cache, check, evaluate, init, inspect, merge, score, self_influence, trace  # noqa: F401
+    from influence_cli.cli import (  # noqa: F401
+        cache,
+        check,
+        evaluate,
+        init,
+        inspect,
+        merge,
+        score,
+        self_influence,
+        trace,
+    )
 
 
 def main() -> None:

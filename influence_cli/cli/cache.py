@@ -4,7 +4,12 @@ from influence_cli.cli import command, options
 
 
 @command("cache", example="influence cache my_run --train 0:10000 --layers head", ranks=True)
-def cache(shared: options.Shared, queries: options.Queries = None, train: options.Train = None, shard: options.Shard = None) -> None:
+def cache(
+    shared: options.Shared,
+    queries: options.Queries = None,
+    train: options.Train = None,
+    shard: options.Shard = None,
+) -> None:
     """Compute and keep the gradients that scoring will need; what is there already is left alone.
 
     Stopped at any moment, the same command goes on: at most one unit of work is lost.
@@ -13,7 +18,10 @@ def cache(shared: options.Shared, queries: options.Queries = None, train: option
     from influence_cli.errors import UsageProblem
 
     if shared.cache == "none":
-        raise UsageProblem("influence cache fills a cache, --cache none keeps nothing", "leave it out, or name a folder")
+        raise UsageProblem(
+            "influence cache fills a cache, --cache none keeps nothing",
+            "leave it out, or name a folder",
+        )
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
 
@@ -21,10 +29,13 @@ def cache(shared: options.Shared, queries: options.Queries = None, train: option
 
     opened = open_shared(shared)
     columns = list(opened.columns)
-    for split, ids in (("query", opened.ids("--queries", queries, "query")), ("train", opened.train_ids(train, part))):
+    for split, ids in (
+        ("query", opened.ids("--queries", queries, "query")),
+        ("train", opened.train_ids(train, part)),
+    ):
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
         there = len(ids) * len(opened.checkpoints) - new
-        opened.talk.note(
+        opened.reporter.note(
             f"{split}: {new:,} gradients computed, {there:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
         )
     opened.ranks.close()

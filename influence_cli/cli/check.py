@@ -22,7 +22,7 @@ def check(
     from influence_cli.errors import InfluenceError
     from influence_cli.output import tables
 
-    sink = tables.Sink.open(format, output)
+    sink = tables.TableWriter.open(format, output)
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
 
@@ -31,20 +31,37 @@ def check(
     from influence_cli.diagnostics.gradient_check import findings
 
     opened = open_shared(shared, create=False, searched=target is not None)
-    ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
+    ids = {
+        "train": opened.ids("--train", train, "train"),
+        "query": opened.ids("--queries", queries, "query"),
+    }
     columns = list(opened.columns)
     found = findings(opened.gradients, opened.checkpoints, columns, ids)
-    found += fidelity_findings(opened.gradients, opened.checkpoints, columns, ids, shared.projection, target)
-    rows = [(f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note) for f in found]
+    found += fidelity_findings(
+        opened.gradients, opened.checkpoints, columns, ids, shared.projection, target
+    )
+    rows = [
+        (f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note)
+        for f in found
+    ]
     sink.write(rows, tables.CHECK_COLUMNS)
-    frozen = [name for name, parameter in opened.run.model.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name
+        for name, parameter in opened.run.model.named_parameters()
+        if not parameter.requires_grad
+    ]
     if frozen:
-        opened.talk.note(f"{len(frozen)} frozen parameters have no gradients: {', '.join(frozen[:8])}{', ...' if len(frozen) > 8 else ''}")
+        opened.reporter.note(
+            f"{len(frozen)} frozen parameters have no gradients: {', '.join(frozen[:8])}{', ...' if len(frozen) > 8 else ''}"
+        )
     failed = [f for f in found if not f.passed]
     if failed:
         raise InfluenceError(
             f"{len(failed)} of {len(found)} checks failed",
-            *(f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}" for f in failed[:8]),
+            *(
+                f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}"
+                for f in failed[:8]
+            ),
             *([f"and {len(failed) - 8} more"] if len(failed) > 8 else []),
             *(
                 ["a target that is missed asks for a larger --project K; the last row names one"]
@@ -52,7 +69,9 @@ def check(
                 else []
             ),
             *(
-                ["scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted"]
+                [
+                    "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted"
+                ]
                 if any(f.check != "target" for f in failed)
                 else []
             ),

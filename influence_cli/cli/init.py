@@ -13,8 +13,15 @@ TEMPLATES = ("classifier", "language-model", "trainer")
 
 @command("init", example="influence init my_run --template language-model")
 def init(
-    directory: Annotated[Path, Argument(metavar="DIR", help="Where to write it; made if it is not there.", show_default=".")] = Path("."),
-    template: Annotated[str, Option(metavar="NAME", help=f"What to start from: {', '.join(TEMPLATES)}.")] = "classifier",
+    directory: Annotated[
+        Path,
+        Argument(
+            metavar="DIR", help="Where to write it; made if it is not there.", show_default="."
+        ),
+    ] = Path("."),
+    template: Annotated[
+        str, Option(metavar="NAME", help=f"What to start from: {', '.join(TEMPLATES)}.")
+    ] = "classifier",
 ) -> None:
     """Write a commented definition.py: model, data and loss, in plain functions. Never overwrites one."""
     from influence_cli.cli.specs import one_of
@@ -30,6 +37,12 @@ def init(
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise UsageProblem(f"{path} can't be written: {error.strerror}", f"expected: {directory} is a folder, or can be made") from error
+        raise UsageProblem(
+            f"{path} can't be written: {error.strerror}",
+            f"expected: {directory} is a folder, or can be made",
+        ) from error
     print(f"wrote {path}", file=sys.stderr)
-    print(f"next: edit it, put checkpoints into {directory / 'checkpoints'}, then: influence inspect {directory}", file=sys.stderr)
+    print(
+        f"next: edit it, put checkpoints into {directory / 'checkpoints'}, then: influence inspect {directory}",
+        file=sys.stderr,
+    )

@@ -45,26 +45,54 @@ def inspect(
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    specs.check_values(method, chosen.curvatures, options.Values(curvature=curvature, replay=replay), False)
+    specs.check_values(
+        method, chosen.curvatures, options.Values(curvature=curvature, replay=replay), False
+    )
     specs.check_projected(method, chosen, shared.project)
     opened = open_shared(shared, trajectory, create=False, searched=target is not None)
-    ids = {"train": opened.ids("--train", train, "train"), "query": opened.ids("--queries", queries, "query")}
+    ids = {
+        "train": opened.ids("--train", train, "train"),
+        "query": opened.ids("--queries", queries, "query"),
+    }
     weights = checkpoint_rows(opened, lr, lr_weights)
     if method == "unroll":  # which takes no gradients of training examples
         del ids["train"]
-    lacking = {split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted) for split, wanted in ids.items()}
+    lacking = {
+        split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted)
+        for split, wanted in ids.items()
+    }
     measured = measure(opened, needs(opened, lacking)[0])
     cells = gradient_rows(opened, ids, lacking)
     kept = fidelity_rows(opened, ids, shared.projection, target) if "train" in ids else []
     stdout = sys.__stdout__ or sys.stdout
     with to_stdout(stdout), redirect_stdout(stdout):
         show("checkpoints", ("step", "file", "size", "weight", "from"), weights)
-        show("parameters", ("name", "layer", "shape", "way", "form", "bytes per example"), parameter_rows(opened))
-        show("gradients", ("split", "examples", "x checkpoints", "cached", "to compute", "to store"), cells)
+        show(
+            "parameters",
+            ("name", "layer", "shape", "way", "form", "bytes per example"),
+            parameter_rows(opened),
+        )
+        show(
+            "gradients",
+            ("split", "examples", "x checkpoints", "cached", "to compute", "to store"),
+            cells,
+        )
         if kept:
-            heads = ("kept", "numbers per example", "relative error", "expected below", "Pearson", "Spearman", "top-10 overlap")
+            heads = (
+                "kept",
+                "numbers per example",
+                "relative error",
+                "expected below",
+                "Pearson",
+                "Spearman",
+                "top-10 overlap",
+            )
             show("scores of a sample of pairs, against exact ones", heads, kept)
-        unrolled = unroll_rows(opened, ids["query"], sum_queries, curvature, replay) if method == "unroll" else []
+        unrolled = (
+            unroll_rows(opened, ids["query"], sum_queries, curvature, replay)
+            if method == "unroll"
+            else []
+        )
         show("", ("setting", "value"), setting_rows(opened, lacking, measured) + unrolled)
     if method == "unroll":
         return
@@ -77,14 +105,19 @@ def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) 
 
     weights = {checkpoint.step: ("unknown", "not found") for checkpoint in opened.checkpoints}
     try:
-        weights |= {weight.step: (str(weight), weight.source) for weight in opened.weights(lr, lr_weights)}
+        weights |= {
+            weight.step: (str(weight), weight.source) for weight in opened.weights(lr, lr_weights)
+        }
     except NoLearningRate as error:  # without rates a dry run still shows the rest
-        opened.talk.note(str(error).replace("\n  ", "; "))
+        opened.reporter.note(str(error).replace("\n  ", "; "))
     return [(str(c.step), c.name, size(c.bytes), *weights[c.step]) for c in opened.checkpoints]
 
 
 def parameter_rows(opened: "Opened") -> list[Row]:
-    known, ways = opened.gradients.sizes("train", list(opened.columns)).forms, opened.gradients.ways("train", list(opened.columns))
+    known, ways = (
+        opened.gradients.sizes("train", list(opened.columns)).forms,
+        opened.gradients.ways("train", list(opened.columns)),
+    )
     return [
         (
             " = ".join(column.names),
@@ -103,7 +136,16 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
     for split, wanted in ids.items():
         total, missing = len(wanted) * len(opened.checkpoints), lacking[split]
         stored, _ = opened.gradients.needs(split, list(opened.columns), missing)
-        rows.append((split, f"{len(wanted):,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored)))
+        rows.append(
+            (
+                split,
+                f"{len(wanted):,}",
+                f"{total:,}",
+                f"{total - missing:,}",
+                f"{missing:,}",
+                size(stored),
+            )
+        )
     return rows + (dve_rows(opened) if "train" in ids else [])
 
 
@@ -119,38 +161,72 @@ def dve_rows(opened: "Opened") -> list[Row]:
         going = plan(opened.run, opened.checkpoints, opened.columns)
         going.trajectory.weights(going.steps[-1])
     except InfluenceError as error:
-        opened.talk.note(f"for --method dve: {error.headline}")
+        opened.reporter.note(f"for --method dve: {error.headline}")
         return []
     total = sum(len(ids) for _, ids in going.wanted)
     missing = opened.gradients.lacking_each("train", going.wanted, columns)
     stored, _ = opened.gradients.needs("train", columns, missing)
-    opened.talk.note(f"trajectory: {len(going.steps):,} steps of {going.trajectory.optimizer}, {going.occurrences():,} occurrences")
+    opened.reporter.note(
+        f"trajectory: {len(going.steps):,} steps of {going.trajectory.optimizer}, {going.occurrences():,} occurrences"
+    )
     examples = len({int(index) for _, ids in going.wanted for index in ids})
-    return [("train, for dve", f"{examples:,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}", size(stored))]
+    return [
+        (
+            "train, for dve",
+            f"{examples:,}",
+            f"{total:,}",
+            f"{total - missing:,}",
+            f"{missing:,}",
+            size(stored),
+        )
+    ]
 
 
-def fidelity_rows(opened: "Opened", ids: "dict[str, Ids]", kind: str | None, target: float | None) -> list[Row]:
+def fidelity_rows(
+    opened: "Opened", ids: "dict[str, Ids]", kind: str | None, target: float | None
+) -> list[Row]:
     """What is kept, and, with a target, projections up to the one that reaches it."""
     from influence_cli.diagnostics.fidelity import chosen_kind, fidelity, search
 
     columns = list(opened.columns)
     found = fidelity(opened.gradients, opened.checkpoints, columns, ids)
     if target is not None:
-        tried = search(opened.gradients, opened.checkpoints, columns, ids, chosen_kind(opened.gradients, kind), target)
+        tried = search(
+            opened.gradients,
+            opened.checkpoints,
+            columns,
+            ids,
+            chosen_kind(opened.gradients, kind),
+            target,
+        )
         reached = tried[-1].reached >= target
-        opened.talk.note(f"{tried[-1].kept} {'is the first to reach' if reached else 'is the last tried, and does not reach'} {target}")
+        opened.reporter.note(
+            f"{tried[-1].kept} {'is the first to reach' if reached else 'is the last tried, and does not reach'} {target}"
+        )
         found += tried
     exact = opened.gradients.exact().sizes("train", columns).bytes_of(columns)
     opened.gradients.moved()
     if found and found[-1].numbers * opened.gradients.settings.store.itemsize > exact:
-        opened.talk.note(f"{found[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} bytes an example, do")
+        opened.reporter.note(
+            f"{found[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} bytes an example, do"
+        )
     return [
-        (f.kept, f"{f.numbers:,}", f"{f.error:.4f}", f"{f.allowed:.4f}", f"{f.pearson:.4f}", f"{f.spearman:.4f}", f"{f.overlap:.2f}")
+        (
+            f.kept,
+            f"{f.numbers:,}",
+            f"{f.error:.4f}",
+            f"{f.allowed:.4f}",
+            f"{f.pearson:.4f}",
+            f"{f.spearman:.4f}",
+            f"{f.overlap:.2f}",
+        )
         for f in found
     ]
 
 
-def unroll_rows(opened: "Opened", queries: "Ids", sum_queries: bool, curvature: str | None, replay: bool) -> list[Row]:
+def unroll_rows(
+    opened: "Opened", queries: "Ids", sum_queries: bool, curvature: str | None, replay: bool
+) -> list[Row]:
     """What `--method unroll` would take, in trainings of the steps it goes back over."""
     from influence_cli.methods import Question
     from influence_cli.methods.unroll import cost
@@ -158,7 +234,9 @@ def unroll_rows(opened: "Opened", queries: "Ids", sum_queries: bool, curvature: 
 
     values = METHODS["unroll"].options(curvature=curvature, replay=replay)
     weights = tuple(weigh(opened.checkpoints, None, "none"))
-    question = Question(opened.checkpoints, weights, opened.columns, range(0), queries, sum_queries, values=values)
+    question = Question(
+        opened.checkpoints, weights, opened.columns, range(0), queries, sum_queries, values=values
+    )
     found = cost(opened.gradients, question)
     asked = "queries as one" if sum_queries else f"{len(queries):,} queries"
     again = f", {found.passes} of them to run the steps again" if replay else ""
@@ -182,27 +260,47 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
     if folder is not None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         stored, _ = needs(opened, lacking)
-        place = (
-            f"{folder}{'' if folder.exists() else ' (not there yet)'}, {size(stored)} to store, {size(shutil.disk_usage(there).free)} free"
-        )
+        place = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {size(stored)} to store, {size(shutil.disk_usage(there).free)} free"
     seconds = sum(lacking.values()) * measured.seconds
-    if measured.disk:  # a unit is written while the next is computed; the last has nothing to hide behind
-        last = gradients.needs("train", columns, 1)[0] * gradients.unit_size("train", columns, "values")
-        seconds = max(seconds + stored * measured.beside, stored / measured.disk) + min(stored, last) / measured.disk
-    units = gradients.needs("train", columns, lacking.get("train", 0))[1] - gradients.needs("train", columns, 0)[1]
-    batch, unit = gradients.batch_size("train", columns), gradients.unit_size("train", columns, "values")
+    if (
+        measured.disk
+    ):  # a unit is written while the next is computed; the last has nothing to hide behind
+        last = gradients.needs("train", columns, 1)[0] * gradients.unit_size(
+            "train", columns, "values"
+        )
+        seconds = (
+            max(seconds + stored * measured.beside, stored / measured.disk)
+            + min(stored, last) / measured.disk
+        )
+    units = (
+        gradients.needs("train", columns, lacking.get("train", 0))[1]
+        - gradients.needs("train", columns, 0)[1]
+    )
+    batch, unit = (
+        gradients.batch_size("train", columns),
+        gradients.unit_size("train", columns, "values"),
+    )
     return [
         ("cache", place),
-        ("precision", f"{name(gradients.settings.precision)}, stored as {name(gradients.settings.store)}"),
+        (
+            "precision",
+            f"{name(gradients.settings.precision)}, stored as {name(gradients.settings.store)}",
+        ),
         ("device", f"{gradients.device}, batches of {batch}, units of {unit}"),
         ("memory", f"about {size(measured.peak + units)} at most while gradients are computed"),
-        ("time to compute", f"about {duration(seconds)} ({measured.seconds * 1e3:.3g} ms per gradient{measured.disk_speed})"),
+        (
+            "time to compute",
+            f"about {duration(seconds)} ({measured.seconds * 1e3:.3g} ms per gradient{measured.disk_speed})",
+        ),
     ]
 
 
 def needs(opened: "Opened", lacking: dict[str, int]) -> tuple[int, int]:
     """Bytes on disk, and bytes of memory at work, of what is to be computed."""
-    both = [opened.gradients.needs(split, list(opened.columns), count) for split, count in lacking.items()]
+    both = [
+        opened.gradients.needs(split, list(opened.columns), count)
+        for split, count in lacking.items()
+    ]
     return sum(stored for stored, _ in both), max(memory for _, memory in both)
 
 
@@ -243,7 +341,9 @@ def measure(opened: "Opened", stored: int) -> Measured:
             done += len(ids)
         return time.perf_counter() - started, done
 
-    gradients.capture("train", first, names, np.arange(min(batch, total)))  # loads, checks and warms up
+    gradients.capture(
+        "train", first, names, np.arange(min(batch, total))
+    )  # loads, checks and warms up
     until = time.perf_counter() + SECONDS
     elapsed, done = take(lambda: time.perf_counter() < until)
     seconds, peak = elapsed / done, memory_budget.peak_memory()
@@ -252,16 +352,31 @@ def measure(opened: "Opened", stored: int) -> Measured:
     with ThreadPoolExecutor(1) as thread:
         writing = thread.submit(memory_budget.disk_speed, opened.folder, stored > DIRECT_FROM)
         elapsed, done = take(lambda: not writing.done())
-    return Measured(seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / memory_budget.TRIAL)
+    return Measured(
+        seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / memory_budget.TRIAL
+    )
 
 
 def show(title: str, heads: Row, rows: Sequence[Row]) -> None:
     """A plain table, the same in a terminal and in a pipe; numbers to the right."""
-    numeric = {"step", "size", "bytes per example", "numbers per example", "examples", "x checkpoints", "cached", "to compute", "to store"}
+    numeric = {
+        "step",
+        "size",
+        "bytes per example",
+        "numbers per example",
+        "examples",
+        "x checkpoints",
+        "cached",
+        "to compute",
+        "to store",
+    }
     numeric |= {"relative error", "expected below", "Pearson", "Spearman", "top-10 overlap"}
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     for row in ((title,), heads, *rows) if title else rows:
-        cells = [cell.rjust(w) if head in numeric else cell.ljust(w) for cell, w, head in zip(row, widths, heads, strict=False)]
+        cells = [
+            cell.rjust(w) if head in numeric else cell.ljust(w)
+            for cell, w, head in zip(row, widths, heads, strict=False)
+        ]
         print("  ".join(cells).rstrip() if row == (title,) else "  " + "  ".join(cells).rstrip())
     print()
 

@@ -12,19 +12,22 @@ from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import Settings
 from influence_cli.cli import specs
 from influence_cli.cli.options import Shared
-from influence_cli.cli.stderr_reporter import StderrTalk
+from influence_cli.cli.stderr_reporter import StderrReporter
 from influence_cli.errors import UsageProblem
 from influence_cli.extraction.memory_budget import keep_freed_memory
-from influence_cli.extraction.source import Gradients, open_store
+from influence_cli.extraction.source import GradientSource, open_store
 from influence_cli.gradients.projection import Projection
 from influence_cli.methods import Groups
 from influence_cli.parallel import Place, Ranks, Shard, open_ranks, place_of
-from influence_cli.progress import Talk
+from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run
 from influence_cli.run.learning_rates import CHOICES, Weight, weigh
 from influence_cli.run.parameters import PRECISIONS, select
 
-PRECISION_NAMES, STORE_NAMES = ("float32", "float64", "bfloat16"), ("float64", "float32", "float16", "bfloat16", "int8")
+PRECISION_NAMES, STORE_NAMES = (
+    ("float32", "float64", "bfloat16"),
+    ("float64", "float32", "float16", "bfloat16", "int8"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Opened:
     run: Run
     checkpoints: tuple[Checkpoint, ...]
     columns: dict[str, Column]
-    gradients: Gradients
+    gradients: GradientSource
     folder: Path | None  # the cache's; None: --cache none
-    talk: Talk
+    reporter: Reporter
 
     @property
     def ranks(self) -> Ranks:
@@ -52,24 +55,28 @@ class Opened:
             return ids
         mine = shard.of(ids)
         where = f"{mine[0]:,} to {mine[-1]:,}" if len(mine) else "none are left for it"
-        self.talk.note(f"{shard}: {len(mine):,} of {len(ids):,} training examples, {where}")
+        self.reporter.note(f"{shard}: {len(mine):,} of {len(ids):,} training examples, {where}")
         return mine
 
     def weights(self, lr: float | None, lr_weights: str | None) -> tuple[Weight, ...]:
         """The learning-rate weights of the selected checkpoints. Weights of zero are named on stderr."""
         if lr is not None and lr_weights is not None:
-            raise UsageProblem("--lr and --lr-weights both say how checkpoints weigh", "give one of them")
+            raise UsageProblem(
+                "--lr and --lr-weights both say how checkpoints weigh", "give one of them"
+            )
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageProblem(f"--lr {lr}", "expected: a number above 0")
         choice = specs.one_of("--lr-weights", lr_weights or "point", CHOICES)
         needs_trajectory = lr is None and choice != "none"
         trajectory = self.run.trajectory if needs_trajectory else None
         for note in trajectory.notes if trajectory else ():
-            self.talk.note(note)
+            self.reporter.note(note)
         found = tuple(weigh(self.checkpoints, trajectory, choice, lr, self.run.checkpoints))
         zero = [str(weight.step) for weight in found if weight.is_zero]
         if zero:
-            self.talk.note(f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for nothing in the scores")
+            self.reporter.note(
+                f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for nothing in the scores"
+            )
         return found
 
     def groups(self, group_by: str, train: Ids) -> Groups:
@@ -77,8 +84,11 @@ class Opened:
         examples = self.run.train
         if group_by == "label":
             if not self.run.definition.has("label"):
-                raise UsageProblem("--group-by label: definition.py has no label(example)", "--group-by FILE takes a name per line")
-            with self.talk.progress("labels", len(train)) as advance:
+                raise UsageProblem(
+                    "--group-by label: definition.py has no label(example)",
+                    "--group-by FILE takes a name per line",
+                )
+            with self.reporter.progress("labels", len(train)) as advance:
                 names = {}
                 for index in train:
                     names[int(index)] = examples.label(index)
@@ -95,11 +105,20 @@ class Opened:
     def embedding(self, name: str | None) -> dict[str, Column]:
         """`--embedding`: the column of the embedding module that words go through. Raises UsageProblem where it is not settled."""
         known = {column.module or "": column for column in self.run.embeddings.values()}
-        listing = [f"{module or 'the model itself'} {column.shape}" for module, column in known.items()]
+        listing = [
+            f"{module or 'the model itself'} {column.shape}" for module, column in known.items()
+        ]
         if not known:
-            raise UsageProblem("the model has no nn.Embedding", "expected: one over token ids; --method tracin needs none")
+            raise UsageProblem(
+                "the model has no nn.Embedding",
+                "expected: one over token ids; --method tracin needs none",
+            )
         if name is None and len(known) > 1:
-            raise UsageProblem(f"the model has {len(known)} embeddings", *listing, "--embedding NAME chooses the one over token ids")
+            raise UsageProblem(
+                f"the model has {len(known)} embeddings",
+                *listing,
+                "--embedding NAME chooses the one over token ids",
+            )
         if name is not None and name not in known:
             raise UsageProblem(f"--embedding {name}: no such embedding", *listing)
         found = known[name] if name is not None else next(iter(known.values()))
@@ -110,42 +129,76 @@ class Opened:
         return examples.label(index), examples.text(index)
 
 
-def open_shared(flags: Shared, trajectory: Path | None = None, create: bool = True, searched: bool = False) -> Opened:
+def open_shared(
+    flags: Shared, trajectory: Path | None = None, create: bool = True, searched: bool = False
+) -> Opened:
     """Open the run and its cache (not `create`: only if it is there).
 
     Raises UsageProblem for flags that contradict each other or the machine.
     """
     if flags.cache == "none" and flags.store is not None:
-        raise UsageProblem("--cache none keeps nothing, --store says how to keep it", "give one of them")
-    precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)] if flags.precision else None
-    store = (PRECISIONS | {"int8": torch.int8})[specs.one_of("--store", flags.store, STORE_NAMES)] if flags.store else None
+        raise UsageProblem(
+            "--cache none keeps nothing, --store says how to keep it", "give one of them"
+        )
+    precision = (
+        PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)]
+        if flags.precision
+        else None
+    )
+    store = (
+        (PRECISIONS | {"int8": torch.int8})[specs.one_of("--store", flags.store, STORE_NAMES)]
+        if flags.store
+        else None
+    )
     projection = specs.projection(flags.project, flags.projection, flags.seed, searched)
     batch_size = specs.batch_size(flags.batch_size)
     place = place_of(os.environ)
     device = find_device(flags.device, place)
     keep_freed_memory()
-    talk = Talk() if flags.quiet or place.rank else StderrTalk()
+    reporter = Reporter() if flags.quiet or place.rank else StderrReporter()
     run = open_run(flags.run, flags.definition, flags.checkpoints, trajectory, precision, device)
     checkpoints = at_steps(run.checkpoints, flags.steps)
     columns = select(run.columns, flags.layers)
-    widest = max((column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize)
+    widest = max(
+        (column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize
+    )
     mixed = precision is None and len({column.dtype for column in run.columns.values()}) > 1
-    settings = Settings(precision or widest, store or precision or widest, mixed, Projection(*projection) if projection else None)
-    folder = None if flags.cache == "none" else Path(flags.cache) if flags.cache else run.folder / ".influence"
+    settings = Settings(
+        precision or widest,
+        store or precision or widest,
+        mixed,
+        Projection(*projection) if projection else None,
+    )
+    folder = (
+        None
+        if flags.cache == "none"
+        else Path(flags.cache)
+        if flags.cache
+        else run.folder / ".influence"
+    )
     opened = open_store(folder) if folder is not None and (create or folder.exists()) else None
-    gradients = Gradients(run, settings, opened, device, batch_size, precision, talk, open_ranks(place))
-    return Opened(run, checkpoints, columns, gradients, folder, talk)
+    gradients = GradientSource(
+        run, settings, opened, device, batch_size, precision, reporter, open_ranks(place)
+    )
+    return Opened(run, checkpoints, columns, gradients, folder, reporter)
 
 
 def find_device(name: str, place: Place) -> torch.device:
     """`--device`; of several ranks each has the CUDA device of its local number. Raises UsageProblem where it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if name == "cuda" and place.count > 1:
         there = torch.cuda.device_count()
         if there not in (0, 1) and place.local >= there:
             raise UsageProblem(
-                f"{place.beside} ranks on this machine, which has {there} CUDA devices", f"--nproc-per-node {there}, one a device"
+                f"{place.beside} ranks on this machine, which has {there} CUDA devices",
+                f"--nproc-per-node {there}, one a device",
             )
         name = f"cuda:{place.local if there > 1 else 0}"  # where each rank is shown one device, that is 0
     try:
@@ -160,5 +213,7 @@ def find_device(name: str, place: Place) -> torch.device:
             f"torch {torch.__version__}; --device auto takes what is there",
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageProblem("--device mps: not available on this machine", "--device auto takes what is there")
+        raise UsageProblem(
+            "--device mps: not available on this machine", "--device auto takes what is there"
+        )
     return device

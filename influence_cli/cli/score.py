@@ -7,7 +7,9 @@ from influence_cli.cli import command, options
 from influence_cli.methods import METHODS
 
 
-@command("score", example="influence score my_run --queries 0:5 --top 3 | column -s, -t", ranks=True)
+@command(
+    "score", example="influence score my_run --queries 0:5 --top 3 | column -s, -t", ranks=True
+)
 def score(
     shared: options.Shared,
     shown: options.Shown,
@@ -34,21 +36,29 @@ def score(
     from influence_cli.output import tables
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    sink = tables.Sink.open(shown.format, shown.output)
+    sink = tables.TableWriter.open(shown.format, shown.output)
     k = specs.top(shown.top)
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
     if by is not None and by not in chosen.parts:
-        raise UsageProblem(f"--by {by}: the scores of {method} have no such parts", f"expected: {', '.join(chosen.parts)}")
+        raise UsageProblem(
+            f"--by {by}: the scores of {method} have no such parts",
+            f"expected: {', '.join(chosen.parts)}",
+        )
     if not chosen.weighted and (lr is not None or lr_weights is not None):
-        raise UsageProblem(f"--method {method} has no learning-rate weights", "leave out --lr and --lr-weights, or use --method tracin")
+        raise UsageProblem(
+            f"--method {method} has no learning-rate weights",
+            "leave out --lr and --lr-weights, or use --method tracin",
+        )
 
     specs.check_words(method, chosen.words, words, shared.layers)
     specs.check_values(method, chosen.curvatures, values, normalize)
     specs.check_projected(method, chosen, shared.project)
     specs.check_shard(part, method, chosen, group_by)
     if by == "word" and group_by:
-        raise UsageProblem("--by word splits pairs of texts, --group-by sums over them", "give one of them")
+        raise UsageProblem(
+            "--by word splits pairs of texts, --group-by sums over them", "give one of them"
+        )
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.methods import Question, WordOptions
@@ -59,7 +69,10 @@ def score(
     selected = opened.checkpoints
     if chosen.checkpoints == "one":
         if shared.steps is not None and len(selected) > 1:
-            raise UsageProblem(f"--method {method} reads one checkpoint, --steps {shared.steps} selects {len(selected)}", "name one step")
+            raise UsageProblem(
+                f"--method {method} reads one checkpoint, --steps {shared.steps} selects {len(selected)}",
+                "name one step",
+            )
         selected = selected[-1:]
     train_ids = opened.train_ids(train, part)
     if not len(train_ids):  # an empty shard
@@ -67,7 +80,9 @@ def score(
         return
     question = Question(
         checkpoints=selected,
-        weights=opened.weights(lr, lr_weights) if chosen.weighted else tuple(weigh(selected, None, "none")),
+        weights=opened.weights(lr, lr_weights)
+        if chosen.weighted
+        else tuple(weigh(selected, None, "none")),
         columns=opened.embedding(words.embedding) if chosen.words else opened.columns,
         train=train_ids,
         queries=opened.ids("--queries", queries, "query"),
@@ -75,7 +90,9 @@ def score(
         normalize=normalize or chosen.normalized,
         by=by,
         groups=opened.groups(group_by, train_ids) if group_by else None,
-        words=WordOptions(words.special_tokens, words.pad_id, words.top_words, words.synonyms or 0) if chosen.words else None,
+        words=WordOptions(words.special_tokens, words.pad_id, words.top_words, words.synonyms or 0)
+        if chosen.words
+        else None,
         values=chosen.options(**dataclasses.asdict(values)),
     )
     names = question.groups.names if question.groups else None
@@ -86,7 +103,9 @@ def score(
     rows = (
         row
         for answer in chosen.score()(opened.gradients, question, new_ranking)
-        for row in tables.score_rows(answer.ranking, answer.queries, by, answer.parts, names, opened.describe, answer.split)
+        for row in tables.score_rows(
+            answer.ranking, answer.queries, by, answer.parts, names, opened.describe, answer.split
+        )
     )
     ranks = opened.ranks
     if not chosen.ordered and ranks.rank:
@@ -96,7 +115,9 @@ def score(
     elif ranks.rank:
         opened.gradients.help()
     else:
-        opened.talk.note(f"{method}: what is cached is captured by all {ranks.count} ranks; training is gone back over by rank 0 alone")
+        opened.reporter.note(
+            f"{method}: what is cached is captured by all {ranks.count} ranks; training is gone back over by rank 0 alone"
+        )
         with opened.gradients.helped():
             sink.write(rows, tables.score_columns(by))
     ranks.close()

@@ -20,7 +20,7 @@ def self_influence(
     from influence_cli.cli import specs
     from influence_cli.output import tables
 
-    sink = tables.Sink.open(shown.format, shown.output)
+    sink = tables.TableWriter.open(shown.format, shown.output)
     k = specs.top(shown.top)
     part = specs.shard(shard)
 
@@ -34,7 +34,9 @@ def self_influence(
     if not len(train_ids):  # an empty shard
         sink.write([], tables.SELF_COLUMNS)
         return
-    question = Question(opened.checkpoints, opened.weights(lr, lr_weights), opened.columns, train_ids)
+    question = Question(
+        opened.checkpoints, opened.weights(lr, lr_weights), opened.columns, train_ids
+    )
     ranking: Ranking = TopRanking(1, 0, k, signed=False) if k is not None else FullRanking(1, 0)
     self_influence(opened.gradients, question, ranking)
     if opened.ranks.rank == 0:

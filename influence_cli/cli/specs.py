@@ -15,7 +15,9 @@ from influence_cli.errors import UsageProblem, listed
 from influence_cli.methods import METHODS, Method
 from influence_cli.parallel import Shard, parse_shard, place_of
 
-EXPECTED = "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
+EXPECTED = (
+    "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
+)
 
 
 def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> range | np.ndarray:
@@ -24,7 +26,9 @@ def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> r
         return range(size)
     if spec == "-":
         if stdin.isatty():
-            raise UsageProblem(f"{flag} -: stdin is a terminal", "pipe the ids in, one or many a line")
+            raise UsageProblem(
+                f"{flag} -: stdin is a terminal", "pipe the ids in, one or many a line"
+            )
         parts = split_ids(stdin)
     elif spec.startswith("@"):
         try:
@@ -40,7 +44,11 @@ def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> r
     if len(ranges) == 1:
         return ranges[0]
     found = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
-    return range(int(found[0]), int(found[-1]) + 1) if len(found) == found[-1] - found[0] + 1 else found
+    return (
+        range(int(found[0]), int(found[-1]) + 1)
+        if len(found) == found[-1] - found[0] + 1
+        else found
+    )
 
 
 def split_ids(lines: Iterable[str]) -> list[str]:
@@ -53,24 +61,37 @@ def _range(flag: str, part: str, size: int, split: str) -> range:
     if not match:
         raise UsageProblem(f"{flag}: {part!r} is not an id or a range", EXPECTED)
     single, low, high = match.groups()
-    start, stop = (int(single), int(single) + 1) if single else (int(low or 0), int(high) if high else size)
+    start, stop = (
+        (int(single), int(single) + 1) if single else (int(low or 0), int(high) if high else size)
+    )
     if stop > size or start >= size:
-        raise UsageProblem(f"{flag} {part}: out of range", f"{split}_data() has {size:,} examples (0 to {size - 1:,})")
+        raise UsageProblem(
+            f"{flag} {part}: out of range",
+            f"{split}_data() has {size:,} examples (0 to {size - 1:,})",
+        )
     if start >= stop:
-        raise UsageProblem(f"{flag} {part}: an empty range", "ranges are half-open: 10:20 is 10 to 19")
+        raise UsageProblem(
+            f"{flag} {part}: an empty range", "ranges are half-open: 10:20 is 10 to 19"
+        )
     return range(start, stop)
 
 
 def check_stdin(queries: str | None, train: str | None) -> None:
     if queries == "-" and train == "-":
-        raise UsageProblem("--queries - and --train - both read the ids from stdin", "put one of them in a file: @ids.txt")
+        raise UsageProblem(
+            "--queries - and --train - both read the ids from stdin",
+            "put one of them in a file: @ids.txt",
+        )
 
 
 def shard(spec: str | None) -> Shard | None:
     """`--shard`: which part of the training examples; None: all."""
     count = place_of(os.environ).count
     if spec is not None and count > 1:
-        raise UsageProblem(f"--shard {spec} in one of {count} ranks, which share all the work as it is", "give --shard, or use torchrun")
+        raise UsageProblem(
+            f"--shard {spec} in one of {count} ranks, which share all the work as it is",
+            "give --shard, or use torchrun",
+        )
     return parse_shard(spec, os.environ) if spec is not None else None
 
 
@@ -78,7 +99,8 @@ def check_shard(part: Shard | None, name: str, method: Method, group_by: str | N
     """Scores of a shard must be parts of a whole that can be merged."""
     if part and group_by:
         raise UsageProblem(
-            "--group-by sums over all training examples, --shard has some of them", "torchrun shares such work between ranks"
+            "--group-by sums over all training examples, --shard has some of them",
+            "torchrun shares such work between ranks",
         )
     if part and method.ordered:
         raise UsageProblem(
@@ -114,28 +136,46 @@ def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
 def check_words(method: str, reads_words: bool, words: Words, layers: list[str] | None) -> None:
     """The flags of tracin-we: only there, and what they can be."""
     if (given := flags_given(words)) and not reads_words:
-        raise UsageProblem(f"{given}: --method {method} does not read words", "--method tracin-we does")
+        raise UsageProblem(
+            f"{given}: --method {method} does not read words", "--method tracin-we does"
+        )
     if reads_words and layers:
-        raise UsageProblem(f"--layers with --method {method}, which reads one embedding and nothing else", "--embedding NAME chooses it")
+        raise UsageProblem(
+            f"--layers with --method {method}, which reads one embedding and nothing else",
+            "--embedding NAME chooses it",
+        )
     one_of("--special-tokens", words.special_tokens, ("keep", "drop", "only"))
     for flag, value in (("--top-words", words.top_words), ("--synonyms", words.synonyms)):
         if value is not None and value < 1:
             raise UsageProblem(f"{flag} {value}", "expected: a number from 1")
 
 
-def projection(numbers: int | None, kind: str | None, seed: int | None, searched: bool = False) -> tuple[str, int, int] | None:
+def projection(
+    numbers: int | None, kind: str | None, seed: int | None, searched: bool = False
+) -> tuple[str, int, int] | None:
     """`--project`, `--projection`, `--seed` as kind, numbers and seed; None: exact gradients. `searched`: K is asked for."""
-    chosen = one_of("--projection", kind or "tensor-sketch", ("tensor-sketch", "sparse", "khatri-rao", "kronecker"))
+    chosen = one_of(
+        "--projection",
+        kind or "tensor-sketch",
+        ("tensor-sketch", "sparse", "khatri-rao", "kronecker"),
+    )
     if numbers is None:
         if kind is not None and not searched:
-            raise UsageProblem(f"--projection {kind} without --project", "--project K says how many numbers a parameter keeps")
+            raise UsageProblem(
+                f"--projection {kind} without --project",
+                "--project K says how many numbers a parameter keeps",
+            )
         return None
     if numbers < 1:
-        raise UsageProblem(f"--project {numbers}", "expected: a number from 1; without --project gradients are exact")
+        raise UsageProblem(
+            f"--project {numbers}",
+            "expected: a number from 1; without --project gradients are exact",
+        )
     if chosen == "kronecker" and math.isqrt(numbers) ** 2 != numbers:
         near = math.isqrt(numbers)
         raise UsageProblem(
-            f"--project {numbers} with --projection kronecker", f"expected: a square, such as {near**2} or {(near + 1) ** 2}"
+            f"--project {numbers} with --projection kronecker",
+            f"expected: a square, such as {near**2} or {(near + 1) ** 2}",
         )
     if seed is not None and seed < 0:
         raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
@@ -145,43 +185,76 @@ def projection(numbers: int | None, kind: str | None, seed: int | None, searched
 def target(value: float | None) -> float | None:
     """`--target-correlation`."""
     if value is not None and not 0 < value < 1:
-        raise UsageProblem(f"--target-correlation {value}", "expected: a number between 0 and 1, such as 0.95")
+        raise UsageProblem(
+            f"--target-correlation {value}", "expected: a number between 0 and 1, such as 0.95"
+        )
     return value
 
 
 def check_projected(name: str, method: Method, numbers: int | None) -> None:
     """Methods that read what a projection does not keep."""
     if numbers is not None and (method.words or method.module == "unroll"):
-        why = "reads the rows of single words" if method.words else "asks the model itself, and keeps no gradients of training examples"
+        why = (
+            "reads the rows of single words"
+            if method.words
+            else "asks the model itself, and keeps no gradients of training examples"
+        )
         raise UsageProblem(f"--project with --method {name}, which {why}", "leave out --project")
 
 
 def check_values(method: str, curvatures: Sequence[str], values: Values, normalize: bool) -> None:
     """The flags of methods that go by the order of training: only there, and what they can be."""
     if (given := flags_given(values)) and not curvatures:
-        raise UsageProblem(f"{given}: --method {method} does not go by the order of training", "--method dve and unroll do")
+        raise UsageProblem(
+            f"{given}: --method {method} does not go by the order of training",
+            "--method dve and unroll do",
+        )
     if curvatures and normalize:
-        raise UsageProblem(f"--normalize: scores of {method} are changes of a loss, not products that could be cosines", "leave it out")
+        raise UsageProblem(
+            f"--normalize: scores of {method} are changes of a loss, not products that could be cosines",
+            "leave it out",
+        )
     if values.curvature is not None and values.curvature not in curvatures:
-        known = "; ".join(f"{name}: {', '.join(other.curvatures)}" for name, other in METHODS.items() if other.curvatures)
-        raise UsageProblem(f"--curvature {values.curvature} with --method {method}", f"expected: {known}")
+        known = "; ".join(
+            f"{name}: {', '.join(other.curvatures)}"
+            for name, other in METHODS.items()
+            if other.curvatures
+        )
+        raise UsageProblem(
+            f"--curvature {values.curvature} with --method {method}", f"expected: {known}"
+        )
     embedding = values.form is not None or values.embeddings is not None
     if embedding and method != "dve":
-        raise UsageProblem(f"--form, --embeddings: {method} has no embedding form, the model is asked itself", "--method dve has")
+        raise UsageProblem(
+            f"--form, --embeddings: {method} has no embedding form, the model is asked itself",
+            "--method dve has",
+        )
     if values.form is not None:
         one_of("--form", values.form, ("query", "embedding"))
     if values.replay and (values.form == "embedding" or values.embeddings is not None):
-        raise UsageProblem("--replay gives query form: embeddings are made from cached gradients, side by side", "leave one of them out")
+        raise UsageProblem(
+            "--replay gives query form: embeddings are made from cached gradients, side by side",
+            "leave one of them out",
+        )
     if values.form == "query" and values.embeddings is not None:
-        raise UsageProblem("--form query keeps no embeddings, --embeddings says where", "give one of them")
+        raise UsageProblem(
+            "--form query keeps no embeddings, --embeddings says where", "give one of them"
+        )
     if values.embeddings is not None and values.embeddings.is_file():
-        raise UsageProblem(f"--embeddings {values.embeddings}: a file is there", "expected: a folder, or a name for a new one")
+        raise UsageProblem(
+            f"--embeddings {values.embeddings}: a file is there",
+            "expected: a folder, or a name for a new one",
+        )
 
 
 def flags_given(group: Words | Values) -> str:
     """`--top-words, --synonyms`: those flags of a group that are not as they are by default."""
     fields = dataclasses.fields(group)
-    return ", ".join(f"--{field.name.replace('_', '-')}" for field in fields if getattr(group, field.name) != field.default)
+    return ", ".join(
+        f"--{field.name.replace('_', '-')}"
+        for field in fields
+        if getattr(group, field.name) != field.default
+    )
 
 
 def group_file(path: Path, size: int) -> list[str]:
@@ -189,10 +262,18 @@ def group_file(path: Path, size: int) -> list[str]:
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageProblem(f"--group-by {path}: {error}", "expected: label, or a file with one group name per training example") from error
+        raise UsageProblem(
+            f"--group-by {path}: {error}",
+            "expected: label, or a file with one group name per training example",
+        ) from error
     if len(names) != size:
-        raise UsageProblem(f"--group-by {path} has {len(names):,} lines", f"expected: one per training example, {size:,}")
+        raise UsageProblem(
+            f"--group-by {path} has {len(names):,} lines",
+            f"expected: one per training example, {size:,}",
+        )
     empty = [number for number, name in enumerate(names, start=1) if not name.strip()]
     if empty:
-        raise UsageProblem(f"--group-by {path}: empty lines {listed(empty)}", "expected: a group name on each line")
+        raise UsageProblem(
+            f"--group-by {path}: empty lines {listed(empty)}", "expected: a group name on each line"
+        )
     return [name.strip() for name in names]

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from influence_cli.progress import Advance, Talk
+from influence_cli.progress import Advance, Reporter
 
 EVERY = 30.0  # seconds between the lines of a log
 
 
-class StderrTalk(Talk):
+class StderrReporter(Reporter):
     def __init__(self) -> None:
         self._said: set[str] = set()
 
@@ -31,19 +31,36 @@ class StderrTalk(Talk):
     @contextmanager
     def _bar(self, doing: str, total: int) -> Iterator[Advance]:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(), TextColumn("{task.fields[where]}"),
         )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
-            task, started, done = bar.add_task(doing, total=total, rate="", where=""), time.monotonic(), 0
+        with Progress(
+            *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
+        ) as bar:
+            task, started, done = (
+                bar.add_task(doing, total=total, rate="", where=""),
+                time.monotonic(),
+                0,
+            )
 
             def advance(examples: int, where: str = "") -> None:
                 nonlocal done
                 done += examples
-                bar.update(task, advance=examples, where=where, rate=f"{done / max(1e-9, time.monotonic() - started):,.0f}/s")
+                bar.update(
+                    task,
+                    advance=examples,
+                    where=where,
+                    rate=f"{done / max(1e-9, time.monotonic() - started):,.0f}/s",
+                )
 
             yield advance
 
@@ -57,6 +74,12 @@ class StderrTalk(Talk):
             if now - last >= EVERY:
                 last, rate = now, done / (now - started)
                 left = datetime.timedelta(seconds=round((total - done) / rate))
-                print(f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left, {where}".rstrip(", "), file=sys.stderr, flush=True)
+                print(
+                    f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left, {where}".rstrip(
+                        ", "
+                    ),
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         return advance

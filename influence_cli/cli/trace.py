@@ -31,12 +31,14 @@ def trace(
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     if not chosen.ordered:
         known = ", ".join(name for name, other in METHODS.items() if other.ordered)
-        raise UsageProblem(f"--method {method}: its scores have no place in training time", f"expected: {known}")
+        raise UsageProblem(
+            f"--method {method}: its scores have no place in training time", f"expected: {known}"
+        )
     stdout = sys.__stdout__ or sys.stdout
     plotted = format == "plot" or (format is None and output is None and stdout.isatty())
     if format == "plot" and output is not None:
         raise UsageProblem("--format plot is for a terminal, -o is a file", "give one of them")
-    sink = tables.Sink.open("csv" if plotted else format, output)
+    sink = tables.TableWriter.open("csv" if plotted else format, output)
     specs.check_stdin(queries, train)
     specs.check_values(method, chosen.curvatures, values, False)
     specs.check_projected(method, chosen, shared.project)
@@ -57,7 +59,12 @@ def trace(
         values=chosen.options(**dataclasses.asdict(values)),
     )
     found = (
-        (None if sum_queries else int(ids[position]), None if example is None else int(example), traced, position)
+        (
+            None if sum_queries else int(ids[position]),
+            None if example is None else int(example),
+            traced,
+            position,
+        )
         for ids, traced in chosen.trace()(opened.gradients, question)
         for position in range(1 if sum_queries else len(ids))
         for example in (None, *examples)
@@ -76,15 +83,27 @@ def trace(
                 of = "every step" if example is None else named("train", example)
                 series = traced.series(position, example)
                 title = f"{about}, {of}: {sum(score for _, score in series):.4g}"
-                trace_plot(title, series, range(traced.first, traced.first + len(traced.sums)), stdout)
+                trace_plot(
+                    title, series, range(traced.first, traced.first + len(traced.sums)), stdout
+                )
         return
 
     def rows():
         for query, example, traced, position in found:
-            labels = [opened.describe(s, i)[0] if i is not None else "" for s, i in (("query", query), ("train", example))]
+            labels = [
+                opened.describe(s, i)[0] if i is not None else ""
+                for s, i in (("query", query), ("train", example))
+            ]
             running = 0.0
             for step, score in traced.series(position, example):
                 running += score
-                yield ("all" if query is None else query, "all" if example is None else example, step, score, running, *labels)
+                yield (
+                    "all" if query is None else query,
+                    "all" if example is None else example,
+                    step,
+                    score,
+                    running,
+                    *labels,
+                )
 
     sink.write(rows(), tables.TRACE_COLUMNS)

@@ -16,10 +16,10 @@ import torch
 
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.quantize import STORE_EPS, as_stored
-from influence_cli.cache.store import Rows, concat_rows
+from influence_cli.cache.store import GradientRows, concat_rows
 from influence_cli.diagnostics.gradient_check import Finding, spread
 from influence_cli.evaluate.correlation import pearson, spearman
-from influence_cli.extraction.source import Gradients
+from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.projection import Projection
 from influence_cli.run import Checkpoint
@@ -27,7 +27,10 @@ from influence_cli.run import Checkpoint
 TRAIN, QUERIES, CHECKPOINTS, TOP = 200, 20, 3, 10
 QUERY_BYTES = 1 << 30  # exact gradients of the sampled queries; at least two
 STEP = 16  # training examples held at once
-LADDERS = ((16, 32, 64, 128, 256, 512), (1024, 2048, 4096, 8192))  # K that are tried; the second where the first are not enough
+LADDERS = (
+    (16, 32, 64, 128, 256, 512),
+    (1024, 2048, 4096, 8192),
+)  # K that are tried; the second where the first are not enough
 SQUARES = ((16, 64, 256, 1024), (4096, 16384))
 
 Way = Callable[[str, Form], Form]  # of a column: how its gradients are kept
@@ -64,59 +67,111 @@ class Fidelity:
 class Sample:
     """The sampled pairs of a run."""
 
-    gradients: Gradients  # exact, of the same run
+    gradients: GradientSource  # exact, of the same run
     checkpoints: tuple[Checkpoint, ...]
     columns: tuple[str, ...]
     train: np.ndarray
     queries: np.ndarray
 
     @classmethod
-    def of(cls, gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Mapping[str, Ids]) -> "Sample":
-        numbers = sum(gradients.run.columns[name].numel for name in columns) * max(4, gradients.settings.precision.itemsize)
+    def of(
+        cls,
+        gradients: GradientSource,
+        checkpoints: Sequence[Checkpoint],
+        columns: Sequence[str],
+        ids: Mapping[str, Ids],
+    ) -> "Sample":
+        numbers = sum(gradients.run.columns[name].numel for name in columns) * max(
+            4, gradients.settings.precision.itemsize
+        )
         most = max(2, min(QUERIES, QUERY_BYTES // numbers))
         chosen = tuple(checkpoints[i] for i in spread(len(checkpoints), CHECKPOINTS))
-        train, queries = (np.array([ids[s][i] for i in spread(len(ids[s]), n)]) for s, n in (("train", TRAIN), ("query", most)))
+        train, queries = (
+            np.array([ids[s][i] for i in spread(len(ids[s]), n)])
+            for s, n in (("train", TRAIN), ("query", most))
+        )
         return cls(gradients.exact(), chosen, tuple(columns), train, queries)
 
     def scores(self, ways: Mapping[str, Way]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Of each way (Q, N) float64 scores; and for each column (columns, Q, N) the products of the norms, summed over checkpoints."""
         found = {way: np.zeros((len(self.queries), len(self.train))) for way in ways}
         norms = np.zeros((len(self.columns), len(self.queries), len(self.train)))
-        with self.gradients.talk.progress("exact gradients to compare with", len(self.checkpoints) * len(self.train)) as advance:
+        with self.gradients.reporter.progress(
+            "exact gradients to compare with", len(self.checkpoints) * len(self.train)
+        ) as advance:
             for checkpoint in self.checkpoints:
                 queries = concat_rows(list(self.read("query", checkpoint, self.queries)))
-                kept = {way: {name: keep(name, queries.forms[name]).ready() for name in self.columns} for way, keep in ways.items()}
+                kept = {
+                    way: {name: keep(name, queries.forms[name]).ready() for name in self.columns}
+                    for way, keep in ways.items()
+                }
                 for first in range(0, len(self.train), STEP):
                     at = slice(first, first + STEP)
                     rows = concat_rows(list(self.read("train", checkpoint, self.train[at])))
                     for way, keep in ways.items():
                         for name in self.columns:
-                            found[way][:, at] += keep(name, rows.forms[name]).dot(kept[way][name]).double().T.numpy()
+                            found[way][:, at] += (
+                                keep(name, rows.forms[name]).dot(kept[way][name]).double().T.numpy()
+                            )
                     for k, name in enumerate(self.columns):
-                        norms[k, :, at] += np.sqrt(np.outer(queries.sqnorms[name], rows.sqnorms[name]))
+                        norms[k, :, at] += np.sqrt(
+                            np.outer(queries.sqnorms[name], rows.sqnorms[name])
+                        )
                     advance(len(rows.ids))
         return found, norms
 
-    def read(self, split: str, checkpoint: Checkpoint, ids: np.ndarray) -> Iterator[Rows]:
+    def read(self, split: str, checkpoint: Checkpoint, ids: np.ndarray) -> Iterator[GradientRows]:
         for first in range(0, len(ids), STEP):
-            yield from self.gradients.read(split, checkpoint, self.columns, ids[first : first + STEP])
+            yield from self.gradients.read(
+                split, checkpoint, self.columns, ids[first : first + STEP]
+            )
 
-    def compare(self, kept: str, found: np.ndarray, exact: np.ndarray, expected: float, projection: Projection | None) -> Fidelity:
+    def compare(
+        self,
+        kept: str,
+        found: np.ndarray,
+        exact: np.ndarray,
+        expected: float,
+        projection: Projection | None,
+    ) -> Fidelity:
         """`expected`: the norm of the differences that is to be expected at most."""
         settings = dataclasses.replace(self.gradients.settings, projection=projection)
         numbers = sum(settings.width(self.gradients.run.columns[name]) for name in self.columns)
         scale = float(np.linalg.norm(exact)) or 1e-300
         top = min(TOP, exact.shape[1])
-        shared = [len(set(np.argsort(-a)[:top]) & set(np.argsort(-b)[:top])) / top for a, b in zip(found, exact, strict=True)]
-        linear, ranked = (mean([of(a, b) for a, b in zip(found, exact, strict=True)]) for of in (pearson, spearman))
+        shared = [
+            len(set(np.argsort(-a)[:top]) & set(np.argsort(-b)[:top])) / top
+            for a, b in zip(found, exact, strict=True)
+        ]
+        linear, ranked = (
+            mean([of(a, b) for a, b in zip(found, exact, strict=True)])
+            for of in (pearson, spearman)
+        )
         error = float(np.linalg.norm(found - exact)) / scale
-        return Fidelity(kept, error, expected / scale, linear, ranked, float(np.mean(shared)), exact.shape, numbers)
+        return Fidelity(
+            kept,
+            error,
+            expected / scale,
+            linear,
+            ranked,
+            float(np.mean(shared)),
+            exact.shape,
+            numbers,
+        )
 
 
-def fidelity(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Mapping[str, Ids]) -> list[Fidelity]:
+def fidelity(
+    gradients: GradientSource,
+    checkpoints: Sequence[Checkpoint],
+    columns: Sequence[str],
+    ids: Mapping[str, Ids],
+) -> list[Fidelity]:
     """What the run's projection does to exact scores, and what it does as it is stored; nothing where both are exact."""
     settings = gradients.settings
-    projection, narrow = settings.projection, STORE_EPS[settings.store] > STORE_EPS[settings.precision]
+    projection, narrow = (
+        settings.projection,
+        STORE_EPS[settings.store] > STORE_EPS[settings.precision],
+    )
     if projection is None and not narrow:
         return []
     sample = Sample.of(gradients, checkpoints, columns, ids)
@@ -131,7 +186,15 @@ def fidelity(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: S
     found = []
     if projection:
         expected = spread_of(projection, sample, norms)
-        found.append(sample.compare(f"{projection.kind} {projection.numbers}", scores["projected"], scores["exact"], expected, projection))
+        found.append(
+            sample.compare(
+                f"{projection.kind} {projection.numbers}",
+                scores["projected"],
+                scores["exact"],
+                expected,
+                projection,
+            )
+        )
     if narrow:
         expected = 8 * STORE_EPS[settings.store] * float(np.linalg.norm(norms.sum(0)))
         expected += spread_of(projection, sample, norms) if projection else 0.0
@@ -141,7 +204,7 @@ def fidelity(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: S
 
 
 def fidelity_findings(
-    gradients: Gradients,
+    gradients: GradientSource,
     checkpoints: Sequence[Checkpoint],
     columns: Sequence[str],
     ids: Mapping[str, Ids],
@@ -154,32 +217,59 @@ def fidelity_findings(
         rows.append(Finding("fidelity", "pairs", kept.kept, kept.error, kept.allowed, str(kept)))
         if target is not None:
             rows.append(
-                Finding("target", "pairs", kept.kept, 1 - kept.reached, 1 - target, f"correlation {kept.reached:.4f}, asked {target}")
+                Finding(
+                    "target",
+                    "pairs",
+                    kept.kept,
+                    1 - kept.reached,
+                    1 - target,
+                    f"correlation {kept.reached:.4f}, asked {target}",
+                )
             )
     if target is not None:
         tried = search(gradients, checkpoints, columns, ids, chosen_kind(gradients, kind), target)
         note = "the first that reaches it" if tried[-1].reached >= target else "the last tried"
-        rows.append(Finding("target", "pairs", f"{tried[-1].kept}: {note}", 1 - tried[-1].reached, 1 - target, str(tried[-1])))
+        rows.append(
+            Finding(
+                "target",
+                "pairs",
+                f"{tried[-1].kept}: {note}",
+                1 - tried[-1].reached,
+                1 - target,
+                str(tried[-1]),
+            )
+        )
     return rows
 
 
-def chosen_kind(gradients: Gradients, kind: str | None) -> str:
-    return kind or (gradients.settings.projection.kind if gradients.settings.projection else "tensor-sketch")
+def chosen_kind(gradients: GradientSource, kind: str | None) -> str:
+    return kind or (
+        gradients.settings.projection.kind if gradients.settings.projection else "tensor-sketch"
+    )
 
 
 def search(
-    gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Mapping[str, Ids], kind: str, target: float
+    gradients: GradientSource,
+    checkpoints: Sequence[Checkpoint],
+    columns: Sequence[str],
+    ids: Mapping[str, Ids],
+    kind: str,
+    target: float,
 ) -> list[Fidelity]:
     """Projections of rising K, up to the first whose Spearman and Pearson correlations both reach the target, or to the last tried."""
     sample, found = Sample.of(gradients, checkpoints, columns, ids), []
     seed = gradients.settings.projection.seed if gradients.settings.projection else 0
     for ladder in SQUARES if kind == "kronecker" else LADDERS:
         maps = [Projection(kind, numbers, seed) for numbers in ladder]
-        ways: dict[str, Way] = {"exact": exactly} | {projection.key: projected(projection) for projection in maps}
+        ways: dict[str, Way] = {"exact": exactly} | {
+            projection.key: projected(projection) for projection in maps
+        }
         scores, norms = sample.scores(ways)
         for projection in maps:
             kept, expected = f"{kind} {projection.numbers}", spread_of(projection, sample, norms)
-            found.append(sample.compare(kept, scores[projection.key], scores["exact"], expected, projection))
+            found.append(
+                sample.compare(kept, scores[projection.key], scores["exact"], expected, projection)
+            )
             if found[-1].reached >= target:
                 gradients.moved()
                 return found
@@ -200,7 +290,9 @@ def spread_of(projection: Projection, sample: Sample, norms: np.ndarray) -> floa
     multiplied in another form."""
     shapes = [sample.gradients.run.columns[name].shape for name in sample.columns]
     each = np.array([projection.spread(shape) for shape in shapes])[:, None, None] * norms
-    eps = STORE_EPS[torch.float64 if sample.gradients.settings.precision == torch.float64 else torch.float32]
+    eps = STORE_EPS[
+        torch.float64 if sample.gradients.settings.precision == torch.float64 else torch.float32
+    ]
     return 2 * float(np.sqrt(np.square(each).sum())) + 8 * eps * float(np.linalg.norm(norms.sum(0)))
 
 

@@ -21,16 +21,18 @@ from torch import Tensor
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import compare
 from influence_cli.cache.quantize import STORE_EPS
-from influence_cli.cache.store import Held, Store, read_unit
+from influence_cli.cache.store import Store, UnitIndex, read_unit
 from influence_cli.errors import CacheError, listed
 from influence_cli.extraction import revalidate
-from influence_cli.extraction.source import Gradients
+from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.capture import Capture, Captured, rounding
 from influence_cli.gradients.forms import Form, Projected
 from influence_cli.run import Checkpoint
 
 EXAMPLES, CHECKPOINTS = 8, 3  # looked at: of each split, of each run; evenly spread
-DENSE_BYTES = 2 << 30  # dense gradients of the examples looked at, in the few copies that are compared; at least two examples
+DENSE_BYTES = (
+    2 << 30
+)  # dense gradients of the examples looked at, in the few copies that are compared; at least two examples
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,28 @@ class Finding:
         return self.error <= self.allowed  # not a number: failed
 
 
-def findings(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Mapping[str, Ids]) -> list[Finding]:
+def findings(
+    gradients: GradientSource,
+    checkpoints: Sequence[Checkpoint],
+    columns: Sequence[str],
+    ids: Mapping[str, Ids],
+) -> list[Finding]:
     """All checks, at most CHECKPOINTS checkpoints and EXAMPLES examples of each split; of each subject the worst."""
     worst: dict[tuple[str, str, str], Finding] = {}
     looked_at = [checkpoints[i] for i in spread(len(checkpoints), CHECKPOINTS)]
-    numbers = sum(gradients.run.columns[name].numel * gradients.run.columns[name].dtype.itemsize for name in columns)
+    numbers = sum(
+        gradients.run.columns[name].numel * gradients.run.columns[name].dtype.itemsize
+        for name in columns
+    )
     most = min(EXAMPLES, max(2, DENSE_BYTES // (6 * numbers)))
-    chosen = {split: np.array([wanted[i] for i in spread(len(wanted), most)]) for split, wanted in ids.items()}
+    chosen = {
+        split: np.array([wanted[i] for i in spread(len(wanted), most)])
+        for split, wanted in ids.items()
+    }
     exact = gradients.exact()
-    with gradients.talk.progress("gradients taken again", len(looked_at) * sum(map(len, chosen.values()))) as advance:
+    with gradients.reporter.progress(
+        "gradients taken again", len(looked_at) * sum(map(len, chosen.values()))
+    ) as advance:
         for checkpoint in looked_at:
             exact.load(checkpoint)
             for split, some in chosen.items():
@@ -68,7 +83,10 @@ def findings(gradients: Gradients, checkpoints: Sequence[Checkpoint], columns: S
                 advance(len(some))
     gradients.moved()
     order = ("gradients", "batches", "repeats", "coverage", "outputs")
-    return [*sorted(worst.values(), key=lambda finding: order.index(finding.check)), *check_cache(gradients, looked_at)]
+    return [
+        *sorted(worst.values(), key=lambda finding: order.index(finding.check)),
+        *check_cache(gradients, looked_at),
+    ]
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -76,34 +94,62 @@ def spread(count: int, most: int) -> list[int]:
 
 
 # ---------------------------------------------------------------- gradients
-def check_gradients(gradients: Gradients, checkpoint: Checkpoint, split: str, columns: Sequence[str], ids: np.ndarray) -> Iterator[Finding]:
+def check_gradients(
+    gradients: GradientSource,
+    checkpoint: Checkpoint,
+    split: str,
+    columns: Sequence[str],
+    ids: np.ndarray,
+) -> Iterator[Finding]:
     capture, size = gradients.capture_of(split, columns), len(ids)
     assert isinstance(capture, Capture)
     batch, single = gradients.batch(split, ids)
     alone = [capture.single(single(i)) for i in range(size)]
-    expected = {name: torch.stack([grads[name] for _, grads in alone]).flatten(1) for name in columns}
+    expected = {
+        name: torch.stack([grads[name] for _, grads in alone]).flatten(1) for name in columns
+    }
     losses = torch.cat([loss for loss, _ in alone]).double().cpu()
     fast = capture(batch, single, size)
     sizes = Scales.of(expected)
     reached = {name: bool(value.any()) for name, value in expected.items()}
 
     def compared(
-        check: str, found: tuple[Tensor, Mapping[str, Tensor]], wanted: tuple[Tensor, Mapping[str, Tensor]], note: Callable[[str], str]
+        check: str,
+        found: tuple[Tensor, Mapping[str, Tensor]],
+        wanted: tuple[Tensor, Mapping[str, Tensor]],
+        note: Callable[[str], str],
     ) -> Iterator[Finding]:
         off = (found[0] - wanted[0]).abs() / losses.abs().max().clamp(min=1e-30)
-        yield Finding(check, split, "the loss", float(off.max()), rounding(expected[columns[0]].dtype), place(off))
+        yield Finding(
+            check,
+            split,
+            "the loss",
+            float(off.max()),
+            rounding(expected[columns[0]].dtype),
+            place(off),
+        )
         for name in columns:
             off = (found[1][name] - wanted[1][name]).double().norm(dim=1).cpu() / sizes.scale(name)
             text = "; ".join(part for part in (note(name), place(off)) if part)
-            yield Finding(check, split, name, float(off.max()), rounding(expected[name].dtype), text)
+            yield Finding(
+                check, split, name, float(off.max()), rounding(expected[name].dtype), text
+            )
 
     def place(off: Tensor) -> str:
         """Where the worst is; nothing where it is no more than rounding."""
         worst = int(off.argmax())  # a nan counts as the largest
-        return f"example {ids[worst]}, {checkpoint.name}" if not off[worst] <= rounding(torch.float32) else ""
+        return (
+            f"example {ids[worst]}, {checkpoint.name}"
+            if not off[worst] <= rounding(torch.float32)
+            else ""
+        )
 
     def way(name: str) -> str:
-        told = "by its rule" if name in capture.hooked else f"by torch.func: {capture.why_not_hooked.get(name, 'no rule')}"
+        told = (
+            "by its rule"
+            if name in capture.hooked
+            else f"by torch.func: {capture.why_not_hooked.get(name, 'no rule')}"
+        )
         told = told if capture.at_once else "one example at a time"
         return told if reached[name] else f"{told}; zero at all of these examples"
 
@@ -115,12 +161,19 @@ def check_gradients(gradients: Gradients, checkpoint: Checkpoint, split: str, co
         yield from compared("batches", placed(ours, order, again), ours, lambda name: "")
     again = capture(batch, single, size)
     same = all(torch.equal(value, ours[1][name]) for name, value in dense(again.forms).items())
-    yield from compared("repeats", (again.losses, dense(again.forms)), ours, lambda name: "the same bits" if same else "other bits")
+    yield from compared(
+        "repeats",
+        (again.losses, dense(again.forms)),
+        ours,
+        lambda name: "the same bits" if same else "other bits",
+    )
     yield from check_coverage(gradients, capture, split, batch, size, ours[1], sizes)
     yield from check_outputs(gradients, split, batch, losses)
 
 
-def placed(ours: tuple[Tensor, Mapping[str, Tensor]], order: np.ndarray, again: Captured) -> tuple[Tensor, dict[str, Tensor]]:
+def placed(
+    ours: tuple[Tensor, Mapping[str, Tensor]], order: np.ndarray, again: Captured
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and gradients as they were, those of `order` as they came out again."""
     losses, grads = ours[0].clone(), {name: value.clone() for name, value in ours[1].items()}
     losses[order] = again.losses
@@ -143,65 +196,115 @@ class Scales:
     @classmethod
     def of(cls, expected: Mapping[str, Tensor]) -> "Scales":
         norms = {name: value.double().norm(dim=1) for name, value in expected.items()}
-        whole = float(sum((value.square() for value in norms.values()), torch.zeros(())).max().sqrt())
+        whole = float(
+            sum((value.square() for value in norms.values()), torch.zeros(())).max().sqrt()
+        )
         dtype = next(iter(expected.values())).dtype
-        return cls({name: float(value.max()) for name, value in norms.items()}, torch.finfo(dtype).eps ** 0.75 / rounding(dtype) * whole)
+        return cls(
+            {name: float(value.max()) for name, value in norms.items()},
+            torch.finfo(dtype).eps ** 0.75 / rounding(dtype) * whole,
+        )
 
     def scale(self, name: str) -> float:
         return max(self.largest[name], self.least, 1e-30)
 
 
 def check_coverage(
-    gradients: Gradients, capture: Capture, split: str, batch: Any, size: int, found: Mapping[str, Tensor], sizes: Scales
+    gradients: GradientSource,
+    capture: Capture,
+    split: str,
+    batch: Any,
+    size: int,
+    found: Mapping[str, Tensor],
+    sizes: Scales,
 ) -> Iterator[Finding]:
     """Every parameter that training moves is accounted for: asked of the model, not of what was selected from it."""
     model = gradients.run.model
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     losses = capture.quantity(model, batch)
     grads = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
     for (name, parameter), grad in zip(trained.items(), grads, strict=True):
         if name not in gradients.run.columns:
-            yield Finding("coverage", split, name, math.inf, rounding(parameter.dtype), "trained, but no gradients are taken of it")
+            yield Finding(
+                "coverage",
+                split,
+                name,
+                math.inf,
+                rounding(parameter.dtype),
+                "trained, but no gradients are taken of it",
+            )
         elif name in found:
-            whole = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
-            off = (found[name].double().sum(0) - whole.double().flatten()).norm() / (size * sizes.scale(name))
+            whole = (
+                torch.zeros_like(parameter)
+                if grad is None
+                else grad.to_dense()
+                if grad.is_sparse
+                else grad
+            )
+            off = (found[name].double().sum(0) - whole.double().flatten()).norm() / (
+                size * sizes.scale(name)
+            )
             yield Finding("coverage", split, name, float(off), rounding(parameter.dtype))
 
 
-def check_outputs(gradients: Gradients, split: str, batch: Any, losses: Tensor) -> Iterator[Finding]:
+def check_outputs(
+    gradients: GradientSource, split: str, batch: Any, losses: Tensor
+) -> Iterator[Finding]:
     definition = gradients.run.definition
-    if definition.has("outputs") and definition.has("loss_from_outputs") and not (split == "query" and definition.has("measure")):
+    if (
+        definition.has("outputs")
+        and definition.has("loss_from_outputs")
+        and not (split == "query" and definition.has("measure"))
+    ):
         with torch.no_grad():
-            found = definition.call("loss_from_outputs", definition.call("outputs", gradients.run.model, batch), batch)
+            found = definition.call(
+                "loss_from_outputs", definition.call("outputs", gradients.run.model, batch), batch
+            )
         if not isinstance(found, Tensor) or found.shape != losses.shape:
             shape = tuple(getattr(found, "shape", ()))
-            yield Finding("outputs", split, "loss_from_outputs()", math.inf, 0.0, f"shape {shape}, expected {tuple(losses.shape)}")
+            yield Finding(
+                "outputs",
+                split,
+                "loss_from_outputs()",
+                math.inf,
+                0.0,
+                f"shape {shape}, expected {tuple(losses.shape)}",
+            )
             return
         off = (found.double().cpu() - losses).abs().max() / losses.abs().max().clamp(min=1e-30)
         yield Finding("outputs", split, "loss_from_outputs()", float(off), rounding(found.dtype))
 
 
 # ---------------------------------------------------------------- cache
-def check_cache(gradients: Gradients, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
+def check_cache(gradients: GradientSource, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
     """Every unit of the cache is read; of the checkpoints looked at some examples are taken again."""
     store = gradients.store
     if store is None:
         return
     places = sorted([*store.folder.glob("*/step-*/train"), *store.folder.glob("*/step-*/query/*")])
-    with gradients.talk.progress("cache files", len(places)) as advance:
+    with gradients.reporter.progress("cache files", len(places)) as advance:
         for place in places:
             yield check_units(store, place)
             advance(1)
     for checkpoint in checkpoints:
         place = gradients.place("train", checkpoint)
-        units = [unit for unit in gradients.held("train", checkpoint).units if all(map(gradients.run.has, unit.columns))]
+        units = [
+            unit
+            for unit in gradients.held("train", checkpoint).units
+            if all(map(gradients.run.has, unit.columns))
+        ]
         if units:
-            yield taken_again(gradients, checkpoint, place, Held(units))
+            yield taken_again(gradients, checkpoint, place, UnitIndex(units))
 
 
 def check_units(store: Store, place: Path) -> Finding:
     """The units of one folder: whole, and their gradients (but for projected ones) of the norms that were exact when they were taken."""
-    subject, split = str(place.relative_to(store.folder)), "query" if "query" in place.parts else "train"
+    subject, split = (
+        str(place.relative_to(store.folder)),
+        "query" if "query" in place.parts else "train",
+    )
     eps = STORE_EPS[getattr(torch, subject.split("-stored-")[1].split("-")[0])]
     allowed = max(4 * eps, rounding(torch.float32) if eps > 1e-12 else rounding(torch.float64))
     worst, count, examples = 0.0, 0, 0
@@ -210,34 +313,75 @@ def check_units(store: Store, place: Path) -> Finding:
             rows = read_unit(unit, unit.columns, unit.level, unit.held_ids)
             for name in unit.columns:
                 norms = rows.sqnorms[name].sqrt()
-                kept = rows.forms[name].sqnorm().sqrt() if unit.level == "values" and is_exact(rows.forms[name]) else norms
+                kept = (
+                    rows.forms[name].sqnorm().sqrt()
+                    if unit.level == "values" and is_exact(rows.forms[name])
+                    else norms
+                )
                 off = float(((kept - norms).abs() / norms.max().clamp(min=1e-30)).max())
                 if not off <= allowed:
                     return Finding(
-                        "cache", split, subject, off, allowed, f"{unit.path.name} holds other gradients of {name} than were taken"
+                        "cache",
+                        split,
+                        subject,
+                        off,
+                        allowed,
+                        f"{unit.path.name} holds other gradients of {name} than were taken",
                     )
                 worst = max(worst, off)
             count, examples = count + 1, examples + len(rows.ids)
     except CacheError as error:
         return Finding("cache", split, subject, math.nan, allowed, error.headline)
-    return Finding("cache", split, subject, worst, allowed, f"{count:,} files, {examples:,} examples")
+    return Finding(
+        "cache", split, subject, worst, allowed, f"{count:,} files, {examples:,} examples"
+    )
 
 
 def is_exact(form: Form) -> bool:
     return not isinstance(form, Projected) or form.values.shape[1] == math.prod(form.shape)
 
 
-def taken_again(gradients: Gradients, checkpoint: Checkpoint, place: Path, held: Held) -> Finding:
+def taken_again(
+    gradients: GradientSource, checkpoint: Checkpoint, place: Path, held: UnitIndex
+) -> Finding:
     """Some of what is cached, against the same taken now; all items behind it, against the dataset."""
     assert gradients.store is not None
     subject, count = f"{checkpoint.name}, taken again", 0
     try:
-        revalidate.verify_items(gradients.run, "train", {place: held}, gradients.store, gradients.talk, all_items=True)
+        revalidate.verify_items(
+            gradients.run,
+            "train",
+            {place: held},
+            gradients.store,
+            gradients.reporter,
+            all_items=True,
+        )
         for unit, ids in revalidate.sampled(held.units, EXAMPLES, len(gradients.run.train)):
-            stored = Held([unit]).read(unit.columns, unit.level, ids)
+            stored = UnitIndex([unit]).read(unit.columns, unit.level, ids)
             now = gradients.again("train", checkpoint, unit.columns, ids)
-            compare(stored, now, gradients.settings.rounding, checkpoint.name, "train", gradients.store.folder)
+            compare(
+                stored,
+                now,
+                gradients.settings.rounding,
+                checkpoint.name,
+                "train",
+                gradients.store.folder,
+            )
             count += len(ids)
     except CacheError as error:
-        return Finding("cache", "train", subject, math.nan, gradients.settings.rounding, "; ".join((error.headline, *error.details[:1])))
-    return Finding("cache", "train", subject, 0.0, gradients.settings.rounding, f"{listed([count])} gradients agree")
+        return Finding(
+            "cache",
+            "train",
+            subject,
+            math.nan,
+            gradients.settings.rounding,
+            "; ".join((error.headline, *error.details[:1])),
+        )
+    return Finding(
+        "cache",
+        "train",
+        subject,
+        0.0,
+        gradients.settings.rounding,
+        f"{listed([count])} gradients agree",
+    )

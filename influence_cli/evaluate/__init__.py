@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
-    from influence_cli.extraction.source import Gradients
+    from influence_cli.extraction.source import GradientSource
     from influence_cli.methods import Question
     from influence_cli.run import Checkpoint
 
@@ -21,7 +21,7 @@ class Protocol:
     about: str
     columns: tuple[str, ...]
 
-    def run(self) -> "Callable[[Gradients, Asked], Iterator[tuple[Any, ...]]]":
+    def run(self) -> "Callable[[GradientSource, EvaluationRequest], Iterator[tuple[Any, ...]]]":
         """(gradients, what is asked) -> rows of its columns."""
         return importlib.import_module(f"influence_cli.evaluate.{self.module}").evaluate
 
@@ -36,7 +36,7 @@ PROTOCOLS = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """What is evaluated, and how thoroughly. `questions`: what each method is asked, but for training examples and parts."""
 
     questions: "dict[str, Question]"

@@ -27,7 +27,10 @@ class Results:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise CacheError(f"{path} line {number} can't be read: {error}", "delete the file; its results are taken again") from error
+                raise CacheError(
+                    f"{path} line {number} can't be read: {error}",
+                    "delete the file; its results are taken again",
+                ) from error
             self.records.append(record)
 
     def add(self, record: dict[str, Any]) -> None:

@@ -18,14 +18,20 @@ from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import checkpoint_key
-from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, UsageProblem, is_out_of_memory
-from influence_cli.evaluate import Asked
+from influence_cli.errors import (
+    GradientError,
+    InfluenceError,
+    TrajectoryError,
+    UsageProblem,
+    is_out_of_memory,
+)
+from influence_cli.evaluate import EvaluationRequest
 from influence_cli.evaluate.correlation import interval, pearson, spearman
 from influence_cli.evaluate.predicted_effects import Removal, scores
 from influence_cli.evaluate.result_log import Results
-from influence_cli.extraction.source import Gradients
+from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import METHODS
-from influence_cli.progress import Advance, Talk
+from influence_cli.progress import Advance, Reporter
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run.definition import failure
 from influence_cli.run.replay import Drop, Replay
@@ -36,21 +42,30 @@ FAR = 0.01  # a replay that ends so far from the saved checkpoint, of the way th
 ABOVE_NOISE = 10  # effects smaller than so many times the noise are rounding in part
 
 
-def evaluate(gradients: Gradients, asked: Asked) -> Iterator[tuple[Any, ...]]:
+def evaluate(gradients: GradientSource, asked: EvaluationRequest) -> Iterator[tuple[Any, ...]]:
     """A row per method and query, then its `mean` over queries and all pairs `pooled`. Notes say the intervals of the means."""
-    run, talk = gradients.run, gradients.talk
+    run, reporter = gradients.run, gradients.reporter
     start, end = run.checkpoints[0], asked.checkpoints[-1]
     trajectory = check(run, start, end)
     size = gradients.batch_size("train", list(run.columns))
     replay = Replay(run, lambda ids: gradients.batch("train", ids)[0], size)
     replay.begin(start)
     for note in trajectory.notes:
-        talk.note(note)
+        reporter.note(note)
     removals = sample(trajectory, range(start.step, end.step), asked.removals, asked.seed)
     if len(removals) < asked.removals:
-        talk.note(f"--removals {asked.removals}: examples and steps make {len(removals)}, all of them are removed")
-    predicted = {name: scores(gradients, METHODS[name], question, removals) for name, question in asked.questions.items()}
-    results = Results(asked.folder / "evaluate" / f"tsloo-{digest(gradients, asked, start, end)}.jsonl" if asked.folder else None)
+        reporter.note(
+            f"--removals {asked.removals}: examples and steps make {len(removals)}, all of them are removed"
+        )
+    predicted = {
+        name: scores(gradients, METHODS[name], question, removals)
+        for name, question in asked.questions.items()
+    }
+    results = Results(
+        asked.folder / "evaluate" / f"tsloo-{digest(gradients, asked, start, end)}.jsonl"
+        if asked.folder
+        else None
+    )
     try:
         retrain(gradients, replay, end, removals, asked, results)
     finally:
@@ -59,7 +74,7 @@ def evaluate(gradients: Gradients, asked: Asked) -> Iterator[tuple[Any, ...]]:
     done = truths(results)
     truth = np.array([done[removal] for removal in removals])
     noise = np.abs(np.array(base["again"]) - np.array(base["values"]))
-    say(talk, base, end, truth, noise)
+    say(reporter, base, end, truth, noise)
     return rows(gradients, asked, predicted, truth, noise)
 
 
@@ -91,7 +106,10 @@ def sample(trajectory: Trajectory, steps: range, number: int, seed: int) -> list
     members = [np.unique(trajectory.lines[step].examples) for step in steps]
     ends = np.cumsum([len(some) for some in members])
     if not len(ends) or not ends[-1]:
-        raise UsageProblem(f"{trajectory.path.name}: steps {steps.start} to {steps.stop - 1} have no examples", "nothing can be left out")
+        raise UsageProblem(
+            f"{trajectory.path.name}: steps {steps.start} to {steps.stop - 1} have no examples",
+            "nothing can be left out",
+        )
     found = []
     for at in np.random.default_rng(seed).permutation(ends[-1])[:number]:
         line = int(np.searchsorted(ends, at, side="right"))
@@ -100,7 +118,9 @@ def sample(trajectory: Trajectory, steps: range, number: int, seed: int) -> list
 
 
 # ---------------------------------------------------------------- the truth
-def digest(gradients: Gradients, asked: Asked, start: Checkpoint, end: Checkpoint) -> str:
+def digest(
+    gradients: GradientSource, asked: EvaluationRequest, start: Checkpoint, end: Checkpoint
+) -> str:
     """What the truth depends on: of the training set only what the definition says of it."""
     run, settings = gradients.run, gradients.settings
     assert run.trajectory is not None
@@ -122,17 +142,32 @@ def digest(gradients: Gradients, asked: Asked, start: Checkpoint, end: Checkpoin
 
 def truths(results: Results) -> dict[Removal, list[float]]:
     """(Q,) the truth of each removal so far."""
-    return {Removal(record["step"], record["example"]): record["truth"] for record in results.records if "truth" in record}
+    return {
+        Removal(record["step"], record["example"]): record["truth"]
+        for record in results.records
+        if "truth" in record
+    }
 
 
-def retrain(gradients: Gradients, replay: Replay, end: Checkpoint, removals: Sequence[Removal], asked: Asked, results: Results) -> None:
+def retrain(
+    gradients: GradientSource,
+    replay: Replay,
+    end: Checkpoint,
+    removals: Sequence[Removal],
+    asked: EvaluationRequest,
+    results: Results,
+) -> None:
     """Adds to `results` what is missing: the whole run twice, then one run per removal, from its step on."""
     known = truths(results)
     todo = sorted(removal for removal in removals if removal not in known)
     base = next((record for record in results.records if "values" in record), None)
     whole = end.step - gradients.run.checkpoints[0].step
-    steps = sum(end.step - removal.step for removal in todo) + (todo[-1].step if todo else 0) + (0 if base else 2 * whole)
-    with gradients.talk.progress("training again", steps) as advance:
+    steps = (
+        sum(end.step - removal.step for removal in todo)
+        + (todo[-1].step if todo else 0)
+        + (0 if base else 2 * whole)
+    )
+    with gradients.reporter.progress("training again", steps) as advance:
         if base is None:
             base = baseline(gradients, replay, end, asked, advance)
             results.add(base)
@@ -148,7 +183,13 @@ def retrain(gradients: Gradients, replay: Replay, end: Checkpoint, removals: Seq
             results.add({"step": removal.step, "example": removal.example, "truth": truth.tolist()})
 
 
-def baseline(gradients: Gradients, replay: Replay, end: Checkpoint, asked: Asked, advance: Advance) -> dict[str, Any]:
+def baseline(
+    gradients: GradientSource,
+    replay: Replay,
+    end: Checkpoint,
+    asked: EvaluationRequest,
+    advance: Advance,
+) -> dict[str, Any]:
     """The recorded run; `again`: the same with each batch backwards, clipped as removals are: apart by what is no effect."""
     start = gradients.run.checkpoints[0]
     replay.begin(start)
@@ -156,14 +197,27 @@ def baseline(gradients: Gradients, replay: Replay, end: Checkpoint, asked: Asked
     values, apart = query_values(gradients, asked.queries), replay.apart(end)
     max_norm = float(np.median(list(replay.clipped.values()))) if replay.clipped else None
     replay.begin(start)
-    replay.advance(end.step, max_norm=max_norm, reverse=True, each=partial(advance, where="the whole run again"))
+    replay.advance(
+        end.step,
+        max_norm=max_norm,
+        reverse=True,
+        each=partial(advance, where="the whole run again"),
+    )
     again = query_values(gradients, asked.queries)
-    return {"values": values.tolist(), "again": again.tolist(), "apart": apart, "max_norm": max_norm}
+    return {
+        "values": values.tolist(),
+        "again": again.tolist(),
+        "apart": apart,
+        "max_norm": max_norm,
+    }
 
 
-def query_values(gradients: Gradients, queries: Ids) -> np.ndarray:
+def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
     """(Q,) m of each query as the model is now, float64. With autograd on: a loss may take derivatives of its own."""
-    definition, size = gradients.run.definition, gradients.batch_size("train", list(gradients.run.columns))
+    definition, size = (
+        gradients.run.definition,
+        gradients.batch_size("train", list(gradients.run.columns)),
+    )
     name = "measure" if definition.has("measure") else "loss"
     found = []
     for first in range(0, len(queries), size):
@@ -173,10 +227,16 @@ def query_values(gradients: Gradients, queries: Ids) -> np.ndarray:
             values = definition.raw(name)(gradients.run.model, batch)
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
-                raise InfluenceError(f"out of memory in a batch of {len(ids)} queries", "--batch-size N takes fewer at once") from error
+                raise InfluenceError(
+                    f"out of memory in a batch of {len(ids)} queries",
+                    "--batch-size N takes fewer at once",
+                ) from error
             raise failure(definition, name, error) from error
         if not isinstance(values, Tensor) or values.shape != (len(ids),):
-            raise GradientError(f"{name}() did not return one number per query", f"expected: a tensor of shape ({len(ids)},)")
+            raise GradientError(
+                f"{name}() did not return one number per query",
+                f"expected: a tensor of shape ({len(ids)},)",
+            )
         found.append(values.detach().cpu().double().numpy())
     whole = np.concatenate(found)
     if not np.isfinite(whole).all():
@@ -190,30 +250,60 @@ def query_values(gradients: Gradients, queries: Ids) -> np.ndarray:
 
 # ---------------------------------------------------------------- the table
 def rows(
-    gradients: Gradients, asked: Asked, predicted: dict[str, np.ndarray], truth: np.ndarray, noise: np.ndarray
+    gradients: GradientSource,
+    asked: EvaluationRequest,
+    predicted: dict[str, np.ndarray],
+    truth: np.ndarray,
+    noise: np.ndarray,
 ) -> Iterator[tuple[Any, ...]]:
     """`mean`: of the rows above it. `pooled`: over all pairs at once; its noise is the root mean square."""
     queries, effects = [int(query) for query in asked.queries], truth.std(axis=0)
     for method, scored in predicted.items():
-        pairs_Q2 = np.array([[spearman(a, b), pearson(a, b)] for a, b in zip(scored.T, truth.T, strict=True)])
+        pairs_Q2 = np.array(
+            [[spearman(a, b), pearson(a, b)] for a, b in zip(scored.T, truth.T, strict=True)]
+        )
         good = pairs_Q2[~np.isnan(pairs_Q2).any(axis=1)]
         means = good.mean(axis=0) if len(good) else np.full(2, np.nan)
         if len(good) < len(queries):
-            gradients.talk.note(
+            gradients.reporter.note(
                 f"{method}: {len(queries) - len(good)} of {len(queries)} queries have no correlation, since the scores of all removals are "
                 "equal there or their effects are; the means are over the others"
             )
         if len(good):
             spans = [f"{word} {mean:.3f} [{low:.3f}, {high:.3f}]" for word, mean, (low, high) in zip(
                 ("Spearman", "Pearson"), means, (interval(column, asked.seed) for column in good.T), strict=True)]  # fmt: skip
-            gradients.talk.note(
+            gradients.reporter.note(
                 f"{method}: {', '.join(spans)}: mean over {len(good)} queries and its 95 % interval (bootstrap over queries)"
             )
         for query, pair, effect, floor in zip(queries, pairs_Q2, effects, noise, strict=True):
-            yield (method, str(query), *shown(pair), len(truth), float(effect), float(floor), gradients.run.query.label(query))
-        yield (method, "mean", *shown(means), len(truth), float(effects.mean()), float(noise.mean()), "")
+            yield (
+                method,
+                str(query),
+                *shown(pair),
+                len(truth),
+                float(effect),
+                float(floor),
+                gradients.run.query.label(query),
+            )
+        yield (
+            method,
+            "mean",
+            *shown(means),
+            len(truth),
+            float(effects.mean()),
+            float(noise.mean()),
+            "",
+        )
         pooled = spearman(scored.ravel(), truth.ravel()), pearson(scored.ravel(), truth.ravel())
-        yield (method, "pooled", *shown(pooled), len(truth), float(truth.std()), root_mean_square(noise), "")
+        yield (
+            method,
+            "pooled",
+            *shown(pooled),
+            len(truth),
+            float(truth.std()),
+            root_mean_square(noise),
+            "",
+        )
 
 
 def shown(values: Iterable[float]) -> list[float | None]:
@@ -225,18 +315,24 @@ def root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.square(values).mean()))
 
 
-def say(talk: Talk, base: Mapping[str, Any], end: Checkpoint, truth: np.ndarray, noise: np.ndarray) -> None:
+def say(
+    reporter: Reporter,
+    base: Mapping[str, Any],
+    end: Checkpoint,
+    truth: np.ndarray,
+    noise: np.ndarray,
+) -> None:
     """What of the truth should not be taken at its word."""
     apart = f"the replay ends {base['apart']:.2g} of the way that training went from {end.name}"
     if base["apart"] > FAR:
         apart += ": it ran otherwise (dropout, BatchNorm, another machine or precision), and the truth is that of the replay"
-    talk.note(apart)
+    reporter.note(apart)
     if base["max_norm"] is not None:
-        talk.note(
+        reporter.note(
             f"clipped steps: from a removal on, gradients are clipped at a norm of {base['max_norm']:.4g}, the median of those recorded"
         )
     if 0 < truth.std() < ABOVE_NOISE * root_mean_square(noise):
-        talk.note(
+        reporter.note(
             f"effects ({truth.std():.2g}) are hardly above the noise of training the same again ({root_mean_square(noise):.2g}): "
             "--precision float64 lowers it"
         )

@@ -7,27 +7,39 @@ import numpy as np
 import torch
 
 from influence_cli.cache.identity import Settings
-from influence_cli.cache.store import Level, Rows
+from influence_cli.cache.store import GradientRows, Level
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.gradients.batches import to
-from influence_cli.gradients.buffers import Filling
+from influence_cli.gradients.buffers import FormBuffer
 from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.embedding_capture import WordCapture
-from influence_cli.gradients.sparse_forms import Postings
-from influence_cli.gradients.sparse_forms import Rows as ByExample
-from influence_cli.progress import Talk
+from influence_cli.gradients.embedding_capture import EmbeddingCapture
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
+from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
 
-AnyCapture = Capture | WordCapture
+AnyCapture = Capture | EmbeddingCapture
 
 
-class Taking:
+class GradientExtractor:
     """A run's model on its device, with the parameters of one checkpoint at a time. `cast`: what floating batch tensors are cast to."""
 
-    def __init__(self, run: Run, settings: Settings, device: torch.device, cast: torch.dtype | None, talk: Talk) -> None:
-        self.run, self.settings, self.device, self.cast, self.talk = run, settings, device, cast, talk
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        device: torch.device,
+        cast: torch.dtype | None,
+        reporter: Reporter,
+    ) -> None:
+        self.run, self.settings, self.device, self.cast, self.reporter = (
+            run,
+            settings,
+            device,
+            cast,
+            reporter,
+        )
         self._loaded: Checkpoint | None = None
         self._captures: dict[tuple[str, tuple[str, ...]], AnyCapture] = {}
 
@@ -41,12 +53,12 @@ class Taking:
         level: Level,
         digests_too: bool,
         advance: Callable[[int], None],
-    ) -> Rows:
+    ) -> GradientRows:
         """Gradients of these examples with the parameters that the model has, in batches of `size`; zeros for digests nobody keeps."""
         capture = self.capture_of(split, columns)
         losses, digests = [], []
         sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
-        forms = Filling(len(ids))
+        forms = FormBuffer(len(ids))
         for first in range(0, len(ids), size):
             chosen = ids[first : first + size]
             batch, single = self.batch(split, chosen)
@@ -61,25 +73,42 @@ class Taking:
                 sqnorms[name].append(captured.sqnorms[name])
             if level == "values":
                 forms.add(captured.forms)
-            digests.append(self.run.examples(split).digests(chosen) if digests_too else torch.zeros(len(chosen), dtype=torch.int64))
+            digests.append(
+                self.run.examples(split).digests(chosen)
+                if digests_too
+                else torch.zeros(len(chosen), dtype=torch.int64)
+            )
             if self.device.type == "cpu":  # a device is not waited for at each batch
-                self._check_finite(checkpoint, split, chosen, losses[-1], {name: values[-1] for name, values in sqnorms.items()})
+                self._check_finite(
+                    checkpoint,
+                    split,
+                    chosen,
+                    losses[-1],
+                    {name: values[-1] for name, values in sqnorms.items()},
+                )
             advance(len(chosen))
-        all_losses, all_norms = torch.cat(losses).cpu(), {name: torch.cat(values).cpu() for name, values in sqnorms.items()}
+        all_losses, all_norms = (
+            torch.cat(losses).cpu(),
+            {name: torch.cat(values).cpu() for name, values in sqnorms.items()},
+        )
         if self.device.type != "cpu":
             self._check_finite(checkpoint, split, ids, all_losses, all_norms)
-        return Rows(
+        return GradientRows(
             ids,
             all_losses,
             torch.cat(digests),
             all_norms,
             {
-                name: Postings.of(form) if name in self.run.embeddings and isinstance(form, ByExample) else form
+                name: Postings.of(form)
+                if name in self.run.embeddings and isinstance(form, EmbeddingRows)
+                else form
                 for name, form in forms.done().items()
             },
         )
 
-    def batch(self, split: str, ids: np.ndarray, cast: torch.dtype | None = None) -> tuple[Any, Callable[[int], Any]]:
+    def batch(
+        self, split: str, ids: np.ndarray, cast: torch.dtype | None = None
+    ) -> tuple[Any, Callable[[int], Any]]:
         """A batch on the device, and a function that gives its examples as batches of one. `cast`: in place of the run's precision."""
         examples = self.run.examples(split)
 
@@ -108,18 +137,36 @@ class Taking:
         if key not in self._captures:
             definition, examples = self.run.definition, self.run.examples(split)
             measured = split == "query" and definition.has("measure")
-            name, function = ("measure()", definition.raw("measure")) if measured else ("loss()", definition.raw("loss"))
+            name, function = (
+                ("measure()", definition.raw("measure"))
+                if measured
+                else ("loss()", definition.raw("loss"))
+            )
 
             def quantity(model: torch.nn.Module, batch: Any) -> Any:
                 value = function(model, batch)
                 return -value if measured and isinstance(value, torch.Tensor) else value
 
-            words = self.run.embeddings.get(columns[0]) if len(columns) == 1 and columns[0] not in self.run.columns else None
+            words = (
+                self.run.embeddings.get(columns[0])
+                if len(columns) == 1 and columns[0] not in self.run.columns
+                else None
+            )
             if words is not None and words.module is not None:
-                capture: AnyCapture = WordCapture(self.run.model, quantity, words.name, words.module, name, self.talk.note)
+                capture: AnyCapture = EmbeddingCapture(
+                    self.run.model, quantity, words.name, words.module, name, self.reporter.note
+                )
             else:
                 embeddings = [column for column in columns if self.run.columns[column].embedding]
-                capture = Capture(self.run.model, quantity, columns, embeddings, name, self.talk.note, self.settings.projection)
+                capture = Capture(
+                    self.run.model,
+                    quantity,
+                    columns,
+                    embeddings,
+                    name,
+                    self.reporter.note,
+                    self.settings.projection,
+                )
             first = range(min(2, len(examples)))
             examples.check_stable(range(min(4, len(examples))))
             batch, single = self.batch(split, np.array(first))
@@ -145,9 +192,17 @@ class Taking:
         return failure(self.run.definition, "measure" if measured else "loss", error)
 
     def _check_finite(
-        self, checkpoint: Checkpoint, split: str, ids: np.ndarray, losses: torch.Tensor, sqnorms: dict[str, torch.Tensor]
+        self,
+        checkpoint: Checkpoint,
+        split: str,
+        ids: np.ndarray,
+        losses: torch.Tensor,
+        sqnorms: dict[str, torch.Tensor],
     ) -> None:
-        for name, values in [("the loss", losses), *((f"the gradient of {column}", norms) for column, norms in sqnorms.items())]:
+        for name, values in [
+            ("the loss", losses),
+            *((f"the gradient of {column}", norms) for column, norms in sqnorms.items()),
+        ]:
             wrong = ids[~torch.isfinite(values).numpy()]
             if len(wrong):
                 raise GradientError(

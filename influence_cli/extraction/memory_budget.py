@@ -24,7 +24,9 @@ from influence_cli.gradients.forms import Form
 from influence_cli.storage.atomic import read_json, sync, write_json, writing
 from influence_cli.storage.safetensors_io import save
 
-BATCH_BYTES = 384 << 20  # working memory of a batch on the CPU; about what its caches and allocator like
+BATCH_BYTES = (
+    384 << 20
+)  # working memory of a batch on the CPU; about what its caches and allocator like
 BATCH_MOST = 1024
 TRIAL = 128 << 20  # bytes written to measure a disk
 
@@ -45,17 +47,34 @@ class Sizes:
             return cls(path)
         found = read_json(path)
         try:
-            forms = {str(name): (str(kind), int(count)) for name, (kind, count) in found["forms"].items()}
-            return cls(path, forms, {str(key): (max(1, int(n)), int(count)) for key, (n, count) in found["batches"].items()})
+            forms = {
+                str(name): (str(kind), int(count)) for name, (kind, count) in found["forms"].items()
+            }
+            return cls(
+                path,
+                forms,
+                {
+                    str(key): (max(1, int(n)), int(count))
+                    for key, (n, count) in found["batches"].items()
+                },
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(f"{path} does not list forms and batches ({error})", "delete it; it is measured again") from error
+            raise CacheError(
+                f"{path} does not list forms and batches ({error})",
+                "delete it; it is measured again",
+            ) from error
 
-    def add(self, columns: Sequence[str], forms: dict[str, tuple[str, int]], batch: int, working: int) -> None:
+    def add(
+        self, columns: Sequence[str], forms: dict[str, tuple[str, int]], batch: int, working: int
+    ) -> None:
         """Record what a probe found; what is known of a column stays as it is."""
         self.forms = forms | self.forms
         self.batches[key_of(columns)] = batch, working
         if self.path is not None:
-            with contextlib.suppress(CacheError), writing(self.path.parent):  # a read-only cache serves all the same
+            with (
+                contextlib.suppress(CacheError),
+                writing(self.path.parent),
+            ):  # a read-only cache serves all the same
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self.path, {"forms": self.forms, "batches": self.batches})
 
@@ -78,7 +97,9 @@ def key_of(columns: Sequence[str]) -> str:
 def batch_for(working: int, device: torch.device) -> int:
     """Examples captured at once, by the working bytes of each: on the CPU the same on every machine, on a GPU a quarter of what is free."""
     if device.type == "cuda":
-        return min(4 * BATCH_MOST, floor_power(torch.cuda.mem_get_info(device)[0] // 4 // max(1, working)))
+        return min(
+            4 * BATCH_MOST, floor_power(torch.cuda.mem_get_info(device)[0] // 4 // max(1, working))
+        )
     return min(BATCH_MOST, floor_power(BATCH_BYTES // max(1, working)))
 
 
@@ -90,7 +111,9 @@ def floor_power(number: int) -> int:
 def check_fits(folder: Path | None, stored: int, memory: int) -> None:
     """Raise CacheError where the disk of the cache has no room for `stored` bytes, or this process none for `memory` more."""
     if folder is not None:
-        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+        free = shutil.disk_usage(
+            next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        ).free
         if stored > free:
             raise CacheError(
                 f"the gradients do not fit on the disk of the cache {folder}",
@@ -112,9 +135,13 @@ def available_memory() -> int | None:
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+        found.append(
+            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        )
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        limit, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current")
+        )
         found.append(int(limit) - int(used))
     if not found:
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -129,7 +156,11 @@ def keep_freed_memory() -> None:
 
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):  # M_MMAP_THRESHOLD (its maximum), M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in (
+            (-3, 32 << 20),
+            (-1, 1 << 30),
+            (-2, 64 << 20),
+        ):  # M_MMAP_THRESHOLD (its maximum), M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(option, value)
 
 
@@ -137,7 +168,9 @@ def peak_memory() -> int:
     """The most bytes that this process has held so far."""
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def disk_speed(folder: Path, direct: bool, count: int = TRIAL) -> float:
@@ -161,9 +194,15 @@ def weigh(forms: Mapping[str, Form], ratio: float, scale: int) -> dict[str, tupl
     found: dict[str, tuple[str, int]] = {}
     seen: set[tuple[int, int]] = set()
     for name, form in forms.items():
-        tensors = [value for value in form.tensors().values() if (value.data_ptr(), value.numel()) not in seen or not value.numel()]
+        tensors = [
+            value
+            for value in form.tensors().values()
+            if (value.data_ptr(), value.numel()) not in seen or not value.numel()
+        ]
         seen |= {(value.data_ptr(), value.numel()) for value in tensors}
-        count = sum(v.numel() * v.element_size() * (ratio if v.is_floating_point() else 1) for v in tensors)
+        count = sum(
+            v.numel() * v.element_size() * (ratio if v.is_floating_point() else 1) for v in tensors
+        )
         count += scale * sum(len(v) for v in tensors if v.is_floating_point())
         found[name] = (form.kind if tensors else "shared", round(count / len(form)))
     return found

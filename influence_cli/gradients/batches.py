@@ -23,7 +23,11 @@ def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, list):
         return [map_tensors(apply, part) for part in batch]
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: map_tensors(apply, getattr(batch, f.name)) for f in dataclasses.fields(batch) if f.init}
+        fields = {
+            f.name: map_tensors(apply, getattr(batch, f.name))
+            for f in dataclasses.fields(batch)
+            if f.init
+        }
         return dataclasses.replace(batch, **fields)
     return batch
 
@@ -32,7 +36,9 @@ def to(batch: Any, device: torch.device, precision: torch.dtype | None) -> Any:
     """The batch on `device`, its floating-point tensors cast to `precision` (None: as they are)."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, precision if precision is not None and tensor.is_floating_point() else None)
+        return tensor.to(
+            device, precision if precision is not None and tensor.is_floating_point() else None
+        )
 
     return map_tensors(move, batch)
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from influence_cli.gradients.form_ops import concat, from_tensors
 from influence_cli.gradients.forms import Form
-from influence_cli.gradients.sparse_forms import Rows
+from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 
-class Filling:
+class FormBuffer:
     """The gradients of `count` examples, batch after batch, on the CPU: in buffers that are filled, where all batches have one form; from a
     GPU into pinned memory, without waiting for it.
 
@@ -26,9 +26,11 @@ class Filling:
         """The next batch: a form of its examples per parameter."""
         size = len(next(iter(forms.values())))
         at = slice(self._filled, self._filled + size)
-        copied: dict[tuple[int, int], tuple[int, int]] = {}  # tensors of this batch -> the buffers they are in
+        copied: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # tensors of this batch -> the buffers they are in
         for name, form in forms.items():
-            if not self._filled and not isinstance(form, Rows):
+            if not self._filled and not isinstance(form, EmbeddingRows):
                 self._buffers[name] = self._begin(form, copied)
             if name in self._buffers and not fits(form, self._buffers[name]):
                 self._others[name] = [self._buffers.pop(name).take(torch.arange(self._filled))]
@@ -45,12 +47,20 @@ class Filling:
     def _begin(self, form: Form, shared: dict[tuple[int, int], tuple[int, int]]) -> Form:
         """An empty buffer like `form`, of other parameters' tensors where they hold the same."""
         mine = {}
-        known = {identity(value): value for other in self._buffers.values() for value in other.tensors().values()}
+        known = {
+            identity(value): value
+            for other in self._buffers.values()
+            for value in other.tensors().values()
+        }
         for part, value in form.tensors().items():
             shape = (self._count, *value.shape[1:])
             same = known.get(shared.get(identity(value), (0, 0)))
             shared_one = same if value.numel() else None
-            mine[part] = torch.empty(shape, dtype=value.dtype, pin_memory=value.is_cuda) if shared_one is None else shared_one.view(shape)
+            mine[part] = (
+                torch.empty(shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                if shared_one is None
+                else shared_one.view(shape)
+            )
         return from_tensors(form.kind, form.shape, mine)
 
     def done(self) -> dict[str, Form]:
@@ -65,4 +75,6 @@ def identity(value: Tensor) -> tuple[int, int]:
 
 def fits(form: Form, buffer: Form) -> bool:
     theirs = buffer.tensors()
-    return form.kind == buffer.kind and all(value.shape[1:] == theirs[part].shape[1:] for part, value in form.tensors().items())
+    return form.kind == buffer.kind and all(
+        value.shape[1:] == theirs[part].shape[1:] for part, value in form.tensors().items()
+    )

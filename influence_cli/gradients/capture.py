@@ -17,7 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from influence_cli.errors import GradientError, is_out_of_memory, listed
 from influence_cli.gradients.batches import leaves, map_tensors, without_tensors
-from influence_cli.gradients.example_axes import Plan, Unhooked, make_plan
+from influence_cli.gradients.example_axes import AxisPlan, Unhooked, make_plan
 from influence_cli.gradients.form_ops import cheapest, smallest
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.hooks import Hooks, Past
@@ -52,15 +52,25 @@ class Capture:
         note: Callable[[str], None] = lambda message: None,
         projection: Projection | None = None,
     ) -> None:
-        self.model, self.quantity, self.names, self.embeddings, self.name = model, quantity, tuple(names), set(embeddings), name
+        self.model, self.quantity, self.names, self.embeddings, self.name = (
+            model,
+            quantity,
+            tuple(names),
+            set(embeddings),
+            name,
+        )
         self.projection = projection
         self._note, self._noted = note, False
-        self._batched: list[bool] = []  # per tensor of a batch: whether its leading axis is the examples
+        self._batched: list[
+            bool
+        ] = []  # per tensor of a batch: whether its leading axis is the examples
         self.at_once = False  # batches are taken as such; else one example at a time
-        self.hooked: tuple[str, ...] = ()  # parameters whose gradients the hooks take; torch.func takes the others
+        self.hooked: tuple[
+            str, ...
+        ] = ()  # parameters whose gradients the hooks take; torch.func takes the others
         self.why_not_hooked: dict[str, str] = {}
         self.sample: dict[str, Form] = {}  # the gradients of the probe's examples, as they are kept
-        self._plan = Plan()
+        self._plan = AxisPlan()
 
     @property
     def activations(self) -> float:
@@ -90,18 +100,31 @@ class Capture:
                 f"{self.name} of example {worst} is {apart[worst]:.6g} alone and {together[worst]:.6g} in a batch: examples influence "
                 "each other (batch statistics? padding that is not masked?), so gradients depend on how examples are batched"
             )
-        self.sample = {name: smallest(torch.stack([grads[name] for _, grads in alone]), name in self.embeddings) for name in self.names}
+        self.sample = {
+            name: smallest(
+                torch.stack([grads[name] for _, grads in alone]), name in self.embeddings
+            )
+            for name in self.names
+        }
         if size > 1:
             why = self._why_not_at_once(batch, singles, alone)
             self.at_once = not why
             if why:
-                self._note(f"gradients are taken one example at a time, right but slow: torch.func can't batch this model ({why})")
+                self._note(
+                    f"gradients are taken one example at a time, right but slow: torch.func can't batch this model ({why})"
+                )
         if self.projection:
-            self.sample = {name: self.projection(name, form)[1] for name, form in self.sample.items()}
+            self.sample = {
+                name: self.projection(name, form)[1] for name, form in self.sample.items()
+            }
 
-    def _check_repeats(self, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> None:
+    def _check_repeats(
+        self, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]
+    ) -> None:
         """Raise GradientError where the same example gives another gradient the second time, or the model has left eval mode."""
-        training = [name or "the model" for name, module in self.model.named_modules() if module.training]
+        training = [
+            name or "the model" for name, module in self.model.named_modules() if module.training
+        ]
         if training:
             raise GradientError(
                 f"{self.name} switched {listed(training)} to train mode",
@@ -119,18 +142,25 @@ class Capture:
                     "look for functional dropout (F.dropout needs training=self.training), noise or sampling",
                 )
 
-    def _why_not_at_once(self, batch: Any, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> str:
+    def _why_not_at_once(
+        self, batch: Any, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]
+    ) -> str:
         """Try the batched way against the single one; empty where they agree."""
         size, first = len(singles), leaves(singles[0])
         if len(leaves(batch)) != len(first):
             return "a batch of one has another structure"
         try:
-            alike = all(bool(without_tensors(batch) == without_tensors(single)) for single in singles)
+            alike = all(
+                bool(without_tensors(batch) == without_tensors(single)) for single in singles
+            )
         except Exception:  # things that can't be compared
             alike = False
         if not alike:
             return "batches hold more than tensors, and it differs between examples"
-        self._batched = [is_batched(tensor, size) and is_batched(one, 1) for tensor, one in zip(leaves(batch), first, strict=True)]
+        self._batched = [
+            is_batched(tensor, size) and is_batched(one, 1)
+            for tensor, one in zip(leaves(batch), first, strict=True)
+        ]
         expected = {name: torch.stack([single[name] for _, single in alone]) for name in self.names}
         losses = torch.cat([loss for loss, _ in alone])
         self._settle_hooks(batch, losses, expected)
@@ -153,10 +183,17 @@ class Capture:
                 found, forms = self._by_hooks(batch, len(losses), lambda name, form: cheapest(form))
             except Past as past:
                 wrong = dict.fromkeys(past.names, "it is used where no layer rule knows")
-            except Exception as error:  # whatever a model does that hooks can't; torch.func takes it then
-                wrong = dict.fromkeys(self.hooked, f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+            except (
+                Exception
+            ) as error:  # whatever a model does that hooks can't; torch.func takes it then
+                wrong = dict.fromkeys(
+                    self.hooked, f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                )
             else:
-                grads = {name: form.dense().values.view_as(expected[name]) for name, form in forms.items()}
+                grads = {
+                    name: form.dense().values.view_as(expected[name])
+                    for name, form in forms.items()
+                }
                 unlike = differing(grads, expected) if close(found, losses) else self.hooked
                 wrong = dict.fromkeys(unlike, "its rule disagrees with autograd")
                 if not wrong:
@@ -165,17 +202,21 @@ class Capture:
             self.why_not_hooked |= wrong
             self.hooked = tuple(name for name in self.hooked if name not in wrong)
 
-    def _make_plan(self, batch: Any, size: int) -> Plan:
+    def _make_plan(self, batch: Any, size: int) -> AxisPlan:
         """From at most two examples of a batch, and the same twice."""
         few = min(2, size)
         flags = iter(self._batched * 2)
         two = map_tensors(lambda tensor: tensor[:few] if next(flags) else tensor, batch)
-        twice = map_tensors(lambda tensor: torch.cat([tensor, tensor]) if next(flags) else tensor, two)
+        twice = map_tensors(
+            lambda tensor: torch.cat([tensor, tensor]) if next(flags) else tensor, two
+        )
         with frozen(self.model, self.names), torch.enable_grad():
             return make_plan(lambda examples: self.quantity(self.model, examples), two, twice, few)
 
     # ------------------------------------------------------------ capturing
-    def __call__(self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True) -> Captured:
+    def __call__(
+        self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
+    ) -> Captured:
         """Gradients of a batch of `size`. `singles(i)`: example i collated alone. `values` False: norms and losses only."""
         taken = self._batch(batch, size, values) if self.at_once else None
         if taken is None:
@@ -185,10 +226,17 @@ class Capture:
         losses, found = taken
         losses = losses.cpu().double() if losses.device.type == "mps" else losses.double()
         sqnorms = {name: found[name][0] for name in self.names}
-        return Captured(losses, sqnorms, {name: form for name in self.names if (form := found[name][1]) is not None})
+        return Captured(
+            losses,
+            sqnorms,
+            {name: form for name in self.names if (form := found[name][1]) is not None},
+        )
 
     def _measured(self, grads: dict[str, Tensor], values: bool) -> dict[str, "Measured"]:
-        return {name: self._kept(name, smallest(value, name in self.embeddings), values) for name, value in grads.items()}
+        return {
+            name: self._kept(name, smallest(value, name in self.embeddings), values)
+            for name, value in grads.items()
+        }
 
     def _kept(self, name: str, form: Form, values: bool) -> "Measured":
         """Squared norms (B,), exact whatever is kept, and the gradients where they are: in the cheapest exact form, or projected."""
@@ -201,7 +249,9 @@ class Capture:
         form = cheapest(form)
         return form.sqnorm(), form
 
-    def _batch(self, batch: Any, size: int, values: bool) -> tuple[Tensor, dict[str, "Measured"]] | None:
+    def _batch(
+        self, batch: Any, size: int, values: bool
+    ) -> tuple[Tensor, dict[str, "Measured"]] | None:
         """Losses and gradients of all examples at once; None where this batch can't be taken so, which is said."""
         try:
             losses, found = self._hooked_batch(batch, size, values)
@@ -214,15 +264,21 @@ class Capture:
             if is_out_of_memory(error):
                 raise
             if not self._noted:
-                self._note(f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})")
+                self._note(
+                    f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})"
+                )
             self._noted = True
             return None
 
-    def _hooked_batch(self, batch: Any, size: int, values: bool) -> tuple[Tensor | None, dict[str, "Measured"]]:
+    def _hooked_batch(
+        self, batch: Any, size: int, values: bool
+    ) -> tuple[Tensor | None, dict[str, "Measured"]]:
         """By hooks; a batch that computes otherwise than the plan gets a plan of its own, and nothing is found where that fails too."""
         for _ in range(2 if self.hooked else 0):
             try:
-                return self._by_hooks(batch, size, lambda name, form: self._kept(name, form, values))
+                return self._by_hooks(
+                    batch, size, lambda name, form: self._kept(name, form, values)
+                )
             except Unhooked:
                 try:
                     self._plan = self._make_plan(batch, size)
@@ -230,7 +286,9 @@ class Capture:
                     break
         return None, {}
 
-    def _by_hooks(self, batch: Any, size: int, keep: Callable[[str, Form], Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _by_hooks(
+        self, batch: Any, size: int, keep: Callable[[str, Form], Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         parameters = dict(self.model.named_parameters())
         with frozen(self.model, self.hooked), torch.enable_grad():
             hooks = Hooks(self._plan, {name: parameters[name] for name in self.hooked}, size, keep)
@@ -250,18 +308,29 @@ class Capture:
         places = {  # every place of each parameter once: functional_call's own tying does not restore a module that is held twice
             f"model.{path}.{attribute}".replace("..", "."): name_of[id(parameter)]
             for path, module in self.model.named_modules()
-            for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+            for attribute, parameter in module.named_parameters(
+                recurse=False, remove_duplicate=False
+            )
             if id(parameter) in name_of
         }
 
         def loss_of_one(theta: dict[str, Tensor], *one: Tensor) -> Tensor:
             examples, batched = iter(one), iter(self._batched)
-            alone = map_tensors(lambda tensor: next(examples).unsqueeze(0) if next(batched) else tensor, batch)
+            alone = map_tensors(
+                lambda tensor: next(examples).unsqueeze(0) if next(batched) else tensor, batch
+            )
             placed = {place: theta[name] for place, name in places.items()}
-            return checked(self.name, functional_call(wrapper, placed, (alone,), tie_weights=False), 1, traced=True).sum()
+            return checked(
+                self.name,
+                functional_call(wrapper, placed, (alone,), tie_weights=False),
+                1,
+                traced=True,
+            ).sum()
 
         with frozen(self.model, self.names):
-            grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, *[0] * len(mapped)))(theta, *mapped)
+            grads, losses = vmap(grad_and_value(loss_of_one), in_dims=(None, *[0] * len(mapped)))(
+                theta, *mapped
+            )
         return losses.detach(), {name: grads[name].detach() for name in names}
 
     def single(self, batch: Any, size: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
@@ -271,14 +340,23 @@ class Capture:
         with frozen(self.model, self.names), torch.enable_grad():
             losses = checked(self.name, self.quantity(self.model, batch), size)
             grads = torch.autograd.grad(losses.sum(), theta, allow_unused=True)
-        dense = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for p, g in zip(theta, grads, strict=True)]
-        return losses.detach(), {name: value.detach() for name, value in zip(self.names, dense, strict=True)}
+        dense = [
+            torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+            for p, g in zip(theta, grads, strict=True)
+        ]
+        return losses.detach(), {
+            name: value.detach() for name, value in zip(self.names, dense, strict=True)
+        }
 
 
 @contextmanager
 def frozen(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
     """Quiet, and no autograd tape for any parameter but these."""
-    others = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and name not in set(but)]
+    others = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in set(but)
+    ]
     try:
         for parameter in others:
             parameter.requires_grad_(False)
@@ -295,7 +373,9 @@ def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:
     if not isinstance(losses, Tensor):
         raise GradientError(f"{name} returned a {type(losses).__name__}", expected)
     if losses.ndim == 0:
-        raise GradientError(f"{name} returned a scalar", expected, "for torch's losses: reduction='none'")
+        raise GradientError(
+            f"{name} returned a scalar", expected, "for torch's losses: reduction='none'"
+        )
     if tuple(losses.shape) != (size,):
         raise GradientError(
             f"{name} returned shape {tuple(losses.shape)} for a batch of {size}",
@@ -348,12 +428,21 @@ def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
 
     Where a gradient is zero but for rounding (an attention key's bias) that is noise: as much of the largest of all parameters is allowed.
     """
-    scales = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in expected.items()}
+    scales = {
+        name: float(value.abs().max()) if value.numel() else 0.0 for name, value in expected.items()
+    }
     largest = max(scales.values(), default=0.0)
     allowed = {
-        name: max(rounding(value.dtype) * scales[name], torch.finfo(value.dtype).eps ** 0.75 * largest) for name, value in found.items()
+        name: max(
+            rounding(value.dtype) * scales[name], torch.finfo(value.dtype).eps ** 0.75 * largest
+        )
+        for name, value in found.items()
     }
-    return [name for name, value in found.items() if not bool(((value - expected[name]).abs() <= allowed[name]).all())]
+    return [
+        name
+        for name, value in found.items()
+        if not bool(((value - expected[name]).abs() <= allowed[name]).all())
+    ]
 
 
 @contextmanager
@@ -363,7 +452,9 @@ def quiet() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+            warnings.filterwarnings(
+                "ignore", message="There is a performance drop because we have not yet implemented"
+            )
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -55,7 +55,9 @@ class Curvature:
                 else _GaussNewton(functions, model, batch, weights, theta)
             )
         there = zip(names, self._way.grads, strict=True)
-        self.names = [name for name, grad in there if grad is not None]  # those that the batch's loss depends on
+        self.names = [
+            name for name, grad in there if grad is not None
+        ]  # those that the batch's loss depends on
         self._weights = self._way.v.detach()
 
     def gradient(self) -> dict[str, Tensor]:
@@ -63,7 +65,9 @@ class Curvature:
         found = zip(self.names, (grad for grad in self._way.grads if grad is not None), strict=True)
         return {name: grad.detach().reshape(-1) for name, grad in found}
 
-    def through(self, u: Mapping[str, Tensor], apart: bool = False) -> tuple[dict[str, Tensor], Directions]:
+    def through(
+        self, u: Mapping[str, Tensor], apart: bool = False
+    ) -> tuple[dict[str, Tensor], Directions]:
         """(B, K) products g(z).u, as one (named "") or `apart` by parameter, which takes a pass for each; and H u."""
         width = len(next(iter(u.values())))
         products: list[dict[str, Tensor]] = []
@@ -89,21 +93,37 @@ class Curvature:
 
     def _through(self, some: list[Tensor], apart: bool) -> tuple[dict[str, Tensor], Directions]:
         grads = [grad for grad in self._way.grads if grad is not None]
-        shaped = [value.to(grad.dtype).view(-1, *grad.shape) for value, grad in zip(some, grads, strict=True)]
+        shaped = [
+            value.to(grad.dtype).view(-1, *grad.shape)
+            for value, grad in zip(some, grads, strict=True)
+        ]
         with twice_differentiable(self.model, self.names):
-            products, pull = self._way.through(grads, shaped, [self.model.get_parameter(name) for name in self.names])
+            products, pull = self._way.through(
+                grads, shaped, [self.model.get_parameter(name) for name in self.names]
+            )
             self._check(products, grads, shaped)
             found = {"": products.T}
             if apart:
                 found = {
-                    name: self._way.products([grad], [direction]).T for name, grad, direction in zip(self.names, grads, shaped, strict=True)
+                    name: self._way.products([grad], [direction]).T
+                    for name, grad, direction in zip(self.names, grads, shaped, strict=True)
                 }
-        return found, {name: value.reshape(len(value), -1) for name, value in zip(self.names, pull, strict=True)}
+        return found, {
+            name: value.reshape(len(value), -1)
+            for name, value in zip(self.names, pull, strict=True)
+        }
 
     def _check(self, products: Tensor, grads: list[Tensor], u: list[Tensor]) -> None:
         """The sum of w g(z).u is G.u, unless a backward left torch's tape, so that nothing could be differentiated through it."""
-        whole = torch.stack([d.reshape(len(d), -1) @ g.detach().flatten() for d, g in zip(u, grads, strict=True)]).sum(0)
-        sizes = torch.stack([d.reshape(len(d), -1).norm(dim=1) * g.detach().norm() for d, g in zip(u, grads, strict=True)]).sum(0)
+        whole = torch.stack(
+            [d.reshape(len(d), -1) @ g.detach().flatten() for d, g in zip(u, grads, strict=True)]
+        ).sum(0)
+        sizes = torch.stack(
+            [
+                d.reshape(len(d), -1).norm(dim=1) * g.detach().norm()
+                for d, g in zip(u, grads, strict=True)
+            ]
+        ).sum(0)
         parts = products * self._weights
         apart, scale = (parts.sum(1) - whole).abs(), torch.maximum(parts.abs().sum(1), whole.abs())
         if bool((apart > 0.01 * scale + rounding(whole.dtype) * sizes).any()):
@@ -111,12 +131,21 @@ class Curvature:
 
 
 class _Hessian:
-    def __init__(self, loss: Callable[..., Tensor], model: nn.Module, batch: Any, weights: Tensor, theta: list[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        model: nn.Module,
+        batch: Any,
+        weights: Tensor,
+        theta: list[nn.Parameter],
+    ) -> None:
         self.losses = checked("loss()", loss(model, batch), len(weights))
         self.v = weights.detach().to(self.losses.dtype, copy=True).requires_grad_()
         self.grads = differentiated(self.losses @ self.v, theta)
 
-    def through(self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    def through(
+        self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
         *pull, products = derivatives(grads, [*theta, self.v], u)
         return products, pull
 
@@ -128,24 +157,45 @@ class _Hessian:
 class _GaussNewton:
     """G = J^T c at c = dL/d(outputs); d(G.u)/dc = J u, through the loss S J u and the products, and J^T S J u by a plain backward pass."""
 
-    def __init__(self, functions: Functions, model: nn.Module, batch: Any, weights: Tensor, theta: list[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        functions: Functions,
+        model: nn.Module,
+        batch: Any,
+        weights: Tensor,
+        theta: list[nn.Parameter],
+    ) -> None:
         assert functions.outputs is not None
         assert functions.loss_from_outputs is not None
         self.out = functions.outputs(model, batch)
         if not isinstance(self.out, Tensor) or not self.out.requires_grad:
-            what = "a tensor that is not differentiable" if isinstance(self.out, Tensor) else f"a {type(self.out).__name__}"
-            raise GradientError(f"outputs() returned {what}", "expected: a tensor (B, ...) that depends on the model's parameters")
+            what = (
+                "a tensor that is not differentiable"
+                if isinstance(self.out, Tensor)
+                else f"a {type(self.out).__name__}"
+            )
+            raise GradientError(
+                f"outputs() returned {what}",
+                "expected: a tensor (B, ...) that depends on the model's parameters",
+            )
         self.cut = self.out.detach().requires_grad_()
-        again = checked("loss_from_outputs()", functions.loss_from_outputs(self.cut, batch), len(weights))
+        again = checked(
+            "loss_from_outputs()", functions.loss_from_outputs(self.cut, batch), len(weights)
+        )
         self.v = weights.detach().to(again.dtype, copy=True).requires_grad_()
         (by_out,) = differentiated(again @ self.v, [self.cut])
         if by_out is None:
-            raise GradientError("loss_from_outputs() does not depend on the outputs", "expected: loss() as a function of outputs()")
+            raise GradientError(
+                "loss_from_outputs() does not depend on the outputs",
+                "expected: loss() as a function of outputs()",
+            )
         self.by_out = by_out
         self.c = by_out.detach().requires_grad_()
         self.grads = differentiated(self.out, theta, self.c)
 
-    def through(self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    def through(
+        self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
         along = derivatives(grads, [self.c], u)[0]
         curved, products = derivatives([self.by_out], [self.cut, self.v], [along])
         return products, derivatives([self.out], theta, [curved])
@@ -154,7 +204,9 @@ class _GaussNewton:
         return derivatives([self.by_out], [self.v], [derivatives(grads, [self.c], u)[0]])[0]
 
 
-def differentiated(total: Tensor, theta: Sequence[Tensor], along: Tensor | None = None) -> list[Tensor | None]:
+def differentiated(
+    total: Tensor, theta: Sequence[Tensor], along: Tensor | None = None
+) -> list[Tensor | None]:
     """The gradient with its own tape; None of what is not reached."""
     try:
         found = torch.autograd.grad(total, theta, along, create_graph=True, allow_unused=True)
@@ -166,29 +218,53 @@ def differentiated(total: Tensor, theta: Sequence[Tensor], along: Tensor | None 
 def derivatives(of: list[Tensor], by: Sequence[Tensor], along: list[Tensor]) -> list[Tensor]:
     """The derivatives of sum of `of` x `along`, for each of K `along`: (K, *shape). Zeros of what is not reached."""
     width = len(along[0])
-    there = [(value, direction) for value, direction in zip(of, along, strict=True) if value.requires_grad]
+    there = [
+        (value, direction)
+        for value, direction in zip(of, along, strict=True)
+        if value.requires_grad
+    ]
     if not there:  # a loss that is linear in the parameters
         return [value.new_zeros(width, *value.shape) for value in by]
     values, directions = zip(*there, strict=True)
     taken = [value for value in by if value.requires_grad]
     if width > 1:
-        found = torch.autograd.grad(values, taken, directions, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        found = torch.autograd.grad(
+            values, taken, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
     else:
-        one = torch.autograd.grad(values, taken, [direction[0] for direction in directions], retain_graph=True, allow_unused=True)
+        one = torch.autograd.grad(
+            values,
+            taken,
+            [direction[0] for direction in directions],
+            retain_graph=True,
+            allow_unused=True,
+        )
         found = tuple(value if value is None else value[None] for value in one)
     by_id = {id(value): grad for value, grad in zip(taken, found, strict=True)}
     grads = [by_id.get(id(value)) for value in by]
-    return [value.new_zeros(width, *value.shape) if grad is None else grad.detach() for value, grad in zip(by, grads, strict=True)]
+    return [
+        value.new_zeros(width, *value.shape) if grad is None else grad.detach()
+        for value, grad in zip(by, grads, strict=True)
+    ]
 
 
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Kernels whose backward can be differentiated: attention in plain products, no cuDNN, embeddings' gradients dense."""
-    sparse = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse]
+    sparse = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    ]
     try:
         for module in sparse:
             module.sparse = False
-        with frozen(model, names), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        with (
+            frozen(model, names),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.backends.cudnn.flags(enabled=False),
+        ):
             yield
     finally:
         for module in sparse:
@@ -221,12 +297,16 @@ def no_second_derivative(what: str) -> GradientError:
 
 
 # ---------------------------------------------------------------- before any work
-def verify(model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, size: int) -> None:
+def verify(
+    model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, size: int
+) -> None:
     """Compare the curvature of a first batch with differences of plain gradients; Gauss-Newton's gradient with that of loss().
 
     `model` and `batch` in float64; the model's parameters are put back. Raises GradientError where they differ.
     """
-    weights = torch.full((size,), 1 / size, dtype=torch.float64, device=model.get_parameter(names[0]).device)
+    weights = torch.full(
+        (size,), 1 / size, dtype=torch.float64, device=model.get_parameter(names[0]).device
+    )
     curvature = Curvature(model, names, functions, batch, weights)
     theta = {name: model.get_parameter(name) for name in curvature.names}
 
@@ -234,7 +314,10 @@ def verify(model: nn.Module, names: Sequence[str], functions: Functions, batch: 
         with twice_differentiable(model, names):
             losses = checked("loss()", functions.loss(model, batch), size)
             grads = torch.autograd.grad(losses @ weights, list(theta.values()), allow_unused=True)
-        return {n: (torch.zeros_like(p) if g is None else g).flatten() for (n, p), g in zip(theta.items(), grads, strict=True)}
+        return {
+            n: (torch.zeros_like(p) if g is None else g).flatten()
+            for (n, p), g in zip(theta.items(), grads, strict=True)
+        }
 
     here = gradient()
     if differing(curvature.gradient(), here):
@@ -244,7 +327,10 @@ def verify(model: nn.Module, names: Sequence[str], functions: Functions, batch: 
             "--curvature hessian needs loss() only",
         )
     generator = torch.Generator().manual_seed(0)
-    u = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device) for n, p in theta.items()}
+    u = {
+        n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
+        for n, p in theta.items()
+    }
     _, pull = curvature.through({name: value.flatten()[None] for name, value in u.items()})
     if functions.outputs is not None:
         return
@@ -260,6 +346,10 @@ def verify(model: nn.Module, names: Sequence[str], functions: Functions, batch: 
                 value.copy_(before[name])
         off = torch.cat([(there[name] - here[name]) / by - pull[name][0] for name in theta]).norm()
         size_of = torch.cat([pull[name][0] for name in theta]).norm()
-        apart.append(float(off / (size_of + 1e-9 * torch.cat(list(here.values())).norm() / by)))  # rounding
+        apart.append(
+            float(off / (size_of + 1e-9 * torch.cat(list(here.values())).norm() / by))
+        )  # rounding
     if min(apart) > 0.02:
-        raise no_second_derivative(f"second derivatives are {min(apart):.0%} apart from differences of first ones")
+        raise no_second_derivative(
+            f"second derivatives are {min(apart):.0%} apart from differences of first ones"
+        )

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from influence_cli.gradients.forms import Dense, Factors, Form, Memo, squares
-from influence_cli.gradients.sparse_forms import Rows
+from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 
-class Passing(Form):
+class DeferredForm(Form):
     """Kept as dense gradients, if at all."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -30,21 +30,21 @@ class Passing(Form):
 
 
 @dataclass(frozen=True)
-class Tied(Passing):
+class TiedForm(DeferredForm):
     """The sum of factors and rows: a weight that is both an embedding and a linear layer's."""
 
     kind = "tied"
     factors: Factors
-    rows: Rows
+    rows: EmbeddingRows
 
     def __len__(self) -> int:
         return len(self.factors)
 
     def part(self, at: slice) -> Form:
-        return Tied(self.shape, self.factors.part(at), self.rows.part(at))  # type: ignore[arg-type]
+        return TiedForm(self.shape, self.factors.part(at), self.rows.part(at))  # type: ignore[arg-type]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
-        return Tied(self.shape, self.factors.to(device, dtype), self.rows.to(device, dtype))  # type: ignore[arg-type]
+        return TiedForm(self.shape, self.factors.to(device, dtype), self.rows.to(device, dtype))  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +56,9 @@ class Tied(Passing):
 
     def dense(self) -> Dense:
         values = self.factors.dense().values
-        values.view(len(self), self.shape[0], -1)[self.rows.example, self.rows.ids] += self.rows.values  # an example's ids are distinct
+        values.view(len(self), self.shape[0], -1)[self.rows.example, self.rows.ids] += (
+            self.rows.values
+        )  # an example's ids are distinct
         return Dense(self.shape, values)
 
     def sqnorm(self) -> Tensor:
@@ -65,18 +67,25 @@ class Tied(Passing):
         counts = self.rows.offsets.diff()
         N, S, _, i = self.factors.sizes
         most = int(counts.max()) if N else 0
-        within = torch.arange(len(self.rows.ids), device=self.device) - torch.repeat_interleave(self.rows.offsets[:-1], counts)
+        within = torch.arange(len(self.rows.ids), device=self.device) - torch.repeat_interleave(
+            self.rows.offsets[:-1], counts
+        )
         values = self.rows.values.new_zeros(N, most, i)  # an example's rows, then zeros
         values[self.rows.example, within] = self.rows.values
         ids = counts.new_zeros(N, most)
         ids[self.rows.example, within] = self.rows.ids
         left = self.factors.left.gather(2, ids.unsqueeze(1).expand(N, S, most))
-        both = torch.bmm(self.factors.right, values.transpose(1, 2)).mul_(left).sum(2).sum(1, dtype=found.dtype)
+        both = (
+            torch.bmm(self.factors.right, values.transpose(1, 2))
+            .mul_(left)
+            .sum(2)
+            .sum(1, dtype=found.dtype)
+        )
         return (found + 2 * both).clamp_min_(0)
 
 
 @dataclass(frozen=True)
-class Convolved(Passing):
+class ConvolutionForm(DeferredForm):
     """Gradients of a convolution's weight, taken from its input x and the gradient g at its output (both (B m, ...), m rows an example)."""
 
     kind = "convolved"
@@ -90,10 +99,18 @@ class Convolved(Passing):
 
     def part(self, at: slice) -> Form:
         inside = slice(at.start * self.rows, at.stop * self.rows)
-        return Convolved(self.shape, self.x[inside], self.g[inside], self.rows, self.gradients)
+        return ConvolutionForm(
+            self.shape, self.x[inside], self.g[inside], self.rows, self.gradients
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
-        return Convolved(self.shape, self.x.to(device, dtype), self.g.to(device, dtype), self.rows, self.gradients)
+        return ConvolutionForm(
+            self.shape,
+            self.x.to(device, dtype),
+            self.g.to(device, dtype),
+            self.rows,
+            self.gradients,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +122,10 @@ class Convolved(Passing):
 
     def dense(self) -> Dense:
         found = self.gradients(self.x, self.g)
-        return Dense(self.shape, found if self.rows == 1 else found.view(-1, self.rows, found.shape[1]).sum(1))
+        return Dense(
+            self.shape,
+            found if self.rows == 1 else found.view(-1, self.rows, found.shape[1]).sum(1),
+        )
 
     def sqnorm(self) -> Tensor:
         return torch.cat([squares(part) for _, part in self.parts()])

@@ -17,12 +17,12 @@ from influence_cli.gradients.capture import Captured, Quantity, checked, close, 
 from influence_cli.gradients.form_ops import concat, distance, merged
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.layer_rules import embedding
-from influence_cli.gradients.sparse_forms import Postings, Rows
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
 MASK = "attention_mask"  # of a batch that is a mapping: 0 where a position is padding
 
 
-class WordCapture:
+class EmbeddingCapture:
     """Captures `column`: the gradient of `quantity` at the output of the embedding module named `module`, by token."""
 
     def __init__(
@@ -36,7 +36,13 @@ class WordCapture:
     ) -> None:
         found = model.get_submodule(module)
         assert isinstance(found, nn.Embedding)
-        self.model, self.quantity, self.column, self.module, self.name = model, quantity, column, found, name
+        self.model, self.quantity, self.column, self.module, self.name = (
+            model,
+            quantity,
+            column,
+            found,
+            name,
+        )
         self._place, self._note = module or "the model", note
         self.at_once, self.activations = False, 0.0
         self.sample: dict[str, Form] = {}
@@ -59,7 +65,10 @@ class WordCapture:
         self.sample = {self.column: Postings.of(alone[0][1])}
         if size < 2:
             return
-        expected, losses = concat([rows for _, rows in alone]), torch.cat([losses for losses, _ in alone])
+        expected, losses = (
+            concat([rows for _, rows in alone]),
+            torch.cat([losses for losses, _ in alone]),
+        )
         for self._axis in (0, 1):
             try:
                 found, rows = self._taken(batch, size)
@@ -74,16 +83,22 @@ class WordCapture:
                 self.sample = {self.column: Postings.of(rows)}
                 return
         self._axis = 0
-        self._note("gradients are taken one example at a time, right but slow: a batch does not give what its examples give alone")
+        self._note(
+            "gradients are taken one example at a time, right but slow: a batch does not give what its examples give alone"
+        )
 
-    def __call__(self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True) -> Captured:
+    def __call__(
+        self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
+    ) -> Captured:
         """A batch of `size`; `singles(i)`: example i collated alone. `values` False: norms and losses only."""
         taken = self._batch(batch, size) if self.at_once else None
         if taken is None:
             parts = [self._taken(singles(i), 1) for i in range(size)]
             taken = torch.cat([loss for loss, _ in parts]), concat([part for _, part in parts])
         losses, rows = taken
-        return Captured(losses.double(), {self.column: rows.sqnorm()}, {self.column: rows} if values else {})
+        return Captured(
+            losses.double(), {self.column: rows.sqnorm()}, {self.column: rows} if values else {}
+        )
 
     def _batch(self, batch: Any, size: int) -> tuple[Tensor, Any] | None:
         """All examples at once; None where this batch can't be taken so, which is said."""
@@ -92,7 +107,9 @@ class WordCapture:
         except Exception as error:  # a batch unlike the first
             if isinstance(error, GradientError) or is_out_of_memory(error):
                 raise
-            self._note(f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})")
+            self._note(
+                f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})"
+            )
             return None
 
     def _taken(self, batch: Any, size: int) -> tuple[Tensor, Any]:
@@ -105,7 +122,11 @@ class WordCapture:
             calls.append((self._ids(ids), output))
             return output
 
-        with frozen(self.model), torch.enable_grad(), watching(self.module, watch, lambda module, args: self._checked(args)):
+        with (
+            frozen(self.model),
+            torch.enable_grad(),
+            watching(self.module, watch, lambda module, args: self._checked(args)),
+        ):
             losses = self.quantity(self.model, batch)
             if not calls:
                 raise GradientError(
@@ -115,17 +136,24 @@ class WordCapture:
                 )
             losses = checked(self.name, losses, size, traced=True)
             outputs = [output for _, output in calls]
-            grads = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if losses.requires_grad else [None] * len(outputs)
+            grads = (
+                torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
+                if losses.requires_grad
+                else [None] * len(outputs)
+            )
         parts: list[Form] = [
-            self._rows(ids, grad, size, mask_of(batch, ids)) for (ids, _), grad in zip(calls, grads, strict=True) if grad is not None
+            self._rows(ids, grad, size, mask_of(batch, ids))
+            for (ids, _), grad in zip(calls, grads, strict=True)
+            if grad is not None
         ]
         if not parts:
             raise GradientError(
-                f"{self.name} does not depend on the output of the embedding {self._place}", "--embedding NAME chooses another"
+                f"{self.name} does not depend on the output of the embedding {self._place}",
+                "--embedding NAME chooses another",
             )
         return losses.detach(), functools.reduce(merged, parts[1:], parts[0])
 
-    def _rows(self, ids: Tensor, grad: Tensor, size: int, mask: Tensor | None) -> Rows:
+    def _rows(self, ids: Tensor, grad: Tensor, size: int, mask: Tensor | None) -> EmbeddingRows:
         if size == 1:  # whatever their axes are, all positions are its own
             axis, ids, grad, mask = (
                 0,
@@ -141,15 +169,21 @@ class WordCapture:
             grad = grad * mask.to(grad.dtype)[..., None]
         call = {"weight": self.module.weight.detach(), "padding_idx": self.module.padding_idx}
         rows = embedding(call, ids.movedim(axis, 0), grad.movedim(axis, 0))["weight"]
-        assert isinstance(rows, Rows)
+        assert isinstance(rows, EmbeddingRows)
         return rows if mask is None else without_zeros(rows)
 
     def _checked(self, args: tuple[Any, ...]) -> None:
         ids, tokens = args[0] if args else None, self.module.num_embeddings
         if not isinstance(ids, Tensor) or ids.is_floating_point():
-            found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            found = (
+                f"{ids.dtype} of shape {tuple(ids.shape)}"
+                if isinstance(ids, Tensor)
+                else type(ids).__name__
+            )
             raise GradientError(
-                f"the embedding {self._place} is given {found}", "expected: token ids, whole numbers", "look at the batch's ids: .long()"
+                f"the embedding {self._place} is given {found}",
+                "expected: token ids, whole numbers",
+                "look at the batch's ids: .long()",
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
             wrong = int(ids.max()) if int(ids.max()) >= tokens else int(ids.min())
@@ -181,17 +215,29 @@ def mask_of(batch: Any, ids: Tensor) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
 
 
-def without_zeros(rows: Rows) -> Rows:
+def without_zeros(rows: EmbeddingRows) -> EmbeddingRows:
     """Without the rows that no position contributed to."""
     kept = (rows.values != 0).any(1)
-    counts = torch.zeros(len(rows), dtype=torch.int64, device=kept.device).index_add_(0, rows.example[kept], kept[kept].long())
-    return Rows(rows.shape, rows.ids[kept], rows.values[kept], torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    counts = torch.zeros(len(rows), dtype=torch.int64, device=kept.device).index_add_(
+        0, rows.example[kept], kept[kept].long()
+    )
+    return EmbeddingRows(
+        rows.shape,
+        rows.ids[kept],
+        rows.values[kept],
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+    )
 
 
 def alike(found: Form, expected: Form) -> bool:
     """The same gradients within rounding, relative to the largest."""
     largest = float(expected.sqnorm().max().sqrt())
-    return bool((distance(found, expected) <= rounding(torch.float32 if largest == 0 else dtype_of(expected)) * largest).all())
+    return bool(
+        (
+            distance(found, expected)
+            <= rounding(torch.float32 if largest == 0 else dtype_of(expected)) * largest
+        ).all()
+    )
 
 
 def dtype_of(form: Form) -> torch.dtype:

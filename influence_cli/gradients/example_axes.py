@@ -35,7 +35,9 @@ class Axis:
         if not self.tells(value.shape[self.dim], size):
             raise Unhooked(f"an axis of {value.shape[self.dim]} for {size} examples")
         rows = value.shape[self.dim] // size
-        parts = value.movedim(self.dim, 0).unflatten(0, (rows, size) if self.inner else (size, rows))
+        parts = value.movedim(self.dim, 0).unflatten(
+            0, (rows, size) if self.inner else (size, rows)
+        )
         return parts.transpose(0, 1) if self.inner else parts
 
 
@@ -43,7 +45,7 @@ MIXED = Axis(-1)  # several axes grow with the examples: a product of examples w
 
 
 @dataclass(frozen=True)
-class Step:
+class TensorCall:
     """One call of a torch function: the axes of its tensors (None: one for all examples), and of its first result."""
 
     function: Callable[..., Any]
@@ -52,14 +54,14 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AxisPlan:
     """The calls of a batch, in order. `activations`: bytes per example of what they compute."""
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[TensorCall, ...] = ()
     activations: float = 0.0
 
 
-def make_plan(forward: Callable[[Any], Any], two: Any, twice: Any, size: int) -> Plan:
+def make_plan(forward: Callable[[Any], Any], two: Any, twice: Any, size: int) -> AxisPlan:
     """The plan of `forward`, from a batch of `size` examples and one of the same examples twice.
 
     Raises Unhooked where the two runs differ in more than sizes.
@@ -72,13 +74,19 @@ def make_plan(forward: Callable[[Any], Any], two: Any, twice: Any, size: int) ->
         forward(twice)
     if len(double.calls) != len(single.calls):
         raise Unhooked("the model computes differently for other batch sizes")
-    return Plan(tuple(double.steps), (double.bytes - single.bytes) / size)
+    return AxisPlan(tuple(double.steps), (double.bytes - single.bytes) / size)
 
 
 class Watcher(TorchFunctionMode):
     """Sees each call of a torch function. What attention does inside one such call is seen too."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward:
             return self.attention(function, args, kwargs)
@@ -106,9 +114,11 @@ class Recorder(Watcher):
         super().__init__()
         self.calls: list[tuple[Any, list[torch.Size]]] = []
         self.other: list[tuple[Any, list[torch.Size]]] | None = None
-        self.steps: list[Step] = []
+        self.steps: list[TensorCall] = []
         self.size, self.bytes = 0, 0
-        self.untold: bool | None = None  # how an axis holds examples and positions where its values don't tell
+        self.untold: bool | None = (
+            None  # how an axis holds examples and positions where its values don't tell
+        )
 
     def attention(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Its last projection reads (L * B, E), the examples inside, whose rows are alike for a single key."""
@@ -124,23 +134,34 @@ class Recorder(Watcher):
         shapes = [value.shape for value in given]
         axes: list[Axis | None] = []
         if self.other is not None:
-            then, sizes = self.other[len(self.calls)] if len(self.calls) < len(self.other) else (None, [])
+            then, sizes = (
+                self.other[len(self.calls)] if len(self.calls) < len(self.other) else (None, [])
+            )
             if then is not function or len(shapes) > len(sizes):
                 raise Unhooked("the model computes differently for other batch sizes")
-            axes = [find_axis(value, shape, self.size, self.untold) for value, shape in zip(given, sizes, strict=False)]
+            axes = [
+                find_axis(value, shape, self.size, self.untold)
+                for value, shape in zip(given, sizes, strict=False)
+            ]
         result = function(*args, **kwargs)
         found = [value.detach() for value in tensors_in((result,))][:1]
-        if found and found[0].data_ptr() not in {value.data_ptr() for value in given}:  # neither a view nor in place
+        if found and found[0].data_ptr() not in {
+            value.data_ptr() for value in given
+        }:  # neither a view nor in place
             self.bytes += found[0].numel() * found[0].element_size()
         if self.other is not None:
             sizes = self.other[len(self.calls)][1][len(given) :]
-            grown = find_axis(found[0], sizes[0], self.size, self.untold) if found and sizes else None
-            self.steps.append(Step(function, tuple(axes), grown))
+            grown = (
+                find_axis(found[0], sizes[0], self.size, self.untold) if found and sizes else None
+            )
+            self.steps.append(TensorCall(function, tuple(axes), grown))
         self.calls.append((function, shapes + [value.shape for value in found]))
         return result
 
 
-def find_axis(value: Tensor, shape: torch.Size, size: int, inner: bool | None = None) -> Axis | None:
+def find_axis(
+    value: Tensor, shape: torch.Size, size: int, inner: bool | None = None
+) -> Axis | None:
     """The axis of `value`, of 2 x `size` examples, that is larger than in `shape`, of `size`; examples i and i + size are the same.
 
     How an axis holds examples and positions shows only where there are several, unlike each other; else `inner` says it. A batch of longer
@@ -148,7 +169,11 @@ def find_axis(value: Tensor, shape: torch.Size, size: int, inner: bool | None = 
     """
     if value.ndim != len(shape):
         raise Unhooked("the model computes differently for other batch sizes")
-    grown = [dim for dim, (large, small) in enumerate(zip(value.shape, shape, strict=True)) if large != small]
+    grown = [
+        dim
+        for dim, (large, small) in enumerate(zip(value.shape, shape, strict=True))
+        if large != small
+    ]
     if not grown:
         return None
     if len(grown) > 1 or value.shape[grown[0]] != 2 * shape[grown[0]] or shape[grown[0]] % size:
@@ -156,7 +181,9 @@ def find_axis(value: Tensor, shape: torch.Size, size: int, inner: bool | None = 
     rows = shape[grown[0]] // size
     if rows == 1:
         return Axis(grown[0], inner)
-    values = torch.where(torch.isfinite(value), value, torch.zeros_like(value)).double()  # masks may hold -inf, the same in both
+    values = torch.where(
+        torch.isfinite(value), value, torch.zeros_like(value)
+    ).double()  # masks may hold -inf, the same in both
     scale = float(values.abs().max()) if values.numel() else 0.0
     noise = 64 * torch.finfo(value.dtype).eps * scale if value.is_floating_point() else 0.0
     errors = []

@@ -7,11 +7,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.deferred_forms import Passing, Tied
+from influence_cli.gradients.deferred_forms import DeferredForm, TiedForm
 from influence_cli.gradients.forms import Dense, Factors, Form, Projected
-from influence_cli.gradients.sparse_forms import Postings, Rows
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
-FORMS: dict[str, type[Form]] = {form.kind: form for form in (Dense, Factors, Rows, Postings, Projected)}
+FORMS: dict[str, type[Form]] = {
+    form.kind: form for form in (Dense, Factors, EmbeddingRows, Postings, Projected)
+}
 
 
 def from_tensors(kind: str, shape: Sequence[int], tensors: dict[str, Tensor]) -> Form:
@@ -23,7 +25,7 @@ def cheapest(form: Form) -> Form:
     if isinstance(form, Factors):
         _, S, o, i = form.sizes
         return form if S * (o + i) < o * i else form.dense()
-    return form.dense() if isinstance(form, Passing) else form
+    return form.dense() if isinstance(form, DeferredForm) else form
 
 
 def merged(first: Form, second: Form) -> Form:
@@ -31,25 +33,30 @@ def merged(first: Form, second: Form) -> Form:
     if isinstance(first, Factors) and isinstance(second, Factors):
         pairs = zip(first.tensors().values(), second.tensors().values(), strict=True)
         return Factors(first.shape, *(torch.cat(pair, dim=1) for pair in pairs))
-    if isinstance(first, Rows) and isinstance(second, Rows):
+    if isinstance(first, EmbeddingRows) and isinstance(second, EmbeddingRows):
         tokens, size = first.shape[0], len(first)
         keys = torch.cat([part.example * tokens + part.ids for part in (first, second)])
         distinct, place = torch.unique(keys, return_inverse=True)  # rising: by example, then by id
         values = first.values.new_zeros(len(distinct), first.values.shape[1])
         values.index_add_(0, place, torch.cat([first.values, second.values]))
         counts = torch.bincount(distinct // tokens, minlength=size)
-        return Rows(first.shape, distinct % tokens, values, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
-    if isinstance(first, Rows):
+        return EmbeddingRows(
+            first.shape,
+            distinct % tokens,
+            values,
+            torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        )
+    if isinstance(first, EmbeddingRows):
         first, second = second, first
-    if isinstance(second, Rows) and isinstance(first, Factors):
-        return Tied(first.shape, first, second)
-    if isinstance(second, Rows) and isinstance(first, Tied):
-        return Tied(first.shape, first.factors, merged(first.rows, second))  # type: ignore[arg-type]
-    tied, other = (first, second) if isinstance(first, Tied) else (second, first)
-    if isinstance(tied, Tied) and isinstance(other, Factors):
-        return Tied(tied.shape, merged(tied.factors, other), tied.rows)  # type: ignore[arg-type]
+    if isinstance(second, EmbeddingRows) and isinstance(first, Factors):
+        return TiedForm(first.shape, first, second)
+    if isinstance(second, EmbeddingRows) and isinstance(first, TiedForm):
+        return TiedForm(first.shape, first.factors, merged(first.rows, second))  # type: ignore[arg-type]
+    tied, other = (first, second) if isinstance(first, TiedForm) else (second, first)
+    if isinstance(tied, TiedForm) and isinstance(other, Factors):
+        return TiedForm(tied.shape, merged(tied.factors, other), tied.rows)  # type: ignore[arg-type]
     values = first.values.clone() if isinstance(first, Dense) else first.dense().values
-    if isinstance(second, Rows):  # an example's ids are distinct
+    if isinstance(second, EmbeddingRows):  # an example's ids are distinct
         values.view(len(second), second.shape[0], -1)[second.example, second.ids] += second.values
     else:
         values += second.dense().values
@@ -59,8 +66,12 @@ def merged(first: Form, second: Form) -> Form:
 def distance(first: Form, second: Form) -> Tensor:
     """(N,) float64: the norm of the difference of two gradients of each example."""
     pair = [form.rows() if isinstance(form, Postings) else form for form in (first, second)]
-    if all(isinstance(form, Rows) for form in pair):
-        ours, theirs = (dataclasses.replace(form, values=form.values.double()) for form in pair if isinstance(form, Rows))
+    if all(isinstance(form, EmbeddingRows) for form in pair):
+        ours, theirs = (
+            dataclasses.replace(form, values=form.values.double())
+            for form in pair
+            if isinstance(form, EmbeddingRows)
+        )
         return merged(ours, dataclasses.replace(theirs, values=-theirs.values)).sqnorm().sqrt()
     return (first.dense().values.double() - second.dense().values.double()).norm(dim=1)
 
@@ -70,13 +81,24 @@ def side_by_side(forms: Sequence[Form]) -> Form | None:
     if len(forms) == 1:
         return forms[0]
     tensors = [form.values for form in forms if isinstance(form, Projected)]
-    if len(tensors) < len(forms) or len({(value.untyped_storage().data_ptr(), value.stride(), len(value)) for value in tensors}) > 1:
+    if (
+        len(tensors) < len(forms)
+        or len(
+            {(value.untyped_storage().data_ptr(), value.stride(), len(value)) for value in tensors}
+        )
+        > 1
+    ):
         return None
     for value, following in pairwise(tensors):
         if value.storage_offset() + value.shape[1] != following.storage_offset():
             return None
     width = sum(value.shape[1] for value in tensors)
-    return Projected((width,), tensors[0].as_strided((len(tensors[0]), width), tensors[0].stride(), tensors[0].storage_offset()))
+    return Projected(
+        (width,),
+        tensors[0].as_strided(
+            (len(tensors[0]), width), tensors[0].stride(), tensors[0].storage_offset()
+        ),
+    )
 
 
 def concat(forms: Sequence[Form]) -> Form:
@@ -88,14 +110,22 @@ def concat(forms: Sequence[Form]) -> Form:
     if len({form.kind for form in forms}) > 1:
         forms = [form.dense() for form in forms]
     first = forms[0]
-    if isinstance(first, Rows):
+    if isinstance(first, EmbeddingRows):
         counts = torch.cat([form.tensors()["offsets"].diff() for form in forms])
-        merged_rows = {name: torch.cat([form.tensors()[name] for form in forms]) for name in ("ids", "values")}
-        return Rows(first.shape, **merged_rows, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+        merged_rows = {
+            name: torch.cat([form.tensors()[name] for form in forms]) for name in ("ids", "values")
+        }
+        return EmbeddingRows(
+            first.shape, **merged_rows, offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        )
     if isinstance(first, Factors):
         longest = max(form.tensors()["left"].shape[1] for form in forms)
         forms = [padded(form, longest) for form in forms if isinstance(form, Factors)]
-    return from_tensors(first.kind, first.shape, {name: torch.cat([form.tensors()[name] for form in forms]) for name in first.tensors()})
+    return from_tensors(
+        first.kind,
+        first.shape,
+        {name: torch.cat([form.tensors()[name] for form in forms]) for name in first.tensors()},
+    )
 
 
 def padded(form: Factors, positions: int) -> Factors:
@@ -103,7 +133,10 @@ def padded(form: Factors, positions: int) -> Factors:
     more = positions - form.left.shape[1]
     if not more:
         return form
-    return Factors(form.shape, *(torch.nn.functional.pad(value, (0, 0, 0, more)) for value in (form.left, form.right)))
+    return Factors(
+        form.shape,
+        *(torch.nn.functional.pad(value, (0, 0, 0, more)) for value in (form.left, form.right)),
+    )
 
 
 def smallest(gradients: Tensor, embedding: bool) -> Form:
@@ -116,5 +149,5 @@ def smallest(gradients: Tensor, embedding: bool) -> Form:
         row_bytes = shape[1] * gradients.element_size() + 8
         if stored * row_bytes + 8 * len(counts) < gradients.numel() * gradients.element_size():
             offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            return Rows(shape, used.nonzero()[:, 1].contiguous(), gradients[used], offsets)
+            return EmbeddingRows(shape, used.nonzero()[:, 1].contiguous(), gradients[used], offsets)
     return Dense(shape, gradients.reshape(len(gradients), -1))

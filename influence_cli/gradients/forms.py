@@ -55,8 +55,15 @@ class Form(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Form":
         mine = self.tensors()
-        moved = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in mine.items()}
-        return self if all(moved[name] is mine[name] for name in mine) else type(self)(self.shape, **moved)
+        moved = {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in mine.items()
+        }
+        return (
+            self
+            if all(moved[name] is mine[name] for name in mine)
+            else type(self)(self.shape, **moved)
+        )
 
     @abstractmethod
     def dot(self, queries: "Form", memo: "Memo | None" = None) -> Tensor:
@@ -181,7 +188,9 @@ class Factors(Form):
         buffer = self.left.new_empty(min(step, N), o, i)
         for first in range(0, N, step):
             at = slice(first, min(first + step, N))
-            part = torch.bmm(self.left[at].transpose(1, 2), self.right[at], out=buffer[: at.stop - first])
+            part = torch.bmm(
+                self.left[at].transpose(1, 2), self.right[at], out=buffer[: at.stop - first]
+            )
             yield at, part.view(len(part), -1)
 
     def ready(self) -> Form:
@@ -193,10 +202,16 @@ class Factors(Form):
         if isinstance(queries, Factors):
             (N, S, o, i), (Q, R) = self.sizes, queries.left.shape[:2]
             if S * R * (o + i) < o * i:
-                lefts = products(self.left.flatten(0, 1), queries.left.flatten(0, 1), memo)  # (N*S, Q*R)
+                lefts = products(
+                    self.left.flatten(0, 1), queries.left.flatten(0, 1), memo
+                )  # (N*S, Q*R)
                 both = products(self.right.flatten(0, 1), queries.right.flatten(0, 1)).mul_(lefts)
                 return both if S == R == 1 else both.view(N, S, Q, R).sum((1, 3))
-        return self.matvec(queries.dense().values.T) if isinstance(queries, Dense | Factors) else queries.dot(self).T
+        return (
+            self.matvec(queries.dense().values.T)
+            if isinstance(queries, Dense | Factors)
+            else queries.dot(self).T
+        )
 
     def matvec(self, vectors: Tensor) -> Tensor:
         (N, S, o, i), K = self.sizes, vectors.shape[1]
@@ -212,7 +227,9 @@ class Factors(Form):
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         right = self.right.flatten(0, 1)
-        columns = [((self.left * w.view(-1, 1, 1)).flatten(0, 1).T @ right).flatten() for w in weights.T]
+        columns = [
+            ((self.left * w.view(-1, 1, 1)).flatten(0, 1).T @ right).flatten() for w in weights.T
+        ]
         return torch.stack(columns, dim=1)
 
     def sqnorm(self) -> Tensor:
@@ -223,24 +240,36 @@ class Factors(Form):
         if self.dense_is_cheaper:
             return torch.cat([squares(part) for _, part in self.parts()])
         lefts, rights = (torch.bmm(part, part.transpose(1, 2)) for part in (self.left, self.right))
-        traces = [grams.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) for grams in (lefts, rights)]
+        traces = [
+            grams.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) for grams in (lefts, rights)
+        ]
         found = lefts.mul_(rights).sum(2).sum(1, dtype=torch.float64)
-        if self.left.dtype == torch.float32:  # where that under- or overflows, or positions cancel, once more in float64
+        if (
+            self.left.dtype == torch.float32
+        ):  # where that under- or overflows, or positions cancel, once more in float64
             sound = found > 1e-6 * traces[0] * traces[1]
             for value in (found, *traces):
                 sound &= in_range(value, torch.float32)
             if not sound.all():
-                found[~sound] = self.take(~sound).to(self.device, torch.float64).sqnorm().clamp_min(0)
+                found[~sound] = (
+                    self.take(~sound).to(self.device, torch.float64).sqnorm().clamp_min(0)
+                )
         return found
 
 
-Memo = dict[tuple[Any, ...], tuple[Tensor, StorageWeakRef, StorageWeakRef]]  # products taken, by where their factors lie, while they do
+Memo = dict[
+    tuple[Any, ...], tuple[Tensor, StorageWeakRef, StorageWeakRef]
+]  # products taken, by where their factors lie, while they do
 
 HALVES = (torch.float16, torch.bfloat16)
 
 # oneDNN's float32 product, 1.3 times as fast as MKL's on the AMD processor of the benchmarks, and the same bits wherever its factors lie in
 # memory, which MKL's are not; torch offers it to its own compiler only
-FAST = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+FAST = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
 
 
 def products(ours: Tensor, theirs: Tensor, memo: Memo | None = None) -> Tensor:
@@ -248,9 +277,17 @@ def products(ours: Tensor, theirs: Tensor, memo: Memo | None = None) -> Tensor:
     key = tuple((value.data_ptr(), value.shape, value.stride()) for value in (ours, theirs))
     if memo is not None and key in memo and not any(storage.expired() for storage in memo[key][1:]):
         return memo[key][0]
-    found = FAST(theirs, ours, None, "none", [], "").T if FAST and ours.is_cpu and ours.dtype == torch.float32 else ours @ theirs.T
+    found = (
+        FAST(theirs, ours, None, "none", [], "").T
+        if FAST and ours.is_cpu and ours.dtype == torch.float32
+        else ours @ theirs.T
+    )
     if memo is not None:
-        memo[key] = found, StorageWeakRef(ours.untyped_storage()), StorageWeakRef(theirs.untyped_storage())
+        memo[key] = (
+            found,
+            StorageWeakRef(ours.untyped_storage()),
+            StorageWeakRef(theirs.untyped_storage()),
+        )
     return found
 
 
@@ -259,7 +296,9 @@ def squares(values: Tensor) -> Tensor:
 
     Rows that would under- or overflow so are taken in float64 throughout.
     """
-    if values.is_cuda:  # as fast as memory is read, and without asking the device whether it was right
+    if (
+        values.is_cuda
+    ):  # as fast as memory is read, and without asking the device whether it was right
         return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
     if values.dtype in HALVES:
         values = values.float()

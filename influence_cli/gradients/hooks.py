@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_cli.gradients.example_axes import MIXED, Axis, Plan, Unhooked, Watcher, tensors_in
+from influence_cli.gradients.example_axes import (
+    MIXED,
+    Axis,
+    AxisPlan,
+    Unhooked,
+    Watcher,
+    tensors_in,
+)
 from influence_cli.gradients.form_ops import merged
 from influence_cli.gradients.forms import Dense, Form
 from influence_cli.gradients.layer_rules import BROADCAST, EXPAND, RULES, Rule
@@ -27,13 +34,25 @@ from influence_cli.gradients.layer_rules import BROADCAST, EXPAND, RULES, Rule
 class Hooks(Watcher):
     """One batch of `size` under a plan. `found`: per parameter what was taken; `keep` turns the sum of its uses into that."""
 
-    def __init__(self, plan: Plan, parameters: Mapping[str, nn.Parameter], size: int, keep: Callable[[str, Form], Any]) -> None:
+    def __init__(
+        self,
+        plan: AxisPlan,
+        parameters: Mapping[str, nn.Parameter],
+        size: int,
+        keep: Callable[[str, Form], Any],
+    ) -> None:
         super().__init__()
         self.steps, self.parameters, self.size, self.keep = plan.steps, parameters, size, keep
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
-        self.shared: dict[int, Tensor] = {id(parameter): parameter for parameter in parameters.values()}  # one for all examples
-        self.cuts: list[tuple[Tensor, Tensor, Axis]] = []  # a shared tensor, its copies per example, their axis
-        self.pulls: list[tuple[Tensor, Tensor]] = []  # a shared tensor that is computed, and the gradients (B, ...) at it
+        self.shared: dict[int, Tensor] = {
+            id(parameter): parameter for parameter in parameters.values()
+        }  # one for all examples
+        self.cuts: list[
+            tuple[Tensor, Tensor, Axis]
+        ] = []  # a shared tensor, its copies per example, their axis
+        self.pulls: list[
+            tuple[Tensor, Tensor]
+        ] = []  # a shared tensor that is computed, and the gradients (B, ...) at it
         self.found: dict[str, Any] = {}
         self._sums: dict[str, Form] = {}
         self._waiting: Counter[str] = Counter()
@@ -57,7 +76,9 @@ class Hooks(Watcher):
         if step.result is None:
             result = function(*args, **kwargs)
             if all(axis is None for axis in axis_of.values()):
-                self.shared |= {id(value): value for value in tensors_in((result,)) if value.requires_grad}
+                self.shared |= {
+                    id(value): value for value in tensors_in((result,)) if value.requires_grad
+                }
             return result
         if step.result is not MIXED:
             rule = RULES.get(function)
@@ -66,32 +87,69 @@ class Hooks(Watcher):
                 return self._hooked(rule, function, args, kwargs, call, axis)
             if function in BROADCAST or function in EXPAND:
                 return self._cut(function, args, kwargs, ours, step.result)
-        return function(*args, **kwargs)  # no rule: the gradient arrives at the parameter, and is noticed there
+        return function(
+            *args, **kwargs
+        )  # no rule: the gradient arrives at the parameter, and is noticed there
 
     def _is_shared(self, value: Tensor) -> bool:
         """A parameter, what was computed from parameters alone, or a part of one (attention splits its packed weights unseen)."""
-        if id(value) not in self.shared and value._base is not None and id(value._base) in self.shared and value.requires_grad:
+        if (
+            id(value) not in self.shared
+            and value._base is not None
+            and id(value._base) in self.shared
+            and value.requires_grad
+        ):
             self.shared[id(value)] = value
         return id(value) in self.shared
 
-    def _fits(self, rule: Rule, call: Mapping[str, Any], result: Axis, axis_of: Mapping[int, Axis | None]) -> Axis | None:
+    def _fits(
+        self, rule: Rule, call: Mapping[str, Any], result: Axis, axis_of: Mapping[int, Axis | None]
+    ) -> Axis | None:
         """The axis of input and result where a call is one of its rule: examples in the input, none in the weights; else None."""
-        x, roles = call["input"], [call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)]
+        x, roles = (
+            call["input"],
+            [call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)],
+        )
         axis = axis_of.get(id(x))
-        if not isinstance(x, Tensor) or axis is None or axis is MIXED or not roles or id(x) in self.shared or not rule.applies(call):
+        if (
+            not isinstance(x, Tensor)
+            or axis is None
+            or axis is MIXED
+            or not roles
+            or id(x) in self.shared
+            or not rule.applies(call)
+        ):
             return None
-        leading = axis.dim == 0 if rule.rows_first else axis.dim < max(1, x.ndim - len(call.get("normalized_shape", (0,))))
+        leading = (
+            axis.dim == 0
+            if rule.rows_first
+            else axis.dim < max(1, x.ndim - len(call.get("normalized_shape", (0,))))
+        )
         lookup = not x.is_floating_point()  # of an embedding every axis is a position
         if axis.dim != result.dim or {axis.inner, result.inner} == {False, True}:
             return None
         axis = axis if axis.inner is not None else result  # a layer leaves its positions in place
         told = axis.tells(x.shape[axis.dim], self.size)
-        return axis if (leading or lookup) and told and all(axis_of.get(id(value)) is None for value in roles) else None
+        return (
+            axis
+            if (leading or lookup)
+            and told
+            and all(axis_of.get(id(value)) is None for value in roles)
+            else None
+        )
 
     def _hooked(
-        self, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: dict[str, Any], axis: Axis
+        self,
+        rule: Rule,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        call: dict[str, Any],
+        axis: Axis,
     ) -> Tensor:
-        roles = {role: call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)}
+        roles = {
+            role: call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)
+        }
         frozen = {id(value): value.detach() for value in roles.values()}
         result = function(*replaced(args, frozen), **replaced(dict(kwargs), frozen))
         call |= {role: frozen[id(value)] for role, value in roles.items()}
@@ -104,7 +162,9 @@ class Hooks(Watcher):
             if x._version != version:
                 raise Unhooked("a layer's input was changed in place after the layer had read it")
             with torch.no_grad():
-                forms = rule.gradients(call, axis.first(x, self.size), axis.first(gradient, self.size))
+                forms = rule.gradients(
+                    call, axis.first(x, self.size), axis.first(gradient, self.size)
+                )
                 for role, value in wanted.items():
                     self._add(value, forms[role])
 
@@ -113,7 +173,14 @@ class Hooks(Watcher):
         result.register_hook(take)
         return result
 
-    def _cut(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], ours: Sequence[Tensor], grown: Axis) -> Any:
+    def _cut(
+        self,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        ours: Sequence[Tensor],
+        grown: Axis,
+    ) -> Any:
         """Give each shared tensor an axis of examples; where it can't have one the call stays as it is, and is noticed."""
         if function in EXPAND:
             copies = function(ours[0].detach(), *args[1:], **kwargs).requires_grad_()
@@ -163,20 +230,39 @@ class Hooks(Watcher):
             raise Unhooked(self._problem or "its operations are not those of the first batch")
         copies = [copy for _, copy, _ in self.cuts]
         targets = [self.token, *copies, *self.parameters.values()]
-        grads = torch.autograd.grad(losses.sum(), targets, allow_unused=True) if losses.requires_grad else [None] * len(targets)
-        past = [name for name, grad in zip(self.parameters, grads[1 + len(copies) :], strict=True) if grad is not None]
+        grads = (
+            torch.autograd.grad(losses.sum(), targets, allow_unused=True)
+            if losses.requires_grad
+            else [None] * len(targets)
+        )
+        past = [
+            name
+            for name, grad in zip(self.parameters, grads[1 + len(copies) :], strict=True)
+            if grad is not None
+        ]
         if past:
             raise Past(past)
         for (value, copy, axis), grad in zip(self.cuts, grads[1:], strict=False):
             if grad is not None:
-                self._add(value, Dense(tuple(value.shape), summed_to(axis.first(grad, self.size).sum(1), value, copy, axis.dim)))
+                self._add(
+                    value,
+                    Dense(
+                        tuple(value.shape),
+                        summed_to(axis.first(grad, self.size).sum(1), value, copy, axis.dim),
+                    ),
+                )
         for value, gradient in self.pulls:
             self._pull(value, gradient)
         for name, parameter in self.parameters.items():
             if name in self._sums:
                 self.found[name] = self.keep(name, self._sums.pop(name))
             elif name not in self.found:
-                self.found[name] = self.keep(name, Dense(tuple(parameter.shape), parameter.new_zeros(self.size, parameter.numel())))
+                self.found[name] = self.keep(
+                    name,
+                    Dense(
+                        tuple(parameter.shape), parameter.new_zeros(self.size, parameter.numel())
+                    ),
+                )
 
     def _add(self, value: Tensor, form: Form) -> None:
         name = self.name_of.get(id(value))
@@ -193,10 +279,14 @@ class Hooks(Watcher):
     def _pull(self, value: Tensor, gradient: Tensor) -> None:
         """From gradients (B, ...) at a shared tensor to those of the parameters that it was computed from."""
         owners = list(self.parameters.values())
-        pulled = torch.autograd.grad(value, owners, gradient, is_grads_batched=True, allow_unused=True, retain_graph=True)
+        pulled = torch.autograd.grad(
+            value, owners, gradient, is_grads_batched=True, allow_unused=True, retain_graph=True
+        )
         for parameter, grad in zip(owners, pulled, strict=True):
             if grad is not None:
-                self._add(parameter, Dense(tuple(parameter.shape), grad.detach().reshape(self.size, -1)))
+                self._add(
+                    parameter, Dense(tuple(parameter.shape), grad.detach().reshape(self.size, -1))
+                )
 
 
 class Past(Unhooked):
@@ -224,7 +314,9 @@ def summed_to(gradient: Tensor, value: Tensor, copy: Tensor, dim: int) -> Tensor
     """(B, D) of a gradient (B, ...) at copies of `value`, summed over the axes along which it was repeated."""
     shape = [1] * (copy.ndim - value.ndim) + list(value.shape)
     del shape[dim]
-    repeated = [axis + 1 for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis + 1] != 1]
+    repeated = [
+        axis + 1 for axis, n in enumerate(shape) if n == 1 and gradient.shape[axis + 1] != 1
+    ]
     return (gradient.sum(repeated) if repeated else gradient).reshape(len(gradient), -1)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from influence_cli.gradients.deferred_forms import Convolved
+from influence_cli.gradients.deferred_forms import ConvolutionForm
 from influence_cli.gradients.forms import Dense, Factors, Form
-from influence_cli.gradients.sparse_forms import Rows
+from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 Arguments = Mapping[str, Any]  # of the call, by name; weights and biases detached
 Gradients = dict[str, Form]  # "weight" and "bias", as far as they are wanted
@@ -40,7 +40,9 @@ class Rule:
     keywords: Mapping[str, str] = field(default_factory=dict)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(zip(self.arguments, args, strict=False)) | {self.keywords.get(name, name): value for name, value in kwargs.items()}
+        return dict(zip(self.arguments, args, strict=False)) | {
+            self.keywords.get(name, name): value for name, value in kwargs.items()
+        }
 
 
 def linear(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
@@ -62,32 +64,47 @@ def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     weight: Tensor = call["weight"]
     size, groups, kernel = len(x), int(call.get("groups", 1)), tuple(weight.shape[2:])
     x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
-    stride, padding, dilation = (per_axis(call.get(name, default), len(kernel)) for name, default in DEFAULTS.items())
+    stride, padding, dilation = (
+        per_axis(call.get(name, default), len(kernel)) for name, default in DEFAULTS.items()
+    )
     sides = padded_sides(padding, kernel, dilation)
     if all(before == after for before, after in sides):
         padding = tuple(before for before, _ in sides)
     else:
-        x, padding = F.pad(x, [number for side in reversed(sides) for number in side]), (0,) * len(kernel)
-    of_rows = per_example_by_groups if x.is_cpu and x.dtype == torch.float32 and weight.shape[1] >= 8 else per_example_by_patches
+        x, padding = (
+            F.pad(x, [number for side in reversed(sides) for number in side]),
+            (0,) * len(kernel),
+        )
+    of_rows = (
+        per_example_by_groups
+        if x.is_cpu and x.dtype == torch.float32 and weight.shape[1] >= 8
+        else per_example_by_patches
+    )
 
     def gradients(x: Tensor, g: Tensor) -> Tensor:
         return of_rows(x, g, weight, stride, padding, dilation, groups)
 
     bias = g.flatten(2).sum(2).view(size, -1, weight.shape[0]).sum(1)
-    per_example = Convolved(tuple(weight.shape), x, g, len(x) // size, gradients)
+    per_example = ConvolutionForm(tuple(weight.shape), x, g, len(x) // size, gradients)
     return {"weight": per_example, "bias": Dense((weight.shape[0],), bias)}
 
 
-def per_example_by_groups(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+def per_example_by_groups(
+    x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
     """(rows, numbers of the weight), by oneDNN: at the speed of a whole batch's weight gradient (twice that of patches)."""
     rows, axes = len(x), weight.ndim - 2
     weight_gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[axes - 1]
     one = (t.reshape(1, -1, *t.shape[2:]) for t in (x, g))
     shape = (rows * weight.shape[0], *weight.shape[1:])
-    return weight_gradient(next(one), shape, next(one), stride, padding, dilation, rows * groups).view(rows, -1)
+    return weight_gradient(
+        next(one), shape, next(one), stride, padding, dilation, rows * groups
+    ).view(rows, -1)
 
 
-def per_example_by_patches(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+def per_example_by_patches(
+    x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
     """(rows, numbers of the weight), as a linear layer on patches, per group: for few channels, other precisions and other devices."""
     kernel, rows, out = tuple(weight.shape[2:]), len(x), weight.shape[0] // groups
     windows = patches(x, kernel, stride, padding, dilation)
@@ -98,7 +115,11 @@ def per_example_by_patches(x: Tensor, g: Tensor, weight: Tensor, stride: Any, pa
     step = max(1, UNFOLD_BYTES // (groups * width * places * g.element_size()))
     for first in range(0, rows, step):  # few patches at a time: they stay in the cache
         right = windows[first : first + step].reshape(-1, width, places)
-        torch.bmm(left[first : first + step].flatten(0, 1), right.transpose(1, 2), out=values[first : first + step].view(-1, out, width))
+        torch.bmm(
+            left[first : first + step].flatten(0, 1),
+            right.transpose(1, 2),
+            out=values[first : first + step].view(-1, out, width),
+        )
     return values.view(rows, -1)
 
 
@@ -109,7 +130,11 @@ def per_axis(value: Any, axes: int) -> Any:
     """One number for each axis; text ('same', 'valid') as it is."""
     if isinstance(value, str):
         return value
-    return tuple(value) * (axes if len(value) == 1 else 1) if isinstance(value, tuple | list) else (value,) * axes
+    return (
+        tuple(value) * (axes if len(value) == 1 else 1)
+        if isinstance(value, tuple | list)
+        else (value,) * axes
+    )
 
 
 def padded_sides(padding: Any, kernel: tuple[int, ...], dilation: Any) -> list[tuple[int, int]]:
@@ -126,7 +151,9 @@ def patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilat
         x = F.pad(x, [number for p in reversed(padding) for number in (p, p)])
     x = x.contiguous()
     spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    places = [(n - span - 1) // s + 1 for n, span, s in zip(x.shape[2:], spans, stride, strict=True)]
+    places = [
+        (n - span - 1) // s + 1 for n, span, s in zip(x.shape[2:], spans, stride, strict=True)
+    ]
     steps = x.stride()
     within = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
     between = [step * s for step, s in zip(steps[2:], stride, strict=True)]
@@ -143,11 +170,13 @@ def embedding(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     if padding is not None:
         real = ids != padding % tokens
         example, ids, values = example[real], ids[real], values[real]
-    keys, place = torch.unique(example * tokens + ids, return_inverse=True)  # rising: by example, then by token
+    keys, place = torch.unique(
+        example * tokens + ids, return_inverse=True
+    )  # rising: by example, then by token
     summed = values.new_zeros(len(keys), width).index_add_(0, place, values)
     counts = torch.bincount(keys // tokens, minlength=size)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return {"weight": Rows((tokens, width), keys % tokens, summed, offsets)}
+    return {"weight": EmbeddingRows((tokens, width), keys % tokens, summed, offsets)}
 
 
 def layer_norm(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
@@ -161,21 +190,27 @@ def rms_norm(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
 
 
 def group_norm(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
-    normed = F.group_norm(x.flatten(0, 1), call["num_groups"], None, None, call.get("eps", 1e-5)).view(x.shape)
+    normed = F.group_norm(
+        x.flatten(0, 1), call["num_groups"], None, None, call.get("eps", 1e-5)
+    ).view(x.shape)
     return affine((x.shape[2],), normed.movedim(2, -1), g.movedim(2, -1))
 
 
 def batch_norm(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     """In eval mode: the running statistics are constants."""
     mean, variance = call["running_mean"], call["running_var"]
-    normed = F.batch_norm(x.flatten(0, 1), mean, variance, None, None, False, 0.0, call.get("eps", 1e-5)).view(x.shape)
+    normed = F.batch_norm(
+        x.flatten(0, 1), mean, variance, None, None, False, 0.0, call.get("eps", 1e-5)
+    ).view(x.shape)
     return affine((x.shape[2],), normed.movedim(2, -1), g.movedim(2, -1))
 
 
 def affine(shape: tuple[int, ...], normed: Tensor, g: Tensor) -> Gradients:
     """y = weight * normed + bias over the last axes, of `shape`: sums over the positions before them."""
     size = len(g)
-    products, sums = ((value.reshape(size, -1, math.prod(shape)).sum(1)) for value in (g * normed, g))
+    products, sums = (
+        (value.reshape(size, -1, math.prod(shape)).sum(1)) for value in (g * normed, g)
+    )
     return {"weight": Dense(shape, products), "bias": Dense(shape, sums)}
 
 
@@ -191,7 +226,9 @@ def over_positions(value: Tensor) -> Dense:
 
 def reads_only(call: Arguments) -> bool:
     """An embedding that neither rescales its rows nor its gradients."""
-    return not call.get("max_norm") and not call.get("scale_grad_by_freq") and call["weight"].ndim == 2
+    return (
+        not call.get("max_norm") and not call.get("scale_grad_by_freq") and call["weight"].ndim == 2
+    )
 
 
 def is_matrix(call: Arguments) -> bool:
@@ -202,9 +239,18 @@ def plain_sum(call: Arguments) -> bool:
     return is_matrix(call) and call.get("beta", 1) == 1 and call.get("alpha", 1) == 1
 
 
-CONVOLUTION = Rule(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), convolution, rows_first=True)
+CONVOLUTION = Rule(
+    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    convolution,
+    rows_first=True,
+)
 MATMUL = Rule(("input", "weight"), matmul, is_matrix, keywords={"other": "weight"})
-ADDMM = Rule(("bias", "input", "weight"), matmul, plain_sum, keywords={"input": "bias", "mat1": "input", "mat2": "weight"})
+ADDMM = Rule(
+    ("bias", "input", "weight"),
+    matmul,
+    plain_sum,
+    keywords={"input": "bias", "mat1": "input", "mat2": "weight"},
+)
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: Rule(("input", "weight", "bias"), linear, is_matrix),
     torch.matmul: MATMUL,
@@ -214,10 +260,16 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.conv1d: CONVOLUTION,
     F.conv2d: CONVOLUTION,
     F.conv3d: CONVOLUTION,
-    F.embedding: Rule(("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"), embedding, reads_only),
+    F.embedding: Rule(
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        embedding,
+        reads_only,
+    ),
     F.layer_norm: Rule(("input", "normalized_shape", "weight", "bias", "eps"), layer_norm),
     F.rms_norm: Rule(("input", "normalized_shape", "weight", "eps"), rms_norm),
-    F.group_norm: Rule(("input", "num_groups", "weight", "bias", "eps"), group_norm, rows_first=True),
+    F.group_norm: Rule(
+        ("input", "num_groups", "weight", "bias", "eps"), group_norm, rows_first=True
+    ),
     F.batch_norm: Rule(
         ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
         batch_norm,

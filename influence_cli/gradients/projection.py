@@ -24,12 +24,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.deferred_forms import Tied
-from influence_cli.gradients.forms import HALVES, PART_BYTES, Factors, Form, Projected, products, squares
-from influence_cli.gradients.sparse_forms import Postings, Rows
+from influence_cli.gradients.deferred_forms import TiedForm
+from influence_cli.gradients.forms import (
+    HALVES,
+    PART_BYTES,
+    Factors,
+    Form,
+    Projected,
+    products,
+    squares,
+)
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
 ADDING = 7  # adding a number to its place costs about as much as this many numbers and doublings of a Fourier transform
-Measured = tuple[Tensor, Form]  # squared norms (N,) of the gradients themselves, and their projection
+Measured = tuple[
+    Tensor, Form
+]  # squared norms (N,) of the gradients themselves, and their projection
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,9 @@ class Projection:
     kind: str
     numbers: int
     seed: int = 0
-    _maps: "dict[tuple[str, torch.device, torch.dtype], Map]" = field(default_factory=dict, compare=False, repr=False)
+    _maps: "dict[tuple[str, torch.device, torch.dtype], Map]" = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def key(self) -> str:
@@ -56,7 +68,11 @@ class Projection:
         if math.prod(shape) <= self.numbers:
             return 0.0
         root = math.sqrt(self.numbers)
-        variance = {"tensor-sketch": 8 / self.numbers, "sparse": 2 / self.numbers, "khatri-rao": 9 / self.numbers}
+        variance = {
+            "tensor-sketch": 8 / self.numbers,
+            "sparse": 2 / self.numbers,
+            "khatri-rao": 9 / self.numbers,
+        }
         return math.sqrt(variance.get(self.kind, (1 + 2 / root) ** 2 - 1))
 
     def __call__(self, name: str, form: Form) -> Measured:
@@ -143,25 +159,35 @@ class Sided(Map):
         return sums
 
     def project(self, form: Form) -> tuple[Tensor, Tensor]:
-        if isinstance(form, Tied):
+        if isinstance(form, TiedForm):
             return form.sqnorm(), self.finish(self.factors(form.factors) + self.rows(form.rows))
-        if isinstance(form, Rows | Postings):
-            return form.sqnorm(), self.finish(self.rows(form.rows() if isinstance(form, Postings) else form))
+        if isinstance(form, EmbeddingRows | Postings):
+            return form.sqnorm(), self.finish(
+                self.rows(form.rows() if isinstance(form, Postings) else form)
+            )
         if isinstance(form, Factors) and not form.dense_is_cheaper:
             return form.sqnorm(), self.finish(self.factors(form))
-        norms, sums = zip(*((squares(part), self.dense(part)) for _, part in form.parts()), strict=True)
+        norms, sums = zip(
+            *((squares(part), self.dense(part)) for _, part in form.parts()), strict=True
+        )
         return torch.cat(norms), self.finish(torch.cat(sums))
 
     def factors(self, form: Factors) -> Tensor:
         """Cost S (o F + i F') for each example."""
         N, S, o, i = form.sizes
-        step = max(1, PART_BYTES // (2 * S * (self.left.shape[1] + len(self.right)) * form.left.element_size()))
+        step = max(
+            1,
+            PART_BYTES
+            // (2 * S * (self.left.shape[1] + len(self.right)) * form.left.element_size()),
+        )
         left, right = form.left.reshape(-1, o), form.right.reshape(-1, i)
         sums = []
         for first in range(0, N, step):
             at = slice(first * S, min(first + step, N) * S)
             mine, theirs = products(left[at], self.left.T), products(right[at], self.right)
-            sums.append(self.meet(mine.view(-1, S, mine.shape[1]), theirs.view(-1, S, theirs.shape[1])))
+            sums.append(
+                self.meet(mine.view(-1, S, mine.shape[1]), theirs.view(-1, S, theirs.shape[1]))
+            )
         return torch.cat(sums)
 
     def dense(self, part: Tensor) -> Tensor:
@@ -170,7 +196,7 @@ class Sided(Map):
         theirs = products(part.reshape(n * o, i), self.right).view(n, o, -1)
         return self.meet(self.left.expand(n, *self.left.shape), theirs)
 
-    def rows(self, form: Rows) -> Tensor:
+    def rows(self, form: EmbeddingRows) -> Tensor:
         """Of an embedding's rows: the left side is a token."""
         step = max(1, PART_BYTES // (2 * self.width * form.values.element_size()))
         out = form.values.new_zeros(len(form), self.width)
@@ -193,22 +219,30 @@ class TensorSketch(Map):
 
     def __init__(self, tables: Tables, numbers: int) -> None:
         self.numbers = numbers
-        self.left, self.right = (Fold(tables, side, n, numbers) for side, n in (("left", tables.rows), ("right", tables.columns)))
+        self.left, self.right = (
+            Fold(tables, side, n, numbers)
+            for side, n in (("left", tables.rows), ("right", tables.columns))
+        )
 
     @cached_property
     def sums(self) -> "Sums":
         """Of the products of all pairs: K^2 places, made where they are asked for."""
         places = (self.left.after[:, None] + self.right.after) % self.numbers
-        return Sums((places + self.numbers * (self.left.minus[:, None] ^ self.right.minus)).flatten(), self.numbers)
+        return Sums(
+            (places + self.numbers * (self.left.minus[:, None] ^ self.right.minus)).flatten(),
+            self.numbers,
+        )
 
     def project(self, form: Form) -> tuple[Tensor, Tensor]:
-        if isinstance(form, Tied):
+        if isinstance(form, TiedForm):
             return form.sqnorm(), self.factors(form.factors) + self.rows(form.rows)
-        if isinstance(form, Rows | Postings):
+        if isinstance(form, EmbeddingRows | Postings):
             return form.sqnorm(), self.rows(form.rows() if isinstance(form, Postings) else form)
         if isinstance(form, Factors) and not form.dense_is_cheaper:
             return form.sqnorm(), self.factors(form)
-        norms, values = zip(*((squares(part), self.dense(part)) for _, part in form.parts()), strict=True)
+        norms, values = zip(
+            *((squares(part), self.dense(part)) for _, part in form.parts()), strict=True
+        )
         return torch.cat(norms), torch.cat(values)
 
     def factors(self, form: Factors) -> Tensor:
@@ -216,25 +250,36 @@ class TensorSketch(Map):
         N, S, o, i = form.sizes
         entries, each = self.left.width * self.right.width, S * self.numbers
         by_matrix = ADDING * entries <= each * math.log2(2 * self.numbers)
-        step = max(1, PART_BYTES // ((S * (o + i) + (entries if by_matrix else 4 * each)) * form.left.element_size()))
+        step = max(
+            1,
+            PART_BYTES
+            // ((S * (o + i) + (entries if by_matrix else 4 * each)) * form.left.element_size()),
+        )
         found = []
         for first in range(0, N, step):
             at = slice(first, first + step)
-            left, right = self.left(form.left[at].reshape(-1, o)), self.right(form.right[at].reshape(-1, i))
+            left, right = (
+                self.left(form.left[at].reshape(-1, o)),
+                self.right(form.right[at].reshape(-1, i)),
+            )
             if by_matrix:
                 left, right = left.view(-1, S, self.left.width), right.view(-1, S, self.right.width)
                 found.append(self.sums(torch.bmm(left.transpose(1, 2), right).flatten(1)))
             else:
-                met = torch.fft.rfft(self.left.placed(left)).mul_(torch.fft.rfft(self.right.placed(right)))
+                met = torch.fft.rfft(self.left.placed(left)).mul_(
+                    torch.fft.rfft(self.right.placed(right))
+                )
                 found.append(torch.fft.irfft(met.view(-1, S, met.shape[1]).sum(1), self.numbers))
         return torch.cat(found)
 
     def dense(self, part: Tensor) -> Tensor:
         """Of (n, o i) gradients: cost o i for each."""
         columns = self.right(part.view(-1, self.right.count))
-        return self.sums(self.left(columns.view(len(part), self.left.count, self.right.width)).flatten(1))
+        return self.sums(
+            self.left(columns.view(len(part), self.left.count, self.right.width)).flatten(1)
+        )
 
-    def rows(self, form: Rows) -> Tensor:
+    def rows(self, form: EmbeddingRows) -> Tensor:
         """Of an embedding's rows: each is turned by the place of its token."""
         out = form.values.new_zeros(len(form), self.numbers)
         steps = torch.arange(self.numbers, device=form.device)
@@ -243,7 +288,11 @@ class TensorSketch(Map):
             at = slice(first, first + step)
             ids = form.ids[at]
             placed = self.right.placed(self.right(form.values[at])) * self.left.signs[ids, None]
-            out.index_add_(0, form.example[at], placed.gather(1, (steps - self.left.places[ids, None]) % self.numbers))
+            out.index_add_(
+                0,
+                form.example[at],
+                placed.gather(1, (steps - self.left.places[ids, None]) % self.numbers),
+            )
         return out
 
 
@@ -254,7 +303,9 @@ class Sums:
         self.places, self.numbers = places, numbers
 
     def __call__(self, values: Tensor) -> Tensor:
-        sums = values.new_zeros(len(values), 2 * self.numbers, *values.shape[2:]).index_add_(1, self.places, values)
+        sums = values.new_zeros(len(values), 2 * self.numbers, *values.shape[2:]).index_add_(
+            1, self.places, values
+        )
         return sums[:, : self.numbers] - sums[:, self.numbers :]
 
 
@@ -265,7 +316,9 @@ class Fold:
     def __init__(self, tables: Tables, side: str, count: int, numbers: int) -> None:
         self.count, self.width = count, min(count, numbers)
         self.signs = tables.signs(side, count)
-        self.places = torch.from_numpy(tables.order(side, max(count, numbers))[:count] % numbers).to(tables.device)
+        self.places = torch.from_numpy(
+            tables.order(side, max(count, numbers))[:count] % numbers
+        ).to(tables.device)
         self.sums = Sums(self.places + numbers * (self.signs < 0), numbers)
         folds = count > numbers
         self.after = torch.arange(numbers, device=tables.device) if folds else self.places
@@ -319,8 +372,12 @@ class Sparse(Map):
         norms, sums = [], []
         for _, part in form.parts():
             norms.append(squares(part))
-            signed = (part * self.signs).T.contiguous()  # a gradient's numbers side by side for all examples: added row by row
-            sums.append(signed.new_zeros(self.numbers, len(part)).index_add_(0, self.places, signed).T)
+            signed = (
+                part * self.signs
+            ).T.contiguous()  # a gradient's numbers side by side for all examples: added row by row
+            sums.append(
+                signed.new_zeros(self.numbers, len(part)).index_add_(0, self.places, signed).T
+            )
         return torch.cat(norms), torch.cat(sums)
 
 

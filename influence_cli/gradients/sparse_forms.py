@@ -16,7 +16,7 @@ PAIRS = 128  # pairs of a token's rows from which a product of its own is faster
 
 
 @dataclass(frozen=True)
-class Rows(Form):
+class EmbeddingRows(Form):
     """Few rows of a V x d matrix: example n has the rows `ids[offsets[n]:offsets[n+1]]`, rising."""
 
     kind = "rows"
@@ -33,7 +33,9 @@ class Rows(Form):
     @property
     def example(self) -> Tensor:
         """(T,): which example each stored row belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self), device=self.ids.device), self.offsets.diff())
+        return torch.repeat_interleave(
+            torch.arange(len(self), device=self.ids.device), self.offsets.diff()
+        )
 
     def dense(self) -> "Dense":
         out = self.values.new_zeros(len(self), self.shape[0], math.prod(self.shape[1:]))
@@ -43,18 +45,20 @@ class Rows(Form):
     def part(self, at: slice) -> "Form":
         offsets = self.offsets[at.start : at.stop + 1]
         rows = slice(int(offsets[0]), int(offsets[-1]))
-        return Rows(self.shape, self.ids[rows], self.values[rows], offsets - offsets[0])
+        return EmbeddingRows(self.shape, self.ids[rows], self.values[rows], offsets - offsets[0])
 
     def take(self, index: Tensor) -> "Form":
         counts = self.offsets.diff()[index]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        within = torch.arange(int(offsets[-1]), device=self.ids.device) - torch.repeat_interleave(offsets[:-1], counts)
+        within = torch.arange(int(offsets[-1]), device=self.ids.device) - torch.repeat_interleave(
+            offsets[:-1], counts
+        )
         place = torch.repeat_interleave(self.offsets[:-1][index], counts) + within
-        return Rows(self.shape, self.ids[place], self.values[place], offsets)
+        return EmbeddingRows(self.shape, self.ids[place], self.values[place], offsets)
 
     def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
         """Only rows of one token meet."""
-        if isinstance(queries, Rows | Postings):
+        if isinstance(queries, EmbeddingRows | Postings):
             return Postings.of(self).dot(queries.ready(), memo)
         return self.matvec(queries.dense().values.T)
 
@@ -81,7 +85,11 @@ class Rows(Form):
             out.index_add_(0, self.ids, self.values * w[self.example, None])
 
     def sqnorm(self) -> Tensor:
-        return squares(self.values).new_zeros(len(self)).index_add_(0, self.example, squares(self.values))
+        return (
+            squares(self.values)
+            .new_zeros(len(self))
+            .index_add_(0, self.example, squares(self.values))
+        )
 
 
 @dataclass(frozen=True)
@@ -99,16 +107,23 @@ class Postings(Form):
     counts: Tensor  # (N,) int64: rows of each example
 
     @classmethod
-    def of(cls, rows: Rows) -> "Postings":
+    def of(cls, rows: EmbeddingRows) -> "Postings":
         order = torch.argsort(rows.ids, stable=True)
         tokens, counts = torch.unique_consecutive(rows.ids[order], return_counts=True)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(rows.shape, tokens, starts, rows.example[order], rows.values[order], rows.offsets.diff())
+        return cls(
+            rows.shape, tokens, starts, rows.example[order], rows.values[order], rows.offsets.diff()
+        )
 
-    def rows(self) -> Rows:
+    def rows(self) -> EmbeddingRows:
         order = torch.argsort(self.example, stable=True)  # by example, then by token
         ids = torch.repeat_interleave(self.tokens, self.starts.diff())[order]
-        return Rows(self.shape, ids, self.values[order], torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)]))
+        return EmbeddingRows(
+            self.shape,
+            ids,
+            self.values[order],
+            torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)]),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("tokens", "starts", "example", "values", "counts")
@@ -128,7 +143,7 @@ class Postings(Form):
 
     def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
         """Cost d for each pair of rows of one token: a product for each token that many of both have, the others pair by pair."""
-        if isinstance(queries, Rows):
+        if isinstance(queries, EmbeddingRows):
             queries = Postings.of(queries)
         if not isinstance(queries, Postings):
             return self.rows().dot(queries, memo)
@@ -136,16 +151,29 @@ class Postings(Form):
         if not len(self.tokens):
             return out
         place = torch.searchsorted(self.tokens, queries.tokens).clamp(max=len(self.tokens) - 1)
-        theirs = (self.tokens[place] == queries.tokens).nonzero().flatten()  # of the tokens that both have
+        theirs = (
+            (self.tokens[place] == queries.tokens).nonzero().flatten()
+        )  # of the tokens that both have
         ours = place[theirs]
         meeting = torch.stack(
-            [self.starts[:-1][ours], self.starts.diff()[ours], queries.starts[:-1][theirs], queries.starts.diff()[theirs]]
+            [
+                self.starts[:-1][ours],
+                self.starts.diff()[ours],
+                queries.starts[:-1][theirs],
+                queries.starts.diff()[theirs],
+            ]
         )
         often = meeting[1] * meeting[3] > PAIRS
         for a, n, b, m in meeting[:, often].T.tolist():
             at = self.example[a : a + n, None] * Q + queries.example[b : b + m]
-            out.view(-1).index_add_(0, at.flatten(), products(queries.values[b : b + m], self.values[a : a + n]).T.flatten())
-        for mine, yours in pairs(meeting[:, ~often], max(1, PART_BYTES // (2 * self.values[:1].nbytes))):
+            out.view(-1).index_add_(
+                0,
+                at.flatten(),
+                products(queries.values[b : b + m], self.values[a : a + n]).T.flatten(),
+            )
+        for mine, yours in pairs(
+            meeting[:, ~often], max(1, PART_BYTES // (2 * self.values[:1].nbytes))
+        ):
             at = self.example[mine] * Q + queries.example[yours]
             out.view(-1).index_add_(0, at, (self.values[mine] * queries.values[yours]).sum(1))
         return out
@@ -154,12 +182,21 @@ class Postings(Form):
         """Only the rows of a (T,) mask."""
         if bool(kept.all()):
             return self
-        token = torch.repeat_interleave(torch.arange(len(self.tokens), device=kept.device), self.starts.diff())
+        token = torch.repeat_interleave(
+            torch.arange(len(self.tokens), device=kept.device), self.starts.diff()
+        )
         counts = torch.bincount(token[kept], minlength=len(self.tokens))
         there = counts > 0
         starts = torch.cat([counts.new_zeros(1), counts[there].cumsum(0)])
         example = self.example[kept]
-        return Postings(self.shape, self.tokens[there], starts, example, self.values[kept], torch.bincount(example, minlength=len(self)))
+        return Postings(
+            self.shape,
+            self.tokens[there],
+            starts,
+            example,
+            self.values[kept],
+            torch.bincount(example, minlength=len(self)),
+        )
 
     def matvec(self, vectors: Tensor) -> Tensor:
         return self.rows().matvec(vectors)

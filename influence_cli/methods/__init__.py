@@ -26,7 +26,9 @@ class Method:
     normalized: bool = False  # is a cosine already
     parts: tuple[str, ...] = ("checkpoint", "layer")  # what --by can split its scores into
     words: bool = False  # reads an embedding's words, not parameters
-    curvatures: tuple[str, ...] = ()  # of methods that go by the recorded order of training; the first is the default
+    curvatures: tuple[
+        str, ...
+    ] = ()  # of methods that go by the recorded order of training; the first is the default
 
     @property
     def ordered(self) -> bool:
@@ -34,7 +36,11 @@ class Method:
 
     def options(self, **given: Any) -> "ValueOptions | None":
         """Flags of methods that go by the order of training; None for others."""
-        return ValueOptions(**(given | {"curvature": given.get("curvature") or self.curvatures[0]})) if self.ordered else None
+        return (
+            ValueOptions(**(given | {"curvature": given.get("curvature") or self.curvatures[0]}))
+            if self.ordered
+            else None
+        )
 
     def score(self) -> Callable[..., Any]:
         return importlib.import_module(f"influence_cli.methods.{self.module}").score
@@ -46,8 +52,16 @@ class Method:
 
 METHODS = {
     "tracin": Method("tracin", "sum over checkpoints of learning rate x gradient dot product"),
-    "grad-dot": Method("tracin", "gradient dot product at one checkpoint", weighted=False, checkpoints="one"),
-    "grad-cos": Method("tracin", "gradient cosine at one checkpoint", weighted=False, checkpoints="one", normalized=True),
+    "grad-dot": Method(
+        "tracin", "gradient dot product at one checkpoint", weighted=False, checkpoints="one"
+    ),
+    "grad-cos": Method(
+        "tracin",
+        "gradient cosine at one checkpoint",
+        weighted=False,
+        checkpoints="one",
+        normalized=True,
+    ),
     "dve": Method(
         "dve",
         "data value embedding: what leaving the example out of a step would have done",
@@ -62,7 +76,12 @@ METHODS = {
         curvatures=("hessian", "gauss-newton"),
         parts=("step", "checkpoint", "layer"),
     ),
-    "tracin-we": Method("tracin_we", "tracin through word embeddings, down to the word", words=True, parts=("checkpoint", "word")),
+    "tracin-we": Method(
+        "tracin_we",
+        "tracin through word embeddings, down to the word",
+        words=True,
+        parts=("checkpoint", "word"),
+    ),
 }
 
 
@@ -111,7 +130,11 @@ class Question:
         """Names of the parts of a score: steps, or layers in the model's order; one unnamed part without `by`."""
         if self.by == "checkpoint":
             return [str(checkpoint.step) for checkpoint in self.checkpoints]
-        return list(dict.fromkeys(column.layer for column in self.columns.values())) if self.by == "layer" else []
+        return (
+            list(dict.fromkeys(column.layer for column in self.columns.values()))
+            if self.by == "layer"
+            else []
+        )
 
 
 @dataclass(frozen=True)

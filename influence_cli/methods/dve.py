@@ -17,27 +17,29 @@ import numpy as np
 import torch
 
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.cache.store import Rows
+from influence_cli.cache.store import GradientRows
 from influence_cli.errors import UsageProblem
-from influence_cli.extraction.source import Gradients
+from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import Answer, Question, ValueOptions
-from influence_cli.methods.pairwise import NewRanking
+from influence_cli.methods.pairwise import RankingFactory
 from influence_cli.methods.reverse import occurrences, reverse_pass
 from influence_cli.methods.reverse.embedding_store import STATE_BYTES, Embeddings
 from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
-from influence_cli.methods.reverse.replayed_steps import Replayed
-from influence_cli.methods.reverse.segments import Plan, plan
-from influence_cli.methods.reverse.steps import Fisher, Stability, Taken, prepare
+from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
+from influence_cli.methods.reverse.segments import ReversePlan, plan
+from influence_cli.methods.reverse.steps import Fisher, ReverseStep, Stability, prepare
 from influence_cli.progress import Advance
 
 
-def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
+def score(
+    gradients: GradientSource, question: Question, new_ranking: RankingFactory
+) -> Iterator[Answer]:
     """Scores of every training example asked for, ranked per query."""
     going = Dve(gradients, question)
     yield from occurrences.score(question, new_ranking, going.plan, going.passes)
 
 
-def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, occurrences.Trace]]:
+def trace(gradients: GradientSource, question: Question) -> Iterator[tuple[Ids, occurrences.Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
     going = Dve(gradients, question)
     yield from occurrences.trace(question, going.plan, going.passes)
@@ -46,7 +48,7 @@ def trace(gradients: Gradients, question: Question) -> Iterator[tuple[Ids, occur
 class Dve:
     """One question to data value embedding: what is gone back over, and in which form."""
 
-    def __init__(self, gradients: Gradients, question: Question) -> None:
+    def __init__(self, gradients: GradientSource, question: Question) -> None:
         """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags)."""
         self.gradients, self.question = gradients, question
         self.options = question.values or ValueOptions("fisher")
@@ -58,13 +60,19 @@ class Dve:
                 "leave out --project, or use --method tracin",
             )
         if gradients.settings.projection and self.options.curvature != "none":
-            gradients.talk.note(
+            gradients.reporter.note(
                 "the curvature of projected gradients is biased, the less the larger --project K is (docs/methods.md); "
                 "--curvature none is not"
             )
 
-    def _plan(self, at: int | None) -> Plan:
-        return plan(self.gradients.run, self.question.checkpoints, self.question.columns, at, self.options.replay)
+    def _plan(self, at: int | None) -> ReversePlan:
+        return plan(
+            self.gradients.run,
+            self.question.checkpoints,
+            self.question.columns,
+            at,
+            self.options.replay,
+        )
 
     def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
         """Raises CacheError (embeddings of something else), GradientError (what is carried back runs away)."""
@@ -73,49 +81,80 @@ class Dve:
     def work(self, folder: Path) -> reverse_pass.Work:
         if self.embedded():
             whole = self.plan if self.options.at is None else self._plan(None)
-            kept = Embeddings(self.options.embeddings or folder / "embeddings", self.gradients, whole, self.plan.end.step, self.options)
+            kept = Embeddings(
+                self.options.embeddings or folder / "embeddings",
+                self.gradients,
+                whole,
+                self.plan.end.step,
+                self.options,
+            )
             kept.ensure()
             return lambda rows, totals, advance: self.read(kept, rows, totals, advance)
         take = self.cached
         if self.options.replay:
-            self.gradients.sizes("train", list(self.plan.columns))  # probed before the model is moved
+            self.gradients.sizes(
+                "train", list(self.plan.columns)
+            )  # probed before the model is moved
             take = self.replayed
         else:
             prepare(self.gradients, self.plan)
         return lambda rows, totals, advance: self.carry(rows, totals, take, advance)
 
-    def read(self, kept: Embeddings, rows: Rows, totals: Totals | Trace, advance: Advance) -> None:
-        for step, checkpoint, examples, found in kept.scores(reverse_pass.dense(rows, self.plan, self.gradients.device), advance):
+    def read(
+        self, kept: Embeddings, rows: GradientRows, totals: Totals | Trace, advance: Advance
+    ) -> None:
+        for step, checkpoint, examples, found in kept.scores(
+            reverse_pass.dense(rows, self.plan, self.gradients.device), advance
+        ):
             totals.add(step, str(checkpoint), examples, {"": found})
 
-    def carry(self, rows: Rows, totals: Totals | Trace, take: reverse_pass.Take, advance: Advance) -> None:
-        kept = reverse_pass.Kept(self.gradients if self.options.replay else None, self.plan, self.options, "dve")
+    def carry(
+        self, rows: GradientRows, totals: Totals | Trace, take: reverse_pass.Take, advance: Advance
+    ) -> None:
+        kept = reverse_pass.PassProgress(
+            self.gradients if self.options.replay else None, self.plan, self.options, "dve"
+        )
         try:
-            reverse_pass.carry(self.gradients, self.plan, self.options, rows, totals, take, kept, advance)
+            reverse_pass.carry(
+                self.gradients, self.plan, self.options, rows, totals, take, kept, advance
+            )
         finally:
             if self.stability.note():
-                self.gradients.talk.note(str(self.stability.note()))
+                self.gradients.reporter.note(str(self.stability.note()))
 
     def fisher(self, width: int, wide: torch.dtype) -> Fisher:
-        return Fisher(self.gradients, self.plan, width, wide, self.options.curvature != "none", self.stability)
+        return Fisher(
+            self.gradients, self.plan, width, wide, self.options.curvature != "none", self.stability
+        )
 
-    def cached(self, width: int, wide: torch.dtype, stop: int, apart: bool) -> Iterator[Taken]:
+    def cached(
+        self, width: int, wide: torch.dtype, stop: int, apart: bool
+    ) -> Iterator[ReverseStep]:
         return self.fisher(width, wide).cached(self.plan.between(self.plan.steps.start, stop))
 
-    def replayed(self, width: int, wide: torch.dtype, stop: int, apart: bool) -> Iterator[Taken]:
+    def replayed(
+        self, width: int, wide: torch.dtype, stop: int, apart: bool
+    ) -> Iterator[ReverseStep]:
         """The gradients of each step's batch are taken when the replay stands there, and not kept."""
-        fisher, replayed = self.fisher(width, wide), Replayed(self.gradients, self.plan)
+        fisher, replayed = self.fisher(width, wide), ReplayedSteps(self.gradients, self.plan)
         for number, checkpoint, moments in replayed.back(stop):
             ids = np.unique(self.plan.trajectory.lines[number].examples)
             if len(ids) or moments:
-                rows = fisher.held(self.gradients.capture("train", checkpoint, list(self.plan.columns), ids, here=True))
+                rows = fisher.held(
+                    self.gradients.capture(
+                        "train", checkpoint, list(self.plan.columns), ids, here=True
+                    )
+                )
                 yield fisher.step(number, checkpoint, rows, self.plan.updates(number, moments))
-        self.gradients.talk.note(replayed.note())
+        self.gradients.reporter.note(replayed.note())
 
     def embedded(self) -> bool:
         """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and query, or coordinate of the end."""
         question, options = self.question, self.options
-        queries, size = 1 if question.sum_queries else len(question.queries), reverse_pass.numbers(self.gradients, self.plan)
+        queries, size = (
+            1 if question.sum_queries else len(question.queries),
+            reverse_pass.numbers(self.gradients, self.plan),
+        )
         if options.replay:
             cheaper = False
         elif options.form is None and options.embeddings is None:
@@ -123,11 +162,16 @@ class Dve:
         else:
             cheaper = options.form == "embedding" or options.embeddings is not None
         if cheaper and question.by == "layer":
-            raise UsageProblem("--by layer: embeddings are sums over the layers", "--form query splits scores by layer")
+            raise UsageProblem(
+                "--by layer: embeddings are sums over the layers",
+                "--form query splits scores by layer",
+            )
         why = (
             f"{queries:,} {'query' if queries == 1 else 'queries'}, {size:,} numbers of parameters"
             if options.embeddings is None
             else f"kept in {options.embeddings}"
         )
-        self.gradients.talk.note(f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature {options.curvature}")
+        self.gradients.reporter.note(
+            f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature {options.curvature}"
+        )
         return cheaper

@@ -19,46 +19,62 @@ from torch import Tensor, nn
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.store import concat_rows
 from influence_cli.errors import DefinitionError, UsageProblem
-from influence_cli.extraction.source import Gradients
-from influence_cli.gradients.sparse_forms import Postings, Rows
+from influence_cli.extraction.source import GradientSource
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 from influence_cli.methods import Answer, Question, WordOptions
-from influence_cli.methods.pairwise import Advance, NewRanking, Units, of_next, ranked
+from influence_cli.methods.pairwise import Advance, RankingFactory, Units, of_next, ranked
 from influence_cli.output.ranking import Entry, Ranking, TopRanking
 from influence_cli.run import Checkpoint
 
-SPECIAL = re.compile(r"\[[^\[\]\s]+\]|<(?!0x)[^<>\s]+>")  # [CLS], <s>, <|endoftext|>; not the byte tokens <0x0A>
+SPECIAL = re.compile(
+    r"\[[^\[\]\s]+\]|<(?!0x)[^<>\s]+>"
+)  # [CLS], <s>, <|endoftext|>; not the byte tokens <0x0A>
 
 
-def score(gradients: Gradients, question: Question, new_ranking: NewRanking) -> Iterator[Answer]:
+def score(
+    gradients: GradientSource, question: Question, new_ranking: RankingFactory
+) -> Iterator[Answer]:
     """Scores of every training example asked for, ranked per query; with `by="word"` the answer splits ranked pairs into words."""
     (name,) = question.columns
-    words = Words(gradients, question)
-    size = gradients.sizes("query", [name]).bytes_of([name]) * max(1, 4 // gradients.settings.store.itemsize)
+    words = WordSelector(gradients, question)
+    size = gradients.sizes("query", [name]).bytes_of([name]) * max(
+        1, 4 // gradients.settings.store.itemsize
+    )
 
-    def load(ids: Ids) -> list[Asked]:
+    def load(ids: Ids) -> list[WordQueries]:
         return [words.asked(checkpoint, ids) for checkpoint in question.checkpoints]
 
-    def scores(queries: list[Asked], ids: np.ndarray, units: Units, advance: Advance) -> np.ndarray:
-        totals = torch.zeros(1 + len(question.parts), len(ids), len(queries[0].postings), dtype=torch.float64)
+    def scores(
+        queries: list[WordQueries], ids: np.ndarray, units: Units, advance: Advance
+    ) -> np.ndarray:
+        totals = torch.zeros(
+            1 + len(question.parts), len(ids), len(queries[0].postings), dtype=torch.float64
+        )
         for k, weight in enumerate(question.weights):
             done = 0
             for rows in of_next(units, len(ids)):
                 at = slice(done, done + len(rows.ids))
                 done = at.stop
-                found = words.products(words.kept(rows.forms[name]), queries[k]) * weight.of(question.columns[name].names)
+                found = words.products(words.kept(rows.forms[name]), queries[k]) * weight.of(
+                    question.columns[name].names
+                )
                 totals[0, at] += found
                 if question.by == "checkpoint":
                     totals[1 + k, at] += found
                 advance(len(rows.ids), f"checkpoint {k + 1} of {len(question.checkpoints)}")
         return totals.transpose(1, 2).contiguous().numpy()
 
-    for ids, queries, ranking in ranked(gradients, question, new_ranking, max(1, size) * (1 + words.options.synonyms), load, scores):
+    for ids, queries, ranking in ranked(
+        gradients, question, new_ranking, max(1, size) * (1 + words.options.synonyms), load, scores
+    ):
         split = Split(words, queries, ranking) if question.by == "word" else None
-        yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, question.parts, split)
+        yield Answer(
+            None if question.sum_queries else [int(i) for i in ids], ranking, question.parts, split
+        )
 
 
 @dataclass(frozen=True)
-class Asked:
+class WordQueries:
     """The queries at one checkpoint: their rows by token; of each row the query's own word (another one where synonyms are asked for)."""
 
     postings: Postings
@@ -72,10 +88,10 @@ class Asked:
         return tokens[mine], self.word[mine], self.postings.values[mine].double()
 
 
-class Words:
+class WordSelector:
     """Which words count, what they are called, and which are near each other."""
 
-    def __init__(self, gradients: Gradients, question: Question) -> None:
+    def __init__(self, gradients: GradientSource, question: Question) -> None:
         self.gradients, self.question = gradients, question
         self.options = question.words or WordOptions()
         (self.name,) = question.columns
@@ -83,7 +99,10 @@ class Words:
         self._texts: dict[int, str] = {}
         pad = self.options.pad_id
         if pad is not None and not 0 <= pad < self.tokens:
-            raise UsageProblem(f"--pad-id {pad}: no such token", f"expected: a token id from 0 to {self.tokens - 1:,}")
+            raise UsageProblem(
+                f"--pad-id {pad}: no such token",
+                f"expected: a token id from 0 to {self.tokens - 1:,}",
+            )
         if self.options.special != "keep" and not gradients.run.definition.has("token"):
             raise UsageProblem(
                 f"--special-tokens {self.options.special}: definition.py has no token(id) that says which tokens are special",
@@ -96,7 +115,10 @@ class Words:
             definition = self.gradients.run.definition
             value = definition.call("token", token) if definition.has("token") else str(token)
             if not isinstance(value, str):
-                raise DefinitionError(f"token({token}) returned a {type(value).__name__}", "expected: the token's text")
+                raise DefinitionError(
+                    f"token({token}) returned a {type(value).__name__}",
+                    "expected: the token's text",
+                )
             self._texts[token] = value
         return self._texts[token]
 
@@ -107,7 +129,10 @@ class Words:
         if self.options.pad_id is not None:
             kept &= tokens != self.options.pad_id
         if self.options.special != "keep":
-            special = torch.tensor([SPECIAL.fullmatch(self.text(token)) is not None for token in tokens.tolist()], dtype=torch.bool)
+            special = torch.tensor(
+                [SPECIAL.fullmatch(self.text(token)) is not None for token in tokens.tolist()],
+                dtype=torch.bool,
+            )
             kept &= special if self.options.special == "only" else ~special
         return kept
 
@@ -115,14 +140,18 @@ class Words:
         """The rows that count. What no query holds meets nothing: words are left out of the queries alone, unless they are ranked."""
         assert isinstance(form, Postings)
         if query or self.options.top or self.question.normalize:
-            form = form.select(torch.repeat_interleave(self.counts(form.tokens), form.starts.diff()))
+            form = form.select(
+                torch.repeat_interleave(self.counts(form.tokens), form.starts.diff())
+            )
         if self.options.top:
             form = form.select(strongest(form, self.options.top))
         return form
 
     # ------------------------------------------------------------ queries
-    def asked(self, checkpoint: Checkpoint, ids: Ids) -> Asked:
-        rows = concat_rows(list(self.gradients.read("query", checkpoint, [self.name], ids))).forms[self.name]
+    def asked(self, checkpoint: Checkpoint, ids: Ids) -> WordQueries:
+        rows = concat_rows(list(self.gradients.read("query", checkpoint, [self.name], ids))).forms[
+            self.name
+        ]
         postings = self.kept(rows, query=True)
         if self.question.sum_queries:
             postings = mean(postings)
@@ -130,12 +159,14 @@ class Words:
         word = torch.repeat_interleave(postings.tokens, postings.starts.diff())
         if self.options.synonyms:
             postings, word = self._with_synonyms(postings, word)
-        return Asked(postings.to(self.gradients.device), word, norms)  # type: ignore[arg-type]
+        return WordQueries(postings.to(self.gradients.device), word, norms)  # type: ignore[arg-type]
 
     def _with_synonyms(self, postings: Postings, word: Tensor) -> tuple[Postings, Tensor]:
         """Each row also under the tokens near its word, times their likeness."""
         near, likeness = self._near(postings.tokens)
-        at = torch.repeat_interleave(torch.arange(len(postings.tokens)), postings.starts.diff())  # (T,): which token
+        at = torch.repeat_interleave(
+            torch.arange(len(postings.tokens)), postings.starts.diff()
+        )  # (T,): which token
         rows = torch.arange(len(word)).repeat_interleave(near.shape[1])
         tokens, times = near[at].flatten(), likeness[at].flatten()
         kept = times > 0
@@ -146,7 +177,14 @@ class Words:
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         values = postings.values[rows] * times[:, None].to(postings.values.dtype)
         example = postings.example[rows]
-        return Postings(postings.shape, distinct, starts, example, values, torch.bincount(example, minlength=len(postings))), word[rows]
+        return Postings(
+            postings.shape,
+            distinct,
+            starts,
+            example,
+            values,
+            torch.bincount(example, minlength=len(postings)),
+        ), word[rows]
 
     def _near(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(U, 1 + K) each token and the K nearest that count, and their cosines: in embedding space, at the last checkpoint."""
@@ -155,12 +193,16 @@ class Words:
         cosines[:, ~self._countable] = -1
         cosines[torch.arange(len(tokens)), tokens] = -1
         likeness, near = cosines.topk(min(self.options.synonyms, len(unit) - 1), dim=1)
-        return torch.cat([tokens[:, None], near], 1), torch.cat([torch.ones(len(tokens), 1), likeness.float()], 1)
+        return torch.cat([tokens[:, None], near], 1), torch.cat(
+            [torch.ones(len(tokens), 1), likeness.float()], 1
+        )
 
     @cached_property
     def _directions(self) -> Tensor:
         self.gradients.load(self.question.checkpoints[-1])
-        module = self.gradients.run.model.get_submodule(self.question.columns[self.name].module or "")
+        module = self.gradients.run.model.get_submodule(
+            self.question.columns[self.name].module or ""
+        )
         assert isinstance(module, nn.Embedding)
         weight = module.weight.detach().float().cpu()
         return weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-30)
@@ -170,19 +212,31 @@ class Words:
         return self.counts(torch.arange(self.tokens))
 
     # ------------------------------------------------------------ scores
-    def products(self, rows: Postings, asked: Asked) -> Tensor:
+    def products(self, rows: Postings, asked: WordQueries) -> Tensor:
         """(N, Q) on the CPU; cosines with --normalize."""
-        wide = torch.float64 if torch.float64 in (rows.values.dtype, asked.postings.values.dtype) else torch.float32
-        found = rows.to(self.gradients.device, wide).dot(asked.postings.to(self.gradients.device, wide)).cpu()
-        return found * inverse(rows.sqnorm().sqrt(), asked.norms) if self.question.normalize else found
+        wide = (
+            torch.float64
+            if torch.float64 in (rows.values.dtype, asked.postings.values.dtype)
+            else torch.float32
+        )
+        found = (
+            rows.to(self.gradients.device, wide)
+            .dot(asked.postings.to(self.gradients.device, wide))
+            .cpu()
+        )
+        return (
+            found * inverse(rows.sqnorm().sqrt(), asked.norms) if self.question.normalize else found
+        )
 
 
 class Split:
     """Ranked pairs into words: `split(position, entries)` gives per entry its (word, score), the pair's strongest direction first."""
 
-    def __init__(self, words: Words, queries: Sequence[Asked], ranking: Ranking) -> None:
+    def __init__(
+        self, words: WordSelector, queries: Sequence[WordQueries], ranking: Ranking
+    ) -> None:
         self.words, self.queries, self.ranking = words, queries, ranking
-        self._held: tuple[np.ndarray, list[Rows]] | None = None
+        self._held: tuple[np.ndarray, list[EmbeddingRows]] | None = None
 
     def __call__(self, position: int, entries: Sequence[Entry]) -> list[list[tuple[str, float]]]:
         ids, held = self._rows(entries)
@@ -199,8 +253,14 @@ class Split:
                 place = torch.searchsorted(theirs, tokens).clamp(max=max(0, len(theirs) - 1))
                 both = (theirs[place] == tokens).nonzero().flatten() if len(theirs) else place[:0]
                 products = (rows.values[at][place[both]].double() * values[both]).sum(1)
-                scale = times * float(inverse(norms[n : n + 1], asked.norms[position : position + 1])) if question.normalize else times
-                for token, word, product in zip(tokens[both].tolist(), own[both].tolist(), products.tolist(), strict=True):
+                scale = (
+                    times * float(inverse(norms[n : n + 1], asked.norms[position : position + 1]))
+                    if question.normalize
+                    else times
+                )
+                for token, word, product in zip(
+                    tokens[both].tolist(), own[both].tolist(), products.tolist(), strict=True
+                ):
                     terms[token, word] = terms.get((token, word), 0.0) + scale * product
         return [self._named(terms, entry) for terms, entry in zip(found, entries, strict=True)]
 
@@ -208,22 +268,30 @@ class Split:
         sign = 1 if entry.kind == "proponent" else -1
         order = sorted(terms, key=lambda pair: (-sign * terms[pair], pair))
         text = self.words.text
-        return [(text(token) if token == word else f"{text(token)} ~ {text(word)}", terms[token, word]) for token, word in order]
+        return [
+            (text(token) if token == word else f"{text(token)} ~ {text(word)}", terms[token, word])
+            for token, word in order
+        ]
 
-    def _rows(self, entries: Sequence[Entry]) -> tuple[np.ndarray, list[Rows]]:
+    def _rows(self, entries: Sequence[Entry]) -> tuple[np.ndarray, list[EmbeddingRows]]:
         """Rising ids, and their rows at each checkpoint: of all ranked pairs at once where only the top ones are, else of these."""
         if isinstance(self.ranking, TopRanking):
             if self._held is None:
-                everything = [entry for query in range(self.ranking.queries) for entry in self.ranking.entries(query)]
+                everything = [
+                    entry
+                    for query in range(self.ranking.queries)
+                    for entry in self.ranking.entries(query)
+                ]
                 self._held = self._read(everything)
             return self._held
         return self._read(entries)
 
-    def _read(self, entries: Sequence[Entry]) -> tuple[np.ndarray, list[Rows]]:
+    def _read(self, entries: Sequence[Entry]) -> tuple[np.ndarray, list[EmbeddingRows]]:
         words = self.words
         ids = np.unique(np.array([entry.train for entry in entries], dtype=np.int64))
         read = (
-            concat_rows(list(words.gradients.read("train", c, [words.name], ids))).forms[words.name] for c in words.question.checkpoints
+            concat_rows(list(words.gradients.read("train", c, [words.name], ids))).forms[words.name]
+            for c in words.question.checkpoints
         )
         return ids, [words.kept(form).rows() for form in read]
 
@@ -232,7 +300,9 @@ def strongest(form: Postings, k: int) -> Tensor:
     """(T,) mask: the k rows of largest norm of each example; equal ones by token."""
     norms = form.values.double().norm(dim=1)
     order = torch.argsort(-norms, stable=True)
-    order = order[torch.argsort(form.example[order], stable=True)]  # by example, then by falling norm
+    order = order[
+        torch.argsort(form.example[order], stable=True)
+    ]  # by example, then by falling norm
     starts = torch.cat([form.counts.new_zeros(1), form.counts.cumsum(0)])[:-1]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order)) - starts[form.example[order]]
@@ -247,7 +317,11 @@ def mean(postings: Postings) -> Postings:
     count = len(postings.tokens)
     example = torch.zeros(count, dtype=torch.int64)
     return replace(
-        postings, starts=torch.arange(count + 1), example=example, values=values.to(postings.values.dtype), counts=torch.tensor([count])
+        postings,
+        starts=torch.arange(count + 1),
+        example=example,
+        values=values.to(postings.values.dtype),
+        counts=torch.tensor([count]),
     )
 
 

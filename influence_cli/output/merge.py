@@ -51,9 +51,17 @@ class Part:
             for line, values in lines:
                 self.line = line
                 yield line, values
-        except (csv.Error, ValueError, AttributeError, OSError) as error:  # ValueError: also of json, of unicode and of pyarrow
+        except (
+            csv.Error,
+            ValueError,
+            AttributeError,
+            OSError,
+        ) as error:  # ValueError: also of json, of unicode and of pyarrow
             if isinstance(error, OSError) and not self.line:
-                raise UsageProblem(f"{self.name} can't be read: {error.strerror or error}", "expected: a table of score or self") from error
+                raise UsageProblem(
+                    f"{self.name} can't be read: {error.strerror or error}",
+                    "expected: a table of score or self",
+                ) from error
             past = f" past line {self.line}" if self.line else ""
             raise TableError(f"{self.name} can't be read{past}: {error}", AGAIN) from error
 
@@ -68,13 +76,19 @@ class Part:
             rows, (query, kind, _, train) = list(found), identity
             line = rows[0][0]
             if identity[:3] <= before or (len(rows) > 1 and not divided):
-                raise self.broken(line, "out of order, or there twice", "merge takes rows in the order in which score and self write them")
+                raise self.broken(
+                    line,
+                    "out of order, or there twice",
+                    "merge takes rows in the order in which score and self write them",
+                )
             if identity[:2] != before[:2]:
                 self._stretch(before)
             before = identity[:3]
             total = math.fsum(values[score] for _, _, values in rows)
             self.whole |= total == 0
-            yield Pair((query, kind, total if kind else -total, train), [values for _, _, values in rows])
+            yield Pair(
+                (query, kind, total if kind else -total, train), [values for _, _, values in rows]
+            )
         self._stretch(before)
 
     def _stretch(self, last: tuple[int, int, int]) -> None:
@@ -88,7 +102,11 @@ class Part:
     def _rows(self) -> Iterator[tuple[int, tuple[int, int, int, int], list[Any]]]:
         """Line number, (query, kind, rank, train) as numbers, values; a query `all` is -1, `self` has one query and kind."""
         columns = self.columns
-        at = {name: columns.index(name) for name in ("query", "kind", "rank", "train", "score") if name in columns}
+        at = {
+            name: columns.index(name)
+            for name in ("query", "kind", "rank", "train", "score")
+            if name in columns
+        }
         numbers = [name for name in ("query", "rank", "train") if name in at]
         for line, values in self._lines:
             if len(values) != len(columns):
@@ -100,10 +118,22 @@ class Part:
                     if name != "query" or values[at[name]] != "all":
                         values[at[name]] = int(values[at[name]])
             except (TypeError, ValueError):
-                remedy = "sums per group can't be merged: torchrun shares the work of --group-by" if name == "train" else AGAIN
-                raise self.broken(line, f"{name} is {values[at[name]]!r}, expected a number", remedy) from None
-            if not math.isfinite(values[at["score"]]) or values[at["rank"]] < 1 or values[at["train"]] < 0:
-                raise self.broken(line, "a score that is not finite, a rank below 1 or an id below 0")
+                remedy = (
+                    "sums per group can't be merged: torchrun shares the work of --group-by"
+                    if name == "train"
+                    else AGAIN
+                )
+                raise self.broken(
+                    line, f"{name} is {values[at[name]]!r}, expected a number", remedy
+                ) from None
+            if (
+                not math.isfinite(values[at["score"]])
+                or values[at["rank"]] < 1
+                or values[at["train"]] < 0
+            ):
+                raise self.broken(
+                    line, "a score that is not finite, a rank below 1 or an id below 0"
+                )
             query, kind = (values[at[name]] if name in at else "" for name in ("query", "kind"))
             if kind and kind not in KINDS:
                 raise self.broken(line, f"kind is {kind!r}, expected {' or '.join(KINDS)}")
@@ -119,7 +149,11 @@ def open_parts(names: Sequence[str], stdin: IO[str]) -> tuple[list[Part], tuple[
         columns = tuple(part.columns)
         by = columns[4] if len(columns) == len(SCORE_COLUMNS) + 1 else None
         if columns not in (SELF_COLUMNS, score_columns(by)):
-            raise TableError(f"{part.name} is no table of score or self", f"found: {', '.join(columns)}"[:300], "merge takes such tables")
+            raise TableError(
+                f"{part.name} is no table of score or self",
+                f"found: {', '.join(columns)}"[:300],
+                "merge takes such tables",
+            )
         if part.columns != known[0].columns:
             raise TableError(
                 f"{part.name} has other columns than {known[0].name}",
@@ -154,7 +188,9 @@ def merged(parts: Sequence[Part], columns: Sequence[str], k: int | None) -> Iter
                         "expected: parts of different training examples, each shard once and all of the same count",
                     )
                 pages[page][at] = number
-                if k is None or (rank < k and not (signed and key[2] == 0)):  # a score of 0 is ranked where all are
+                if k is None or (
+                    rank < k and not (signed and key[2] == 0)
+                ):  # a score of 0 is ranked where all are
                     rank += 1
                     for row in rows:
                         row[rank_at] = rank
@@ -175,8 +211,12 @@ def lines_of(name: str, stdin: IO[str]) -> Lines:
     if format == "parquet":
         yield from _parquet(Path(name))
         return
-    with nullcontext(stdin) if name == "-" else Path(name).open(encoding="utf-8", newline="") as file:
-        yield from _json(file) if format == "jsonl" else _separated(file, "\t" if format == "tsv" else ",")
+    with (
+        nullcontext(stdin) if name == "-" else Path(name).open(encoding="utf-8", newline="") as file
+    ):
+        yield from (
+            _json(file) if format == "jsonl" else _separated(file, "\t" if format == "tsv" else ",")
+        )
 
 
 def _separated(file: IO[str], delimiter: str) -> Lines:
@@ -202,11 +242,16 @@ def _json(file: IO[str]) -> Lines:
 
 def _parquet(path: Path) -> Lines:
     if importlib.util.find_spec("pyarrow") is None:
-        raise UsageProblem(f"{path}: parquet needs pyarrow", "install it: pip install 'influence-cli[parquet]'")
+        raise UsageProblem(
+            f"{path}: parquet needs pyarrow", "install it: pip install 'influence-cli[parquet]'"
+        )
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         yield 0, list(file.schema_arrow.names)
-        rows = (zip(*(column.to_pylist() for column in batch.columns), strict=True) for batch in file.iter_batches(batch_size=1024))
+        rows = (
+            zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            for batch in file.iter_batches(batch_size=1024)
+        )
         for line, values in enumerate(itertools.chain.from_iterable(rows), start=1):
             yield line, list(values)

@@ -78,11 +78,19 @@ class TopRanking(Shareable):
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
         for kind, sign in enumerate((1, -1)[: len(self._best)]):
             bars = self._bars(kind, sign, scores)[:, None]
-            good = np.flatnonzero(scores >= bars if sign > 0 else scores <= -bars)  # equal: may still win by its id
+            good = np.flatnonzero(
+                scores >= bars if sign > 0 else scores <= -bars
+            )  # equal: may still win by its id
             query, at = np.divmod(good, scores.shape[1])
             if len(at):
                 self._merge(
-                    kind, _Best(query, sign * scores[query, at], ids[at], parts[:, query, at] if parts is not None else no_parts(at))
+                    kind,
+                    _Best(
+                        query,
+                        sign * scores[query, at],
+                        ids[at],
+                        parts[:, query, at] if parts is not None else no_parts(at),
+                    ),
                 )
 
     def parcels(self) -> Iterator[list[_Best]]:
@@ -105,11 +113,16 @@ class TopRanking(Shareable):
 
     def _merge(self, kind: int, new: _Best) -> None:
         best = self._best[kind]
-        query, keys, ids = (np.concatenate(pair) for pair in ((best.queries, new.queries), (best.keys, new.keys), (best.ids, new.ids)))
+        query, keys, ids = (
+            np.concatenate(pair)
+            for pair in ((best.queries, new.queries), (best.keys, new.keys), (best.ids, new.ids))
+        )
         order = np.lexsort((ids, -keys, query))
         sorted_ = query[order]
         kept = order[np.arange(len(order)) - np.searchsorted(sorted_, sorted_) < self.k]
-        parts = np.concatenate([best.parts, new.parts], axis=1)[:, kept] if self.parts else best.parts
+        parts = (
+            np.concatenate([best.parts, new.parts], axis=1)[:, kept] if self.parts else best.parts
+        )
         self._best[kind] = _Best(query[kept], keys[kept], ids[kept], parts)
 
     def entries(self, query: int) -> Iterator[Entry]:
@@ -117,7 +130,13 @@ class TopRanking(Shareable):
             first, last = np.searchsorted(best.queries, [query, query + 1])
             for rank, at in enumerate(range(first, last), start=1):
                 score = float(sign * best.keys[at])
-                yield Entry(kind, rank, int(best.ids[at]), score, tuple(best.parts[:, at].tolist()) if self.parts else ())
+                yield Entry(
+                    kind,
+                    rank,
+                    int(best.ids[at]),
+                    score,
+                    tuple(best.parts[:, at].tolist()) if self.parts else (),
+                )
 
 
 def no_parts(at: np.ndarray) -> np.ndarray:
@@ -129,12 +148,17 @@ class FullRanking(Shareable):
 
     def __init__(self, queries: int, parts: int, run_bytes: int = RUN_BYTES) -> None:
         super().__init__(queries, parts)
-        self._row = np.dtype([("kind", "i1"), ("key", "f8"), ("id", "i8"), ("parts", "f8", (parts,))])
+        self._row = np.dtype(
+            [("kind", "i1"), ("key", "f8"), ("id", "i8"), ("parts", "f8", (parts,))]
+        )
         self._rows = max(1, run_bytes // (queries * self._row.itemsize))
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="influence-ranking-")
         except OSError as error:
-            raise OutputError(f"--top all has no place to spill to: {error}", "TMPDIR names a folder that can be written") from error
+            raise OutputError(
+                f"--top all has no place to spill to: {error}",
+                "TMPDIR names a folder that can be written",
+            ) from error
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         self._waiting, self._runs = 0, 0
         self._sizes: list[int] = []
@@ -143,7 +167,11 @@ class FullRanking(Shareable):
         for first in range(0, len(ids), self._rows):
             at = slice(first, first + self._rows)
             self._pending.append(
-                (ids[at].copy(), scores[:, at].copy(), parts[:, :, at].copy() if self.parts and parts is not None else None)
+                (
+                    ids[at].copy(),
+                    scores[:, at].copy(),
+                    parts[:, :, at].copy() if self.parts and parts is not None else None,
+                )
             )
             self._waiting += len(ids[at])
             if self._waiting >= self._rows:
@@ -161,7 +189,10 @@ class FullRanking(Shareable):
                 rows = np.empty(len(ids), self._row)
                 rows["kind"], rows["key"], rows["id"] = scores < 0, -np.abs(scores), ids
                 if self.parts:
-                    rows["parts"] = np.concatenate([parts[:, query] for _, _, parts in self._pending if parts is not None], axis=1).T
+                    rows["parts"] = np.concatenate(
+                        [parts[:, query] for _, _, parts in self._pending if parts is not None],
+                        axis=1,
+                    ).T
                 yield rows[np.lexsort((rows["id"], rows["key"], rows["kind"]))]
 
         self._write(stretches(), len(ids))
@@ -186,23 +217,36 @@ class FullRanking(Shareable):
         """One run at a time, (Q, rows)."""
         self._spill()
         for run in range(self._runs):
-            yield np.fromfile(Path(self._folder.name) / f"{run}", self._row).reshape(self.queries, -1)
+            yield np.fromfile(Path(self._folder.name) / f"{run}", self._row).reshape(
+                self.queries, -1
+            )
 
     def take(self, parcel: np.ndarray) -> None:
         self._write(parcel, parcel.shape[1])
 
     def _run(self, run: int, query: int) -> Iterator[tuple[int, float, int, tuple[float, ...]]]:
         size, step = self._sizes[run], max(64, READ_ROWS // self._runs)
-        for first in range(0, size, step):  # opened anew each time: there may be more runs than a process may have open files
+        for first in range(
+            0, size, step
+        ):  # opened anew each time: there may be more runs than a process may have open files
             offset = (query * size + first) * self._row.itemsize
-            rows = np.fromfile(Path(self._folder.name) / f"{run}", self._row, min(step, size - first), offset=offset)
+            rows = np.fromfile(
+                Path(self._folder.name) / f"{run}",
+                self._row,
+                min(step, size - first),
+                offset=offset,
+            )
             parts = map(tuple, rows["parts"].tolist()) if self.parts else [()] * len(rows)
-            yield from zip(rows["kind"].tolist(), rows["key"].tolist(), rows["id"].tolist(), parts, strict=True)
+            yield from zip(
+                rows["kind"].tolist(), rows["key"].tolist(), rows["id"].tolist(), parts, strict=True
+            )
 
     def entries(self, query: int) -> Iterator[Entry]:
         self._spill()
         rank, last = 0, -1
-        for kind, key, id, parts in heapq.merge(*(self._run(run, query) for run in range(self._runs))):
+        for kind, key, id, parts in heapq.merge(
+            *(self._run(run, query) for run in range(self._runs))
+        ):
             rank = rank + 1 if kind == last else 1
             last = kind
             yield Entry("opponent" if kind else "proponent", rank, id, key if kind else -key, parts)

@@ -16,8 +16,24 @@ from influence_cli.errors import OutputError, UsageProblem
 from influence_cli.output.ranking import Entry, Ranking
 
 FORMATS = ("table", "csv", "tsv", "jsonl", "parquet")
-SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-SCORE_COLUMNS = ("query", "kind", "rank", "train", "score", "query_label", "train_label", "query_text", "train_text")
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+SCORE_COLUMNS = (
+    "query",
+    "kind",
+    "rank",
+    "train",
+    "score",
+    "query_label",
+    "train_label",
+    "query_text",
+    "train_text",
+)
 TRACE_COLUMNS = ("query", "train", "step", "score", "running", "query_label", "train_label")
 SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
 CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
@@ -27,7 +43,9 @@ CHUNK = 1000  # rows of a terminal table, or of a parquet row group, held at onc
 
 Row = Sequence[Any]
 Describe = Callable[[str, int], tuple[str, str]]  # (split, id) -> label, text
-Split = Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]  # (query position, entries) -> per entry its (part, score)
+Split = Callable[
+    [int, Sequence[Entry]], list[list[tuple[str, float]]]
+]  # (query position, entries) -> per entry its (part, score)
 
 
 # ---------------------------------------------------------------- rows
@@ -54,9 +72,14 @@ def score_rows(
             if split is not None:
                 divided = split(position, some)
             else:
-                divided = [list(zip(parts, entry.parts, strict=True)) if by else [("", entry.score)] for entry in some]
+                divided = [
+                    list(zip(parts, entry.parts, strict=True)) if by else [("", entry.score)]
+                    for entry in some
+                ]
             for entry, pieces in zip(some, divided, strict=True):
-                train_label, train_text = describe("train", entry.train) if groups is None else ("", "")
+                train_label, train_text = (
+                    describe("train", entry.train) if groups is None else ("", "")
+                )
                 for part, score in pieces:
                     yield (
                         "all" if query is None else query, entry.kind, entry.rank, entry.train if groups is None else groups[entry.train],
@@ -71,7 +94,7 @@ def self_rows(entries: Iterable[Entry], describe: Describe) -> Iterator[Row]:
 
 # ---------------------------------------------------------------- writing
 @dataclass(frozen=True)
-class Sink:
+class TableWriter:
     """Where a table goes, and how: stdout, or a file that is written whole or not at all."""
 
     format: str
@@ -79,22 +102,39 @@ class Sink:
     stdout: IO[str]
 
     @classmethod
-    def open(cls, asked: str | None, output: Path | None, stdout: IO[str] | None = None) -> "Sink":
+    def open(
+        cls, asked: str | None, output: Path | None, stdout: IO[str] | None = None
+    ) -> "TableWriter":
         """From `--format` and `-o`: what is asked, else the ending of the file, else a table for a terminal and csv for a pipe.
 
         Raises UsageProblem for what can be known before the work: an unknown format, a missing folder or library.
         """
         stdout = stdout or sys.__stdout__ or sys.stdout
-        format = asked or (SUFFIXES.get(output.suffix.lower(), "csv") if output else "table" if stdout.isatty() else "csv")
+        format = asked or (
+            SUFFIXES.get(output.suffix.lower(), "csv")
+            if output
+            else "table"
+            if stdout.isatty()
+            else "csv"
+        )
         if format not in FORMATS:
             raise UsageProblem(f"--format {format}: unknown", f"expected: {', '.join(FORMATS)}")
         if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-            raise UsageProblem(f"-o {output}: {'a folder is there' if output.is_dir() else 'no such folder'}", "expected: a file's name")
+            raise UsageProblem(
+                f"-o {output}: {'a folder is there' if output.is_dir() else 'no such folder'}",
+                "expected: a file's name",
+            )
         if format == "parquet":
             if importlib.util.find_spec("pyarrow") is None:
-                raise UsageProblem("--format parquet needs pyarrow", "install it: pip install 'influence-cli[parquet]'")
+                raise UsageProblem(
+                    "--format parquet needs pyarrow",
+                    "install it: pip install 'influence-cli[parquet]'",
+                )
             if output is None and stdout.isatty():
-                raise UsageProblem("--format parquet is binary and stdout is a terminal", "-o FILE writes it to a file")
+                raise UsageProblem(
+                    "--format parquet is binary and stdout is a terminal",
+                    "-o FILE writes it to a file",
+                )
         return cls(format, output, stdout)
 
     def write(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
@@ -126,13 +166,27 @@ def _parquet(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> None
     first = list(itertools.islice(rows, CHUNK))
     place = {name: columns.index(name) for name in ("query", "train", "step") if name in columns}
     ids = {name for name, at in place.items() if all(isinstance(row[at], int) for row in first)}
-    kinds = {name: pa.int64() if name in WHOLE_NUMBERS | ids else pa.float64() if name in FLOATS else pa.string() for name in columns}
+    kinds = {
+        name: pa.int64()
+        if name in WHOLE_NUMBERS | ids
+        else pa.float64()
+        if name in FLOATS
+        else pa.string()
+        for name in columns
+    }
     schema = pa.schema(list(kinds.items()))
     file.flush()
     with pq.ParquetWriter(file.buffer, schema) as writer:  # type: ignore[attr-defined]
-        chunks = itertools.chain([first], iter(lambda: list(itertools.islice(rows, CHUNK * 64)), []))
+        chunks = itertools.chain(
+            [first], iter(lambda: list(itertools.islice(rows, CHUNK * 64)), [])
+        )
         for chunk in chunks:
-            writer.write_table(pa.table([list(part) for part in zip(*chunk, strict=True)] or [[] for _ in columns], schema=schema))
+            writer.write_table(
+                pa.table(
+                    [list(part) for part in zip(*chunk, strict=True)] or [[] for _ in columns],
+                    schema=schema,
+                )
+            )
 
 
 def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> None:
@@ -143,18 +197,33 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
     console = Console(file=file, highlight=False)
     rows = iter(rows)
     chunk = list(itertools.islice(rows, CHUNK))
-    shown = [name for name in columns if not name.endswith(("_label", "_text")) or any(row[columns.index(name)] for row in chunk)]
+    shown = [
+        name
+        for name in columns
+        if not name.endswith(("_label", "_text")) or any(row[columns.index(name)] for row in chunk)
+    ]
     at = [columns.index(name) for name in shown]
     while True:
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-        widths = {name: max(len(name), *(len(_cell(row[columns.index(name)])) for row in chunk), 0) for name in shown}
+        widths = {
+            name: max(len(name), *(len(_cell(row[columns.index(name)])) for row in chunk), 0)
+            for name in shown
+        }
         texts = [name for name in shown if name.endswith("_text")]
         room = console.width - sum(width + 2 for name, width in widths.items() if name not in texts)
-        widths |= {name: min(widths[name], max(len(name), room // len(texts) - 2)) for name in texts}  # texts give way, numbers never
+        widths |= {
+            name: min(widths[name], max(len(name), room // len(texts) - 2)) for name in texts
+        }  # texts give way, numbers never
         console.width = max(console.width, sum(widths.values()) + 2 * len(widths))
         for name in shown:
             number = name in ("rank", "score", "query", "train", "step", "running")
-            table.add_column(name, justify="right" if number else "left", no_wrap=True, min_width=widths[name], max_width=widths[name])
+            table.add_column(
+                name,
+                justify="right" if number else "left",
+                no_wrap=True,
+                min_width=widths[name],
+                max_width=widths[name],
+            )
         styles = {"kind": _COLOURS, "result": _COLOURS}
         shares = word_shares(chunk, columns)
         before: Any = None
@@ -162,7 +231,13 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
             if before is not None and "query" in columns and row[0] != before:
                 table.add_row()
             before = row[0]
-            cells = [Text(_short(_cell(row[i]), widths[columns[i]]), style=styles.get(columns[i], {}).get(row[i], "")) for i in at]
+            cells = [
+                Text(
+                    _short(_cell(row[i]), widths[columns[i]]),
+                    style=styles.get(columns[i], {}).get(row[i], ""),
+                )
+                for i in at
+            ]
             if shares:
                 cells[shown.index("word")].style = _shade(shares[place])
             table.add_row(*cells)
@@ -209,7 +284,10 @@ def to_stdout(stdout: IO[str]) -> Iterator[IO[str]]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"stdout can't be written: {error.strerror or error}", "free some space, or write elsewhere") from error
+        raise OutputError(
+            f"stdout can't be written: {error.strerror or error}",
+            "free some space, or write elsewhere",
+        ) from error
 
 
 @contextmanager
@@ -224,7 +302,8 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(
-            f"{path} can't be written: {error.strerror or error}", "nothing was left there; -o FILE names another place"
+            f"{path} can't be written: {error.strerror or error}",
+            "nothing was left there; -o FILE names another place",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

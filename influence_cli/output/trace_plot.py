@@ -10,7 +10,9 @@ UP, DOWN = " ▁▂▃▄▅▆▇█", " ▔🮂🮃▀🮄🮅🮆█"
 HEIGHT = 4  # lines above and below the axis
 
 
-def trace_plot(title: str, series: Sequence[tuple[int, float]], steps: range, file: IO[str]) -> None:
+def trace_plot(
+    title: str, series: Sequence[tuple[int, float]], steps: range, file: IO[str]
+) -> None:
     """One series of (step, score): a bar for each stretch of steps, the sum of its scores; proponents upward."""
     console = Console(file=file, highlight=False)
     width = max(10, min(console.width - 14, len(steps)))
@@ -22,10 +24,19 @@ def trace_plot(title: str, series: Sequence[tuple[int, float]], steps: range, fi
     console.print(Text(title, style="bold"))
     for sign, style in ((1, "green"), (-1, "red")):
         extent = high if sign > 0 else low
-        lines = [bars([sign * value / top for value in bins], line, sign) for line in range(HEIGHT) if top and extent > line * top / HEIGHT]
+        lines = [
+            bars([sign * value / top for value in bins], line, sign)
+            for line in range(HEIGHT)
+            if top and extent > line * top / HEIGHT
+        ]
         for number, text in enumerate(reversed(lines) if sign > 0 else lines):
             edge = number == (0 if sign > 0 else len(lines) - 1)
-            console.print(Text(f"{sign * extent:>12.4g} " if edge else " " * 13), Text(text.rstrip(), style=style), sep="", soft_wrap=True)
+            console.print(
+                Text(f"{sign * extent:>12.4g} " if edge else " " * 13),
+                Text(text.rstrip(), style=style),
+                sep="",
+                soft_wrap=True,
+            )
         if sign > 0:
             console.print(Text(f"{'0':>12} "), Text("─" * width, style="dim"), sep="")
     last = f"step {steps.stop - 1:,}"

@@ -50,7 +50,11 @@ class Run:
 
     @cached_property
     def trajectory(self) -> _trajectory.Trajectory | None:
-        return _trajectory.read(self.trajectory_path, len(self.train)) if self.trajectory_path else None
+        return (
+            _trajectory.read(self.trajectory_path, len(self.train))
+            if self.trajectory_path
+            else None
+        )
 
 
 def open_run(
@@ -68,21 +72,38 @@ def open_run(
     """
     if not folder.is_dir():
         raise UsageProblem(
-            f"no run at {folder}", "expected: a folder with definition.py and checkpoints/", "`influence init DIR` starts one"
+            f"no run at {folder}",
+            "expected: a folder with definition.py and checkpoints/",
+            "`influence init DIR` starts one",
         )
     if definition is not None and not definition.is_file():
-        raise UsageProblem(f"--definition {definition}: no such file", "expected: a Python file like RUN/definition.py")
+        raise UsageProblem(
+            f"--definition {definition}: no such file",
+            "expected: a Python file like RUN/definition.py",
+        )
     if checkpoints is not None and not checkpoints.is_dir():
-        raise UsageProblem(f"--checkpoints {checkpoints}: no such folder", "expected: a folder of checkpoints like RUN/checkpoints")
+        raise UsageProblem(
+            f"--checkpoints {checkpoints}: no such folder",
+            "expected: a folder of checkpoints like RUN/checkpoints",
+        )
     if trajectory is not None and not trajectory.is_file():
-        raise UsageProblem(f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl")
+        raise UsageProblem(
+            f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl"
+        )
     loaded = _definition.load(definition or folder / "definition.py")
     found = _checkpoints.find(folder, checkpoints)
     model = parameters.build(loaded)
     _checkpoints.check(found, model, cast=precision is not None)
     model = parameters.cast(model, precision, device or torch.device("cpu"))
     default = folder / "trajectory.jsonl"
-    return Run(folder, loaded, model, parameters.columns(model), tuple(found), trajectory or (default if default.is_file() else None))
+    return Run(
+        folder,
+        loaded,
+        model,
+        parameters.columns(model),
+        tuple(found),
+        trajectory or (default if default.is_file() else None),
+    )
 
 
 def at_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple[Checkpoint, ...]:
@@ -99,10 +120,14 @@ def at_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple[Che
                 start, stop = int(low), int(low) + 1
         except ValueError:
             raise UsageProblem(
-                f"--steps {spec!r} can't be read at {part!r}", "expected: steps like 100,200 or a half-open range like 100:500"
+                f"--steps {spec!r} can't be read at {part!r}",
+                "expected: steps like 100,200 or a half-open range like 100:500",
             ) from None
         chosen = {step for step in steps if start <= step < stop}
         if not chosen:
-            raise UsageProblem(f"--steps {part.strip()}: no checkpoint there", f"there are checkpoints of the steps {listed(steps, 20)}")
+            raise UsageProblem(
+                f"--steps {part.strip()}: no checkpoint there",
+                f"there are checkpoints of the steps {listed(steps, 20)}",
+            )
         kept |= chosen
     return tuple(checkpoint for checkpoint in checkpoints if checkpoint.step in kept)

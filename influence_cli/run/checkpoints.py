@@ -56,10 +56,20 @@ def find(run: Path, folder: Path | None = None) -> list[Checkpoint]:
     """
     place = folder or (run / "checkpoints" if (run / "checkpoints").is_dir() else run)
     if not place.is_dir():
-        raise CheckpointError(f"no checkpoints: {place} is not a folder", "--checkpoints DIR names another place")
-    paths = sorted(path for path in place.iterdir() if is_checkpoint(path, strict=folder is None and place == run))
+        raise CheckpointError(
+            f"no checkpoints: {place} is not a folder", "--checkpoints DIR names another place"
+        )
+    paths = sorted(
+        path
+        for path in place.iterdir()
+        if is_checkpoint(path, strict=folder is None and place == run)
+    )
     if not paths:
-        pickled = [path.name for path in sorted(place.rglob("*")) if path.suffix in {".pt", ".pth", ".ckpt", ".bin"}]
+        pickled = [
+            path.name
+            for path in sorted(place.rglob("*"))
+            if path.suffix in {".pt", ".pth", ".ckpt", ".bin"}
+        ]
         raise CheckpointError(
             f"no checkpoints in {place}",
             "expected: step-000100.safetensors ..., or Trainer folders checkpoint-100/model.safetensors (or its index file)",
@@ -76,9 +86,17 @@ def find(run: Path, folder: Path | None = None) -> list[Checkpoint]:
     if problems:
         raise CheckpointError(*_together(problems, "checkpoints can't be used"))
     found.sort(key=lambda checkpoint: checkpoint.step)
-    twice = [f"step {a.step}: {a.name} and {b.name}" for a, b in itertools.pairwise(found) if a.step == b.step]
+    twice = [
+        f"step {a.step}: {a.name} and {b.name}"
+        for a, b in itertools.pairwise(found)
+        if a.step == b.step
+    ]
     if twice:
-        raise CheckpointError("two checkpoints have one step", *twice, "keep one of each, or name another folder with --checkpoints DIR")
+        raise CheckpointError(
+            "two checkpoints have one step",
+            *twice,
+            "keep one of each, or name another folder with --checkpoints DIR",
+        )
     return found
 
 
@@ -102,10 +120,14 @@ def describe(path: Path) -> Checkpoint:
     if "step" in metadata:
         step = _number(path, metadata, "step", int)
         if re.search(r"(step|checkpoint)[-_]?\d+$", path.stem) and named != step:
-            raise CheckpointError(f"{path.name} says step {named} in its name and {step} in its metadata", "rename it, or save it again")
+            raise CheckpointError(
+                f"{path.name} says step {named} in its name and {step} in its metadata",
+                "rename it, or save it again",
+            )
     if step is None:
         raise CheckpointError(
-            f"{path.name} has no step: no number in its name, no `step` in its metadata", "name it like step-000100.safetensors"
+            f"{path.name} has no step: no number in its name, no `step` in its metadata",
+            "name it like step-000100.safetensors",
         )
     rate = _number(path, metadata, "learning_rate", float) if "learning_rate" in metadata else None
     state = path / "trainer_state.json"
@@ -116,7 +138,9 @@ def _number(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
     try:
         return kind(metadata[key])
     except ValueError:
-        raise CheckpointError(f"{path.name}: metadata {key} is {metadata[key]!r}", "expected: a number") from None
+        raise CheckpointError(
+            f"{path.name}: metadata {key} is {metadata[key]!r}", "expected: a number"
+        ) from None
 
 
 def shards(path: Path) -> tuple[Path, ...]:
@@ -131,14 +155,21 @@ def shards(path: Path) -> tuple[Path, ...]:
         absent = [name for name in names if not (path / name).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{path.name}/{INDEX} can't be read: {type(error).__name__} {error}", "expected: an object with `weight_map`"
+            f"{path.name}/{INDEX} can't be read: {type(error).__name__} {error}",
+            "expected: an object with `weight_map`",
         ) from error
     if absent:
-        raise CheckpointError(f"{path.name}/{INDEX} names files that are not there: {listed(absent)}", "copy the missing shards")
+        raise CheckpointError(
+            f"{path.name}/{INDEX} names files that are not there: {listed(absent)}",
+            "copy the missing shards",
+        )
     found = headers(tuple(path / name for name in names)).tensors
     lost = [key for key in weights if key not in found or found[key][0].name != weights[key]]
     if lost:
-        raise CheckpointError(f"{path.name}/{INDEX} names tensors that its shards lack: {listed(lost)}", "copy the shards again")
+        raise CheckpointError(
+            f"{path.name}/{INDEX} names tensors that its shards lack: {listed(lost)}",
+            "copy the shards again",
+        )
     return tuple(path / name for name in names)
 
 
@@ -149,7 +180,10 @@ def headers(files: tuple[Path, ...]) -> Header:
     for file in files:
         size = file.stat().st_size
         if not size:
-            raise CheckpointError(f"{file.name} is empty (0 bytes)", "save it again; it was probably cut off while it was written")
+            raise CheckpointError(
+                f"{file.name} is empty (0 bytes)",
+                "save it again; it was probably cut off while it was written",
+            )
         try:
             with safe_open(file, "pt") as content:
                 metadata.update(content.metadata() or {})
@@ -157,16 +191,25 @@ def headers(files: tuple[Path, ...]) -> Header:
                     part = content.get_slice(key)
                     tensors[key] = (file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
-            cut = any(part in str(error) for part in ("incomplete", "invalid header length", "header too small"))
+            cut = any(
+                part in str(error)
+                for part in ("incomplete", "invalid header length", "header too small")
+            )
             what = "is truncated" if cut else "is not a safetensors file"
-            raise CheckpointError(f"{file.name} {what} ({size:,} bytes: {error})", "save or copy it again") from error
+            raise CheckpointError(
+                f"{file.name} {what} ({size:,} bytes: {error})", "save or copy it again"
+            ) from error
     return Header(tensors, metadata)
 
 
 # ---------------------------------------------------------------- fitting and loading
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint of the model holds: parameters and persistent buffers, tied ones under each of their names."""
-    return {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    return {
+        key: value
+        for key, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def key_map(header: Header, model: nn.Module) -> tuple[dict[str, str], list[str], dict[str, str]]:
@@ -203,12 +246,19 @@ def check(checkpoints: list[Checkpoint], model: nn.Module, cast: bool) -> None:
         header = headers(checkpoint.files)
         mapping, missing, unexpected = key_map(header, model)
         lines = [f"missing:    {key} {tuple(own[key].shape)}" for key in missing]
-        lines += [f"unexpected: {key} {header.tensors[file_key][2]}" for key, file_key in unexpected.items()]
+        lines += [
+            f"unexpected: {key} {header.tensors[file_key][2]}"
+            for key, file_key in unexpected.items()
+        ]
         for key, file_key in mapping.items():
             _, dtype, shape = header.tensors[file_key]
             if shape != tuple(own[key].shape):
-                lines.append(f"shape:      {key} is {shape} in the file, {tuple(own[key].shape)} in the model")
-            elif DTYPES.get(dtype) != own[key].dtype and not (cast and dtype in ("F64", "F32", "F16", "BF16")):
+                lines.append(
+                    f"shape:      {key} is {shape} in the file, {tuple(own[key].shape)} in the model"
+                )
+            elif DTYPES.get(dtype) != own[key].dtype and not (
+                cast and dtype in ("F64", "F32", "F16", "BF16")
+            ):
                 expected = str(own[key].dtype).removeprefix("torch.")
                 found = str(DTYPES.get(dtype, dtype)).removeprefix("torch.")
                 lines.append(f"dtype:      {key} is {found} in the file, {expected} in the model")
@@ -218,16 +268,23 @@ def check(checkpoints: list[Checkpoint], model: nn.Module, cast: bool) -> None:
         return
     first, lines = next(iter(problems.items()))
     same = [name for name, found in problems.items() if found == lines]
-    details = [*lines[:30], *([f"... and {len(lines) - 30:,} more lines like these"] if len(lines) > 30 else [])]
+    details = [
+        *lines[:30],
+        *([f"... and {len(lines) - 30:,} more lines like these"] if len(lines) > 30 else []),
+    ]
     if len(same) > 1:
         details.append(f"the same in: {listed(same[1:])}")
     others = [name for name in problems if name not in same]
     if others:
         details.append(f"other misfits in: {listed(others)}")
     if all(line.startswith("dtype") for line in lines):
-        details.append("--precision float32 (or another) casts both; or build the model in the file's dtype in definition.py")
+        details.append(
+            "--precision float32 (or another) casts both; or build the model in the file's dtype in definition.py"
+        )
     else:
-        details.append("the checkpoint was saved by another version of the model, or definition.py builds another size")
+        details.append(
+            "the checkpoint was saved by another version of the model, or definition.py builds another size"
+        )
     raise CheckpointError(f"{first} does not fit the model in definition.py", *details)
 
 
@@ -249,10 +306,14 @@ def load(checkpoint: Checkpoint, model: nn.Module) -> None:
                     continue
                 value = content.get_tensor(file_key)
                 if value.is_floating_point() and value.numel():
-                    found = torch.isfinite if key in parameters else is_number  # a mask buffer may hold -inf
+                    found = (
+                        torch.isfinite if key in parameters else is_number
+                    )  # a mask buffer may hold -inf
                     if not all(bool(found(bound)) for bound in torch.aminmax(value)):
                         wrong = ~found(value)
-                        broken.append(f"{key}: {int(wrong.sum()):,} of {value.numel():,} values are NaN or infinite")
+                        broken.append(
+                            f"{key}: {int(wrong.sum()):,} of {value.numel():,} values are NaN or infinite"
+                        )
                 target = own[key]
                 if id(target) in seen and not torch.equal(seen[id(target)][1], value):
                     untied.append(f"{seen[id(target)][0]} and {key}")
@@ -260,11 +321,15 @@ def load(checkpoint: Checkpoint, model: nn.Module) -> None:
                 target.data.copy_(value)
     if broken:
         raise CheckpointError(
-            f"{checkpoint.name} holds values that are not finite", *broken, "training had diverged there; leave it out with --steps"
+            f"{checkpoint.name} holds values that are not finite",
+            *broken,
+            "training had diverged there; leave it out with --steps",
         )
     if untied:
         raise CheckpointError(
-            f"{checkpoint.name} holds two values of one tied tensor", *untied, "definition.py ties parameters that were trained apart"
+            f"{checkpoint.name} holds two values of one tied tensor",
+            *untied,
+            "definition.py ties parameters that were trained apart",
         )
 
 

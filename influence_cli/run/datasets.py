@@ -23,7 +23,9 @@ class Examples:
         self._dataset = definition.call(f"{split}_data")
         plain = type(self._dataset) is TensorDataset and not definition.has("collate")
         self._tensors = self._dataset.tensors if plain else None
-        self._described = lru_cache(maxsize=65_536)(self._describe)  # bounded, so that memory stays flat
+        self._described = lru_cache(maxsize=65_536)(
+            self._describe
+        )  # bounded, so that memory stays flat
         kind = type(self._dataset).__name__
         indexed = hasattr(self._dataset, "__getitem__") and hasattr(self._dataset, "__len__")
         if not indexed or isinstance(self._dataset, IterableDataset):
@@ -35,7 +37,9 @@ class Examples:
         try:
             self._length = len(self._dataset)
         except Exception as error:
-            raise DataError(f"len() of {self.source} raised {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"len() of {self.source} raised {type(error).__name__}: {error}"
+            ) from error
         if not self._length:
             raise DataError(f"{self.source} is empty", "expected: at least one example")
 
@@ -76,13 +80,18 @@ class Examples:
 
     def digests(self, ids: Sequence[int] | np.ndarray) -> torch.Tensor:
         """(N,) the `digest` of each of these examples, int64."""
-        if self._tensors is None or not all(tensor.is_cpu and tensor.dtype != torch.bfloat16 for tensor in self._tensors):
+        if self._tensors is None or not all(
+            tensor.is_cpu and tensor.dtype != torch.bfloat16 for tensor in self._tensors
+        ):
             return torch.tensor([digest(self.item(index)) for index in ids], dtype=torch.int64)
         values = [zlib.crc32(b"tuple")] * len(ids)
         for tensor in self._tensors:
             rows = tensor[torch.as_tensor(ids, dtype=torch.int64)].numpy()
             name = f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode()
-            values = [zlib.crc32(row, zlib.crc32(name, value)) for row, value in zip(rows, values, strict=True)]
+            values = [
+                zlib.crc32(row, zlib.crc32(name, value))
+                for row, value in zip(rows, values, strict=True)
+            ]
         return torch.tensor(values, dtype=torch.int64)
 
     def check_stable(self, ids: Sequence[int] | np.ndarray) -> None:
@@ -105,7 +114,10 @@ class Examples:
         if not self._definition.has(function):
             return ""
         value = self._definition.call(function, self.item(index))
-        if isinstance(value, torch.Tensor | np.ndarray | np.generic) and getattr(value, "ndim", 0) == 0:
+        if (
+            isinstance(value, torch.Tensor | np.ndarray | np.generic)
+            and getattr(value, "ndim", 0) == 0
+        ):
             value = value.item()
         return "" if value is None else str(value)
 
@@ -130,16 +142,24 @@ def _bytes(part: Any) -> tuple[str, Any]:
     if isinstance(part, torch.Tensor):
         part = part.to_dense() if part.layout != torch.strided else part
         flat = part.detach().cpu().contiguous().reshape(-1)
-        return f"{part.dtype}{tuple(part.shape)}", flat.view(torch.uint8).numpy() if flat.numel() else b""
+        return f"{part.dtype}{tuple(part.shape)}", flat.view(
+            torch.uint8
+        ).numpy() if flat.numel() else b""
     if isinstance(part, np.ndarray | np.generic) and part.dtype != object:
-        return f"{part.dtype}{part.shape}", np.ascontiguousarray(part).view(np.uint8) if part.size and part.ndim else part.tobytes()
+        return f"{part.dtype}{part.shape}", np.ascontiguousarray(part).view(
+            np.uint8
+        ) if part.size and part.ndim else part.tobytes()
     if isinstance(part, bool | int | float | complex | str | type(None)):
         return type(part).__name__, repr(part).encode("utf-8", "surrogatepass")
     if isinstance(part, bytes | bytearray | memoryview):
         return "bytes", bytes(part)
-    pixels: Callable[[], bytes] | None = getattr(part, "tobytes", None)  # PIL images, without importing PIL
+    pixels: Callable[[], bytes] | None = getattr(
+        part, "tobytes", None
+    )  # PIL images, without importing PIL
     size = getattr(part, "size", "")
-    return f"{type(part).__name__}{size if isinstance(size, tuple) else ''}", pixels() if callable(pixels) else b""
+    return f"{type(part).__name__}{size if isinstance(size, tuple) else ''}", pixels() if callable(
+        pixels
+    ) else b""
 
 
 def _children(part: Any) -> list[Any]:

@@ -54,8 +54,16 @@ def load(path: Path) -> Definition:
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         where, what, text = "", str(error), ""
         if isinstance(error, SyntaxError):
-            where, what, text = f" line {error.lineno}" if error.lineno else "", error.msg, (error.text or "").strip()
-        raise DefinitionError(f"{path.name} is not valid Python", f"{path}{where}: {what}", *([f"> {text}"] if text else [])) from error
+            where, what, text = (
+                f" line {error.lineno}" if error.lineno else "",
+                error.msg,
+                (error.text or "").strip(),
+            )
+        raise DefinitionError(
+            f"{path.name} is not valid Python",
+            f"{path}{where}: {what}",
+            *([f"> {text}"] if text else []),
+        ) from error
     spec = importlib.util.spec_from_loader("influence_definition", loader=None, origin=str(path))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,7 +76,8 @@ def load(path: Path) -> Definition:
         exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
         raise DefinitionError(
-            f"{path.name} raised {type(error).__name__} while it was loaded: {error}", *frames(error, path.parent)
+            f"{path.name} raised {type(error).__name__} while it was loaded: {error}",
+            *frames(error, path.parent),
         ) from error
     missing = [name for name in REQUIRED if not callable(getattr(module, name, None))]
     if missing:
@@ -81,13 +90,27 @@ def load(path: Path) -> Definition:
 
 def source_digest(path: Path, imported: set[str]) -> str:
     """sha256 of the definition and of the user's own modules: those beside it, and those it `imported` that are not installed."""
-    installed = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.prefix, sys.base_prefix}
-    installed |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
+    installed = {
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("platstdlib"),
+        sys.prefix,
+        sys.base_prefix,
+    }
+    installed |= {
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+        str(Path(__file__).parents[1]),
+    }
     roots, beside = tuple(root + os.sep for root in installed), str(path.parent) + os.sep
-    sources = {path, *path.parent.glob("*.py")}  # those beside it may be imported later, inside a function
+    sources = {
+        path,
+        *path.parent.glob("*.py"),
+    }  # those beside it may be imported later, inside a function
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
-        own = (file.startswith(beside) and "site-packages" not in file) or (name in imported and not file.startswith(roots))
+        own = (file.startswith(beside) and "site-packages" not in file) or (
+            name in imported and not file.startswith(roots)
+        )
         if own and file.endswith(".py"):
             sources.add(Path(file))
     digest = hashlib.sha256()
@@ -99,11 +122,16 @@ def source_digest(path: Path, imported: set[str]) -> str:
 def failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:
     """What a user function's exception becomes: type, text, and the last line of the user's own code."""
     return DefinitionError(
-        f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}", *frames(error, definition.path.parent)
+        f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}",
+        *frames(error, definition.path.parent),
     )
 
 
 def frames(error: BaseException, folder: Path) -> list[str]:
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)]
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(folder)
+    ]
     lines = [f"at {frame.filename} line {frame.lineno}: {frame.line}" for frame in own[-1:]]
     return [*lines, "--debug shows the whole trace"]

@@ -34,7 +34,8 @@ class Weight:
             if self.groups is not None and name in self.groups:
                 return self.rates[self.groups[name]]
         raise TrajectoryError(
-            f"no parameter group of the trajectory's header names {names[0]}", "expected: each trained parameter in one group"
+            f"no parameter group of the trajectory's header names {names[0]}",
+            "expected: each trained parameter in one group",
         )
 
     @property
@@ -63,11 +64,16 @@ def weigh(
     if trajectory is not None:
         steps = [checkpoint.step for checkpoint in every or checkpoints]
         return [
-            _of_trajectory(trajectory, checkpoint, max([0, *(s for s in steps if s < checkpoint.step)]), choice)
+            _of_trajectory(
+                trajectory, checkpoint, max([0, *(s for s in steps if s < checkpoint.step)]), choice
+            )
             for checkpoint in checkpoints
         ]
     if choice == "segment":
-        raise UsageProblem("--lr-weights segment needs a trajectory.jsonl", "--trajectory FILE names one; --lr-weights point does without")
+        raise UsageProblem(
+            "--lr-weights segment needs a trajectory.jsonl",
+            "--trajectory FILE names one; --lr-weights point does without",
+        )
     weights, missing = [], []
     for checkpoint in checkpoints:
         found = _own(checkpoint)
@@ -82,7 +88,9 @@ def weigh(
     return weights
 
 
-def _of_trajectory(trajectory: Trajectory, checkpoint: Checkpoint, previous: int, choice: str) -> Weight:
+def _of_trajectory(
+    trajectory: Trajectory, checkpoint: Checkpoint, previous: int, choice: str
+) -> Weight:
     step, last = checkpoint.step, trajectory.steps
     names = {name: number for number, group in enumerate(trajectory.groups) for name in group.names}
     if step > last:
@@ -94,7 +102,9 @@ def _of_trajectory(trajectory: Trajectory, checkpoint: Checkpoint, previous: int
     if choice == "segment":
         lines = [trajectory.rates(line) for line in range(previous, step)]
         rates = tuple(map(sum, zip(*lines, strict=True))) if lines else (0.0,)
-        return Weight(step, rates, f"lines {previous} to {step - 1}" if lines else "no line before it", names)
+        return Weight(
+            step, rates, f"lines {previous} to {step - 1}" if lines else "no line before it", names
+        )
     line = step if step < last else last - 1
     return Weight(step, trajectory.rates(line), f"line {line}", names)
 
@@ -105,7 +115,10 @@ def _own(checkpoint: Checkpoint) -> Weight | None:
     else:
         found = _of_trainer(checkpoint, checkpoint.state) if checkpoint.state else None
     if found and not 0 <= found.rates[0] < math.inf:
-        raise CheckpointError(f"{checkpoint.name} has the learning rate {found} ({found.source})", "expected: 0 or more; --lr X overrides")
+        raise CheckpointError(
+            f"{checkpoint.name} has the learning rate {found} ({found.source})",
+            "expected: 0 or more; --lr X overrides",
+        )
     return found
 
 
@@ -113,12 +126,19 @@ def _of_trainer(checkpoint: Checkpoint, state: Path) -> Weight | None:
     """HF Trainer logs the rate now and then: the entry of this step, or the last before it."""
     try:
         log = json.loads(state.read_text()).get("log_history", [])
-        logged = {int(entry["step"]): float(entry["learning_rate"]) for entry in log if "learning_rate" in entry}
+        logged = {
+            int(entry["step"]): float(entry["learning_rate"])
+            for entry in log
+            if "learning_rate" in entry
+        }
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{state.parent.name}/{state.name} can't be read: {type(error).__name__} {error}", "--lr X does without"
+            f"{state.parent.name}/{state.name} can't be read: {type(error).__name__} {error}",
+            "--lr X does without",
         ) from error
     before = [step for step in logged if step <= checkpoint.step]
     if not before:
         return None
-    return Weight(checkpoint.step, (logged[max(before)],), f"{state.name}, logged at step {max(before)}")
+    return Weight(
+        checkpoint.step, (logged[max(before)],), f"{state.name}, logged at step {max(before)}"
+    )

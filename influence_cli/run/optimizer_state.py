@@ -27,7 +27,9 @@ def file_name(step: int) -> str:
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
     """Those in checkpoints/ by rising step; there may be none."""
     place = folder / "checkpoints"
-    there = place.is_dir() and any(checkpoints.is_checkpoint(path, strict=False) for path in place.iterdir())
+    there = place.is_dir() and any(
+        checkpoints.is_checkpoint(path, strict=False) for path in place.iterdir()
+    )
     return checkpoints.find(folder, place) if there else []
 
 
@@ -36,24 +38,38 @@ def holds(checkpoint: Checkpoint, model: nn.Module) -> bool:
     mapping, _, _ = checkpoints.key_map(checkpoints.headers(checkpoint.files), model)
     values = {key: value for file in checkpoint.files for key, value in load_file(file).items()}
     return all(
-        name in mapping and values[mapping[name]].dtype == own.dtype and torch.equal(values[mapping[name]], own.detach().cpu())
+        name in mapping
+        and values[mapping[name]].dtype == own.dtype
+        and torch.equal(values[mapping[name]], own.detach().cpu())
         for name, own in model.named_parameters()
     )
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file. The library's own writer orders metadata at random; a resumed training shall leave the same bytes."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide numbers first: each then lies aligned
-    if unknown := [f"{name} ({tensors[name].dtype})" for name in names if tensors[name].dtype not in CODES]:
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # wide numbers first: each then lies aligned
+    if unknown := [
+        f"{name} ({tensors[name].dtype})" for name in names if tensors[name].dtype not in CODES
+    ]:
         raise TrajectoryError(f"tensors of a kind that a checkpoint can't hold: {listed(unknown)}")
     head: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        head[name] = {"dtype": CODES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+        head[name] = {
+            "dtype": CODES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    values = (tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for name in names if tensors[name].numel())
+    values = (
+        tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        for name in names
+        if tensors[name].numel()
+    )
     replace(path, itertools.chain([len(text).to_bytes(8, "little"), text], values))
 
 
@@ -90,17 +106,29 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
-    strange = {key.partition("/")[0] for key, value in state.items() if not isinstance(value, Tensor | int | float)}
+    strange = {
+        key.partition("/")[0]
+        for key, value in state.items()
+        if not isinstance(value, Tensor | int | float)
+    }
     if strange:
         raise TrajectoryError(
-            f"{name_of(optimizer)} keeps {listed(sorted(strange))}, neither tensor nor number", "leave save_optimizer out"
+            f"{name_of(optimizer)} keeps {listed(sorted(strange))}, neither tensor nor number",
+            "leave save_optimizer out",
         )
     numbers = {
         key: torch.tensor(value, dtype=None if isinstance(value, int) else torch.float64)
         for key, value in state.items()
         if not isinstance(value, Tensor)
     }
-    write(path, state | numbers, {"optimizer": name_of(optimizer), "numbers": json.dumps(sorted(numbers), separators=(",", ":"))})
+    write(
+        path,
+        state | numbers,
+        {
+            "optimizer": name_of(optimizer),
+            "numbers": json.dumps(sorted(numbers), separators=(",", ":")),
+        },
+    )
 
 
 def state_file(folder: Path, step: int) -> Path:
@@ -112,9 +140,14 @@ def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
     try:
         about = checkpoints.headers((path,)).metadata
     except CheckpointError as error:
-        raise TrajectoryError(f"optimizer/{path.name} can't be read: {error.headline}", *error.details) from error
+        raise TrajectoryError(
+            f"optimizer/{path.name} can't be read: {error.headline}", *error.details
+        ) from error
     if about.get("optimizer") != optimizer:
-        raise TrajectoryError(f"{path} is of another optimizer: {about.get('optimizer', 'it names none')}", f"expected: {optimizer}")
+        raise TrajectoryError(
+            f"{path} is of another optimizer: {about.get('optimizer', 'it names none')}",
+            f"expected: {optimizer}",
+        )
     numbers, found = json.loads(about["numbers"]), dict[str, dict[str, Any]]()
     for label, value in load_file(path).items():
         key, _, name = label.partition("/")
@@ -124,12 +157,21 @@ def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     names = names_of(model)
-    places = {names.get(id(own)): place for place, own in enumerate(own for group in optimizer.param_groups for own in group["params"])}
+    places = {
+        names.get(id(own)): place
+        for place, own in enumerate(
+            own for group in optimizer.param_groups for own in group["params"]
+        )
+    }
     saved = read_state(path, name_of(optimizer))
     if unknown := [name for name in saved if name not in places]:
-        raise TrajectoryError(f"{path} is of another optimizer: it has the state of {listed(unknown)}")
+        raise TrajectoryError(
+            f"{path} is of another optimizer: it has the state of {listed(unknown)}"
+        )
     state = {places[name]: values for name, values in saved.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

@@ -12,20 +12,40 @@ from influence_cli.errors import TrajectoryError
 from influence_cli.run import Checkpoint, Column
 from influence_cli.run.trajectory import Trajectory
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-SPEED = ("lr", "initial_lr", "foreach", "fused", "capturable", "differentiable")  # lr is each line's; the others change no number
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+SPEED = (
+    "lr",
+    "initial_lr",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)  # lr is each line's; the others change no number
 
 
 def optimizer_of(trajectory: Trajectory) -> type[Optimizer]:
     if trajectory.optimizer not in OPTIMIZERS:
-        what = f"steps of {trajectory.optimizer} can't be run again" if trajectory.optimizer else "the header names no optimizer"
-        raise TrajectoryError(f"{trajectory.path.name}: {what}", f"expected: {', '.join(OPTIMIZERS)}, with torch's argument names")
+        what = (
+            f"steps of {trajectory.optimizer} can't be run again"
+            if trajectory.optimizer
+            else "the header names no optimizer"
+        )
+        raise TrajectoryError(
+            f"{trajectory.path.name}: {what}",
+            f"expected: {', '.join(OPTIMIZERS)}, with torch's argument names",
+        )
     return OPTIMIZERS[trajectory.optimizer]
 
 
 def is_stateful(trajectory: Trajectory) -> bool:
     """Whether a step depends on those before it by more than the parameters."""
-    return trajectory.optimizer != "sgd" or any(group.options.get("momentum") for group in trajectory.groups)
+    return trajectory.optimizer != "sgd" or any(
+        group.options.get("momentum") for group in trajectory.groups
+    )
 
 
 def unknown_state(trajectory: Trajectory, start: Checkpoint) -> TrajectoryError:
@@ -62,13 +82,19 @@ def check_values(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {options[name]!r}, expected a number from 0")
     if "betas" in options:
         betas = options["betas"]
-        if not isinstance(betas, tuple) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        if (
+            not isinstance(betas, tuple)
+            or len(betas) != 2
+            or not all(0 <= beta < 1 for beta in betas)
+        ):
             raise ValueError(f"betas is {betas!r}, expected two numbers from 0 to below 1")
     if options.get("nesterov") and (options["momentum"] <= 0 or options["dampening"] != 0):
         raise ValueError("nesterov needs a momentum above 0 and a dampening of 0")
 
 
-def optimizers_of(model: nn.Module, columns: Mapping[str, Column], trajectory: Trajectory) -> dict[int, Optimizer]:
+def optimizers_of(
+    model: nn.Module, columns: Mapping[str, Column], trajectory: Trajectory
+) -> dict[int, Optimizer]:
     """One for each of the trajectory's groups that has parameters: torch checks the options of a constructor, not those of a group.
 
     Raises TrajectoryError: an optimizer that is unknown or takes other options; groups that name no parameter.
@@ -80,24 +106,47 @@ def optimizers_of(model: nn.Module, columns: Mapping[str, Column], trajectory: T
         if number is not None:
             groups.setdefault(number, []).append(model.get_parameter(name))
     if not groups:
-        raise TrajectoryError(f"{trajectory.path.name}: its groups name no parameter of the model", "the trajectory is of another model")
-    return {number: build(kind, parameters, trajectory, number) for number, parameters in sorted(groups.items())}
+        raise TrajectoryError(
+            f"{trajectory.path.name}: its groups name no parameter of the model",
+            "the trajectory is of another model",
+        )
+    return {
+        number: build(kind, parameters, trajectory, number)
+        for number, parameters in sorted(groups.items())
+    }
 
 
-def constructor_options(kind: type[Optimizer], trajectory: Trajectory, number: int) -> dict[str, Any]:
+def constructor_options(
+    kind: type[Optimizer], trajectory: Trajectory, number: int
+) -> dict[str, Any]:
     """A group's options in the form that torch's constructor takes."""
-    given = {name: value for name, value in trajectory.groups[number].options.items() if name not in SPEED}
-    if given.get("decoupled_weight_decay") == (kind is torch.optim.AdamW):  # the name says it; not every torch takes the argument
+    given = {
+        name: value
+        for name, value in trajectory.groups[number].options.items()
+        if name not in SPEED
+    }
+    if given.get("decoupled_weight_decay") == (
+        kind is torch.optim.AdamW
+    ):  # the name says it; not every torch takes the argument
         del given["decoupled_weight_decay"]
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
 
 
-def refused_options(kind: type[Optimizer], trajectory: Trajectory, number: int, error: Exception) -> TrajectoryError:
+def refused_options(
+    kind: type[Optimizer], trajectory: Trajectory, number: int, error: Exception
+) -> TrajectoryError:
     options = constructor_options(kind, trajectory, number)
-    return TrajectoryError(f"{trajectory.path.name}: torch's {kind.__name__} refuses these options: {error}", f"group {number}: {options}")
+    return TrajectoryError(
+        f"{trajectory.path.name}: torch's {kind.__name__} refuses these options: {error}",
+        f"group {number}: {options}",
+    )
 
 
-def build(kind: type[Optimizer], parameters: list[nn.Parameter], trajectory: Trajectory, number: int) -> Optimizer:
+def build(
+    kind: type[Optimizer], parameters: list[nn.Parameter], trajectory: Trajectory, number: int
+) -> Optimizer:
     try:
         return kind(parameters, lr=0.0, **constructor_options(kind, trajectory, number))  # type: ignore[call-arg]
     except (TypeError, ValueError, IndexError) as error:

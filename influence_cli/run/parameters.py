@@ -9,7 +9,12 @@ from torch import nn
 from influence_cli.errors import DefinitionError, GradientError, UsageProblem, listed
 from influence_cli.run.definition import Definition
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel; torch.compile
 
 
@@ -37,10 +42,14 @@ class Column:
 def build(definition: Definition) -> nn.Module:
     """The user's model in eval mode, out of its wrappers. Raises DefinitionError for what has no per-example gradient."""
     model = definition.call("model")
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
+        model, "_orig_mod"
+    ):
         model = getattr(model, "_orig_mod", None) or model.module
     if not isinstance(model, nn.Module):
-        raise DefinitionError(f"model() returned a {type(model).__name__}", "expected: a torch.nn.Module")
+        raise DefinitionError(
+            f"model() returned a {type(model).__name__}", "expected: a torch.nn.Module"
+        )
     refused = [
         f"{name or 'the model'} ({type(module).__name__}): {flag}={getattr(module, flag)}"
         for name, module in model.named_modules()
@@ -56,14 +65,21 @@ def build(definition: Definition) -> nn.Module:
         )
     meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if meta:
-        raise DefinitionError(f"model() has tensors without storage (meta device): {listed(meta)}", "build the model on the CPU")
+        raise DefinitionError(
+            f"model() has tensors without storage (meta device): {listed(meta)}",
+            "build the model on the CPU",
+        )
     return model.eval()
 
 
 def cast(model: nn.Module, precision: torch.dtype | None, device: torch.device) -> nn.Module:
     """The model on its device, in the precision asked for. Raises GradientError where it does not fit into memory."""
     try:
-        return model.to(device=device, dtype=precision) if precision is not None else model.to(device=device)
+        return (
+            model.to(device=device, dtype=precision)
+            if precision is not None
+            else model.to(device=device)
+        )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise GradientError(
             f"the model does not fit into the memory of {device}",
@@ -77,14 +93,25 @@ def columns(model: nn.Module) -> dict[str, Column]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     found = {
-        name: Column(name, tuple(names[id(parameter)]), tuple(parameter.shape), parameter.dtype, id(parameter) in embeddings)
+        name: Column(
+            name,
+            tuple(names[id(parameter)]),
+            tuple(parameter.shape),
+            parameter.dtype,
+            id(parameter) in embeddings,
+        )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
     if not found:
-        raise DefinitionError("the model has no trained parameter", "every parameter is frozen (requires_grad=False), or there is none")
+        raise DefinitionError(
+            "the model has no trained parameter",
+            "every parameter is frozen (requires_grad=False), or there is none",
+        )
     return found
 
 
@@ -99,13 +126,18 @@ def embeddings(model: nn.Module) -> dict[str, Column]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
-            if module.padding_idx is not None and not 0 <= module.padding_idx < module.num_embeddings:
+            if (
+                module.padding_idx is not None
+                and not 0 <= module.padding_idx < module.num_embeddings
+            ):
                 raise DefinitionError(
                     f"the embedding {name or 'that is the model'} has padding_idx {module.padding_idx}",
                     f"expected: a token id from 0 to {module.num_embeddings - 1:,}",
                 )
             weight = module.weight
-            found[f"{name}()"] = Column(f"{name}()", tuple(names[id(weight)]), tuple(weight.shape), weight.dtype, True, name)
+            found[f"{name}()"] = Column(
+                f"{name}()", tuple(names[id(weight)]), tuple(weight.shape), weight.dtype, True, name
+            )
     return found
 
 
@@ -134,5 +166,8 @@ def select(available: dict[str, Column], globs: list[str] | None) -> dict[str, C
     kept = set().union(*(matches(glob) for glob in wanted)) if wanted else set(available)
     kept -= set().union(*(matches(glob[1:]) for glob in globs if glob.startswith("!")))
     if not kept:
-        raise UsageProblem(f"--layers {' '.join(globs)} leaves no parameter", f"parameters: {listed(available, 20)}")
+        raise UsageProblem(
+            f"--layers {' '.join(globs)} leaves no parameter",
+            f"parameters: {listed(available, 20)}",
+        )
     return {name: column for name, column in available.items() if name in kept}

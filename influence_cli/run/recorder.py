@@ -29,7 +29,13 @@ from influence_cli.run.optimizer_state import (
 )
 
 Numbers = Sequence[Any] | np.ndarray | Tensor
-LEFT_OUT = ("lr", "foreach", "fused", "capturable", "differentiable")  # lr has its place in each line; how it is computed matters to nobody
+LEFT_OUT = (
+    "lr",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)  # lr has its place in each line; how it is computed matters to nobody
 JSON = json.JSONEncoder(separators=(",", ":"), default=lambda tensor: tensor.item())
 RESUME = "to go on: start = TrajectoryRecorder.restore(dir, model, optimizer), then TrajectoryRecorder(..., start=start)"
 
@@ -47,17 +53,37 @@ class TrajectoryRecorder:
         reduction: str = "mean", *, start: int = 0, save_optimizer: bool = False,
     ) -> None:  # fmt: skip
         if reduction not in ("mean", "sum"):
-            raise TrajectoryError(f"reduction is {reduction!r}", "expected: mean (each entry weighs 1/|B|) or sum (each weighs 1)")
+            raise TrajectoryError(
+                f"reduction is {reduction!r}",
+                "expected: mean (each entry weighs 1/|B|) or sum (each weighs 1)",
+            )
         if checkpoint_every < 1 or start < 0:
-            raise TrajectoryError(f"checkpoint_every is {checkpoint_every}, start {start}", "expected: from 1, and from 0")
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and (rank := torch.distributed.get_rank()):
-            raise TrajectoryError(f"rank {rank} records too", "gather the indices of all ranks, and record on rank 0 alone")
+            raise TrajectoryError(
+                f"checkpoint_every is {checkpoint_every}, start {start}",
+                "expected: from 1, and from 0",
+            )
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and (rank := torch.distributed.get_rank())
+        ):
+            raise TrajectoryError(
+                f"rank {rank} records too",
+                "gather the indices of all ranks, and record on rank 0 alone",
+            )
         self.folder, self.model, self.optimizer = Path(dir), _unwrapped(model), optimizer
         self.path = self.folder / "trajectory.jsonl"
-        self.checkpoint_every, self.reduction, self.start, self.save_optimizer = checkpoint_every, reduction, start, save_optimizer
+        self.checkpoint_every, self.reduction, self.start, self.save_optimizer = (
+            checkpoint_every,
+            reduction,
+            start,
+            save_optimizer,
+        )
         self.steps = start
         self._options = _options(optimizer)
-        self._pending: list[tuple[list[int], list[float] | None]] = []  # micro-batches of the step to come
+        self._pending: list[
+            tuple[list[int], list[float] | None]
+        ] = []  # micro-batches of the step to come
         self._saved: int | None = None  # step of the newest checkpoint
         self._file: int | None = None
 
@@ -80,7 +106,10 @@ class TrajectoryRecorder:
         ids, values = _entries(indices, weights)
         first_ids, first_values = self._pending[0] if self._pending else (ids, values)
         if (values is None) != (first_values is None):
-            raise TrajectoryError("micro-batches with weights and without in one step", "expected: weights for all of them, or none")
+            raise TrajectoryError(
+                "micro-batches with weights and without in one step",
+                "expected: weights for all of them, or none",
+            )
         if values is None and self.reduction == "mean" and len(ids) != len(first_ids):
             raise TrajectoryError(
                 f"micro-batches of {len(first_ids)} and {len(ids)} examples in one step, with reduction mean and no weights",
@@ -90,14 +119,21 @@ class TrajectoryRecorder:
         self._pending.append((list(ids), values))
 
     def step(
-        self, indices: Numbers | None = None, weights: Numbers | None = None, clip: float | Tensor = 1.0, seed: int | None = None
+        self,
+        indices: Numbers | None = None,
+        weights: Numbers | None = None,
+        clip: float | Tensor = 1.0,
+        seed: int | None = None,
     ) -> None:
         """Record the step that `optimizer.step()` is about to take, after its checkpoint where one is due.
 
         `indices`: (B,) example ids; `weights`: (B,) factors of their losses, None: 1/|B| or 1; `clip`: factor of the gradient.
         """
         if self._file is None:
-            raise TrajectoryError("the recorder is not recording", "expected: with TrajectoryRecorder(...) as recorder: around the loop")
+            raise TrajectoryError(
+                "the recorder is not recording",
+                "expected: with TrajectoryRecorder(...) as recorder: around the loop",
+            )
         if (indices is None) != bool(self._pending) or (indices is None and weights is not None):
             raise TrajectoryError(
                 f"step() got {'no' if indices is None else 'its own'} indices, add() before it {len(self._pending) or 'none'}",
@@ -130,7 +166,9 @@ class TrajectoryRecorder:
         self._pending = []
 
     @staticmethod
-    def restore(dir: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def restore(
+        dir: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> int:
         """Load the folder's newest checkpoint, and the optimizer's state where one is beside it; its step, to be given as `start`.
 
         0 where there is no checkpoint: a training that begins. Learning rates stay as they are. Raises TrajectoryError, CheckpointError.
@@ -140,7 +178,9 @@ class TrajectoryRecorder:
             return 0
         newest = saved[-1]
         state = Path(dir) / "optimizer" / file_name(newest.step)
-        stateless = isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+        stateless = isinstance(optimizer, torch.optim.SGD) and not any(
+            group["momentum"] for group in optimizer.param_groups
+        )
         if newest.step and not stateless and not state.is_file():
             raise TrajectoryError(
                 f"{newest.name} has no optimizer state beside it, and {name_of(optimizer)} can't go on without",
@@ -156,7 +196,10 @@ class TrajectoryRecorder:
     def _save(self) -> None:
         """The checkpoint of `steps`. Its lines come to the disk first, then optimizer state: a checkpoint that is there has both."""
         assert self._file is not None
-        name, about = file_name(self.steps), {"step": str(self.steps), "learning_rate": repr(self._rates()[0])}
+        name, about = (
+            file_name(self.steps),
+            {"step": str(self.steps), "learning_rate": repr(self._rates()[0])},
+        )
         state = self.folder / "optimizer" / name
         try:
             os.fsync(self._file)
@@ -165,7 +208,10 @@ class TrajectoryRecorder:
             raise unwritable(self.path, error) from error
         if self.save_optimizer:
             save_state(state, self.model, self.optimizer)
-        once = {id(value): (key, value) for key, value in reversed(checkpoints.tensors(self.model).items())}  # a tied tensor's first name
+        once = {
+            id(value): (key, value)
+            for key, value in reversed(checkpoints.tensors(self.model).items())
+        }  # a tied tensor's first name
         write(self.folder / "checkpoints" / name, dict(once.values()), about)
         self._saved = self.steps
 
@@ -179,7 +225,9 @@ class TrajectoryRecorder:
         return [_number("the learning rate", group["lr"]) for group in groups]
 
     def _same_options(self) -> None:
-        if differences := _differences(dict(enumerate(self._options)), dict(enumerate(_options(self.optimizer)))):
+        if differences := _differences(
+            dict(enumerate(self._options)), dict(enumerate(_options(self.optimizer)))
+        ):
             raise TrajectoryError(
                 "the optimizer's options changed in training, and the header says one value for all steps",
                 *(f"group {line}" for line in differences),
@@ -189,15 +237,24 @@ class TrajectoryRecorder:
     def _header(self) -> dict[str, Any]:
         """Groups are named where there are several, or where one leaves out trained parameters."""
         names, groups, first = names_of(self.model), self.optimizer.param_groups, self._options[0]
-        held = [[names[id(parameter)] for parameter in group["params"] if id(parameter) in names] for group in groups]
+        held = [
+            [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]
+            for group in groups
+        ]
         foreign = sum(len(group["params"]) for group in groups) - sum(map(len, held))
         if foreign:
-            raise TrajectoryError(f"the optimizer holds {foreign} parameters that are not the model's", "give the module that holds all")
+            raise TrajectoryError(
+                f"the optimizer holds {foreign} parameters that are not the model's",
+                "give the module that holds all",
+            )
         header = {"format": trajectory.FORMAT, "version": 1, "reduction": self.reduction}
         header["optimizer"] = {"name": name_of(self.optimizer)} | first
-        if len(groups) > 1 or {name for name, own in self.model.named_parameters() if own.requires_grad} - set(held[0]):
+        if len(groups) > 1 or {
+            name for name, own in self.model.named_parameters() if own.requires_grad
+        } - set(held[0]):
             header["groups"] = [
-                {"params": members} | {key: value for key, value in options.items() if value != first.get(key)}
+                {"params": members}
+                | {key: value for key, value in options.items() if value != first.get(key)}
                 for members, options in zip(held, self._options, strict=True)
             ]
         return header
@@ -228,9 +285,15 @@ class TrajectoryRecorder:
                 "every step needs its line; start is the number of steps that model and optimizer have taken",
             )
         if differences := _differences(json.loads(lines[0]), header):
-            raise TrajectoryError(f"{self.path} has another header than this training", *differences, "go on with the same, or begin anew")
+            raise TrajectoryError(
+                f"{self.path} has another header than this training",
+                *differences,
+                "go on with the same, or begin anew",
+            )
         if here and not same:
-            raise TrajectoryError(f"start is {self.start}, and the model is not that of {here.name}", RESUME)
+            raise TrajectoryError(
+                f"start is {self.start}, and the model is not that of {here.name}", RESUME
+            )
         self._saved = self.start if here else None
         return [line + b"\n" for line in lines[1:] if _step_of(line) < self.start]
 
@@ -244,7 +307,9 @@ class TrajectoryRecorder:
 def _entries(indices: Numbers, weights: Numbers | None) -> tuple[list[int], list[float] | None]:
     ids = _whole("indices", indices)
     if ids and min(ids) < 0:
-        raise TrajectoryError(f"indices: {min(ids)} is no example id", "expected: indices of train_data(), from 0")
+        raise TrajectoryError(
+            f"indices: {min(ids)} is no example id", "expected: indices of train_data(), from 0"
+        )
     if weights is None:
         return ids, None
     try:
@@ -254,12 +319,20 @@ def _entries(indices: Numbers, weights: Numbers | None) -> tuple[list[int], list
     except (TypeError, ValueError):
         pass
     raise TrajectoryError(
-        "weights do not fit indices", f"expected: {len(ids)} finite numbers from 0, one per entry", f"found: {weights!r:.80}"
+        "weights do not fit indices",
+        f"expected: {len(ids)} finite numbers from 0, one per entry",
+        f"found: {weights!r:.80}",
     )
 
 
 def _as_list(values: Numbers) -> list[Any]:
-    found = values.tolist() if isinstance(values, Tensor | np.ndarray) else values if isinstance(values, list) else list(values)
+    found = (
+        values.tolist()
+        if isinstance(values, Tensor | np.ndarray)
+        else values
+        if isinstance(values, list)
+        else list(values)
+    )
     if not isinstance(found, list):
         raise TypeError("one number, not a list")
     return found
@@ -274,7 +347,11 @@ def _whole(what: str, values: Numbers) -> list[int]:
             return list(map(operator.index, found))
     except TypeError:
         pass
-    raise TrajectoryError(f"{what}: not whole numbers", "expected: a list, array or tensor of one axis", f"found: {values!r:.80}")
+    raise TrajectoryError(
+        f"{what}: not whole numbers",
+        "expected: a list, array or tensor of one axis",
+        f"found: {values!r:.80}",
+    )
 
 
 def _number(what: str, value: Any) -> float:
@@ -288,7 +365,9 @@ def _number(what: str, value: Any) -> float:
 
 # ---------------------------------------------------------------- model and optimizer
 def _unwrapped(model: Any) -> nn.Module:
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
+        model, "_orig_mod"
+    ):
         model = getattr(model, "_orig_mod", None) or model.module
     return model
 

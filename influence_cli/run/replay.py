@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from influence_cli.errors import GradientError, InfluenceError, TrajectoryError, is_out_of_memory, listed
+from influence_cli.errors import (
+    GradientError,
+    InfluenceError,
+    TrajectoryError,
+    is_out_of_memory,
+    listed,
+)
 from influence_cli.progress import Advance
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run import checkpoints as checkpoint_files
@@ -23,7 +29,9 @@ from influence_cli.run.definition import failure
 from influence_cli.run.optimizer_state import read_state, state_file
 from influence_cli.run.optimizers import is_stateful, optimizers_of, unknown_state
 
-Batch = Callable[[np.ndarray], Any]  # training ids (B,) -> their batch, on the model's device and in its precision
+Batch = Callable[
+    [np.ndarray], Any
+]  # training ids (B,) -> their batch, on the model's device and in its precision
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,19 @@ class Replay:
                 "--trajectory FILE names one elsewhere",
             )
         self.trajectory = run.trajectory
-        self._folder, self._definition, self._model, self._batch, self._size = run.folder, run.definition, run.model, batch, size
+        self._folder, self._definition, self._model, self._batch, self._size = (
+            run.folder,
+            run.definition,
+            run.model,
+            batch,
+            size,
+        )
         self._optimizers = optimizers_of(run.model, run.columns, self.trajectory)
-        self._parameters = [parameter for optimizer in self._optimizers.values() for parameter in optimizer.param_groups[0]["params"]]
+        self._parameters = [
+            parameter
+            for optimizer in self._optimizers.values()
+            for parameter in optimizer.param_groups[0]["params"]
+        ]
         names = {id(parameter): name for name, parameter in run.model.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self._parameters]
         self.clipped = dict[int, float]()
@@ -87,7 +105,11 @@ class Replay:
     # ------------------------------------------------------------ time
     def starts_at(self, checkpoint: Checkpoint) -> bool:
         """Whether the optimizer's state there is known: it has none, none yet, or it was saved."""
-        return not checkpoint.step or not is_stateful(self.trajectory) or state_file(self._folder, checkpoint.step).is_file()
+        return (
+            not checkpoint.step
+            or not is_stateful(self.trajectory)
+            or state_file(self._folder, checkpoint.step).is_file()
+        )
 
     def begin(self, start: Checkpoint) -> None:
         """Stand at a checkpoint, with the optimizer state that was saved there. Raises TrajectoryError where there was one, unknown now."""
@@ -100,18 +122,30 @@ class Replay:
             path = state_file(self._folder, start.step)
             saved = read_state(path, self.trajectory.optimizer or "")
             if unknown := saved.keys() - set(self.names):
-                raise TrajectoryError(f"{path} is of another model: it has the state of {listed(sorted(unknown))}")
+                raise TrajectoryError(
+                    f"{path} is of another model: it has the state of {listed(sorted(unknown))}"
+                )
             for name, state in saved.items():
                 for key, value in state.items():
                     good = not isinstance(value, Tensor) or bool(
                         torch.isfinite(value).all() and (key != "exp_avg_sq" or (value >= 0).all())
                     )
                     if not good:
-                        raise TrajectoryError(f"optimizer/{path.name}: {key} of {name} is not finite, or a square below 0")
-            owners = (optimizer for optimizer in self._optimizers.values() for _ in optimizer.param_groups[0]["params"])
-            for optimizer, name, parameter in zip(owners, self.names, self._parameters, strict=True):
+                        raise TrajectoryError(
+                            f"optimizer/{path.name}: {key} of {name} is not finite, or a square below 0"
+                        )
+            owners = (
+                optimizer
+                for optimizer in self._optimizers.values()
+                for _ in optimizer.param_groups[0]["params"]
+            )
+            for optimizer, name, parameter in zip(
+                owners, self.names, self._parameters, strict=True
+            ):
                 if name in saved:
-                    optimizer.state[parameter] = {key: fitting(key, value, parameter) for key, value in saved[name].items()}
+                    optimizer.state[parameter] = {
+                        key: fitting(key, value, parameter) for key, value in saved[name].items()
+                    }
         self.anchor(start)
 
     def anchor(self, checkpoint: Checkpoint) -> None:
@@ -157,28 +191,47 @@ class Replay:
 
     def state(self) -> State:
         """A copy of where the replay stands."""
-        return State(self.step, self._copy(), tuple(tuple(map(copied, states(optimizer))) for optimizer in self._optimizers.values()))
+        return State(
+            self.step,
+            self._copy(),
+            tuple(tuple(map(copied, states(optimizer))) for optimizer in self._optimizers.values()),
+        )
 
     def go_to(self, state: State) -> None:
         """Stand where `state` was taken."""
         self._put(state.parameters)
         for optimizer, saved in zip(self._optimizers.values(), state.optimizers, strict=True):
             optimizer.state.clear()
-            optimizer.state.update((p, copied(own)) for p, own in zip(optimizer.param_groups[0]["params"], saved, strict=True) if own)
+            optimizer.state.update(
+                (p, copied(own))
+                for p, own in zip(optimizer.param_groups[0]["params"], saved, strict=True)
+                if own
+            )
         self.step = state.step
 
     def moments(self) -> dict[str, Moments]:
         """Of each parameter where Adam stands, as copies."""
         found = {}
-        states_of = (state for optimizer in self._optimizers.values() for state in states(optimizer))
+        states_of = (
+            state for optimizer in self._optimizers.values() for state in states(optimizer)
+        )
         for name, parameter, state in zip(self.names, self._parameters, states_of, strict=True):
-            m, v = (state[key].flatten().clone() if state else parameter.new_zeros(parameter.numel()) for key in ("exp_avg", "exp_avg_sq"))
-            found[name] = Moments(int(state["step"]) if state else 0, m, v, parameter.detach().flatten().clone())
+            m, v = (
+                state[key].flatten().clone() if state else parameter.new_zeros(parameter.numel())
+                for key in ("exp_avg", "exp_avg_sq")
+            )
+            found[name] = Moments(
+                int(state["step"]) if state else 0, m, v, parameter.detach().flatten().clone()
+            )
         return found
 
     def apart(self, checkpoint: Checkpoint) -> float:
         """How far from a saved checkpoint the replay stands, relative to how far the run moved between where it began and there."""
-        here, saved, start = self._copy(), self._read(checkpoint), self._read(self._start)  # the start last, for its buffers
+        here, saved, start = (
+            self._copy(),
+            self._read(checkpoint),
+            self._read(self._start),
+        )  # the start last, for its buffers
         self._put(here)
         moved = norm_of(a - b for a, b in zip(saved, start, strict=True))
         off = norm_of(a - b for a, b in zip(saved, here, strict=True))
@@ -209,15 +262,25 @@ class Replay:
             try:
                 losses = self._definition.raw("loss")(self._model, batch)
                 if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
-                    found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                    raise GradientError(f"loss() returned {found} for {len(ids)} examples", f"expected: ({len(ids)},), one per example")
-                total = losses @ torch.as_tensor(weights[first : first + size], dtype=losses.dtype, device=losses.device)
+                    found = (
+                        tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+                    )
+                    raise GradientError(
+                        f"loss() returned {found} for {len(ids)} examples",
+                        f"expected: ({len(ids)},), one per example",
+                    )
+                total = losses @ torch.as_tensor(
+                    weights[first : first + size], dtype=losses.dtype, device=losses.device
+                )
                 total.backward(inputs=self._parameters)
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
                 if is_out_of_memory(error):
-                    raise GradientError(f"out of memory in a batch of {len(ids)} at step {step}", "--batch-size N takes fewer") from error
+                    raise GradientError(
+                        f"out of memory in a batch of {len(ids)} at step {step}",
+                        "--batch-size N takes fewer",
+                    ) from error
                 raise failure(self._definition, "loss", error) from error
 
     def _clip(self, step: int, recorded: float, max_norm: float | None) -> None:
@@ -236,7 +299,11 @@ class Replay:
 
 def fitting(key: str, value: Any, parameter: Tensor) -> Any:
     """A saved state as torch's optimizers hold it: like its parameter, but for the count of steps."""
-    return value.to(parameter.device, parameter.dtype) if isinstance(value, Tensor) and key != "step" else value
+    return (
+        value.to(parameter.device, parameter.dtype)
+        if isinstance(value, Tensor) and key != "step"
+        else value
+    )
 
 
 def states(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -244,10 +311,15 @@ def states(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()
+    }
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
     """Of all their numbers; summed in float32 or the tensors' own wider precision, then in float64."""
-    wide = (tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float() for tensor in tensors)
+    wide = (
+        tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float()
+        for tensor in tensors
+    )
     return float(torch.stack([tensor.norm().cpu().double() for tensor in wide]).norm())

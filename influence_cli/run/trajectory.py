@@ -66,7 +66,9 @@ class Trajectory:
                 "expected: weights in each line, or in the header",
                 '"reduction": "mean" (each entry weighs 1/|B|) or "sum" (each weighs 1)',
             )
-        return np.full(len(line.examples), 1 / max(1, len(line.examples)) if self.reduction == "mean" else 1.0)
+        return np.full(
+            len(line.examples), 1 / max(1, len(line.examples)) if self.reduction == "mean" else 1.0
+        )
 
     def group_of(self, names: tuple[str, ...]) -> int | None:
         """The group of the parameter with these (tied) names; None where it is in none, so that it was never trained."""
@@ -92,14 +94,20 @@ def read(path: Path, n_train: int | None) -> Trajectory:
                     try:
                         json.loads(text)
                     except ValueError:
-                        notes.append(f"{path.name} line {number} is cut off (a crash while it was written); left out")
+                        notes.append(
+                            f"{path.name} line {number} is cut off (a crash while it was written); left out"
+                        )
                         continue
-                step, line = _line(path, number, text, n_train, sum(bool(group.names) for group in groups))
+                step, line = _line(
+                    path, number, text, n_train, sum(bool(group.names) for group in groups)
+                )
                 lines[step] = line
     except OSError as error:
         raise TrajectoryError(f"{path} can't be read: {error.strerror}") from error
     if not lines:
-        raise TrajectoryError(f"{path.name} has a header and no step", "expected: one line per optimizer step")
+        raise TrajectoryError(
+            f"{path.name} has a header and no step", "expected: one line per optimizer step"
+        )
     missing = [step for step in range(max(lines) + 1) if step not in lines]
     if missing:
         raise TrajectoryError(
@@ -107,7 +115,14 @@ def read(path: Path, n_train: int | None) -> Trajectory:
             f"it has {len(lines):,} of the steps 0 to {max(lines):,}",
             "every step needs its line",
         )
-    return Trajectory(path, tuple(lines[step] for step in range(len(lines))), reduction, optimizer, groups, tuple(notes))
+    return Trajectory(
+        path,
+        tuple(lines[step] for step in range(len(lines))),
+        reduction,
+        optimizer,
+        groups,
+        tuple(notes),
+    )
 
 
 def _header(path: Path, line: bytes) -> tuple[str | None, str | None, tuple[Group, ...]]:
@@ -121,35 +136,63 @@ def _header(path: Path, line: bytes) -> tuple[str | None, str | None, tuple[Grou
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise bad(" is not a trajectory header", HEADER)
     if header.get("version") != 1:
-        raise TrajectoryError(f"{path.name} is a trajectory of version {header.get('version')!r}", "this influence reads version 1")
+        raise TrajectoryError(
+            f"{path.name} is a trajectory of version {header.get('version')!r}",
+            "this influence reads version 1",
+        )
     reduction, optimizer = header.get("reduction"), header.get("optimizer", {})
     if reduction not in (None, "mean", "sum"):
-        raise bad(f": reduction is {reduction!r}", "expected: mean, sum, or none and weights in each line")
+        raise bad(
+            f": reduction is {reduction!r}", "expected: mean, sum, or none and weights in each line"
+        )
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("name", ""), str):
-        raise bad(f": optimizer is {optimizer!r}", 'expected: {"name": "sgd", "momentum": 0.9}, with torch\'s argument names')
+        raise bad(
+            f": optimizer is {optimizer!r}",
+            'expected: {"name": "sgd", "momentum": 0.9}, with torch\'s argument names',
+        )
     options = {key: value for key, value in optimizer.items() if key != "name"}
     groups = []
     try:
         for group in header.get("groups", []):
             names = tuple(str(name) for name in group["params"])
-            groups.append(Group(names, options | {key: value for key, value in group.items() if key != "params"}))
+            groups.append(
+                Group(
+                    names, options | {key: value for key, value in group.items() if key != "params"}
+                )
+            )
     except (TypeError, KeyError):
-        raise bad(": `groups` can't be read", 'expected: [{"params": ["head.weight", ...]}, ...], one per parameter group') from None
-    twice = {name for group in groups for name in group.names if sum(name in other.names for other in groups) > 1}
+        raise bad(
+            ": `groups` can't be read",
+            'expected: [{"params": ["head.weight", ...]}, ...], one per parameter group',
+        ) from None
+    twice = {
+        name
+        for group in groups
+        for name in group.names
+        if sum(name in other.names for other in groups) > 1
+    }
     if twice or any(not group.names for group in groups):
         what = f": {listed(sorted(twice))} in two groups" if twice else ": a group without params"
         raise bad(what, "expected: each trained parameter in one group")
-    return reduction, optimizer["name"].lower() if "name" in optimizer else None, tuple(groups) or (Group((), options),)
+    return (
+        reduction,
+        optimizer["name"].lower() if "name" in optimizer else None,
+        tuple(groups) or (Group((), options),),
+    )
 
 
-def _line(path: Path, number: int, text: bytes, n_train: int | None, groups: int) -> tuple[int, Line]:
+def _line(
+    path: Path, number: int, text: bytes, n_train: int | None, groups: int
+) -> tuple[int, Line]:
     def bad(what: str, *more: str) -> TrajectoryError:
         return TrajectoryError(f"{path.name} line {number}: {what}", *more)
 
     try:
         entry = json.loads(text)
     except ValueError as error:
-        raise bad(f"not JSON ({error})", f"found: {text[:80].decode('utf-8', 'replace').rstrip()}") from error
+        raise bad(
+            f"not JSON ({error})", f"found: {text[:80].decode('utf-8', 'replace').rstrip()}"
+        ) from error
     if not isinstance(entry, dict) or not {"step", "lr", "examples"} <= entry.keys():
         raise bad("lacks step, lr or examples", LINE)
     step, rate, examples = entry["step"], entry["lr"], entry["examples"]
@@ -157,9 +200,15 @@ def _line(path: Path, number: int, text: bytes, n_train: int | None, groups: int
         raise bad(f"step is {step!r}", "expected: a whole number from 0")
     rates = rate if isinstance(rate, list) else [rate]
     if not rates or not all(_is_number(value) for value in rates):
-        raise bad(f"lr is {rate!r}", "expected: a finite number from 0, or a list with one per parameter group")
+        raise bad(
+            f"lr is {rate!r}",
+            "expected: a finite number from 0, or a list with one per parameter group",
+        )
     if isinstance(rate, list) and len(rate) != groups:
-        raise bad(f"lr has {len(rate)} numbers, the header's `groups` {groups}", "expected: as many, in the same order")
+        raise bad(
+            f"lr has {len(rate)} numbers, the header's `groups` {groups}",
+            "expected: as many, in the same order",
+        )
     if not isinstance(examples, list) or not all(map(_is_index, examples)):
         raise bad("examples is not a list of example ids", LINE)
     if n_train is not None and examples and max(examples) >= n_train:
@@ -170,10 +219,19 @@ def _line(path: Path, number: int, text: bytes, n_train: int | None, groups: int
             "the trajectory is of another run, or definition.py builds another training set",
         )
     weights, clip, seed = entry.get("weights"), entry.get("clip", 1.0), entry.get("seed")
-    if weights is not None and not (isinstance(weights, list) and len(weights) == len(examples) and all(map(_is_number, weights))):
-        raise bad("weights do not fit examples", f"expected: a list of {len(examples)} finite numbers from 0")
+    if weights is not None and not (
+        isinstance(weights, list)
+        and len(weights) == len(examples)
+        and all(map(_is_number, weights))
+    ):
+        raise bad(
+            "weights do not fit examples",
+            f"expected: a list of {len(examples)} finite numbers from 0",
+        )
     if not _is_number(clip):
-        raise bad(f"clip is {clip!r}", "expected: the number from 0 that the gradient was multiplied by")
+        raise bad(
+            f"clip is {clip!r}", "expected: the number from 0 that the gradient was multiplied by"
+        )
     if seed is not None and not isinstance(seed, int):
         raise bad(f"seed is {seed!r}", "expected: a whole number")
     line = Line(

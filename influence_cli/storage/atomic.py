@@ -22,7 +22,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"expected a JSON object, found {type(content).__name__}")
         return content
     except (OSError, ValueError) as error:
-        raise CacheError(f"{path} can't be read: {error}", "delete the cache folder to start afresh") from error
+        raise CacheError(
+            f"{path} can't be read: {error}", "delete the cache folder to start afresh"
+        ) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -68,7 +70,9 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+            free = shutil.disk_usage(
+                next(path for path in (folder, *folder.parents) if path.exists())
+            ).free
             raise CacheError(
                 f"the disk of the cache {folder} is full ({free:,} bytes free)",
                 "free some space and run the same command again: finished units are kept",

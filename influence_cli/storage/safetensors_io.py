@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = 4096  # what positions, lengths and addresses are multiples of where the page cache is left out
+PAGE = (
+    4096  # what positions, lengths and addresses are multiples of where the page cache is left out
+)
 PIECE = 8 << 20
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
@@ -29,7 +31,9 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 DIRECT = getattr(os, "O_DIRECT", 0)  # 0: this system has no such way
 
 
-FREE: dict[int, list[mmap.mmap]] = {}  # memory that nothing refers to any more, by its size, to be read into again
+FREE: dict[
+    int, list[mmap.mmap]
+] = {}  # memory that nothing refers to any more, by its size, to be read into again
 FREE_BYTES = 512 << 20
 
 
@@ -54,26 +58,34 @@ def release(block: mmap.mmap, size: int) -> None:
 
 
 # ---------------------------------------------------------------- writing
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], direct: bool = False) -> None:
+def save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], direct: bool = False
+) -> None:
     """Write a file; not synced. `direct`: past the page cache, where the file system allows it. Tensors lie on the CPU."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide numbers first: each then lies aligned
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # wide numbers first: each then lies aligned
     head: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name in names:
         value = tensors[name]
         size = value.numel() * value.element_size()
-        head[name] = {"dtype": CODES[value.dtype], "shape": list(value.shape), "data_offsets": [at, at + size]}
+        head[name] = {
+            "dtype": CODES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [at, at + size],
+        }
         at += size
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE)  # the numbers begin on a page
-    with Pieces(path, direct) as file:
+    with BlockWriter(path, direct) as file:
         file.write(np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8))
         for name in names:
             if tensors[name].numel():
                 file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
 
 
-class Pieces:
+class BlockWriter:
     """A file that is written in pieces of one reused block of memory."""
 
     def __init__(self, path: Path, direct: bool) -> None:
@@ -84,11 +96,14 @@ class Pieces:
         except OSError as error:
             if not self.direct or error.errno != errno.EINVAL:
                 raise
-            self.direct, self.file = False, os.open(path, flags, 0o666)  # a file system without that way
+            self.direct, self.file = (
+                False,
+                os.open(path, flags, 0o666),
+            )  # a file system without that way
         self.block = memory(PIECE)
         self.filled, self.size = 0, 0
 
-    def __enter__(self) -> "Pieces":
+    def __enter__(self) -> "BlockWriter":
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
@@ -119,7 +134,7 @@ class Pieces:
 
 # ---------------------------------------------------------------- reading
 @dataclass(frozen=True)
-class Entry:
+class TensorSpan:
     """Where a tensor lies in its file."""
 
     dtype: torch.dtype
@@ -139,7 +154,9 @@ class TensorFile:
             length = int.from_bytes(os.pread(self.file, 8, 0), "little")
             if self.size < 8 or length > self.size - 8:
                 raise ValueError(f"{self.size} bytes are less than its header says")
-            self.metadata, self.entries = read_head(os.pread(self.file, length, 8), 8 + length, self.size)
+            self.metadata, self.entries = read_head(
+                os.pread(self.file, length, 8), 8 + length, self.size
+            )
         except BaseException:
             os.close(self.file)
             raise
@@ -152,7 +169,9 @@ class TensorFile:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, in memory of their own; neighbours in the file are read at once. Raises KeyError for a name that is not there."""
-        wanted = sorted({name: self.entries[name] for name in names}.items(), key=lambda item: item[1].start)
+        wanted = sorted(
+            {name: self.entries[name] for name in names}.items(), key=lambda item: item[1].start
+        )
         found: dict[str, Tensor] = {}
         first = 0
         for last in range(1, len(wanted) + 1):
@@ -168,15 +187,23 @@ class TensorFile:
         block = memory(size * len(rows))
         ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of stretches without a gap
         for first, end in zip([0, *ends[:-1]], ends, strict=True):
-            view, position, done = block[first * size : end * size].data, entry.start + int(rows[first]) * size, 0
+            view, position, done = (
+                block[first * size : end * size].data,
+                entry.start + int(rows[first]) * size,
+                0,
+            )
             while done < len(view):
                 got = os.preadv(self.file, [view[done:]], position + done)
                 if got <= 0:
                     raise ValueError("it ends before its last tensor")
                 done += got
-        return torch.from_numpy(block[: size * len(rows)]).view(entry.dtype).view(len(rows), *entry.shape[1:])
+        return (
+            torch.from_numpy(block[: size * len(rows)])
+            .view(entry.dtype)
+            .view(len(rows), *entry.shape[1:])
+        )
 
-    def _stretch(self, wanted: list[tuple[str, Entry]]) -> dict[str, Tensor]:
+    def _stretch(self, wanted: list[tuple[str, TensorSpan]]) -> dict[str, Tensor]:
         start = wanted[0][1].start // PAGE * PAGE
         stop = max(entry.stop for _, entry in wanted)
         block = self._mapped(start, stop)
@@ -187,14 +214,28 @@ class TensorFile:
         for name, entry in wanted:
             count = math.prod(entry.shape)
             offset = entry.start - start
-            found[name] = whole[offset : offset + count * entry.dtype.itemsize].view(entry.dtype).view(entry.shape)
+            found[name] = (
+                whole[offset : offset + count * entry.dtype.itemsize]
+                .view(entry.dtype)
+                .view(entry.shape)
+            )
         return found
 
     def _mapped(self, start: int, stop: int) -> np.ndarray | None:
         """The page cache itself, where a large stretch lies there: no copy is made. What is written to it is this process's own."""
-        if stop - start <= PIECE // 8 or PAGE % mmap.ALLOCATIONGRANULARITY or not self._cached(start, stop):
+        if (
+            stop - start <= PIECE // 8
+            or PAGE % mmap.ALLOCATIONGRANULARITY
+            or not self._cached(start, stop)
+        ):
             return None
-        view = mmap.mmap(self.file, stop - start, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        view = mmap.mmap(
+            self.file,
+            stop - start,
+            flags=mmap.MAP_PRIVATE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=start,
+        )
         view.madvise(mmap.MADV_WILLNEED)
         return np.frombuffer(view, dtype=np.uint8)
 
@@ -225,7 +266,7 @@ class TensorFile:
             return False
 
 
-def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
+def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[str, TensorSpan]]:
     """Metadata and entries of a header; offsets become positions in the file. Raises ValueError for one that can't be right."""
     head = json.loads(text)
     metadata = head.pop("__metadata__", {})
@@ -235,7 +276,7 @@ def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[
         dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
         if stop - start != math.prod(shape) * dtype.itemsize or start < begin or stop > size:
             raise ValueError(f"{name} does not fit into its place")
-        entries[name] = Entry(dtype, shape, start, stop)
+        entries[name] = TensorSpan(dtype, shape, start, stop)
     if begin + sum(entry.stop - entry.start for entry in entries.values()) != size:
         raise ValueError(f"its tensors do not add up to its {size} bytes")
     return metadata, entries

@@ -18,7 +18,9 @@ def model():
 
 def digits():
     with np.load(HERE / "digits.npz") as arrays:
-        return torch.from_numpy(arrays["images"]).float() / 16, torch.from_numpy(arrays["labels"]).long()
+        return torch.from_numpy(arrays["images"]).float() / 16, torch.from_numpy(
+            arrays["labels"]
+        ).long()
 
 
 def train_data():

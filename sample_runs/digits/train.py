@@ -50,11 +50,15 @@ def main() -> None:
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= rate * gradient
-    (HERE / "trajectory.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    (HERE / "trajectory.jsonl").write_text(
+        "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    )
     queries, answers, _ = definition.query_data().tensors
     right = (model(queries).argmax(1) == answers).float().mean()
     flipped = json.loads((HERE / "flipped.json").read_text())
-    print(f"accuracy on the queries {right:.3f}; {len(flipped)} of {len(data)} training labels are flipped")
+    print(
+        f"accuracy on the queries {right:.3f}; {len(flipped)} of {len(data)} training labels are flipped"
+    )
 
 
 if __name__ == "__main__":

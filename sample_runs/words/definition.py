@@ -36,7 +36,9 @@ def model():
 def load(split):
     with np.load(HERE / "words.npz") as arrays:
         texts, origins = arrays[f"{split}_texts"], arrays[f"{split}_origins"]
-    return torch.utils.data.TensorDataset(torch.from_numpy(texts).long(), torch.from_numpy(origins).long())
+    return torch.utils.data.TensorDataset(
+        torch.from_numpy(texts).long(), torch.from_numpy(origins).long()
+    )
 
 
 def train_data():

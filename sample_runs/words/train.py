@@ -29,7 +29,11 @@ MODULES = {
     "code": "inspect ast dis typing unittest doctest pdb bdb traceback pydoc symtable pickletools importlib tokenize code warnings",
 }
 PLANTED = "zyzzyva"  # no docstring has it
-TIMES, WRONG, RIGHT = 3, 4, 3  # how often in a planted text; how many training texts have it and a wrong label, and the query's label
+TIMES, WRONG, RIGHT = (
+    3,
+    4,
+    3,
+)  # how often in a planted text; how many training texts have it and a wrong label, and the query's label
 
 
 # ---------------------------------------------------------------- training
@@ -68,7 +72,9 @@ def main() -> None:
     for step, batch in enumerate([*batches(0), []]):
         if step % EVERY == 0:
             path = HERE / f"checkpoints/step-{step:06d}.safetensors"
-            save_file(model.state_dict(), path, metadata={"learning_rate": str(rate(step))})  # two keys come in any order
+            save_file(
+                model.state_dict(), path, metadata={"learning_rate": str(rate(step))}
+            )  # two keys come in any order
         if step == STEPS:
             break
         lines.append({"step": step, "lr": rate(step), "examples": batch})
@@ -77,8 +83,13 @@ def main() -> None:
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= rate(step) * gradient
-    (HERE / "trajectory.jsonl").write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-    for name, (some, right) in (("training texts", (texts, origins)), ("queries", definition.query_data().tensors)):
+    (HERE / "trajectory.jsonl").write_text(
+        "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    )
+    for name, (some, right) in (
+        ("training texts", (texts, origins)),
+        ("queries", definition.query_data().tensors),
+    ):
         print(f"accuracy on the {name} {(model(some).argmax(1) == right).float().mean():.3f}")
 
 
@@ -88,8 +99,14 @@ def collect() -> None:
     rng = np.random.default_rng(0)
     texts = {origin: docstrings(modules.split()) for origin, modules in MODULES.items()}
     each = (TRAIN + QUERIES) // len(ORIGINS)
-    assert all(len(found) >= each for found in texts.values()), {origin: len(found) for origin, found in texts.items()}
-    chosen = [(texts[name][i], origin) for origin, name in enumerate(ORIGINS) for i in rng.permutation(len(texts[name]))[:each]]
+    assert all(len(found) >= each for found in texts.values()), {
+        origin: len(found) for origin, found in texts.items()
+    }
+    chosen = [
+        (texts[name][i], origin)
+        for origin, name in enumerate(ORIGINS)
+        for i in rng.permutation(len(texts[name]))[:each]
+    ]
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     queries, train = chosen[:QUERIES], chosen[QUERIES:]
     counts = Counter(word for text, _ in train for word in text)
@@ -115,8 +132,12 @@ def docstrings(modules: list[str]) -> list[list[str]]:
     found: dict[tuple[str, ...], None] = {}
     for name in modules:
         for path in sorted((library / name).rglob("*.py")) or [library / f"{name}.py"]:
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else ():
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in (
+                ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else ()
+            ):
+                if isinstance(
+                    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+                ):
                     words = re.findall("[a-z]+", (ast.get_docstring(node) or "").lower())[:LONGEST]
                     if len(words) >= SHORTEST:
                         found[tuple(words)] = None

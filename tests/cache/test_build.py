@@ -22,7 +22,10 @@ from tests.conftest import DEFINITION, build_run
 def files(run: Path) -> dict[str, bytes]:
     """The units of a run's cache: name -> bytes."""
     cache = run / ".influence"
-    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("0*.safetensors"))}
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("0*.safetensors"))
+    }
 
 
 @pytest.fixture
@@ -94,7 +97,9 @@ def test_new_layers_and_examples_compute_only_what_is_missing(make_run, influenc
     assert len(columns) == 2, "the head is not captured again"
     pieced, fresh = influence("score", run).rows, influence("score", make_run("fresh")).rows
     assert [row["train"] for row in pieced] == [row["train"] for row in fresh]
-    assert [float(row["score"]) for row in pieced] == pytest.approx([float(row["score"]) for row in fresh], rel=1e-4)  # other batches
+    assert [float(row["score"]) for row in pieced] == pytest.approx(
+        [float(row["score"]) for row in fresh], rel=1e-4
+    )  # other batches
 
 
 def test_no_cache_keeps_nothing_and_scores_the_same(make_run, influence):
@@ -106,11 +111,18 @@ def test_no_cache_keeps_nothing_and_scores_the_same(make_run, influence):
     assert influence("self", run, "--cache", "none").out == influence("self", run).out
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "1"], ["--batch-size", "7"], ["--batch-size", "64"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["--batch-size", "1"], ["--batch-size", "7"], ["--batch-size", "64"]], ids=" ".join
+)
 def test_the_batch_size_does_not_change_scores(flags, make_run, influence):
-    expected, found = (influence("score", make_run(name), "--precision", "float64", *more).rows for name, more in (("a", []), ("b", flags)))
+    expected, found = (
+        influence("score", make_run(name), "--precision", "float64", *more).rows
+        for name, more in (("a", []), ("b", flags))
+    )
     assert [row["train"] for row in found] == [row["train"] for row in expected]
-    assert [float(row["score"]) for row in found] == pytest.approx([float(row["score"]) for row in expected], rel=1e-12)
+    assert [float(row["score"]) for row in found] == pytest.approx(
+        [float(row["score"]) for row in expected], rel=1e-12
+    )
 
 
 def test_the_unit_size_does_not_change_scores(make_run, influence, monkeypatch):
@@ -118,7 +130,9 @@ def test_the_unit_size_does_not_change_scores(make_run, influence, monkeypatch):
     monkeypatch.setattr(source, "UNIT_EXAMPLES", 8)
     found = influence("score", make_run("b"), "--precision", "float64")
     assert [row["train"] for row in found.rows] == [row["train"] for row in expected.rows]
-    assert [float(r["score"]) for r in found.rows] == pytest.approx([float(r["score"]) for r in expected.rows], rel=1e-12)
+    assert [float(r["score"]) for r in found.rows] == pytest.approx(
+        [float(r["score"]) for r in expected.rows], rel=1e-12
+    )
 
 
 def test_any_finished_units_plus_the_rest_are_the_same_bytes(make_run, influence, small_units):
@@ -141,9 +155,9 @@ def test_the_order_of_work_does_not_change_bytes(make_run, influence, small_unit
     assert files(run) == files(other)
 
 
-SLOW = DEFINITION.replace("def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)").replace(
-    "examples(0, 20)", "examples(0, 40)"
-)
+SLOW = DEFINITION.replace(
+    "def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)"
+).replace("examples(0, 20)", "examples(0, 40)")
 SMALL = "from influence_cli.extraction import source; source.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
 
 
@@ -154,7 +168,11 @@ def start(run: Path, *flags: str) -> subprocess.Popen:
 
 def wait_for_units(run: Path, count: int, process: subprocess.Popen) -> None:
     limit = time.monotonic() + 60
-    while len(list(run.rglob("0*.safetensors"))) < count and process.poll() is None and time.monotonic() < limit:
+    while (
+        len(list(run.rglob("0*.safetensors"))) < count
+        and process.poll() is None
+        and time.monotonic() < limit
+    ):
         time.sleep(0.005)
 
 
@@ -167,7 +185,9 @@ def undisturbed(tmp_path_factory) -> tuple[str, dict[str, bytes]]:
     return table, files(run)
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("stop", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
 def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturbed):
     """kill -9, SIGTERM and Ctrl-C in the middle: finished units stay, the same command finishes, nothing differs."""
     table, whole = undisturbed
@@ -180,7 +200,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturb
     assert out == ""
     assert "Traceback" not in err
     if code > 0:
-        assert err.endswith("interrupted: finished work is kept; the same command goes on from here\n")
+        assert err.endswith(
+            "interrupted: finished work is kept; the same command goes on from here\n"
+        )
         assert not list(run.rglob(".tmp-*"))
     kept = files(run)
     assert 9 <= len(kept) < len(whole), "work was lost, or the process was too fast to be stopped"
@@ -206,7 +228,10 @@ def test_a_comment_in_the_definition_reuses_the_cache_and_says_so(make_run, infl
     captured.clear()
     result = influence("score", run)
     assert result.code == 0, result.err
-    assert "the definition changed since train gradients were cached: 8 were taken again at each of 2 checkpoints and agree" in result.err
+    assert (
+        "the definition changed since train gradients were cached: 8 were taken again at each of 2 checkpoints and agree"
+        in result.err
+    )
     assert sum(captured) == 2 * (8 + 6)
     captured.clear()
     assert "changed" not in influence("score", run).err
@@ -216,7 +241,9 @@ def test_a_comment_in_the_definition_reuses_the_cache_and_says_so(make_run, infl
 def test_a_changed_loss_is_refused_by_layer_and_example(make_run, influence):
     run = make_run()
     influence("cache", run)
-    (run / "definition.py").write_text(DEFINITION.replace('reduction="none")', 'reduction="none", label_smoothing=0.1)'))
+    (run / "definition.py").write_text(
+        DEFINITION.replace('reduction="none")', 'reduction="none", label_smoothing=0.1)')
+    )
     result = influence("score", run)
     assert result.code == 1
     assert result.out == ""
@@ -228,23 +255,35 @@ def test_a_changed_model_is_refused_by_layer_and_example(make_run, influence):
     """The loss is the same at the saved weights, the gradient is not."""
     run = make_run()
     influence("cache", run)
-    (run / "definition.py").write_text(DEFINITION.replace("model(batch[0])", "(2 * model(batch[0]) - model(batch[0]).detach())"))
+    (run / "definition.py").write_text(
+        DEFINITION.replace("model(batch[0])", "(2 * model(batch[0]) - model(batch[0]).detach())")
+    )
     result = influence("score", run)
     assert result.code == 1
     assert "gradients taken again differ" in result.err
     assert "first at 0.weight, example 0 of train_data()" in result.err
 
 
-@pytest.mark.parametrize("extra", ["\ndef measure(model, batch):\n    return model(batch[0])[:, 0]\n", "seed"])
-def test_other_queries_or_another_measure_touch_no_training_gradient(extra, make_run, influence, captured):
+@pytest.mark.parametrize(
+    "extra", ["\ndef measure(model, batch):\n    return model(batch[0])[:, 0]\n", "seed"]
+)
+def test_other_queries_or_another_measure_touch_no_training_gradient(
+    extra, make_run, influence, captured
+):
     run = make_run()
     influence("score", run)
-    edited = DEFINITION.replace("examples(1, 6)", "examples(7, 6)") if extra == "seed" else DEFINITION + extra
+    edited = (
+        DEFINITION.replace("examples(1, 6)", "examples(7, 6)")
+        if extra == "seed"
+        else DEFINITION + extra
+    )
     (run / "definition.py").write_text(edited)
     captured.clear()
     result = influence("score", run)
     assert result.code == 0, result.err
-    assert sum(captured) == 2 * 8 + 2 * 6, "8 training examples a checkpoint are compared, the queries are taken anew"
+    assert sum(captured) == 2 * 8 + 2 * 6, (
+        "8 training examples a checkpoint are compared, the queries are taken anew"
+    )
     assert result.out == influence("score", make_run("fresh", edited)).out
     captured.clear()
     (run / "definition.py").write_text(DEFINITION)
@@ -254,7 +293,10 @@ def test_other_queries_or_another_measure_touch_no_training_gradient(extra, make
 
 def test_queries_that_change_under_the_same_definition_are_taken_anew(make_run, influence):
     text = DEFINITION.replace("examples(1, 6)", "examples(int(open(__file__ + '.seed').read()), 6)")
-    model = lambda: torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))  # noqa: E731
+
+    def model():
+        return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+
     run = make_run(definition=text, model=model)
     tables = []
     for seed in "151":
@@ -270,7 +312,8 @@ def test_a_corrected_label_is_noticed_whatever_was_cached_before(make_run, influ
     """Norms and gradients in overlapping units, and checkpoints cached under different texts of the definition."""
     first = DEFINITION.replace("examples(0, 20)", "examples(0, 3000)")
     fixed = first.replace(
-        "return examples(0, 3000)", "data = examples(0, 3000)\n    data.tensors[1][501] = (data.tensors[1][501] + 1) % 3\n    return data"
+        "return examples(0, 3000)",
+        "data = examples(0, 3000)\n    data.tensors[1][501] = (data.tensors[1][501] + 1) % 3\n    return data",
     )
     run = make_run(definition=first)
     influence("self", run, "--steps", "10", "--layers", "2.bias")
@@ -281,11 +324,21 @@ def test_a_corrected_label_is_noticed_whatever_was_cached_before(make_run, influ
         assert result.code == 1, steps
         assert "example 501 of train_data()" in result.err
     influence("score", run, "--steps", "10", "--layers", "2.bias", "--cache", run / "other")
-    assert influence("score", run, "--steps", "10:", "--layers", "2.bias", "--cache", run / "other").code == 0
+    assert (
+        influence(
+            "score", run, "--steps", "10:", "--layers", "2.bias", "--cache", run / "other"
+        ).code
+        == 0
+    )
 
 
 def test_a_helper_imported_inside_the_loss_belongs_to_the_definition(make_run, influence):
-    run = make_run(definition=DEFINITION.replace("    return F.cross", "    from mylib_of_a_test import scale\n    return scale * F.cross"))
+    run = make_run(
+        definition=DEFINITION.replace(
+            "    return F.cross",
+            "    from mylib_of_a_test import scale\n    return scale * F.cross",
+        )
+    )
     (run / "mylib_of_a_test.py").write_text("scale = 1.0\n")
     assert influence("score", run).code == 0
     (run / "mylib_of_a_test.py").write_text("scale = -5.0\n")
@@ -294,15 +347,25 @@ def test_a_helper_imported_inside_the_loss_belongs_to_the_definition(make_run, i
 
 
 def test_changed_data_is_refused_even_when_the_definition_is_the_same(make_run, influence):
-    text = DEFINITION.replace("examples(0, 20)", "examples(int(open(__file__ + '.seed').read()), 20)")
-    run = make_run(definition=text, model=lambda: torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)))
+    text = DEFINITION.replace(
+        "examples(0, 20)", "examples(int(open(__file__ + '.seed').read()), 20)"
+    )
+    run = make_run(
+        definition=text,
+        model=lambda: torch.nn.Sequential(
+            torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+        ),
+    )
     seed = run / "definition.py.seed"
     seed.write_text("0")
     influence("cache", run)
     seed.write_text("5")
     result = influence("score", run)
     assert result.code == 1
-    assert "belongs to other data: example 0 of train_data() is not the one that was cached" in result.err
+    assert (
+        "belongs to other data: example 0 of train_data() is not the one that was cached"
+        in result.err
+    )
 
 
 def test_one_corrected_label_is_noticed_when_the_definition_changed(make_run, influence):
@@ -324,33 +387,55 @@ def test_a_grown_training_set_keeps_what_it_has(make_run, influence, captured):
     run = make_run()
     influence("cache", run)
     (run / "definition.py").write_text(
-        DEFINITION.replace("return examples(0, 20)", "return torch.utils.data.ConcatDataset([examples(0, 20), examples(9, 5)])")
+        DEFINITION.replace(
+            "return examples(0, 20)",
+            "return torch.utils.data.ConcatDataset([examples(0, 20), examples(9, 5)])",
+        )
     )
     captured.clear()
     result = influence("cache", run)
     assert "train: 10 gradients computed, 40 were there" in result.err
     fresh = make_run("fresh", (run / "definition.py").read_text())
-    assert influence("score", run, "--precision", "float64").out == influence("score", fresh, "--precision", "float64").out
+    assert (
+        influence("score", run, "--precision", "float64").out
+        == influence("score", fresh, "--precision", "float64").out
+    )
 
 
 def test_a_new_checkpoint_under_an_old_name_is_computed_anew(make_run, influence):
     run, other = make_run(), make_run("other", steps=(30, 40))
     influence("score", run)
     for old, new in (("10", "30"), ("20", "40")):
-        shutil.copy(other / f"checkpoints/step-0000{new}.safetensors", run / f"checkpoints/step-0000{old}.safetensors")
-    for name in ("step-000010", "step-000020"):  # the names are those of the first run, so are the steps
+        shutil.copy(
+            other / f"checkpoints/step-0000{new}.safetensors",
+            run / f"checkpoints/step-0000{old}.safetensors",
+        )
+    for name in (
+        "step-000010",
+        "step-000020",
+    ):  # the names are those of the first run, so are the steps
         from safetensors.torch import load_file, save_file
 
         path = run / f"checkpoints/{name}.safetensors"
-        save_file(load_file(path), path, metadata={"learning_rate": "0.1" if name.endswith("10") else "0.05"})
-    assert [row["score"] for row in influence("score", run).rows] == [row["score"] for row in influence("score", other).rows]
+        save_file(
+            load_file(path),
+            path,
+            metadata={"learning_rate": "0.1" if name.endswith("10") else "0.05"},
+        )
+    assert [row["score"] for row in influence("score", run).rows] == [
+        row["score"] for row in influence("score", other).rows
+    ]
 
 
 def test_units_appear_whole_and_are_synced_before_they_are_named(make_run, influence, monkeypatch):
     order: list[str] = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
-        monkeypatch.setattr(atomic.os, name, lambda *args, name=name, original=original: (order.append(name), original(*args))[1])
+        monkeypatch.setattr(
+            atomic.os,
+            name,
+            lambda *args, name=name, original=original: (order.append(name), original(*args))[1],
+        )
     run = make_run()
     influence("cache", run)
     assert order == ["fsync", "replace"] * (len(order) // 2)
@@ -360,9 +445,16 @@ def test_units_appear_whole_and_are_synced_before_they_are_named(make_run, influ
 def test_scattered_examples_share_units_and_batches(make_run, influence, captured, small_units):
     """Units of 8: 8 examples from 3 stretches of 8 are one unit and one batch, not three."""
     run = make_run()
-    assert influence("cache", run, "--train", "0,3,7,9,12,15,16,19", "--queries", "0", "--steps", "10").code == 0
+    assert (
+        influence(
+            "cache", run, "--train", "0,3,7,9,12,15,16,19", "--queries", "0", "--steps", "10"
+        ).code
+        == 0
+    )
     assert captured == [1, 8]
-    assert [name.split("/")[-1].split("-")[:2] for name in files(run) if "/train/" in name] == [["000000000000", "000000000020"]]
+    assert [name.split("/")[-1].split("-")[:2] for name in files(run) if "/train/" in name] == [
+        ["000000000000", "000000000020"]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,10 @@ def failed(result) -> set[tuple[str, str]]:
     assert {row["result"] for row in result.rows} <= {"ok", "FAILED"}
     assert result.code == bool(found), result.err
     first = next((row for row in result.rows if row["result"] == "FAILED"), None)
-    assert first is None or f"{first['check']} of {first['split']} examples: {first['subject']}" in result.err
+    assert (
+        first is None
+        or f"{first['check']} of {first['split']} examples: {first['subject']}" in result.err
+    )
     return found
 
 
@@ -34,7 +37,9 @@ def test_a_sound_run_passes_and_every_parameter_is_looked_at(make_run, influence
     seen = {(row["check"], row["split"], row["subject"]) for row in result.rows}
     for split in ("train", "query"):
         for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
-            assert {(check, split, name) for check in ("gradients", "batches", "repeats", "coverage")} <= seen
+            assert {
+                (check, split, name) for check in ("gradients", "batches", "repeats", "coverage")
+            } <= seen
     assert all(float(row["error"]) <= float(row["allowed"]) < 2e-3 for row in result.rows)
     assert sum(row["check"] == "cache" for row in result.rows) == 2 * 2 + 2
 
@@ -65,19 +70,31 @@ def test_examples_that_influence_each_other_fail_in_other_batches(make_run, infl
     """Only where there are more than two of them, so that the probe does not notice."""
     together = "out = model(batch[0])\n    return F.cross_entropy(out - (len(out) > 2) * out.mean(0), batch[1], reduction='none')"
     found = failed(influence("check", make_run(definition=replaced(DEFINITION, (LOSS, together)))))
-    assert {("batches", "the loss"), ("batches", "2.weight"), ("gradients", "2.weight")} <= found, found
+    assert {("batches", "the loss"), ("batches", "2.weight"), ("gradients", "2.weight")} <= found, (
+        found
+    )
 
 
 def test_a_loss_that_changes_from_call_to_call_is_found(make_run, influence):
     """The probe takes each example twice; this one begins to move later."""
-    moving = f"global calls\n    calls += 1\n    scale = 1 + max(0, calls - 40) / 50\n    {LOSS} * scale"
-    found = failed(influence("check", make_run(definition=replaced("calls = 0\n" + DEFINITION, (LOSS, moving)))))
+    moving = (
+        f"global calls\n    calls += 1\n    scale = 1 + max(0, calls - 40) / 50\n    {LOSS} * scale"
+    )
+    found = failed(
+        influence(
+            "check", make_run(definition=replaced("calls = 0\n" + DEFINITION, (LOSS, moving)))
+        )
+    )
     assert {("repeats", "the loss"), ("repeats", "0.weight")} <= found
 
 
 def test_a_trained_parameter_without_gradients_is_found(make_run, influence, monkeypatch):
     everything = parameters.columns
-    monkeypatch.setattr(parameters, "columns", lambda model: {name: c for name, c in everything(model).items() if name != "0.bias"})
+    monkeypatch.setattr(
+        parameters,
+        "columns",
+        lambda model: {name: c for name, c in everything(model).items() if name != "0.bias"},
+    )
     result = influence("check", make_run())
     assert ("coverage", "0.bias") in failed(result)
     assert "no gradients are taken of it" in result.err
@@ -85,13 +102,17 @@ def test_a_trained_parameter_without_gradients_is_found(make_run, influence, mon
 
 def test_frozen_parameters_are_said(make_run, influence):
     model = "net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))\n    net[0].bias.requires_grad_(False)\n    return net"
-    definition = replaced(DEFINITION, ("return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))", model))
+    definition = replaced(
+        DEFINITION, ("return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))", model)
+    )
     result = influence("check", make_run(definition=definition))
     assert failed(result) == set()
     assert "1 frozen parameters have no gradients: 0.bias" in result.err
 
 
-@pytest.mark.parametrize(("factor", "fails"), [("1", set()), ("2", {("outputs", "loss_from_outputs()")})])
+@pytest.mark.parametrize(
+    ("factor", "fails"), [("1", set()), ("2", {("outputs", "loss_from_outputs()")})]
+)
 def test_outputs_must_give_the_loss(factor, fails, make_run, influence):
     more = f"""
 def outputs(model, batch):
@@ -127,7 +148,11 @@ def changed_gradient(path) -> None:
 def test_a_damaged_unit_is_found(damage, says, make_run, influence):
     run = make_run()
     influence("cache", run)
-    path = next(path for path in sorted((run / ".influence").rglob("0*.safetensors")) if "train" in path.parts)
+    path = next(
+        path
+        for path in sorted((run / ".influence").rglob("0*.safetensors"))
+        if "train" in path.parts
+    )
     damage(path)
     result = influence("check", run)
     assert any(check == "cache" for check, _ in failed(result))
@@ -138,7 +163,9 @@ def test_a_damaged_unit_is_found(damage, says, make_run, influence):
 def test_a_cache_of_other_data_is_found(make_run, influence):
     run = make_run()
     influence("cache", run)
-    (run / "definition.py").write_text(replaced(DEFINITION, ("return examples(0, 20)", "return examples(5, 20)")))
+    (run / "definition.py").write_text(
+        replaced(DEFINITION, ("return examples(0, 20)", "return examples(5, 20)"))
+    )
     result = influence("check", run)
     assert ("cache", "checkpoints/step-000010.safetensors, taken again") in failed(result)
     assert "belongs to other data" in result.err

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influence_cli.cache.store import Held, Unit
+from influence_cli.cache.store import Unit, UnitIndex
 from influence_cli.extraction.work_plan import Missing
 
 COLUMNS, TOTAL = ("a", "b", "c"), 60
@@ -17,14 +17,31 @@ def units(draw):
     start = draw(st.integers(0, TOTAL - 1))
     stop = draw(st.integers(start + 1, TOTAL))
     columns = tuple(draw(st.lists(st.sampled_from(COLUMNS), min_size=1, unique=True)))
-    ids = draw(st.one_of(st.none(), st.lists(st.integers(start, stop - 1), min_size=1, unique=True).map(sorted)))
+    ids = draw(
+        st.one_of(
+            st.none(), st.lists(st.integers(start, stop - 1), min_size=1, unique=True).map(sorted)
+        )
+    )
     level = draw(st.sampled_from(["values", "norms"]))
-    return Unit(Path("folder"), "unit", columns, level, "text", start, stop, None if ids is None else np.array(ids))
+    return Unit(
+        Path("folder"),
+        "unit",
+        columns,
+        level,
+        "text",
+        start,
+        stop,
+        None if ids is None else np.array(ids),
+    )
 
 
 wanted_ids = st.one_of(
-    st.tuples(st.integers(0, TOTAL - 1), st.integers(1, TOTAL)).map(lambda p: range(p[0], min(TOTAL, p[0] + p[1]))),
-    st.lists(st.integers(0, TOTAL - 1), min_size=1, unique=True).map(lambda ids: np.array(sorted(ids))),
+    st.tuples(st.integers(0, TOTAL - 1), st.integers(1, TOTAL)).map(
+        lambda p: range(p[0], min(TOTAL, p[0] + p[1]))
+    ),
+    st.lists(st.integers(0, TOTAL - 1), min_size=1, unique=True).map(
+        lambda ids: np.array(sorted(ids))
+    ),
 )
 
 
@@ -34,7 +51,12 @@ def holds(unit: Unit, column: str, level: str, example: int) -> bool:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(units(), max_size=6), wanted_ids, st.sampled_from([1, 2, 4, 8, 16, 64]), st.sampled_from(["values", "norms"]))
+@given(
+    st.lists(units(), max_size=6),
+    wanted_ids,
+    st.sampled_from([1, 2, 4, 8, 16, 64]),
+    st.sampled_from(["values", "norms"]),
+)
 def test_what_is_missing(held, ids, size, level):
     asked = []
 
@@ -43,8 +65,10 @@ def test_what_is_missing(held, ids, size, level):
         return Unit(Path("folder"), "new", tuple(columns), level, "text", start, start + size, ids)
 
     missing = Missing(COLUMNS, level, size, unit)
-    missing.add("checkpoint", ids, Held(held))
-    lacking = {int(i): [c for c in COLUMNS if not any(holds(u, c, level, i) for u in held)] for i in ids}
+    missing.add("checkpoint", ids, UnitIndex(held))
+    lacking = {
+        int(i): [c for c in COLUMNS if not any(holds(u, c, level, i) for u in held)] for i in ids
+    }
     expected = [i for i, columns in lacking.items() if columns]
     jobs = list(missing)
     assert [int(i) for job in jobs for i in job.ids] == expected
@@ -58,9 +82,16 @@ def test_what_is_missing(held, ids, size, level):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(units(), max_size=8), wanted_ids, st.sampled_from(COLUMNS), st.sampled_from(["values", "norms"]))
+@given(
+    st.lists(units(), max_size=8),
+    wanted_ids,
+    st.sampled_from(COLUMNS),
+    st.sampled_from(["values", "norms"]),
+)
 def test_where_names_the_first_unit_that_holds_each(held, ids, column, level):
     array = np.array(list(ids))
-    found = Held(held).where(column, level, array)
+    found = UnitIndex(held).where(column, level, array)
     for i, number in zip(array, found, strict=True):
-        assert number == next((k for k, unit in enumerate(held) if holds(unit, column, level, i)), -1)
+        assert number == next(
+            (k for k, unit in enumerate(held) if holds(unit, column, level, i)), -1
+        )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from influence_cli.cache.quantize import pack, unpack
-from influence_cli.cache.store import Held, Rows, Store
+from influence_cli.cache.store import GradientRows, Store, UnitIndex
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import side_by_side, smallest
 from influence_cli.gradients.forms import Dense, Factors, Projected
@@ -13,18 +13,24 @@ from influence_cli.storage.atomic import sweep
 from influence_cli.storage.safetensors_io import TensorFile
 
 
-def rows(ids, seed=0) -> Rows:
-    """Rows whose numbers follow from the example id, so that any order of reading can be checked."""
+def rows(ids, seed=0) -> GradientRows:
+    """GradientRows whose numbers follow from the example id, so that any order of reading can be checked."""
     ids = np.asarray(ids)
-    values = torch.stack([torch.randn(3, 4, generator=torch.Generator().manual_seed(int(i))) for i in ids])
-    sparse = torch.stack([torch.randn(50, 2, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+    values = torch.stack(
+        [torch.randn(3, 4, generator=torch.Generator().manual_seed(int(i))) for i in ids]
+    )
+    sparse = torch.stack(
+        [torch.randn(50, 2, generator=torch.Generator().manual_seed(int(i))) for i in ids]
+    )
     sparse[:, 3:] = 0
     forms = {"a": Dense((3, 4), values.flatten(1)), "b": smallest(sparse, embedding=True)}
     at = torch.from_numpy(ids)
-    return Rows(ids, at.double() / 10, at * 7, {name: form.sqnorm() for name, form in forms.items()}, forms)
+    return GradientRows(
+        ids, at.double() / 10, at * 7, {name: form.sqnorm() for name, form in forms.items()}, forms
+    )
 
 
-def same(found: Rows, expected: Rows) -> None:
+def same(found: GradientRows, expected: GradientRows) -> None:
     assert found.ids.tolist() == expected.ids.tolist()
     assert torch.equal(found.losses, expected.losses)
     assert torch.equal(found.digests, expected.digests)
@@ -54,7 +60,9 @@ def test_every_form_is_kept_in_its_own_form(tmp_path):
     }
     norms = {name: form.sqnorm() for name, form in forms.items()}
     unit = store.unit_for(store.folder / "x", list(forms), "values", "digest", 0, 4, np.arange(4))
-    store.write(unit, Rows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms), None)
+    store.write(
+        unit, GradientRows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms), None
+    )
     again = store.held(store.folder / "x").read(list(forms), "values", np.arange(4)).forms
     for name, form in forms.items():
         assert again[name].kind == form.kind == name
@@ -72,7 +80,11 @@ def test_units_that_overlap_are_read_as_one(tmp_path):
         (["b"], 8, 16, range(8, 16)),
     ]:
         ids = np.asarray(ids)
-        store.write(store.unit_for(place, columns, "values", "digest", start, stop, ids), rows(ids), torch.float32)
+        store.write(
+            store.unit_for(place, columns, "values", "digest", start, stop, ids),
+            rows(ids),
+            torch.float32,
+        )
     held = store.held(place)
     for ids in (np.arange(16), np.array([0, 1, 5, 6, 9]), np.array([15])):
         same(held.read(["a", "b"], "values", ids), rows(ids))
@@ -92,7 +104,9 @@ def test_the_same_unit_has_the_same_name_and_bytes(tmp_path):
     contents = []
     for name in ("one", "two"):
         store = Store(tmp_path / name)
-        unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, 8, np.array([1, 2, 5]))
+        unit = store.unit_for(
+            store.folder / "x", ["a", "b"], "values", "digest", 0, 8, np.array([1, 2, 5])
+        )
         store.write(unit, rows([1, 2, 5]), torch.float16)
         contents.append((unit.path.relative_to(store.folder), unit.path.read_bytes()))
     assert contents[0] == contents[1]
@@ -121,7 +135,9 @@ def test_only_stale_temporary_files_are_swept(tmp_path):
     (tmp_path / ".tmp-elsewhere-2-x").touch()
     os.utime(tmp_path / ".tmp-elsewhere-2-x", (1, 1))
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f".tmp-{here}-{os.getpid()}-x", ".tmp-elsewhere-1-x"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [f".tmp-{here}-{os.getpid()}-x", ".tmp-elsewhere-1-x"]
+    )
 
 
 def test_gradients_that_share_one_storage_are_written(tmp_path):
@@ -130,7 +146,11 @@ def test_gradients_that_share_one_storage_are_written(tmp_path):
     forms = {name: Dense((3,), one) for name in "pq"}
     unit = store.unit_for(store.folder / "x", ["p", "q"], "values", "digest", 0, 4, np.arange(4))
     norms = {name: form.sqnorm() for name, form in forms.items()}
-    store.write(unit, Rows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms), torch.float32)
+    store.write(
+        unit,
+        GradientRows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms),
+        torch.float32,
+    )
     again = store.held(store.folder / "x").read(["p", "q"], "values", np.arange(4))
     assert torch.equal(again.forms["q"].dense().values, one)
 
@@ -149,21 +169,32 @@ def test_a_cache_begun_by_another_process_is_joined(tmp_path):
 
 
 def test_an_empty_cache_holds_nothing():
-    assert (Held([]).where("a", "values", np.arange(3)) == -1).all()
+    assert (UnitIndex([]).where("a", "values", np.arange(3)) == -1).all()
 
 
 @pytest.mark.parametrize("store_as", [torch.float32, torch.float16], ids=str)
 def test_few_rows_of_a_unit_are_read_row_by_row_and_are_the_same(store_as, tmp_path, monkeypatch):
     store = Store(tmp_path / "c")
-    forms = {"dense": Dense((2, 3), torch.randn(40, 6)), "factors": Factors((2, 3), torch.randn(40, 5, 2), torch.randn(40, 5, 3))}
+    forms = {
+        "dense": Dense((2, 3), torch.randn(40, 6)),
+        "factors": Factors((2, 3), torch.randn(40, 5, 2), torch.randn(40, 5, 3)),
+    }
     norms = {name: form.sqnorm() for name, form in forms.items()}
     unit = store.unit_for(store.folder / "x", list(forms), "values", "digest", 0, 40, np.arange(40))
-    store.write(unit, Rows(np.arange(40), torch.arange(40.0), torch.arange(40), norms, forms), store_as)
+    store.write(
+        unit,
+        GradientRows(np.arange(40), torch.arange(40.0), torch.arange(40), norms, forms),
+        store_as,
+    )
     held = store.held(store.folder / "x")
     few, whole = np.array([3, 4, 5, 17, 39]), held.read(list(forms), "values", np.arange(40))
     rowwise: list[str] = []
     original = TensorFile.read_rows
-    monkeypatch.setattr(TensorFile, "read_rows", lambda self, name, rows: rowwise.append(name) or original(self, name, rows))
+    monkeypatch.setattr(
+        TensorFile,
+        "read_rows",
+        lambda self, name, rows: rowwise.append(name) or original(self, name, rows),
+    )
     same(held.read(list(forms), "values", few), whole.take(few))
     assert rowwise
 
@@ -172,23 +203,38 @@ def test_a_row_past_the_end_of_a_damaged_file_is_noticed(tmp_path):
     store = Store(tmp_path / "c")
     form = Dense((2, 3), torch.randn(40, 6))
     unit = store.unit_for(store.folder / "x", ["a"], "values", "digest", 0, 40, np.arange(40))
-    store.write(unit, Rows(np.arange(40), torch.zeros(40), torch.zeros(40), {"a": form.sqnorm()}, {"a": form}), None)
+    store.write(
+        unit,
+        GradientRows(
+            np.arange(40), torch.zeros(40), torch.zeros(40), {"a": form.sqnorm()}, {"a": form}
+        ),
+        None,
+    )
     held = store.held(store.folder / "x")
     unit.path.write_bytes(unit.path.read_bytes()[:-8])
     with pytest.raises(CacheError, match="is damaged"):
         held.read(["a"], "values", np.array([39]))
 
 
-@pytest.mark.parametrize(("store", "allowed"), [(torch.float32, 0.0), (torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.int8, 1 / 250)])
+@pytest.mark.parametrize(
+    ("store", "allowed"),
+    [(torch.float32, 0.0), (torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.int8, 1 / 250)],
+)
 def test_projected_columns_stand_side_by_side_each_with_its_own_scale(store, allowed, tmp_path):
     """Whole, a column of them, and a few rows of a large unit; numbers of 1e-12 beside numbers of 1."""
     torch.manual_seed(0)
     cache, names, sizes = Store(tmp_path / "c"), ["a", "tiny", "c"], [4, 7, 2]
-    values = [torch.randn(64, size) * scale for size, scale in zip(sizes, (1, 1e-12, 1e3), strict=True)]
+    values = [
+        torch.randn(64, size) * scale for size, scale in zip(sizes, (1, 1e-12, 1e3), strict=True)
+    ]
     forms = {name: Projected((9, 9), value) for name, value in zip(names, values, strict=True)}
     unit = cache.unit_for(cache.folder / "x", names, "values", "digest", 0, 64, np.arange(64))
     ones = torch.ones(64, dtype=torch.float64)
-    cache.write(unit, Rows(np.arange(64), ones, ones.long(), dict.fromkeys(names, ones), forms), store)
+    cache.write(
+        unit,
+        GradientRows(np.arange(64), ones, ones.long(), dict.fromkeys(names, ones), forms),
+        store,
+    )
     held = cache.held(cache.folder / "x")
     for columns in (names, ["tiny"], ["c", "a"]):
         for ids in (np.arange(64), np.array([3, 60]), np.arange(10, 50)):
@@ -198,11 +244,19 @@ def test_projected_columns_stand_side_by_side_each_with_its_own_scale(store, all
                 expected = values[names.index(name)][torch.from_numpy(ids)]
                 largest = expected.abs().amax(1, keepdim=True)
                 assert found[name].dense().values.shape == expected.shape
-                assert bool(((found[name].dense().values - expected).abs() <= allowed * largest).all()), name
+                assert bool(
+                    ((found[name].dense().values - expected).abs() <= allowed * largest).all()
+                ), name
     everything = held.read(names, "values", np.arange(64)).forms
     together = side_by_side([everything[name] for name in names])
-    assert together is not None and together.dense().values.data_ptr() == everything["a"].dense().values.data_ptr()
-    assert torch.equal(together.dense().values, torch.cat([everything[name].dense().values for name in names], dim=1))
+    assert (
+        together is not None
+        and together.dense().values.data_ptr() == everything["a"].dense().values.data_ptr()
+    )
+    assert torch.equal(
+        together.dense().values,
+        torch.cat([everything[name].dense().values for name in names], dim=1),
+    )
     assert side_by_side([everything["c"], everything["a"]]) is None
     assert side_by_side([forms["a"], forms["c"]]) is None
     part = side_by_side([everything[name].part(slice(8, 24)) for name in names])

@@ -70,10 +70,15 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """Enough examples that shards are cut where batches and products begin: below that, shapes differ and with them the last digits."""
-    return build_run(tmp_path_factory.mktemp("large") / "run", replaced(DEFINITION, ("texts(0, 300, 140)", "texts(0, 9000, 5000)")))
+    return build_run(
+        tmp_path_factory.mktemp("large") / "run",
+        replaced(DEFINITION, ("texts(0, 300, 140)", "texts(0, 9000, 5000)")),
+    )
 
 
-def parts_of(influence, folder: Path, count: int, *arguments: object, suffix: str = "csv") -> list[Path]:
+def parts_of(
+    influence, folder: Path, count: int, *arguments: object, suffix: str = "csv"
+) -> list[Path]:
     """A table per shard, the last first: the order of parts must not count."""
     paths = [folder / f"part-{number}.{suffix}" for number in range(count, 0, -1)]
     for number, path in zip(range(count, 0, -1), paths, strict=True):
@@ -108,16 +113,22 @@ def test_small_and_empty_shards_hold_every_pair(run, tmp_path, influence):
     assert merged.err.splitlines() == [f"note: {path} has no rows" for path in empty]
     assert len(empty) == 2
     found = {(row["query"], row["train"]): float(row["score"]) for row in merged.rows}
-    assert found == pytest.approx({(row["query"], row["train"]): float(row["score"]) for row in whole}, rel=1e-4, abs=1e-9)
+    assert found == pytest.approx(
+        {(row["query"], row["train"]): float(row["score"]) for row in whole}, rel=1e-4, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("suffix", ["tsv", "jsonl", "parquet"])
 @pytest.mark.parametrize("flags", [["--top", "all"], ["--sum-queries"]], ids=" ".join)
 def test_every_format_merges_to_every_other(suffix, flags, run, tmp_path, influence):
-    expected = influence("merge", *parts_of(influence, tmp_path, 3, "score", run, *flags), *top_of(flags))
+    expected = influence(
+        "merge", *parts_of(influence, tmp_path, 3, "score", run, *flags), *top_of(flags)
+    )
     paths = parts_of(influence, tmp_path, 3, "score", run, *flags, suffix=suffix)
     influence("merge", *paths, *top_of(flags), "-o", tmp_path / f"all.{suffix}")
-    again = influence("merge", tmp_path / f"all.{suffix}", *top_of(flags))  # of one part: the table itself
+    again = influence(
+        "merge", tmp_path / f"all.{suffix}", *top_of(flags)
+    )  # of one part: the table itself
     assert again.code == 0, again.err
     assert again.out == expected.out
 
@@ -148,34 +159,69 @@ def test_more_rows_than_the_parts_may_have_is_said(run, tmp_path, influence):
 
 
 # ---------------------------------------------------------------- refused
-GOOD = HEAD + "0,proponent,1,25,2.0,,,,\n0,proponent,2,3,1.0,,,,\n0,opponent,1,4,-1.0,,,,\n2,proponent,1,3,1.0,,,,\n"
+GOOD = (
+    HEAD
+    + "0,proponent,1,25,2.0,,,,\n0,proponent,2,3,1.0,,,,\n0,opponent,1,4,-1.0,,,,\n2,proponent,1,3,1.0,,,,\n"
+)
 BROKEN = {
     "a column short": (HEAD + "0,proponent,1,5,2.0,,,\n", "bad.csv, line 2: 8 columns, expected 9"),
     "a blank line": (HEAD + "0,proponent,1,5,2.0,,,,\n\n", "bad.csv, line 3: 0 columns"),
-    "no number": (HEAD + "0,proponent,1,5,2.0,,,,\n0,proponent,2,6,much,,,,\n", "bad.csv, line 3: score is 'much', expected a number"),
-    "groups": (HEAD + "0,proponent,1,cats,2.0,,,,\n", "bad.csv, line 2: train is 'cats'", "sums per group can't be merged"),
+    "no number": (
+        HEAD + "0,proponent,1,5,2.0,,,,\n0,proponent,2,6,much,,,,\n",
+        "bad.csv, line 3: score is 'much', expected a number",
+    ),
+    "groups": (
+        HEAD + "0,proponent,1,cats,2.0,,,,\n",
+        "bad.csv, line 2: train is 'cats'",
+        "sums per group can't be merged",
+    ),
     "a query's name": (HEAD + "every,proponent,1,6,2.0,,,,\n", "bad.csv, line 2: query is 'every'"),
-    "not finite": (HEAD + "0,proponent,1,5,nan,,,,\n", "bad.csv, line 2: a score that is not finite"),
+    "not finite": (
+        HEAD + "0,proponent,1,5,nan,,,,\n",
+        "bad.csv, line 2: a score that is not finite",
+    ),
     "rank 0": (HEAD + "0,proponent,0,5,1.0,,,,\n", "bad.csv, line 2", "a rank below 1"),
-    "another kind": (HEAD + "0,friend,1,5,1.0,,,,\n", "bad.csv, line 2: kind is 'friend', expected proponent or opponent"),
+    "another kind": (
+        HEAD + "0,friend,1,5,1.0,,,,\n",
+        "bad.csv, line 2: kind is 'friend', expected proponent or opponent",
+    ),
     "ranks fall": (
         HEAD + "0,proponent,2,5,1.0,,,,\n0,proponent,1,6,2.0,,,,\n",
         "bad.csv, line 3: out of order",
         "score and self write them",
     ),
-    "queries fall": (HEAD + "2,proponent,1,9,1.0,,,,\n1,proponent,1,9,1.0,,,,\n", "bad.csv, line 3: out of order"),
-    "kinds swapped": (HEAD + "0,opponent,1,8,-1.0,,,,\n0,proponent,1,9,1.0,,,,\n", "bad.csv, line 3: out of order"),
-    "a row twice": (HEAD + "0,proponent,1,5,1.0,,,,\n0,proponent,1,5,1.0,,,,\n", "bad.csv, line 2: out of order, or there twice"),
+    "queries fall": (
+        HEAD + "2,proponent,1,9,1.0,,,,\n1,proponent,1,9,1.0,,,,\n",
+        "bad.csv, line 3: out of order",
+    ),
+    "kinds swapped": (
+        HEAD + "0,opponent,1,8,-1.0,,,,\n0,proponent,1,9,1.0,,,,\n",
+        "bad.csv, line 3: out of order",
+    ),
+    "a row twice": (
+        HEAD + "0,proponent,1,5,1.0,,,,\n0,proponent,1,5,1.0,,,,\n",
+        "bad.csv, line 2: out of order, or there twice",
+    ),
     "no columns": ("", "bad.csv can't be read: an empty file"),
-    "another table": ("step,score\n1,2\n", "bad.csv is no table of score or self", "found: step, score"),
+    "another table": (
+        "step,score\n1,2\n",
+        "bad.csv is no table of score or self",
+        "found: step, score",
+    ),
     "parts of scores": (
         HEAD.replace("train,", "train,layer,", 1) + "0,proponent,1,5,0,2.0,,,,\n",
         "bad.csv has other columns than good.csv",
         "layer, score",
         "expected: query, kind, rank, train, score",
     ),
-    "self": ("rank,train,score,train_label,train_text\n1,5,2.0,,\n", "bad.csv has other columns than good.csv"),
-    "an open quote": (HEAD + '0,proponent,1,8,2.0,,"\n0,proponent,2,9,1.0,,,,\n', "bad.csv, line 3: 7 columns"),
+    "self": (
+        "rank,train,score,train_label,train_text\n1,5,2.0,,\n",
+        "bad.csv has other columns than good.csv",
+    ),
+    "an open quote": (
+        HEAD + '0,proponent,1,8,2.0,,"\n0,proponent,2,9,1.0,,,,\n',
+        "bad.csv, line 3: 7 columns",
+    ),
 }
 
 
@@ -195,23 +241,50 @@ def test_bytes_that_are_no_text_are_refused(tmp_path, influence):
 
 
 def test_json_rows_must_be_alike(tmp_path, influence):
-    rows = [dict(zip(HEAD.strip().split(","), [0, "proponent", rank, rank, 3.0 - rank, "", "", "", ""], strict=True)) for rank in (1, 2)]
+    rows = [
+        dict(
+            zip(
+                HEAD.strip().split(","),
+                [0, "proponent", rank, rank, 3.0 - rank, "", "", "", ""],
+                strict=True,
+            )
+        )
+        for rank in (1, 2)
+    ]
     del rows[1]["score"]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused(
-        influence("merge", tmp_path / "bad.jsonl", "-o", tmp_path / "out.csv"), 1, "bad.jsonl can't be read past line 1", "expected query"
+        influence("merge", tmp_path / "bad.jsonl", "-o", tmp_path / "out.csv"),
+        1,
+        "bad.jsonl can't be read past line 1",
+        "expected query",
     )
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{'no': json}\n")
-    refused(influence("merge", tmp_path / "bad.jsonl", "-o", tmp_path / "out.csv"), 1, "bad.jsonl can't be read past line 1")
+    refused(
+        influence("merge", tmp_path / "bad.jsonl", "-o", tmp_path / "out.csv"),
+        1,
+        "bad.jsonl can't be read past line 1",
+    )
 
 
 @pytest.mark.parametrize("kind", ["proponent,1,3,9.0", "opponent,1,3,-9.0"])
-def test_a_pair_that_comes_twice_is_refused_naming_both_parts(kind, tmp_path, influence, monkeypatch):
+def test_a_pair_that_comes_twice_is_refused_naming_both_parts(
+    kind, tmp_path, influence, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("one.csv").write_text(GOOD)
-    Path("two.csv").write_text(HEAD + f"1,{kind},,,,\n2,{kind},,,,\n")  # of query 1 one.csv has nothing
+    Path("two.csv").write_text(
+        HEAD + f"1,{kind},,,,\n2,{kind},,,,\n"
+    )  # of query 1 one.csv has nothing
     result = influence("merge", "one.csv", "two.csv", "-o", "out.csv")
-    refused(result, 1, "training example 3 of query 2 stands in both", "one.csv", "two.csv", "each shard once")
+    refused(
+        result,
+        1,
+        "training example 3 of query 2 stands in both",
+        "one.csv",
+        "two.csv",
+        "each shard once",
+    )
     assert not Path("out.csv").exists()
 
 
@@ -225,8 +298,14 @@ def test_parts_that_are_not_there_are_refused(tmp_path, influence):
     ("flags", "says"),
     [
         (["--group-by", "label"], ("--group-by sums over all training examples", "torchrun")),
-        (["--method", "dve"], ("--method dve goes back over whole steps", "--queries splits its work")),
-        (["--method", "unroll"], ("--method unroll goes back over whole steps", "--queries splits its work")),
+        (
+            ["--method", "dve"],
+            ("--method dve goes back over whole steps", "--queries splits its work"),
+        ),
+        (
+            ["--method", "unroll"],
+            ("--method unroll goes back over whole steps", "--queries splits its work"),
+        ),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -241,7 +320,10 @@ def test_a_wrong_shard_is_refused_before_any_work(command, run, influence):
 
 def test_cached_shards_are_what_scoring_all_needs(run, tmp_path, influence):
     for number in (1, 2, 3):
-        assert influence("cache", run, "--cache", tmp_path / "cache", "--shard", f"{number}/3").code == 0
+        assert (
+            influence("cache", run, "--cache", tmp_path / "cache", "--shard", f"{number}/3").code
+            == 0
+        )
     result = influence("cache", run, "--cache", tmp_path / "cache")
     assert "train: 0 gradients computed, 600 were there" in result.err
 
@@ -264,11 +346,24 @@ def test_memory_is_flat_in_the_number_of_rows(tmp_path):
             with (tmp_path / f"{number}.csv").open("w") as file:
                 file.write(HEAD)
                 for rank in range(1, count + 1):
-                    file.write(f"0,proponent,{rank},{2 * rank + number},{1 / rank},label,label,some text,some other text\n")
-        command = [sys.executable, "-c", FLAT, str(count), str(tmp_path / "0.csv"), str(tmp_path / "1.csv")]
-        rows, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+                    file.write(
+                        f"0,proponent,{rank},{2 * rank + number},{1 / rank},label,label,some text,some other text\n"
+                    )
+        command = [
+            sys.executable,
+            "-c",
+            FLAT,
+            str(count),
+            str(tmp_path / "0.csv"),
+            str(tmp_path / "1.csv"),
+        ]
+        rows, peak = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.split()
         return int(rows), int(peak)
 
     (_, few), (rows, many) = run(1_000), run(150_000)
     assert rows == 300_000
-    assert many - few < 8_000, f"{many - few} KiB more for 150 times the rows"  # the rows would be 100 MB
+    assert many - few < 8_000, (
+        f"{many - few} KiB more for 150 times the rows"
+    )  # the rows would be 100 MB

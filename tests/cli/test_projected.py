@@ -52,7 +52,15 @@ def query_data():
 def loss(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 """
-SIZES = {"words.weight": 65, "conv.weight": 60, "mix.weight": 54, "out.weight": 27, "conv.bias": 6, "mix.bias": 9, "out.bias": 3}
+SIZES = {
+    "words.weight": 65,
+    "conv.weight": 60,
+    "mix.weight": 54,
+    "out.weight": 27,
+    "conv.bias": 6,
+    "mix.bias": 9,
+    "out.bias": 3,
+}
 RATES = {10: 0.1, 20: 0.05}
 
 
@@ -69,7 +77,10 @@ def gradients(tmp_path_factory) -> list[tuple[float, dict, dict]]:
     model, found = space["model"](), []
     for step, rate in RATES.items():
         load(model, run, step)
-        singles = [[torch.utils.data.default_collate([item]) for item in space[of]()] for of in ("train_data", "query_data")]
+        singles = [
+            [torch.utils.data.default_collate([item]) for item in space[of]()]
+            for of in ("train_data", "query_data")
+        ]
         found.append((rate, *(reference.gradients(model, space["loss"], some) for some in singles)))
     return found
 
@@ -77,7 +88,9 @@ def gradients(tmp_path_factory) -> list[tuple[float, dict, dict]]:
 def by_hand(gradients, kind: str, numbers: int, seed: int = 0) -> torch.Tensor:
     """(Q, N) scores from explicit projection matrices."""
     return sum(
-        rate * reference.flat(by_matrix(query, kind, numbers, seed)) @ reference.flat(by_matrix(trained, kind, numbers, seed)).T
+        rate
+        * reference.flat(by_matrix(query, kind, numbers, seed))
+        @ reference.flat(by_matrix(trained, kind, numbers, seed)).T
         for rate, trained, query in gradients
     )
 
@@ -107,7 +120,10 @@ def test_scores_are_those_of_explicit_matrices(kind, run, gradients, influence):
 
 
 def test_without_a_kind_and_a_seed_it_is_the_tensor_sketch_of_seed_0(run, gradients, influence):
-    close(table(influence("score", run, "--project", "20", "--top", "all")), by_hand(gradients, "tensor-sketch", 20))
+    close(
+        table(influence("score", run, "--project", "20", "--top", "all")),
+        by_hand(gradients, "tensor-sketch", 20),
+    )
 
 
 def test_gradients_of_one_layer_have_the_maps_that_they_have_among_all(run, influence):
@@ -119,17 +135,28 @@ def test_gradients_of_one_layer_have_the_maps_that_they_have_among_all(run, infl
 
 
 def test_cosines_divide_by_exact_norms(run, gradients, influence):
-    found = table(influence("score", run, "--method", "grad-cos", "--project", "16", "--top", "all"))
+    found = table(
+        influence("score", run, "--method", "grad-cos", "--project", "16", "--top", "all")
+    )
     _, trained, query = gradients[-1]
-    products = reference.flat(by_matrix(query, "tensor-sketch", 16)) @ reference.flat(by_matrix(trained, "tensor-sketch", 16)).T
-    close(found, products / torch.outer(reference.flat(query).norm(dim=1), reference.flat(trained).norm(dim=1)))
+    products = (
+        reference.flat(by_matrix(query, "tensor-sketch", 16))
+        @ reference.flat(by_matrix(trained, "tensor-sketch", 16)).T
+    )
+    close(
+        found,
+        products
+        / torch.outer(reference.flat(query).norm(dim=1), reference.flat(trained).norm(dim=1)),
+    )
 
 
 def test_self_influence_is_exact(run, gradients, influence):
     exact = influence("self", run, "--top", "all")
     assert influence("self", run, "--project", "4", "--top", "all").out == exact.out
     influence("score", run, "--project", "9", "--projection", "khatri-rao")
-    beside = influence("self", run, "--project", "9", "--projection", "khatri-rao", "--top", "all")  # norms beside projected gradients
+    beside = influence(
+        "self", run, "--project", "9", "--projection", "khatri-rao", "--top", "all"
+    )  # norms beside projected gradients
     wanted = sum(rate * reference.flat(trained).square().sum(1) for rate, trained, _ in gradients)
     for result in (exact, beside):
         found = {int(row["train"]): float(row["score"]) for row in result.rows}
@@ -137,18 +164,28 @@ def test_self_influence_is_exact(run, gradients, influence):
 
 
 # ---------------------------------------------------------------- stores
-def test_int8_scores_are_those_of_127ths_and_within_half_a_step_of_each_number(run, gradients, influence):
+def test_int8_scores_are_those_of_127ths_and_within_half_a_step_of_each_number(
+    run, gradients, influence
+):
     """A stored number is a whole number of 127ths of its row's largest, so off by at most a 254th of that: a product of rows g and q of K
     numbers by at most |g| e(q) + |q| e(g) + e(g) e(q), e = sqrt(K) max / 254."""
     found = table(influence("score", run, "--project", "16", "--store", "int8", "--top", "all"))
-    wanted, allowed = torch.zeros(6, 30, dtype=torch.float64), torch.zeros(6, 30, dtype=torch.float64)
+    wanted, allowed = (
+        torch.zeros(6, 30, dtype=torch.float64),
+        torch.zeros(6, 30, dtype=torch.float64),
+    )
     for rate, *both in gradients:
         trained, query = (by_matrix(part, "tensor-sketch", 16) for part in both)
         for name, g in trained.items():
             wanted += rate * in_127ths(query[name]) @ in_127ths(g).T
-            sizes = [(part.norm(dim=1), part.abs().amax(1) * part.shape[1] ** 0.5 / 254) for part in (query[name], g)]
+            sizes = [
+                (part.norm(dim=1), part.abs().amax(1) * part.shape[1] ** 0.5 / 254)
+                for part in (query[name], g)
+            ]
             (q_norm, q_off), (g_norm, g_off) = sizes
-            allowed += rate * (torch.outer(q_off, g_norm) + torch.outer(q_norm, g_off) + torch.outer(q_off, g_off))
+            allowed += rate * (
+                torch.outer(q_off, g_norm) + torch.outer(q_norm, g_off) + torch.outer(q_off, g_off)
+            )
     close(found, wanted, 1e-5)  # products in float32
     off = (found - by_hand(gradients, "tensor-sketch", 16)).abs()
     assert (off <= allowed + 1e-6 * allowed.max()).all()
@@ -166,7 +203,10 @@ def test_gradients_of_a_trillionth_survive(store, projection, make_run, influenc
     """A loss of 2^-40 times the size has scores of 2^-80 times the size, whatever the store; without a scale float16 would have zeros."""
     small = replaced(DEFINITION, ("return F.cross_entropy", "return 2.0**-40 * F.cross_entropy"))
     flags = ("--store", store, *projection, "--top", "all")
-    usual, tiny = (table(influence("score", make_run(name, text), *flags)) for name, text in (("usual", DEFINITION), ("tiny", small)))
+    usual, tiny = (
+        table(influence("score", make_run(name, text), *flags))
+        for name, text in (("usual", DEFINITION), ("tiny", small))
+    )
     assert tiny.abs().max() < 1e-22
     close(tiny * 2.0**80, usual, 1e-6)
 
@@ -177,12 +217,21 @@ def computed(influence, monkeypatch, *arguments: object) -> int:
     written = []
     write = Store.write
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "write", lambda self, unit, *rest, **more: (written.append(unit.path), write(self, unit, *rest, **more)))
+        patch.setattr(
+            Store,
+            "write",
+            lambda self, unit, *rest, **more: (
+                written.append(unit.path),
+                write(self, unit, *rest, **more),
+            ),
+        )
         assert influence(*arguments).code == 0
     return sum("train" in path.parts for path in written)
 
 
-def test_another_map_is_another_cache_and_the_same_is_not_computed_again(run, influence, monkeypatch):
+def test_another_map_is_another_cache_and_the_same_is_not_computed_again(
+    run, influence, monkeypatch
+):
     ways = {
         "float64-stored-float64-exact": (),
         "float64-stored-float64-tensor-sketch-16-seed-0": ("--project", "16"),
@@ -193,13 +242,31 @@ def test_another_map_is_another_cache_and_the_same_is_not_computed_again(run, in
     }
     tables = set()
     for number, flags in enumerate(ways.values(), start=1):
-        assert computed(influence, monkeypatch, "score", run, *flags) == 2  # a unit for each checkpoint
-        assert sorted(path.name for path in (run / ".influence").glob("*-stored-*")) == sorted(list(ways)[:number])
+        assert (
+            computed(influence, monkeypatch, "score", run, *flags) == 2
+        )  # a unit for each checkpoint
+        assert sorted(path.name for path in (run / ".influence").glob("*-stored-*")) == sorted(
+            list(ways)[:number]
+        )
     for flags in ways.values():
         assert computed(influence, monkeypatch, "score", run, *flags) == 0
         tables.add(influence("score", run, *flags).out)
     assert len(tables) == len(ways)
-    assert computed(influence, monkeypatch, "score", run, "--project", "16", "--seed", "0", "--projection", "tensor-sketch") == 0
+    assert (
+        computed(
+            influence,
+            monkeypatch,
+            "score",
+            run,
+            "--project",
+            "16",
+            "--seed",
+            "0",
+            "--projection",
+            "tensor-sketch",
+        )
+        == 0
+    )
 
 
 def test_a_projected_cache_is_small_and_passes_its_check(run, influence):
@@ -213,7 +280,10 @@ def test_a_projected_cache_is_small_and_passes_its_check(run, influence):
     assert sizes["train"]["projected"] < 0.6 * sizes["train"]["exact"]
     result = influence("check", run, "--project", "4", "--store", "int8")
     assert result.code == 0, result.err
-    assert sum(row["check"] == "cache" and row["result"] == "ok" for row in result.rows) == 2 * 2 * 2 + 2
+    assert (
+        sum(row["check"] == "cache" and row["result"] == "ok" for row in result.rows)
+        == 2 * 2 * 2 + 2
+    )
 
 
 SLOW = replaced(
@@ -226,12 +296,16 @@ SMALL = "from influence_cli.extraction import source; source.UNIT_EXAMPLES = 4; 
 
 def start(run: Path) -> subprocess.Popen:
     flags = ("--batch-size", "1", "--project", "16", "--store", "int8", "--quiet")
-    return subprocess.Popen([sys.executable, "-c", SMALL, "score", str(run), *flags], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL, "score", str(run), *flags], stdout=subprocess.PIPE, text=True
+    )
 
 
 def files(run: Path) -> dict[str, str]:
     found = sorted((run / ".influence").rglob("0*.safetensors"))
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found
+    }
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(make_run):
@@ -260,7 +334,9 @@ TRAININGS = {
 }
 
 
-def left_out(run: Path, numbers: int, kind: str = "tensor-sketch", curved: bool = True, **options: float) -> torch.Tensor:
+def left_out(
+    run: Path, numbers: int, kind: str = "tensor-sketch", curved: bool = True, **options: float
+) -> torch.Tensor:
     """(Q, N): the recursion over whole Jacobians, on projected gradients in place of the gradients; every step saved."""
     space = definition_of(run)
     model, data, queries = space["model"](), space["train_data"](), space["query_data"]()
@@ -268,13 +344,17 @@ def left_out(run: Path, numbers: int, kind: str = "tensor-sketch", curved: bool 
     def kept(step: int, source, ids) -> torch.Tensor:
         load(model, run, step)
         singles = [torch.utils.data.default_collate([source[i]]) for i in ids]
-        return reference.flat(by_matrix(reference.gradients(model, space["loss"], singles), kind, numbers))
+        return reference.flat(
+            by_matrix(reference.gradients(model, space["loss"], singles), kind, numbers)
+        )
 
     lines = [json.loads(text) for text in (run / "trajectory.jsonl").read_text().splitlines()[1:]]
     passed = []
     for line in lines:
         G = kept(line["step"], data, line["examples"])
-        passed.append((G, G, torch.full((len(G),), 1 / len(G), dtype=torch.float64), line["lr"], 1.0))
+        passed.append(
+            (G, G, torch.full((len(G),), 1 / len(G), dtype=torch.float64), line["lr"], 1.0)
+        )
     found = reference.left_out(
         passed,
         kept(lines[-1]["step"] + 1, queries, range(len(queries))),
@@ -293,7 +373,9 @@ def left_out(run: Path, numbers: int, kind: str = "tensor-sketch", curved: bool 
 def test_dve_goes_back_over_projected_gradients_in_both_forms(training, tmp_path, influence):
     run = train(tmp_path / "run", **training)
     flags = ("--method", "dve", "--project", "4", "--top", "all")
-    query, embedding = (influence("score", run, *flags, "--form", form) for form in ("query", "embedding"))
+    query, embedding = (
+        influence("score", run, *flags, "--form", form) for form in ("query", "embedding")
+    )
     wanted = left_out(run, 4, **training.get("options", {}))
     seen = wanted.abs().sum(0) > 0  # examples that no step took have no rows
     for result in (query, embedding):
@@ -308,7 +390,18 @@ def test_dve_goes_back_over_projected_gradients_in_both_forms(training, tmp_path
 def test_dve_without_curvature_is_not_biased_and_says_nothing_of_it(tmp_path, influence):
     run = train(tmp_path / "run")
     result = influence(
-        "score", run, "--method", "dve", "--project", "4", "--projection", "kronecker", "--curvature", "none", "--top", "all"
+        "score",
+        run,
+        "--method",
+        "dve",
+        "--project",
+        "4",
+        "--projection",
+        "kronecker",
+        "--curvature",
+        "none",
+        "--top",
+        "all",
     )
     found = torch.zeros(5, 24, dtype=torch.float64)
     for row in result.rows:
@@ -334,8 +427,14 @@ REFUSED = {
     "--projection sparse": ("--projection sparse without --project", "--project K"),
     "--project 0": ("--project 0", "a number from 1"),
     "--project -4": ("--project -4", "a number from 1"),
-    "--project 8 --projection gaussian": ("--projection gaussian: unknown", "tensor-sketch, sparse, khatri-rao, kronecker"),
-    "--project 20 --projection kronecker": ("--project 20 with --projection kronecker", "a square, such as 16 or 25"),
+    "--project 8 --projection gaussian": (
+        "--projection gaussian: unknown",
+        "tensor-sketch, sparse, khatri-rao, kronecker",
+    ),
+    "--project 20 --projection kronecker": (
+        "--project 20 with --projection kronecker",
+        "a square, such as 16 or 25",
+    ),
     "--project 8 --seed -1": ("--seed -1", "a number from 0"),
     "--store int8 --cache none": ("--cache none keeps nothing",),
     "--store int4": ("--store int4: unknown", "int8"),
@@ -349,7 +448,15 @@ def test_refusals(flags, run, influence):
 
 
 @pytest.mark.parametrize("command", ["self", "cache", "check", "inspect"])
-@pytest.mark.parametrize("flags", ["--project 0", "--projection sparse", "--project 20 --projection kronecker", "--project 8 --seed -1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--project 0",
+        "--projection sparse",
+        "--project 20 --projection kronecker",
+        "--project 8 --seed -1",
+    ],
+)
 def test_every_command_refuses_alike(flags, command, run, influence):
     refused(influence(command, run, *flags.split()), 2, *REFUSED[flags])
 
@@ -357,7 +464,12 @@ def test_every_command_refuses_alike(flags, command, run, influence):
 @pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.5", "nan"])
 @pytest.mark.parametrize("command", ["check", "inspect"])
 def test_a_target_is_a_correlation(command, value, run, influence):
-    refused(influence(command, run, "--target-correlation", value), 2, f"--target-correlation {float(value)}", "between 0 and 1")
+    refused(
+        influence(command, run, "--target-correlation", value),
+        2,
+        f"--target-correlation {float(value)}",
+        "between 0 and 1",
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW], ids=["adam", "adamw"])
@@ -365,7 +477,11 @@ def test_dve_under_adam_is_refused(kind, tmp_path, influence):
     run = train(tmp_path / "run", kind=kind, rate=0.01)
     for flags in (("--replay",), ("--replay", "--curvature", "none")):
         refused(
-            influence("score", run, "--method", "dve", "--project", "4", *flags), 2, "--project", kind.__name__.lower(), "number by number"
+            influence("score", run, "--method", "dve", "--project", "4", *flags),
+            2,
+            "--project",
+            kind.__name__.lower(),
+            "number by number",
         )
     assert influence("score", run, "--project", "4", "--lr", "1").code == 0
 
@@ -376,17 +492,27 @@ def smallest(gradients, target: float) -> tuple[int, list[float]]:
     pairs = [(reference.flat(query), reference.flat(trained)) for _, trained, query in gradients]
     exact, reached = sum(query @ trained.T for query, trained in pairs), []
     for numbers in (16, 32, 64, 128):
-        kept = [[reference.flat(by_matrix(part, "tensor-sketch", numbers)) for part in (query, trained)] for _, trained, query in gradients]
+        kept = [
+            [reference.flat(by_matrix(part, "tensor-sketch", numbers)) for part in (query, trained)]
+            for _, trained, query in gradients
+        ]
         found = sum(query @ trained.T for query, trained in kept)
         rows = list(zip(found.numpy(), exact.numpy(), strict=True))
         ranked = [[np.argsort(np.argsort(row)) for row in pair] for pair in rows]
-        reached.append(min(float(np.mean([np.corrcoef(*pair)[0, 1] for pair in some])) for some in (rows, ranked)))
+        reached.append(
+            min(
+                float(np.mean([np.corrcoef(*pair)[0, 1] for pair in some]))
+                for some in (rows, ranked)
+            )
+        )
         if reached[-1] >= target:
             return numbers, reached
     raise AssertionError(reached)
 
 
-def test_check_fails_where_the_target_is_missed_and_names_the_smallest_size(run, gradients, influence):
+def test_check_fails_where_the_target_is_missed_and_names_the_smallest_size(
+    run, gradients, influence
+):
     wanted, reached = smallest(gradients, 0.99)
     assert wanted > 16
     result = influence("check", run, "--project", "16", "--target-correlation", "0.99")
@@ -400,10 +526,14 @@ def test_check_fails_where_the_target_is_missed_and_names_the_smallest_size(run,
     assert [row["result"] for row in rows] == ["ok", "FAILED", "ok"]
     assert float(rows[1]["error"]) == pytest.approx(1 - reached[0], abs=1e-9)
     assert float(rows[2]["error"]) == pytest.approx(1 - reached[-1], abs=1e-9)
-    assert {row["result"] for row in result.rows if row["check"] not in ("fidelity", "target")} == {"ok"}
+    assert {row["result"] for row in result.rows if row["check"] not in ("fidelity", "target")} == {
+        "ok"
+    }
     assert "target of pairs examples: tensor-sketch 16" in result.err
     assert "asks for a larger --project K" in result.err
-    assert influence("check", run, "--project", str(wanted), "--target-correlation", "0.99").code == 0
+    assert (
+        influence("check", run, "--project", str(wanted), "--target-correlation", "0.99").code == 0
+    )
 
 
 def test_a_target_without_a_projection_looks_for_one(run, gradients, influence):
@@ -420,17 +550,26 @@ def test_inspect_shows_what_a_projection_does(run, gradients, influence, monkeyp
     assert result.code == 0, result.err
     lines = [line.split() for line in result.out.splitlines()]
     at = next(i for i, line in enumerate(lines) if line[:2] == ["scores", "of"])
-    assert "relative error  expected below  Pearson  Spearman  top-10 overlap" in " ".join(result.out.splitlines()[at + 1].split("   "))
+    assert "relative error  expected below  Pearson  Spearman  top-10 overlap" in " ".join(
+        result.out.splitlines()[at + 1].split("   ")
+    )
     name, numbers, kept, error, allowed, linear, ranked, overlap = lines[at + 2]
-    assert (name, numbers, kept) == ("tensor-sketch", "16", str(sum(min(16, size) for size in SIZES.values())))
+    assert (name, numbers, kept) == (
+        "tensor-sketch",
+        "16",
+        str(sum(min(16, size) for size in SIZES.values())),
+    )
     pairs = [(query, trained) for _, trained, query in gradients]
     exact = sum(reference.flat(query) @ reference.flat(trained).T for query, trained in pairs)
     found = sum(
-        reference.flat(by_matrix(query, "tensor-sketch", 16)) @ reference.flat(by_matrix(trained, "tensor-sketch", 16)).T
+        reference.flat(by_matrix(query, "tensor-sketch", 16))
+        @ reference.flat(by_matrix(trained, "tensor-sketch", 16)).T
         for query, trained in pairs
     )
     assert float(error) == pytest.approx(float((found - exact).norm() / exact.norm()), abs=6e-5)
-    assert min(float(linear), float(ranked)) == pytest.approx(smallest(gradients, 0.99)[1][0], abs=6e-5)
+    assert min(float(linear), float(ranked)) == pytest.approx(
+        smallest(gradients, 0.99)[1][0], abs=6e-5
+    )
     assert float(error) < float(allowed)
     assert 0 <= float(overlap) <= 1
     shown = {line[0]: line for line in lines if line and line[0] in SIZES}

@@ -81,7 +81,11 @@ def test_self_influence_puts_the_flipped_labels_first(digits, influence):
 
 
 def test_the_shipped_run_is_small():
-    files = [path for path in DIGITS.rglob("*") if path.is_file() and not {".influence", "__pycache__"} & set(path.parts)]
+    files = [
+        path
+        for path in DIGITS.rglob("*")
+        if path.is_file() and not {".influence", "__pycache__"} & set(path.parts)
+    ]
     assert sum(path.stat().st_size for path in files) < 2_000_000
 
 
@@ -97,9 +101,22 @@ def test_what_the_definition_prints_never_reaches_the_table(digits, tmp_path, in
     definition = tmp_path / "noisy" / "definition.py"
     definition.write_text(
         "print('loading')\n"
-        + definition.read_text().replace("    images, labels, _ = batch", "    print('loss')\n    images, labels, _ = batch")
+        + definition.read_text().replace(
+            "    images, labels, _ = batch", "    print('loss')\n    images, labels, _ = batch"
+        )
     )
-    result = influence("score", tmp_path / "noisy", "--queries", "57", "--top", "2", "--cache", "none", "--train", "0:1300")
+    result = influence(
+        "score",
+        tmp_path / "noisy",
+        "--queries",
+        "57",
+        "--top",
+        "2",
+        "--cache",
+        "none",
+        "--train",
+        "0:1300",
+    )
     assert result.code == 0, result.err
     assert result.out.splitlines()[0] == GOLDEN.splitlines()[0]
     assert "loading" in result.err
@@ -109,12 +126,16 @@ def test_what_the_definition_prints_never_reaches_the_table(digits, tmp_path, in
 
 def test_ids_come_from_a_pipe_and_a_file(digits, tmp_path, influence):
     (tmp_path / "ids.txt").write_text("387\n1204\n")
-    result = influence("score", digits, "--queries", "-", "--train", f"@{tmp_path}/ids.txt", stdin="57\n")
+    result = influence(
+        "score", digits, "--queries", "-", "--train", f"@{tmp_path}/ids.txt", stdin="57\n"
+    )
     assert [row[3] for row in csv.reader(io.StringIO(result.out))][1:] == ["387", "1204"]
 
 
 def test_a_file_is_written_in_the_format_of_its_name(digits, tmp_path, influence):
-    result = influence("score", digits, "--queries", "57", "--top", "2", "-o", tmp_path / "out.jsonl")
+    result = influence(
+        "score", digits, "--queries", "57", "--top", "2", "-o", tmp_path / "out.jsonl"
+    )
     assert result.code == 0, result.err
     assert result.out == ""
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -137,7 +158,11 @@ def test_a_template_runs_as_it_is(template, tmp_path, influence):
     space: dict = {"__file__": str(tmp_path / "definition.py")}
     exec((tmp_path / "definition.py").read_text(), space)
     (tmp_path / "checkpoints").mkdir()
-    save_model(space["model"](), str(tmp_path / "checkpoints" / "step-10.safetensors"), metadata={"learning_rate": "0.1"})
+    save_model(
+        space["model"](),
+        str(tmp_path / "checkpoints" / "step-10.safetensors"),
+        metadata={"learning_rate": "0.1"},
+    )
     result = influence("score", tmp_path, "--queries", "0", "--top", "2")
     assert result.code == 0, result.err
     assert len(result.rows) >= 2
@@ -155,12 +180,17 @@ def test_init_never_overwrites(tmp_path, influence):
 def test_the_readme_shows_what_the_commands_print(influence, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "120")
-    shown = re.findall(r"```\n\$ influence ([^\n|]*)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    shown = re.findall(
+        r"```\n\$ influence ([^\n|]*)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S
+    )
     assert len(shown) >= 2
     for command, expected in shown:
         result = influence(*command.split(), "--format", "table", "--cache", "none")
         found = [line.split() for line in result.out.splitlines()]
         for cells, line in zip(found, expected.splitlines(), strict=True):
             # all but the last digits, which depend on the machine's arithmetic
-            same = [a == b or float(a) == pytest.approx(float(b), rel=1e-4) for a, b in zip(cells, line.split(), strict=True)]
+            same = [
+                a == b or float(a) == pytest.approx(float(b), rel=1e-4)
+                for a, b in zip(cells, line.split(), strict=True)
+            ]
             assert all(same), (command, line)

@@ -25,9 +25,13 @@ part = st.one_of(
 def test_ids_are_the_union_rising_and_distinct(parts, separator):
     text = separator.join(text for text, _ in parts)
     wanted = sorted(set().union(*(ids for _, ids in parts)))
-    assert np.asarray(specs.ids("--train", "-", SIZE, "train", io.StringIO(text))).tolist() == wanted
+    assert (
+        np.asarray(specs.ids("--train", "-", SIZE, "train", io.StringIO(text))).tolist() == wanted
+    )
     if separator == ",":
-        assert np.asarray(specs.ids("--train", text, SIZE, "train", io.StringIO())).tolist() == wanted
+        assert (
+            np.asarray(specs.ids("--train", text, SIZE, "train", io.StringIO())).tolist() == wanted
+        )
 
 
 @given(st.text(alphabet="0123456789:,-@ab. ", max_size=12))
@@ -45,7 +49,9 @@ def test_any_text_is_ids_or_a_usage_problem(text):
 
 def test_a_file_of_ids_may_have_comments_and_ranges(tmp_path):
     (tmp_path / "ids.txt").write_text("3 # three\n\n10:12\n# none\n7,8\n")
-    assert np.asarray(specs.ids("--queries", f"@{tmp_path}/ids.txt", SIZE, "query", io.StringIO())).tolist() == [3, 7, 8, 10, 11]
+    assert np.asarray(
+        specs.ids("--queries", f"@{tmp_path}/ids.txt", SIZE, "query", io.StringIO())
+    ).tolist() == [3, 7, 8, 10, 11]
 
 
 def test_a_contiguous_spec_is_a_range_so_that_memory_stays_flat():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(stderr_reporter.time, "monotonic", lambda: float(next(clock)))
-    with stderr_reporter.StderrTalk().progress("gradients of train examples", 100) as advance:
+    with stderr_reporter.StderrReporter().progress("gradients of train examples", 100) as advance:
         for _ in range(4):
             advance(10, "checkpoint 1 of 2")
     lines = capsys.readouterr().err.splitlines()
@@ -25,7 +25,7 @@ def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
 
 
 def test_a_note_is_said_once(capsys):
-    voice = stderr_reporter.StderrTalk()
+    voice = stderr_reporter.StderrReporter()
     voice.note("one thing")
     voice.note("one thing")
     assert capsys.readouterr().err == "note: one thing\n"

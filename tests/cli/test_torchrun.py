@@ -22,7 +22,10 @@ from tests.refusals import refused, replaced
 from tests.training import train
 
 # many small units and blocks, so that several ranks have work
-SMALL = ("import torch\n", "import os\nimport time\nimport torch\nfrom influence_cli.extraction import source\nsource.UNIT_EXAMPLES = 64\n")
+SMALL = (
+    "import torch\n",
+    "import os\nimport time\nimport torch\nfrom influence_cli.extraction import source\nsource.UNIT_EXAMPLES = 64\n",
+)
 LOSS = "def loss(model, batch):\n"
 
 
@@ -32,18 +35,44 @@ def run(tmp_path_factory) -> Path:
     return build_run(tmp_path_factory.mktemp("ranks") / "run", definition.replace(*SMALL, 1))
 
 
-def torchrun(count: int, *arguments: object, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
-    launch = [sys.executable, *python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "influence_cli"]
-    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"} | {"OMP_NUM_THREADS": "1"}
-    environ |= {"PYTHONOPTIMIZE": "1"} if "-O" in python else {}  # torchrun starts the ranks without its own flags
-    return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environ, **options)
+def torchrun(
+    count: int, *arguments: object, python: tuple[str, ...] = (), **options
+) -> subprocess.CompletedProcess:
+    launch = [
+        sys.executable,
+        *python,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "influence_cli",
+    ]
+    environ = {
+        name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"
+    } | {"OMP_NUM_THREADS": "1"}
+    environ |= (
+        {"PYTHONOPTIMIZE": "1"} if "-O" in python else {}
+    )  # torchrun starts the ranks without its own flags
+    return subprocess.run(
+        [*launch, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environ,
+        **options,
+    )
 
 
 ALIKE = {
     "score by checkpoint": (2, ["--queries", "0:3", "--by", "checkpoint"]),
     "score all by layer": (4, ["--top", "all", "--by", "layer"]),
     "score groups": (2, ["--group-by", "label", "--cache", "none", "--by", "layer"]),
-    "score by word, scattered": (2, ["--method", "tracin-we", "--by", "word", "--cache", "none", "--train", "@ids.txt"]),
+    "score by word, scattered": (
+        2,
+        ["--method", "tracin-we", "--by", "word", "--cache", "none", "--train", "@ids.txt"],
+    ),
     "self": (4, ["--top", "20"]),
 }
 
@@ -61,7 +90,10 @@ def test_ranks_give_the_bytes_of_one_process(asked, run, tmp_path, influence, mo
     assert ranks.stdout == alone.out
     if "none" not in flags:
         names = [
-            sorted((path.relative_to(folder), path.read_bytes()) for path in Path(folder).rglob("*.safetensors"))
+            sorted(
+                (path.relative_to(folder), path.read_bytes())
+                for path in Path(folder).rglob("*.safetensors")
+            )
             for folder in ("one", "many")
         ]
         assert len(names[0]) > 4
@@ -78,12 +110,25 @@ def test_ranks_do_their_share_under_python_O(run, tmp_path, influence):
 # ---------------------------------------------------------------- failures
 def units(folder: Path) -> dict[Path, int]:
     """The units that are there, and when they were written."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors") if not path.name.startswith(".tmp")}
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*.safetensors")
+        if not path.name.startswith(".tmp")
+    }
 
 
 def test_a_killed_rank_costs_its_unit_and_a_rerun_computes_the_rest(tmp_path):
-    slow = replaced(TEXTS, ("texts(0, 300, 140)", "texts(0, 1500, 1100)"), (LOSS, LOSS + "    time.sleep(0.03)\n")).replace(*SMALL, 1)
-    run = build_run(tmp_path / "run", slow.replace("def model", "print(os.environ.get('RANK'), os.getpid(), flush=True)\n\ndef model"))
+    slow = replaced(
+        TEXTS,
+        ("texts(0, 300, 140)", "texts(0, 1500, 1100)"),
+        (LOSS, LOSS + "    time.sleep(0.03)\n"),
+    ).replace(*SMALL, 1)
+    run = build_run(
+        tmp_path / "run",
+        slow.replace(
+            "def model", "print(os.environ.get('RANK'), os.getpid(), flush=True)\n\ndef model"
+        ),
+    )
     launch = [
         sys.executable,
         "-m",
@@ -97,12 +142,18 @@ def test_a_killed_rank_costs_its_unit_and_a_rerun_computes_the_rest(tmp_path):
         str(run),
     ]
     with (tmp_path / "log").open("w") as log:
-        started = subprocess.Popen(launch, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        started = subprocess.Popen(
+            launch, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
     try:
         until = time.monotonic() + 60
         while len(units(run / ".influence")) < 8 and time.monotonic() < until:
             time.sleep(0.01)
-        pids = dict(line.split() for line in (tmp_path / "log").read_text().splitlines() if line[:2] in ("0 ", "1 "))
+        pids = dict(
+            line.split()
+            for line in (tmp_path / "log").read_text().splitlines()
+            if line[:2] in ("0 ", "1 ")
+        )
         os.kill(int(pids["1"]), signal.SIGKILL)
         assert started.wait(60) != 0
     finally:
@@ -113,14 +164,18 @@ def test_a_killed_rank_costs_its_unit_and_a_rerun_computes_the_rest(tmp_path):
     assert again.returncode == 0, again.stderr
     after = units(run / ".influence")
     assert {path: after[path] for path in before} == before
-    assert len(after) == 2 + 2 * 24  # two checkpoints: queries in one unit, 1,500 training examples in units of 64
+    assert (
+        len(after) == 2 + 2 * 24
+    )  # two checkpoints: queries in one unit, 1,500 training examples in units of 64
     there = sum(1 for path in before if path.parent.parent.name == "train") * 64
     assert f"train: {3000 - there:,} gradients computed" in again.stderr
 
 
 def test_an_error_of_another_rank_names_it(tmp_path):
     broken = replaced(
-        TEXTS, (" * (batch[1] < 3)", " * (float('nan') if os.environ['RANK'] == '1' else 1.0)"), ("texts(0, 300", "texts(0, 9000")
+        TEXTS,
+        (" * (batch[1] < 3)", " * (float('nan') if os.environ['RANK'] == '1' else 1.0)"),
+        ("texts(0, 300", "texts(0, 9000"),
     )
     run = build_run(tmp_path / "run", broken.replace(*SMALL, 1))
     result = torchrun(2, "cache", run)
@@ -141,27 +196,40 @@ class Other(Ranks):
 
     def wait(self):
         if self.source is not None:
-            threading.Timer(self.after, shutil.copytree, (self.source, self.cache), {"dirs_exist_ok": True}).start()
+            threading.Timer(
+                self.after, shutil.copytree, (self.source, self.cache), {"dirs_exist_ok": True}
+            ).start()
 
 
 def test_units_that_are_seen_late_are_waited_for(run, tmp_path, influence, monkeypatch):
     assert influence("cache", run, "--cache", tmp_path / "one").code == 0
-    monkeypatch.setattr(opening, "open_ranks", lambda place: Other(tmp_path / "one", tmp_path / "many", 0.3))
+    monkeypatch.setattr(
+        opening, "open_ranks", lambda place: Other(tmp_path / "one", tmp_path / "many", 0.3)
+    )
     result = influence("cache", run, "--cache", tmp_path / "many")
     assert result.code == 0, result.err
     assert "query: 6 gradients computed, 0 were there" in result.err
-    assert len(units(tmp_path / "many")) == len(units(tmp_path / "one"))  # they are there when it returns
+    assert len(units(tmp_path / "many")) == len(
+        units(tmp_path / "one")
+    )  # they are there when it returns
 
 
 def test_units_that_are_never_seen_are_reported(run, tmp_path, influence, monkeypatch):
     monkeypatch.setattr(opening, "open_ranks", lambda place: Other(None, tmp_path / "many", 0))
     monkeypatch.setattr(source, "LATE", 0.2)
     result = influence("cache", run, "--cache", tmp_path / "many")
-    refused(result, 1, "(rank 0) lacks 2 units that other ranks wrote 0.2 s ago", "the first: ", "all machines share")
+    refused(
+        result,
+        1,
+        "(rank 0) lacks 2 units that other ranks wrote 0.2 s ago",
+        "the first: ",
+        "all machines share",
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "there", "local", "expected"), [("auto", 4, 2, 2), ("cuda", 4, 3, 3), ("cuda", 1, 3, 0), ("cuda:1", 4, 3, 1)]
+    ("name", "there", "local", "expected"),
+    [("auto", 4, 2, 2), ("cuda", 4, 3, 3), ("cuda", 1, 3, 0), ("cuda:1", 4, 3, 1)],
 )
 def test_each_rank_has_a_device_of_its_own(name, there, local, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -184,24 +252,36 @@ def test_the_way_back_is_gone_by_one_rank_and_gradients_are_shared(tmp_path, inf
     ranks = torchrun(2, "score", run, "--method", "dve", "--cache", tmp_path / "many")
     assert ranks.returncode == 0, ranks.stderr
     assert ranks.stdout == alone.out
-    assert "note: dve: what is cached is captured by all 2 ranks; training is gone back over by rank 0 alone" in ranks.stderr
+    assert (
+        "note: dve: what is cached is captured by all 2 ranks; training is gone back over by rank 0 alone"
+        in ranks.stderr
+    )
     assert "error" not in ranks.stderr
 
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
-    "command", [["trace"], ["evaluate", "RUN", "tsloo"], ["inspect"], ["check"], ["merge", "a.csv"]], ids=lambda c: c[0]
+    "command",
+    [["trace"], ["evaluate", "RUN", "tsloo"], ["inspect"], ["check"], ["merge", "a.csv"]],
+    ids=lambda c: c[0],
 )
 def test_what_is_not_shared_is_refused(command, run, influence, second_of_two):
     arguments = [run if word == "RUN" else word for word in command]
     result = influence(*arguments, *([run] if len(command) == 1 else []))
     assert result.code == 2
-    assert result.err.startswith(f"[rank 1] error: influence {command[0]} runs as one process, WORLD_SIZE is 2\n")
+    assert result.err.startswith(
+        f"[rank 1] error: influence {command[0]} runs as one process, WORLD_SIZE is 2\n"
+    )
 
 
 def test_shards_and_ranks_are_not_both_given(run, influence, monkeypatch, second_of_two):
@@ -218,7 +298,9 @@ def test_ranks_that_can_not_meet_are_told_of_torchrun(run, influence, monkeypatc
 def test_ranks_that_were_started_again_are_refused(run, influence, monkeypatch, second_of_two):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    refused(influence("score", run), 2, "torchrun started the ranks again", "leave out --max-restarts")
+    refused(
+        influence("score", run), 2, "torchrun started the ranks again", "leave out --max-restarts"
+    )
 
 
 def test_one_rank_is_a_process_like_any_other(run, influence, monkeypatch):

@@ -15,21 +15,34 @@ def run(tmp_path):
 def test_each_step_has_the_sum_of_its_entries_and_each_example_its_occurrences(run, influence):
     result = influence("trace", run, "--queries", "1,3", "--train", "3,7")
     assert result.code == 0, result.err
-    assert list(result.rows[0]) == ["query", "train", "step", "score", "running", "query_label", "train_label"]
+    assert list(result.rows[0]) == [
+        "query",
+        "train",
+        "step",
+        "score",
+        "running",
+        "query_label",
+        "train_label",
+    ]
     wanted = expected(run)
     for query in (1, 3):
         rows = [row for row in result.rows if row["query"] == str(query)]
         whole = [float(row["score"]) for row in rows if row["train"] == "all"]
         assert whole == pytest.approx([float(scores[:, query].sum()) for _, _, scores in wanted])
         third = {int(row["step"]): float(row["score"]) for row in rows if row["train"] == "3"}
-        assert third == pytest.approx({s: float(v[torch.tensor(ids) == 3, query].sum()) for s, ids, v in wanted if 3 in ids})
+        assert third == pytest.approx(
+            {s: float(v[torch.tensor(ids) == 3, query].sum()) for s, ids, v in wanted if 3 in ids}
+        )
         assert not [row for row in rows if row["train"] == "7"]  # never trained on
         last = [row for row in rows if row["train"] == "all"][-1]
         assert float(last["running"]) == pytest.approx(sum(whole))
 
 
 def test_both_forms_and_all_queries_as_one_agree(run, influence):
-    query, embedding = ([float(row["score"]) for row in influence("trace", run, "--form", form).rows] for form in ("query", "embedding"))
+    query, embedding = (
+        [float(row["score"]) for row in influence("trace", run, "--form", form).rows]
+        for form in ("query", "embedding")
+    )
     assert embedding == pytest.approx(query, rel=1e-8, abs=1e-12)
     mean = influence("trace", run, "--sum-queries")
     assert {row["query"] for row in mean.rows} == {"all"}
@@ -56,6 +69,15 @@ def test_a_table_in_parquet_has_whole_steps(run, influence, tmp_path):
 
 
 def test_what_has_no_place_in_training_time_is_refused(run, influence, tmp_path):
-    refused(influence("trace", run, "--method", "tracin"), 2, "--method tracin: its scores have no place in training time", "dve")
-    refused(influence("trace", run, "--format", "plot", "-o", tmp_path / "x"), 2, "--format plot is for a terminal")
+    refused(
+        influence("trace", run, "--method", "tracin"),
+        2,
+        "--method tracin: its scores have no place in training time",
+        "dve",
+    )
+    refused(
+        influence("trace", run, "--format", "plot", "-o", tmp_path / "x"),
+        2,
+        "--format plot is for a terminal",
+    )
     refused(influence("trace", run, "--format", "film"), 2, "--format film: unknown")

@@ -55,7 +55,14 @@ NAMES = [f"{layer}.{part}" for layer in ("up", "down", "out") for part in ("weig
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Really trained; six checkpoints, more examples and queries than are looked at."""
-    return train(tmp_path_factory.mktemp("fidelity") / "run", steps=30, every=6, batch=24, rate=0.5, definition=DEFINITION)
+    return train(
+        tmp_path_factory.mktemp("fidelity") / "run",
+        steps=30,
+        every=6,
+        batch=24,
+        rate=0.5,
+        definition=DEFINITION,
+    )
 
 
 def opened(run: Path, **flags: object) -> Opened:
@@ -68,7 +75,11 @@ def asked(of: Opened) -> tuple:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    return [round(k * (count - 1) / (most - 1)) for k in range(most)] if count > most else list(range(count))
+    return (
+        [round(k * (count - 1) / (most - 1)) for k in range(most)]
+        if count > most
+        else list(range(count))
+    )
 
 
 def gradients(run: Path, steps: Sequence[int]) -> list[tuple[dict, dict]]:
@@ -85,7 +96,9 @@ def gradients(run: Path, steps: Sequence[int]) -> list[tuple[dict, dict]]:
     return found
 
 
-def scores(found: Sequence[tuple[dict, dict]], kind: str | None = None, numbers: int = 0, seed: int = 0) -> np.ndarray:
+def scores(
+    found: Sequence[tuple[dict, dict]], kind: str | None = None, numbers: int = 0, seed: int = 0
+) -> np.ndarray:
     """(Q, N) sums over checkpoints of plain inner products, of the gradients or of their projections."""
     total = 0
     for pair in found:
@@ -103,7 +116,10 @@ def figures(found: np.ndarray, exact: np.ndarray) -> tuple[float, float, float, 
     pairs = list(zip(found, exact, strict=True))
     linear = [np.corrcoef(a, b)[0, 1] for a, b in pairs]
     ranked = [np.corrcoef(ranks(a), ranks(b))[0, 1] for a, b in pairs]
-    tops = [[set(sorted(range(len(row)), key=lambda i, row=row: -row[i])[:10]) for row in pair] for pair in pairs]
+    tops = [
+        [set(sorted(range(len(row)), key=lambda i, row=row: -row[i])[:10]) for row in pair]
+        for pair in pairs
+    ]
     return (
         math.sqrt(((found - exact) ** 2).sum() / (exact**2).sum()),
         float(np.mean(linear)),
@@ -141,15 +157,25 @@ def test_the_error_that_theory_allows(run, looked_at):
     """2 standard deviations of all pairs together: of two gradients of norms a and b, at most a b times those of the papers."""
     exact = scores(looked_at)
     sizes = {"words.weight": 65, "up.weight": 60, "down.weight": 84, "out.weight": 21}
-    variances = {"tensor-sketch": 8 / 16, "sparse": 2 / 16, "khatri-rao": 9 / 16, "kronecker": (1 + 2 / 4) ** 2 - 1}
+    variances = {
+        "tensor-sketch": 8 / 16,
+        "sparse": 2 / 16,
+        "khatri-rao": 9 / 16,
+        "kronecker": (1 + 2 / 4) ** 2 - 1,
+    }
     assert set(variances) == set(KINDS)
     norms = {
-        name: sum(torch.outer(q[name].flatten(1).norm(dim=1), g[name].flatten(1).norm(dim=1)) for g, q in looked_at).numpy()
+        name: sum(
+            torch.outer(q[name].flatten(1).norm(dim=1), g[name].flatten(1).norm(dim=1))
+            for g, q in looked_at
+        ).numpy()
         for name in sizes
     }
     for kind, variance in variances.items():
         [found] = fidelity(*asked(opened(run, project=16, projection=kind)))
-        expected = 2 * math.sqrt(variance * sum((value**2).sum() for value in norms.values()) / (exact**2).sum())
+        expected = 2 * math.sqrt(
+            variance * sum((value**2).sum() for value in norms.values()) / (exact**2).sum()
+        )
         assert found.allowed == pytest.approx(expected, rel=1e-6), kind
 
 
@@ -157,7 +183,9 @@ def test_the_error_that_theory_allows(run, looked_at):
 def test_errors_stay_below_what_is_allowed(kind, run):
     for numbers in (4, 16, 49):
         for seed in (0, 1, 2):
-            [found] = fidelity(*asked(opened(run, project=numbers, projection=kind, seed=seed, steps="12:")))
+            [found] = fidelity(
+                *asked(opened(run, project=numbers, projection=kind, seed=seed, steps="12:"))
+            )
             assert 0.01 * found.allowed < found.error < found.allowed, (numbers, seed)
 
 
@@ -181,7 +209,10 @@ def test_a_store_is_compared_with_what_it_stores(run, looked_at):
 def rounded(kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """To 127ths of each row's largest number."""
     scales = {name: value.abs().amax(1, keepdim=True) / 127 for name, value in kept.items()}
-    return {name: torch.where(scales[name] > 0, (value / scales[name]).round() * scales[name], value) for name, value in kept.items()}
+    return {
+        name: torch.where(scales[name] > 0, (value / scales[name]).round() * scales[name], value)
+        for name, value in kept.items()
+    }
 
 
 @pytest.mark.parametrize("store", ["float32", "float16", "bfloat16", "int8"])
@@ -198,7 +229,12 @@ def test_nothing_is_reported_where_nothing_is_lost(run, tmp_path):
     assert fidelity(*asked(opened(run))) == []
     assert fidelity(*asked(opened(run, cache=str(tmp_path / "a"), store="float64"))) == []
     assert fidelity(*asked(opened(run, cache=str(tmp_path / "b"), precision="float32"))) == []
-    assert fidelity(*asked(opened(run, cache=str(tmp_path / "c"), precision="float32", store="float64"))) == []
+    assert (
+        fidelity(
+            *asked(opened(run, cache=str(tmp_path / "c"), precision="float32", store="float64"))
+        )
+        == []
+    )
     assert fidelity_findings(*asked(opened(run)), None, None) == []
 
 
@@ -212,7 +248,11 @@ def test_a_projection_that_keeps_every_parameter_exactly_is_within_its_bound(pre
 
 def test_scores_that_do_not_vary_correlate_with_nothing(tmp_path):
     flat = replaced(
-        DEFINITION, ('return F.cross_entropy(model(batch[0]), batch[1], reduction="none")', "return 0 * model(batch[0]).sum(1)")
+        DEFINITION,
+        (
+            'return F.cross_entropy(model(batch[0]), batch[1], reduction="none")',
+            "return 0 * model(batch[0]).sum(1)",
+        ),
     )
     [found] = fidelity(*asked(opened(build_run(tmp_path / "run", flat), project=4)))
     assert found.reached == 0
@@ -244,18 +284,27 @@ def test_the_smallest_size_is_the_first_whose_correlations_both_reach_the_target
 
 WIDE = replaced(
     DEFINITION,
-    ("nn.Embedding(13, 5), nn.Linear(5, 12), nn.Linear(12, 7)", "nn.Embedding(13, 50), nn.Linear(50, 40), nn.Linear(40, 7)"),
+    (
+        "nn.Embedding(13, 5), nn.Linear(5, 12), nn.Linear(12, 7)",
+        "nn.Embedding(13, 50), nn.Linear(50, 40), nn.Linear(40, 7)",
+    ),
     ("examples(0, 230)", "examples(0, 30)"),
 )
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(None, 2048), ("sparse", 2048), ("kronecker", 4096)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(None, 2048), ("sparse", 2048), ("kronecker", 4096)]
+)
 def test_ladders_go_on_until_all_is_exact(kind, expected, tmp_path):
     """A weight of 2,000 numbers: 1,024 are too few for such a target, and 2,048 keep it as it is."""
     of = opened(build_run(tmp_path / "run", WIDE))
     found = fidelity_findings(*asked(of), kind, 0.99999)
-    assert [finding.subject for finding in found] == [f"{kind or 'tensor-sketch'} {expected}: the first that reaches it"]
-    sizes = [int(one.kept.split()[1]) for one in search(*asked(of), kind or "tensor-sketch", 0.99999)]
+    assert [finding.subject for finding in found] == [
+        f"{kind or 'tensor-sketch'} {expected}: the first that reaches it"
+    ]
+    sizes = [
+        int(one.kept.split()[1]) for one in search(*asked(of), kind or "tensor-sketch", 0.99999)
+    ]
     if kind == "kronecker":
         assert sizes == [16, 64, 256, 1024, 4096]
         assert all(math.isqrt(size) ** 2 == size for size in sizes)
@@ -267,7 +316,11 @@ def test_ladders_go_on_until_all_is_exact(kind, expected, tmp_path):
 def test_a_target_out_of_reach_fails_at_the_last_size(kind, last, tmp_path):
     """A weight of 18,000 numbers."""
     large = replaced(
-        WIDE, ("nn.Embedding(13, 50), nn.Linear(50, 40), nn.Linear(40, 7)", "nn.Embedding(13, 150), nn.Linear(150, 120), nn.Linear(120, 7)")
+        WIDE,
+        (
+            "nn.Embedding(13, 50), nn.Linear(50, 40), nn.Linear(40, 7)",
+            "nn.Embedding(13, 150), nn.Linear(150, 120), nn.Linear(120, 7)",
+        ),
     )
     of = opened(build_run(tmp_path / "run", large, steps=(10,)), layers=["up", "out"])
     [found] = fidelity_findings(*asked(of), kind, 0.999999)

@@ -20,7 +20,10 @@ def evaluate(influence, run, *flags):
 def test_the_truth_is_that_of_retraining_written_out(tmp_path, influence):
     run = train(tmp_path / "run", every=12)
     assert evaluate(influence, run).code == 0
-    records = [json.loads(line) for line in next((run / ".influence" / "evaluate").glob("*.jsonl")).read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in next((run / ".influence" / "evaluate").glob("*.jsonl")).read_text().splitlines()
+    ]
     base, removals = records[0], records[1:]
     assert len(removals) == 10
     space = definition_of(run)
@@ -30,8 +33,14 @@ def test_the_truth_is_that_of_retraining_written_out(tmp_path, influence):
         model = space["model"]()
         load(model, run, 0)
         for line in lines:
-            kept = [i for i in line["examples"] if (line["step"], i) != (removal["step"], removal["example"])]
-            loss = space["loss"](model, [tensor[kept] for tensor in data.tensors]).sum() / len(line["examples"])
+            kept = [
+                i
+                for i in line["examples"]
+                if (line["step"], i) != (removal["step"], removal["example"])
+            ]
+            loss = space["loss"](model, [tensor[kept] for tensor in data.tensors]).sum() / len(
+                line["examples"]
+            )
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             with torch.no_grad():
                 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -40,20 +49,43 @@ def test_the_truth_is_that_of_retraining_written_out(tmp_path, influence):
         assert np.abs(change - np.array(removal["truth"])).max() < 1e-13
 
 
-def test_the_table_has_each_query_their_mean_and_all_pairs_and_dve_beats_tracin(tmp_path, influence):
+def test_the_table_has_each_query_their_mean_and_all_pairs_and_dve_beats_tracin(
+    tmp_path, influence
+):
     run = train(tmp_path / "run", steps=30, rate=0.5)
-    result = influence("evaluate", run, "tsloo", "--removals", "60", "--method", "dve", "--method", "tracin")
+    result = influence(
+        "evaluate", run, "tsloo", "--removals", "60", "--method", "dve", "--method", "tracin"
+    )
     assert result.code == 0, result.err
-    assert list(result.rows[0]) == ["method", "query", "spearman", "pearson", "removals", "effect", "noise", "query_label"]
+    assert list(result.rows[0]) == [
+        "method",
+        "query",
+        "spearman",
+        "pearson",
+        "removals",
+        "effect",
+        "noise",
+        "query_label",
+    ]
     rows = {(row["method"], row["query"]): row for row in result.rows}
-    assert [query for method, query in rows if method == "dve"] == ["0", "1", "2", "3", "4", "mean", "pooled"]
+    assert [query for method, query in rows if method == "dve"] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "mean",
+        "pooled",
+    ]
     by_query = [float(rows["dve", str(query)]["spearman"]) for query in range(5)]
     assert float(rows["dve", "mean"]["spearman"]) == pytest.approx(np.mean(by_query))
     assert float(rows["dve", "mean"]["spearman"]) > 0.8 > float(rows["tracin", "mean"]["spearman"])
     assert float(rows["dve", "pooled"]["noise"]) < 1e-12 < float(rows["dve", "pooled"]["effect"])
 
 
-def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(tmp_path, influence, monkeypatch):
+def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(
+    tmp_path, influence, monkeypatch
+):
     run = train(tmp_path / "run", every=4)
     whole = evaluate(influence, run, "--cache", tmp_path / "whole").out
     calls: list[int] = []
@@ -73,7 +105,11 @@ def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(tmp_p
     assert evaluate(influence, run).out == whole
     calls.clear()
     monkeypatch.setattr(
-        Replay, "advance", lambda self, stop, drop=None, *a, **o: calls.append(1) if drop else original(self, stop, drop, *a, **o)
+        Replay,
+        "advance",
+        lambda self, stop, drop=None, *a, **o: (
+            calls.append(1) if drop else original(self, stop, drop, *a, **o)
+        ),
     )
     assert evaluate(influence, run, "--method", "tracin", "--lr", "1").code == 0
     assert not calls
@@ -92,8 +128,12 @@ def test_fewer_removals_are_the_first_of_more():
 
 def test_correlations_by_hand():
     assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
-    assert spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 4.0, 9.0, 16.0])) == pytest.approx(1)
-    assert spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+    assert spearman(
+        np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 4.0, 9.0, 16.0])
+    ) == pytest.approx(1)
+    assert spearman(
+        np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])
+    ) == pytest.approx(0.8)
     assert pearson(np.array([0.0, 1.0, 2.0]), np.array([1e-200, 0.0, 1e-200])) == pytest.approx(0)
     assert np.isnan(pearson(np.ones(3), np.arange(3.0)))
     low, high = interval(np.arange(100.0), 0)
@@ -122,4 +162,8 @@ def test_a_run_that_cannot_be_trained_again_is_refused(tmp_path, influence):
     refused(evaluate(influence, run), 1, "this run has no trajectory", "--trajectory FILE")
     lines = (run / "other.jsonl").read_text().splitlines(keepends=True)
     (run / "trajectory.jsonl").write_text("".join(lines[:5]))
-    refused(evaluate(influence, run), 1, "trajectory.jsonl ends before checkpoints/step-000012.safetensors")
+    refused(
+        evaluate(influence, run),
+        1,
+        "trajectory.jsonl ends before checkpoints/step-000012.safetensors",
+    )

@@ -10,14 +10,23 @@ from tests import reference
 from tests.cases import Case
 
 
-def captured(case: Case, dtype: torch.dtype = torch.float64, at_once: bool | None = None, hooked: tuple[str, ...] | None = None):
+def captured(
+    case: Case,
+    dtype: torch.dtype = torch.float64,
+    at_once: bool | None = None,
+    hooked: tuple[str, ...] | None = None,
+):
     """(result, reference gradients, capture, notes); `at_once` and `hooked` overrule what the probe settled."""
     torch.manual_seed(0)
     device = torch.device("cpu")
     model = case.model().to(dtype).eval()
     items, notes = case.examples(), []
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    embeddings = [
+        f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    ]
 
     def batch(chosen):
         return to(case.collate(chosen), device, dtype)
@@ -37,4 +46,6 @@ def assert_equal(forms: dict[str, Form], expected: dict[str, torch.Tensor]) -> N
     whole = reference.flat(expected).norm()
     for name, value in expected.items():
         rows = value.reshape(len(value), -1)
-        assert (forms[name].dense().values - rows).norm() <= 1e-9 * max(float(rows.norm()), 1e-3 * float(whole)), name
+        assert (forms[name].dense().values - rows).norm() <= 1e-9 * max(
+            float(rows.norm()), 1e-3 * float(whole)
+        ), name

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from tests.cases import Case, Tied, numbers, squared, tokens
+from tests.cases import Case, TiedForm, numbers, squared, tokens
 
 HOW = ("plain", "inside", "transposed", "folded", "folded inner")
 ROWS = ("plain", "inside", "folded", "folded inner")  # for layers whose batch must come first
@@ -71,11 +71,15 @@ class Within(nn.Module):
         if self.how == "folded":
             return self.layer(x.flatten(0, 1)).unflatten(0, (size, -1))
         if self.how == "folded inner":
-            return self.layer(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, size)).transpose(0, 1)
+            return (
+                self.layer(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, size)).transpose(0, 1)
+            )
         return self.layer(x)
 
 
-def within(p: Pick, layer: nn.Module, *shape: int, ways: tuple[str, ...] = HOW, vocabulary: int = 0) -> Case:
+def within(
+    p: Pick, layer: nn.Module, *shape: int, ways: tuple[str, ...] = HOW, vocabulary: int = 0
+) -> Case:
     """`layer` on examples of `shape`, in one of `ways`; some of its parameters frozen, others perhaps."""
     how = p.of(*ways)
     if "folded" in how or how == "transposed":
@@ -92,14 +96,20 @@ def randomize(module: nn.Module) -> None:
     """Away from the ones and zeros at which parameters and statistics begin."""
     for part in module.modules():
         for values in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-            if values.is_floating_point() and not any(name.startswith("original") or "_u" in name for name, _ in part.named_parameters()):
+            if values.is_floating_point() and not any(
+                name.startswith("original") or "_u" in name for name, _ in part.named_parameters()
+            ):
                 values.data.uniform_(0.4, 1.6)
                 if values.requires_grad:
                     values.data.sub_(1)
 
 
-def tokens_of(shape: tuple[int, ...], vocabulary: int, count: int = 5) -> Callable[[], list[Tensor]]:
-    return lambda: list(torch.randint(0, vocabulary, (count, *shape), generator=torch.Generator().manual_seed(3)))
+def tokens_of(
+    shape: tuple[int, ...], vocabulary: int, count: int = 5
+) -> Callable[[], list[Tensor]]:
+    return lambda: list(
+        torch.randint(0, vocabulary, (count, *shape), generator=torch.Generator().manual_seed(3))
+    )
 
 
 class Function(nn.Module):
@@ -128,7 +138,13 @@ def convolution(p: Pick, axes: int) -> Case:
     padding = p.of("same", "valid", p(0, 2), tuple(p(0, 2) for _ in range(axes)))
     stride = 1 if padding == "same" else p.of(p(1, 3), tuple(p(1, 3) for _ in range(axes)))
     mode = p.of("zeros", "reflect", "circular", "replicate")
-    options = {"stride": stride, "padding": padding, "dilation": tuple(dilation), "groups": groups, "padding_mode": mode}
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": tuple(dilation),
+        "groups": groups,
+        "padding_mode": mode,
+    }
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
     made = kind(groups * inside, groups * p(1, 3), tuple(kernel), bias=p.flag(), **options)
     sizes = [max(3, d * (k - 1) + 1) + p(0, 2) for d, k in zip(dilation, kernel, strict=True)]
@@ -151,7 +167,9 @@ def embedding(p: Pick) -> Case:
 @layer
 def layer_norm(p: Pick) -> Case:
     normed = [*p.sizes(0, 2), p(2, 3)]
-    return within(p, nn.LayerNorm(normed, eps=p.of(1e-5, 0.1), bias=p.flag()), *p.sizes(0, 2), *normed)
+    return within(
+        p, nn.LayerNorm(normed, eps=p.of(1e-5, 0.1), bias=p.flag()), *p.sizes(0, 2), *normed
+    )
 
 
 @layer
@@ -200,7 +218,12 @@ def bare_matrix(p: Pick) -> Case:
         (lambda self, x: x.matmul(self.w) + self.w.sum(0), (i, o)),
         (lambda self, x: x @ self.w.T, (o, i)),
         (lambda self, x: F.linear(x, self.w.t().contiguous()), (i, o)),
-        (lambda self, x: torch.addmm(input=self.w[0], mat1=x.reshape(-1, i), mat2=self.w).view(*x.shape[:-1], o), (i, o)),
+        (
+            lambda self, x: torch.addmm(input=self.w[0], mat1=x.reshape(-1, i), mat2=self.w).view(
+                *x.shape[:-1], o
+            ),
+            (i, o),
+        ),
     )
     positions = p.sizes(0, 2)
     return within(p, Function(forward, w=shape), *positions, i, ways=FLAT if positions else HOW)
@@ -251,7 +274,12 @@ def attention(p: Pick) -> Case:
     heads = p(1, 2)
     width, cross = heads * p(1, 3), p.flag()
     k, v = (p(1, 5), p(1, 5)) if cross and p.flag() else (width, width)
-    extra = {"bias": p.flag(), "add_zero_attn": p.flag(), "add_bias_kv": p.of(False, False, True), "batch_first": p.flag()}
+    extra = {
+        "bias": p.flag(),
+        "add_zero_attn": p.flag(),
+        "add_bias_kv": p.of(False, False, True),
+        "batch_first": p.flag(),
+    }
     made = nn.MultiheadAttention(width, heads, kdim=k, vdim=v, **extra)
     if extra["bias"]:
         randomize(made)
@@ -259,13 +287,20 @@ def attention(p: Pick) -> Case:
     falls = ("attention.bias_k", "attention.bias_v") if extra["add_bias_kv"] else ()
     examples = triples((length, width), (keys, k), (keys, v))
     how = p.flag(), p.of("", "bool", "float", "of keys")
-    return Case(lambda: Attention(made, cross, *how), examples, p.of(squared, averaged), falls=falls)
+    return Case(
+        lambda: Attention(made, cross, *how), examples, p.of(squared, averaged), falls=falls
+    )
 
 
 def transformer_options(p: Pick) -> tuple[int, dict[str, Any]]:
     heads = p(1, 2)
     width, inner = heads * p(2, 3), p(1, 5)
-    options = {"batch_first": True, "norm_first": p.flag(), "bias": p.flag(), "activation": p.of("relu", "gelu")}
+    options = {
+        "batch_first": True,
+        "norm_first": p.flag(),
+        "bias": p.flag(),
+        "activation": p.of("relu", "gelu"),
+    }
     return width, {"d_model": width, "nhead": heads, "dim_feedforward": inner, **options}
 
 
@@ -283,7 +318,11 @@ class Decoder(nn.Module):
         randomize(self.decoder)
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return self.decoder(batch[0], batch[1], tgt_mask=nn.Transformer.generate_square_subsequent_mask(batch[0].shape[1]).double())
+        return self.decoder(
+            batch[0],
+            batch[1],
+            tgt_mask=nn.Transformer.generate_square_subsequent_mask(batch[0].shape[1]).double(),
+        )
 
 
 @layer
@@ -302,8 +341,13 @@ class Separate(nn.Module):
         self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v))
-        return x + self.o((torch.softmax(q @ k.transpose(-1, -2), -1) @ v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q, self.k, self.v)
+        )
+        return x + self.o(
+            (torch.softmax(q @ k.transpose(-1, -2), -1) @ v).transpose(1, 2).flatten(2)
+        )
 
 
 @layer
@@ -344,7 +388,7 @@ def called_on_long_and_short(p: Pick) -> Case:
 
 @layer
 def tied(p: Pick) -> Case:
-    return Case(Tied, tokens(p(1, 7)), p.of(squared, averaged))
+    return Case(TiedForm, tokens(p(1, 7)), p.of(squared, averaged))
 
 
 @layer
@@ -371,7 +415,11 @@ def position_table(p: Pick) -> Case:
         lambda x, table: torch.cat([table.expand_as(x), x], 1),
         lambda x, table: torch.cat([x, table[:1].unsqueeze(0).expand(len(x), 1, -1)], 1),
     )
-    at = p.of(lambda table: table.weight[:long], lambda table: table(torch.arange(long)), lambda table: table(torch.arange(long)[None])[0])
+    at = p.of(
+        lambda table: table.weight[:long],
+        lambda table: table(torch.arange(long)),
+        lambda table: table(torch.arange(long)[None])[0],
+    )
 
     class Table(nn.Module):
         def __init__(self) -> None:
@@ -388,7 +436,9 @@ def position_table(p: Pick) -> Case:
 def position_table_over_folded_rows(p: Pick) -> Case:
     """Several texts an example, as in multiple choice: the table meets the rows of all of them."""
     width, long = p(1, 3), p(1, 3)
-    made = Function(lambda self, x: torch.tanh(x + self.table) * self.scale, table=(long, width), scale=(width,))
+    made = Function(
+        lambda self, x: torch.tanh(x + self.table) * self.scale, table=(long, width), scale=(width,)
+    )
     return within(p, made, long, width)
 
 
@@ -400,7 +450,10 @@ def layers_of_a_table(p: Pick) -> Case:
     class Queries(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.queries, self.net = nn.Parameter(torch.randn(long, width)), nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+            self.queries, self.net = (
+                nn.Parameter(torch.randn(long, width)),
+                nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)),
+            )
             self.first = nn.Linear(width, width)
 
         def forward(self, x: Tensor) -> Tensor:  # the same layers see the batch too
@@ -414,9 +467,19 @@ def layers_of_a_table(p: Pick) -> Case:
 @layer
 def computed_weights(p: Pick) -> Case:
     width, long = p(2, 4), p(3, 5)
-    made, shape = p.of((nn.Linear(width, 3), (long, width)), (nn.Conv1d(width, 3, 3), (width, long)))
-    of = p.of(parametrizations.weight_norm, parametrizations.spectral_norm, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm)
-    return replace(within(p, nn.Sequential(), *shape, ways=OUTSIDE), model=lambda: nn.Sequential(of(made), nn.Tanh()))
+    made, shape = p.of(
+        (nn.Linear(width, 3), (long, width)), (nn.Conv1d(width, 3, 3), (width, long))
+    )
+    of = p.of(
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+    )
+    return replace(
+        within(p, nn.Sequential(), *shape, ways=OUTSIDE),
+        model=lambda: nn.Sequential(of(made), nn.Tanh()),
+    )
 
 
 @layer
@@ -436,7 +499,11 @@ def low_rank(p: Pick) -> Case:
 @layer
 def scaled_embedding(p: Pick) -> Case:
     vocabulary, width = p(2, 6), p(1, 4)
-    made = Function(lambda self, ids: F.embedding(ids, self.w * self.scale), w=(vocabulary, width), scale=(width,))
+    made = Function(
+        lambda self, ids: F.embedding(ids, self.w * self.scale),
+        w=(vocabulary, width),
+        scale=(width,),
+    )
     return within(p, made, *p.sizes(1, 2), ways=("plain", "transposed"), vocabulary=vocabulary)
 
 
@@ -474,27 +541,55 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv-transpose": (lambda: nn.ConvTranspose1d(3, 4, 2), (3, 4)),
     "instance-norm": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 4)),
     "bilinear": (lambda: Function(lambda self, x: F.bilinear(x, x, self.w), w=(2, 4, 4)), (3, 4)),
-    "einsum": (lambda: Function(lambda self, x: torch.einsum("bsi,io->bso", x, self.w), w=(4, 2)), (3, 4)),
+    "einsum": (
+        lambda: Function(lambda self, x: torch.einsum("bsi,io->bso", x, self.w), w=(4, 2)),
+        (3, 4),
+    ),
     "matrices-of-heads": (lambda: Function(lambda self, x: x @ self.w, w=(3, 4, 2)), (3, 2, 4)),
     "matrix-first": (lambda: Function(lambda self, x: self.w @ x, w=(2, 3)), (3, 4)),
     "mm": (lambda: Function(lambda self, x: x.mm(self.w), w=(4, 2)), (4,)),
-    "scaled-addmm": (lambda: Function(lambda self, x: torch.addmm(x, x, self.w, beta=2), w=(4, 4)), (4,)),
+    "scaled-addmm": (
+        lambda: Function(lambda self, x: torch.addmm(x, x, self.w, beta=2), w=(4, 4)),
+        (4,),
+    ),
     "vector": (lambda: Function(lambda self, x: x @ self.w, w=(4,)), (3, 4)),
     "rows-by-index": (lambda: Function(lambda self, x: self.w[(x > 0).long()], w=(2, 3)), (3, 4)),
     "repeat": (lambda: Function(lambda self, x: x + self.w.repeat(len(x), 1, 1), w=(3, 4)), (3, 4)),
-    "expanded-over-rows": (lambda: Function(lambda self, x: x + self.w.expand(3 * len(x), -1).view_as(x), w=(1, 4)), (3, 4)),
+    "expanded-over-rows": (
+        lambda: Function(lambda self, x: x + self.w.expand(3 * len(x), -1).view_as(x), w=(1, 4)),
+        (3, 4),
+    ),
     "rows-around-examples": (
-        lambda: Function(lambda self, x: F.linear(x.transpose(0, 1).flatten(0, 2), self.w).view(3, -1, 2, 4).transpose(0, 1), w=(4, 4)),
+        lambda: Function(
+            lambda self, x: (
+                F.linear(x.transpose(0, 1).flatten(0, 2), self.w).view(3, -1, 2, 4).transpose(0, 1)
+            ),
+            w=(4, 4),
+        ),
         (3, 2, 4),
     ),
     "power": (lambda: Function(lambda self, x: x.abs() ** self.w, w=(4,)), (3, 4)),
-    "own-function": (lambda: Function(lambda self, x: Generated.apply(x, self.w), w=(4, 2)), (3, 4)),
-    "also-by-a-rule": (lambda: Function(lambda self, x: x @ self.w + torch.einsum("bsi,io->bso", x, self.w), w=(4, 2)), (3, 4)),
+    "own-function": (
+        lambda: Function(lambda self, x: Generated.apply(x, self.w), w=(4, 2)),
+        (3, 4),
+    ),
+    "also-by-a-rule": (
+        lambda: Function(
+            lambda self, x: x @ self.w + torch.einsum("bsi,io->bso", x, self.w), w=(4, 2)
+        ),
+        (3, 4),
+    ),
 }
 SLOW: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "own-function": (lambda: Function(lambda self, x: Undocumented.apply(x, self.w), w=(4, 2)), (3, 4)),
+    "own-function": (
+        lambda: Function(lambda self, x: Undocumented.apply(x, self.w), w=(4, 2)),
+        (3, 4),
+    ),
     "checkpointed": (
-        lambda: Function(lambda self, x: checkpoint(lambda x: torch.tanh(x @ self.w), x, use_reentrant=False), w=(4, 2)),
+        lambda: Function(
+            lambda self, x: checkpoint(lambda x: torch.tanh(x @ self.w), x, use_reentrant=False),
+            w=(4, 2),
+        ),
         (3, 4),
     ),
 }

@@ -16,11 +16,17 @@ def test_gradients_equal_autograd_one_by_one(name):
     case = CASES[name]
     result, expected, capture, notes = captured(case)
     assert case.at_once is None or capture.at_once == case.at_once, notes
-    assert capture.at_once or any("one example at a time" in note for note in notes), "the slow way is announced"
+    assert capture.at_once or any("one example at a time" in note for note in notes), (
+        "the slow way is announced"
+    )
     for parameter, value in expected.items():
         rows = value.reshape(len(value), -1)
-        assert (result.forms[parameter].dense().values - rows).norm() <= 1e-9 * max(1e-3, rows.norm()), parameter
-        torch.testing.assert_close(result.sqnorms[parameter], rows.square().sum(1), rtol=1e-9, atol=1e-15)
+        assert (result.forms[parameter].dense().values - rows).norm() <= 1e-9 * max(
+            1e-3, rows.norm()
+        ), parameter
+        torch.testing.assert_close(
+            result.sqnorms[parameter], rows.square().sum(1), rtol=1e-9, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -37,7 +43,12 @@ def test_both_ways_agree(name):
     fast, _, _, _ = captured(CASES[name], at_once=True)
     slow, _, _, _ = captured(CASES[name], at_once=False)
     for parameter in fast.forms:
-        torch.testing.assert_close(fast.forms[parameter].dense().values, slow.forms[parameter].dense().values, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            fast.forms[parameter].dense().values,
+            slow.forms[parameter].dense().values,
+            rtol=1e-9,
+            atol=1e-12,
+        )
 
 
 def test_an_embedding_keeps_only_the_rows_of_its_tokens():
@@ -67,7 +78,12 @@ def test_a_batch_unlike_the_first_is_taken_one_by_one_and_said():
     later = torch.randn(3, 5, 3, dtype=torch.float64)
     result = capture(later, lambda i: later[i : i + 1], 3)
     expected = reference.gradients(model, squared, [later[i : i + 1] for i in range(3)])
-    torch.testing.assert_close(result.forms["layer.weight"].dense().values, expected["layer.weight"].flatten(1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        result.forms["layer.weight"].dense().values,
+        expected["layer.weight"].flatten(1),
+        rtol=1e-9,
+        atol=1e-12,
+    )
     assert len(notes) == 1
     assert "one example at a time" in notes[0]
 
@@ -107,7 +123,9 @@ def test_text_in_a_batch_stays_with_its_example():
     sources = ["a", "a", "a", "b", "b", "b"]
 
     def loss(model, batch):
-        return model(batch[0]).sum(1) * torch.tensor([1.0 if source == "a" else 0.1 for source in batch[1]], dtype=torch.float64)
+        return model(batch[0]).sum(1) * torch.tensor(
+            [1.0 if source == "a" else 0.1 for source in batch[1]], dtype=torch.float64
+        )
 
     model, notes = nn.Linear(3, 2).double().eval(), []
     singles = [(x[i : i + 1], sources[i : i + 1]) for i in range(6)]
@@ -115,14 +133,19 @@ def test_text_in_a_batch_stays_with_its_example():
     capture.probe((x[:2], sources[:2]), singles[:2])
     result = capture((x, sources), lambda i: singles[i], 6)
     expected = reference.gradients(model, loss, singles)["weight"]
-    torch.testing.assert_close(result.forms["weight"].dense().values, expected.flatten(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        result.forms["weight"].dense().values, expected.flatten(1), rtol=1e-12, atol=1e-12
+    )
     assert "more than tensors" in notes[0]
 
 
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        (lambda model, batch: torch.nn.functional.dropout(model(batch), 0.5).square().sum(1), "loss.. of example 0 is random"),
+        (
+            lambda model, batch: torch.nn.functional.dropout(model(batch), 0.5).square().sum(1),
+            "loss.. of example 0 is random",
+        ),
         (lambda model, batch: model.train()(batch).sum(1), "switched the model to train mode"),
     ],
 )

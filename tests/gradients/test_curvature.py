@@ -18,12 +18,22 @@ from influence_cli.errors import GradientError
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.curvature import Curvature, Functions, PlainWeightNorm, verify
 from tests import reference
-from tests.cases import CASES, Case, Tied, classified, labelled, numbers, squared, tokens, with_statistics
+from tests.cases import (
+    CASES,
+    Case,
+    TiedForm,
+    classified,
+    labelled,
+    numbers,
+    squared,
+    tokens,
+    with_statistics,
+)
 
 WEIGHTS = torch.tensor([0.5, 2.0, 0.0, 1.0, 0.1], dtype=torch.float64)
 
 
-class SparseTied(Tied):
+class SparseTied(TiedForm):
     def __init__(self) -> None:
         super().__init__()
         self.embedding.sparse = self.position.sparse = True
@@ -64,7 +74,9 @@ class Cube(torch.autograd.Function):
 
 
 class CubeOnce(Cube):
-    backward = staticmethod(once_differentiable(lambda ctx, grad: 3 * ctx.saved_tensors[0] ** 2 * grad))
+    backward = staticmethod(
+        once_differentiable(lambda ctx, grad: 3 * ctx.saved_tensors[0] ** 2 * grad)
+    )
 
 
 class Forgetful(Cube):
@@ -78,41 +90,76 @@ def mlp(*more: nn.Module) -> Callable[[], nn.Module]:
 
 
 KINDS = {name: case for name, case in CASES.items() if name != "embedding-bag"} | {
-    "loss-linear-in-the-parameters": Case(lambda: nn.Linear(4, 3), numbers(4), lambda model, x: model(x).sum(1)),
-    "no-vmap": Case(lambda: nn.Linear(4, 3), numbers(4), lambda model, x: Cube.apply(model(x)).sum(1)),
-    "pooled": Case(
-        lambda: nn.Sequential(*with_statistics()[:3], nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()), labelled(3, 8, 8), classified
+    "loss-linear-in-the-parameters": Case(
+        lambda: nn.Linear(4, 3), numbers(4), lambda model, x: model(x).sum(1)
     ),
-    "tied-tokens": Case(Tied, tokens(7), next_token),
+    "no-vmap": Case(
+        lambda: nn.Linear(4, 3), numbers(4), lambda model, x: Cube.apply(model(x)).sum(1)
+    ),
+    "pooled": Case(
+        lambda: nn.Sequential(
+            *with_statistics()[:3], nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        ),
+        labelled(3, 8, 8),
+        classified,
+    ),
+    "tied-tokens": Case(TiedForm, tokens(7), next_token),
     "tied-sparse": Case(SparseTied, tokens(7), next_token),
     "layernorm-classified": Case(mlp(nn.LayerNorm(6), nn.Tanh()), labelled(4), classified),
     "rmsnorm": Case(mlp(nn.RMSNorm(6), nn.SiLU()), labelled(4), classified),
     "groupnorm": Case(mlp(nn.GroupNorm(2, 6), nn.Softplus()), labelled(4), classified),
-    "weight-norm": Case(lambda: nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)), labelled(4), classified),
+    "weight-norm": Case(
+        lambda: nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)),
+        labelled(4),
+        classified,
+    ),
 }
 
 
-def made(case: Case, names: Sequence[str] | None = None) -> tuple[nn.Module, list[str], Any, list[Any]]:
+def made(
+    case: Case, names: Sequence[str] | None = None
+) -> tuple[nn.Module, list[str], Any, list[Any]]:
     """(model, names of its trained parameters, batch, batches of one)."""
     torch.manual_seed(0)
     model, items = case.model().double().eval(), case.examples()
-    batch, *singles = (to(case.collate(chosen), torch.device("cpu"), torch.float64) for chosen in [items, *([item] for item in items)])
-    return model, list(names or (name for name, p in model.named_parameters() if p.requires_grad)), batch, singles
+    batch, *singles = (
+        to(case.collate(chosen), torch.device("cpu"), torch.float64)
+        for chosen in [items, *([item] for item in items)]
+    )
+    return (
+        model,
+        list(names or (name for name, p in model.named_parameters() if p.requires_grad)),
+        batch,
+        singles,
+    )
 
 
 def directions(model: nn.Module, names: Sequence[str], count: int = 3) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return {name: torch.randn(count, model.get_parameter(name).numel(), generator=generator, dtype=torch.float64) for name in names}
+    return {
+        name: torch.randn(
+            count, model.get_parameter(name).numel(), generator=generator, dtype=torch.float64
+        )
+        for name in names
+    }
 
 
-def curved(model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, most: int = 1) -> Curvature:
+def curved(
+    model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, most: int = 1
+) -> Curvature:
     return Curvature(model, names, functions, batch, WEIGHTS.clone(), most)
 
 
 class Reference:
     """Per example: gradients (B, D) and, with each direction, (K, D) second derivatives, as a plain function of the parameters."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], loss: Callable[..., Tensor], singles: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        loss: Callable[..., Tensor],
+        singles: Sequence[Any],
+    ) -> None:
         self.names, self.loss, self.singles = list(names), loss, singles
         self.model = copy.deepcopy(model)
         for module in self.model.modules():
@@ -135,24 +182,45 @@ class Reference:
     def hessian(self, u: dict[str, Tensor]) -> dict[str, Tensor]:
         def total(*theta: Tensor) -> Tensor:
             return sum(
-                weight * self.function(self.loss, single)(*theta).sum() for weight, single in zip(WEIGHTS, self.singles, strict=True)
+                weight * self.function(self.loss, single)(*theta).sum()
+                for weight, single in zip(WEIGHTS, self.singles, strict=True)
             )
 
-        along = [tuple(u[name][k].view_as(value) for name, value in zip(self.names, self.theta, strict=True)) for k in range(3)]
+        along = [
+            tuple(
+                u[name][k].view_as(value)
+                for name, value in zip(self.names, self.theta, strict=True)
+            )
+            for k in range(3)
+        ]
         columns = [functional.hvp(total, self.theta, direction)[1] for direction in along]
-        return {name: torch.stack([column[i].flatten() for column in columns]) for i, name in enumerate(self.names)}
+        return {
+            name: torch.stack([column[i].flatten() for column in columns])
+            for i, name in enumerate(self.names)
+        }
 
-    def gauss_newton(self, u: dict[str, Tensor], outputs: Callable[..., Tensor], after: Callable[..., Tensor]) -> dict[str, Tensor]:
+    def gauss_newton(
+        self, u: dict[str, Tensor], outputs: Callable[..., Tensor], after: Callable[..., Tensor]
+    ) -> dict[str, Tensor]:
         """J^T S J u with both matrices whole."""
         flat = torch.cat([u[name] for name in self.names], dim=1)
         total = torch.zeros_like(flat)
         for weight, single in zip(WEIGHTS, self.singles, strict=True):
             of = self.function(outputs, single)
             out = of(*self.theta).detach()
-            J = torch.cat([part.reshape(out.numel(), -1) for part in functional.jacobian(of, self.theta)], dim=1)
-            S = functional.hessian(lambda o, single=single: after(o, single).sum(), out).reshape(out.numel(), -1)
+            J = torch.cat(
+                [part.reshape(out.numel(), -1) for part in functional.jacobian(of, self.theta)],
+                dim=1,
+            )
+            S = functional.hessian(lambda o, single=single: after(o, single).sum(), out).reshape(
+                out.numel(), -1
+            )
             total += weight * flat @ J.T @ S @ J
-        return dict(zip(self.names, total.split([value.numel() for value in self.theta], dim=1), strict=True))
+        return dict(
+            zip(
+                self.names, total.split([value.numel() for value in self.theta], dim=1), strict=True
+            )
+        )
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -161,7 +229,9 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     whole = torch.cat(list(expected.values()), dim=-1).norm()
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
-        assert (found[name] - value).norm() <= 1e-9 * max(float(value.norm()), 1e-3 * float(whole)), name
+        assert (found[name] - value).norm() <= 1e-9 * max(
+            float(value.norm()), 1e-3 * float(whole)
+        ), name
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -191,8 +261,16 @@ PARTS = {  # case, loss from outputs, is it the Hessian too
     "classes": (CASES["mlp"], lambda out, z: F.cross_entropy(out, z[1], reduction="none"), False),
     "tokens": (KINDS["tied-sparse"], mean_entropy, False),
     "attention": (CASES["sdpa"], lambda out, z: out.flatten(1).square().sum(1) / 2, False),
-    "weight-norm": (KINDS["weight-norm"], lambda out, z: F.cross_entropy(out, z[1], reduction="none"), False),
-    "linear": (Case(lambda: nn.Linear(4, 3), numbers(4)), lambda out, z: out.square().sum(1) / 2, True),
+    "weight-norm": (
+        KINDS["weight-norm"],
+        lambda out, z: F.cross_entropy(out, z[1], reduction="none"),
+        False,
+    ),
+    "linear": (
+        Case(lambda: nn.Linear(4, 3), numbers(4)),
+        lambda out, z: out.square().sum(1) / 2,
+        True,
+    ),
 }
 
 
@@ -244,19 +322,43 @@ def test_a_layer_without_a_second_derivative_is_named(most):
 def test_a_function_that_is_differentiable_once_is_refused():
     model, names, batch, _ = made(Case(lambda: nn.Linear(4, 3), numbers(4)))
     with pytest.raises(GradientError):
-        curved(model, names, Functions(lambda model, x: CubeOnce.apply(model(x)).sum(1)), batch).through(directions(model, names))
+        curved(
+            model, names, Functions(lambda model, x: CubeOnce.apply(model(x)).sum(1)), batch
+        ).through(directions(model, names))
 
 
 @pytest.mark.parametrize(
     ("functions", "says"),
     [
         (Functions(lambda model, x: squared(model, x).sum()), "returned a scalar"),
-        (Functions(squared, lambda model, x: model(x), lambda out, x: out.square().sum(1)), r"outputs\(\)\) is not loss\(\)"),
-        (Functions(squared, lambda model, x: model(x).detach(), lambda out, x: out.square().sum(1) / 2), "not differentiable"),
-        (Functions(squared, lambda model, x: model(x), lambda out, x: x.square().sum(1)), "not differentiable"),
-        (Functions(lambda model, x: Forgetful.apply(model(x)).sum(1)), "apart from differences of first ones"),
-        (Functions(squared, lambda model, x: (model(x),), lambda out, x: out[0].square().sum(1) / 2), "returned a tuple"),
-        (Functions(squared, lambda model, x: model(x), lambda out, x: out.square().sum() / 2), r"loss_from_outputs\(\) returned a scalar"),
+        (
+            Functions(squared, lambda model, x: model(x), lambda out, x: out.square().sum(1)),
+            r"outputs\(\)\) is not loss\(\)",
+        ),
+        (
+            Functions(
+                squared, lambda model, x: model(x).detach(), lambda out, x: out.square().sum(1) / 2
+            ),
+            "not differentiable",
+        ),
+        (
+            Functions(squared, lambda model, x: model(x), lambda out, x: x.square().sum(1)),
+            "not differentiable",
+        ),
+        (
+            Functions(lambda model, x: Forgetful.apply(model(x)).sum(1)),
+            "apart from differences of first ones",
+        ),
+        (
+            Functions(
+                squared, lambda model, x: (model(x),), lambda out, x: out[0].square().sum(1) / 2
+            ),
+            "returned a tuple",
+        ),
+        (
+            Functions(squared, lambda model, x: model(x), lambda out, x: out.square().sum() / 2),
+            r"loss_from_outputs\(\) returned a scalar",
+        ),
     ],
 )
 def test_wrong_functions_are_refused(functions, says):
@@ -288,7 +390,14 @@ def test_the_model_and_torchs_settings_are_as_before(fails):
             cuda.math_sdp_enabled(),
             torch.backends.mha.get_fastpath_enabled(),
         ]
-        return sdpa, flags, torch.backends.cudnn.enabled, torch.is_grad_enabled(), model.embedding.sparse, model.position.sparse
+        return (
+            sdpa,
+            flags,
+            torch.backends.cudnn.enabled,
+            torch.is_grad_enabled(),
+            model.embedding.sparse,
+            model.position.sparse,
+        )
 
     def loss(model, ids):
         if fails:

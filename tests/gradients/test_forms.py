@@ -6,9 +6,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from influence_cli.gradients import forms as forms_module
-from influence_cli.gradients.form_ops import FORMS, cheapest, concat, distance, from_tensors, merged, padded, smallest
+from influence_cli.gradients.form_ops import (
+    FORMS,
+    cheapest,
+    concat,
+    distance,
+    from_tensors,
+    merged,
+    padded,
+    smallest,
+)
 from influence_cli.gradients.forms import Dense, Factors, Form, Projected, squares
-from influence_cli.gradients.sparse_forms import Postings, Rows
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
 torch.manual_seed(0)
 
@@ -20,14 +29,19 @@ def gradients(count: int = 6, zero_rows: bool = True) -> torch.Tensor:
 
 def forms() -> dict[str, tuple]:
     rows = smallest(gradients(), embedding=True)
-    assert isinstance(rows, Rows)
-    factors = Factors((5, 4), torch.randn(6, 3, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64))
+    assert isinstance(rows, EmbeddingRows)
+    factors = Factors(
+        (5, 4), torch.randn(6, 3, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)
+    )
     return {
         "rows": (rows, smallest(gradients(4), embedding=True)),
         "postings": (Postings.of(rows), Postings.of(smallest(gradients(4), embedding=True))),
         "factors": (factors, Factors((5, 4), factors.left[:2], factors.right[:2])),
         "dense": (Dense((7, 3), gradients().flatten(1)), Dense((7, 3), gradients(4).flatten(1))),
-        "projected": (Projected((7, 3), gradients()[:, :2].flatten(1)), Projected((7, 3), gradients(4)[:, :2].flatten(1))),
+        "projected": (
+            Projected((7, 3), gradients()[:, :2].flatten(1)),
+            Projected((7, 3), gradients(4)[:, :2].flatten(1)),
+        ),
     }
 
 
@@ -52,16 +66,23 @@ def test_take_concat_and_round_trip_keep_the_gradients(kind):
     form, other = forms()[kind]
     order = torch.tensor([4, 0, 4, 2])
     torch.testing.assert_close(form.take(order).dense().values, form.dense().values[order])
-    torch.testing.assert_close(concat([form, other]).dense().values, torch.cat([form.dense().values, other.dense().values]))
+    torch.testing.assert_close(
+        concat([form, other]).dense().values, torch.cat([form.dense().values, other.dense().values])
+    )
     again = from_tensors(form.kind, form.shape, form.tensors())
     torch.testing.assert_close(again.dense().values, form.dense().values)
 
 
 def test_forms_of_different_kinds_are_joined_densely():
-    rows, dense = smallest(gradients(), embedding=True), smallest(gradients(3, zero_rows=False), embedding=True)
+    rows, dense = (
+        smallest(gradients(), embedding=True),
+        smallest(gradients(3, zero_rows=False), embedding=True),
+    )
     assert dense.kind == "dense"
     joined = concat([rows, dense])
-    torch.testing.assert_close(joined.dense().values, torch.cat([rows.dense().values, dense.dense().values]))
+    torch.testing.assert_close(
+        joined.dense().values, torch.cat([rows.dense().values, dense.dense().values])
+    )
 
 
 def test_an_example_without_any_row_is_zero():
@@ -75,18 +96,30 @@ def test_an_example_without_any_row_is_zero():
 
 # ------------------------------------------------------------ the operators over random sizes
 def over_random_sizes(examples: int):
-    chosen = settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+    chosen = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     return lambda test: chosen(given(data=st.data())(test))
 
 
-def random_form(kind: str, N: int, o: int, i: int, S: int, dtype: torch.dtype = torch.float64) -> Form:
+def random_form(
+    kind: str, N: int, o: int, i: int, S: int, dtype: torch.dtype = torch.float64
+) -> Form:
     """N gradients of an o x i matrix; rows: some of an example's are used, perhaps none."""
     if kind == "factors":
         return Factors((o, i), torch.randn(N, S, o, dtype=dtype), torch.randn(N, S, i, dtype=dtype))
     used = (torch.rand(N, o) < 0.4).nonzero()
     if kind in ("rows", "postings"):
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(used[:, 0], minlength=N).cumsum(0)])
-        rows = Rows((o, i), used[:, 1].contiguous(), torch.randn(len(used), i, dtype=dtype), offsets)
+        offsets = torch.cat(
+            [torch.zeros(1, dtype=torch.int64), torch.bincount(used[:, 0], minlength=N).cumsum(0)]
+        )
+        rows = EmbeddingRows(
+            (o, i), used[:, 1].contiguous(), torch.randn(len(used), i, dtype=dtype), offsets
+        )
         return rows if kind == "rows" else Postings.of(rows)
     return FORMS[kind]((o, i), torch.randn(N, o * i, dtype=dtype))  # type: ignore[call-arg]
 
@@ -95,7 +128,10 @@ def drawn(data, *kinds: str, dtype: torch.dtype = torch.float64) -> list[Form]:
     """One form of each kind, of other numbers of examples and positions, for one matrix."""
     o, i = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    return [random_form(kind, data.draw(st.integers(1, 5)), o, i, data.draw(st.integers(1, 6)), dtype) for kind in kinds]
+    return [
+        random_form(kind, data.draw(st.integers(1, 5)), o, i, data.draw(st.integers(1, 6)), dtype)
+        for kind in kinds
+    ]
 
 
 EXACT = ("dense", "factors", "rows", "postings")
@@ -108,7 +144,9 @@ PAIRS = [(ours, theirs) for ours in EXACT for theirs in EXACT] + [("projected", 
 def test_products_of_any_two_forms_equal_the_dense_ones(kinds, dtype, data):
     ours, theirs = drawn(data, *kinds, dtype=dtype)
     G, Q = ours.dense().values.double(), theirs.dense().values.double()
-    allowed = 1e-12 if dtype == torch.float64 else 1e-5  # of the largest: at most 49 x 36 terms of eps 6e-8 each, of random sign
+    allowed = (
+        1e-12 if dtype == torch.float64 else 1e-5
+    )  # of the largest: at most 49 x 36 terms of eps 6e-8 each, of random sign
     for queries in (theirs, theirs.ready()):
         for memo in (None, {}):
             found = ours.dot(queries, memo)
@@ -122,7 +160,10 @@ def test_operators_equal_those_of_the_dense_matrix(kind, data):
     (form,) = drawn(data, kind)
     G, K = form.dense().values, data.draw(st.integers(1, 4))
     N, D = G.shape
-    vectors, weights = torch.randn(D, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
+    vectors, weights = (
+        torch.randn(D, K, dtype=torch.float64),
+        torch.randn(N, K, dtype=torch.float64),
+    )
     torch.testing.assert_close(form.matvec(vectors), G @ vectors, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(form.rmatvec(weights), G.T @ weights, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(form.sqnorm(), G.square().sum(1), rtol=1e-12, atol=1e-12)
@@ -144,7 +185,12 @@ def test_added_positions_are_zero(data):
     more = padded(form, form.left.shape[1] + data.draw(st.integers(0, 3)))
     torch.testing.assert_close(more.dense().values, form.dense().values, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(more.sqnorm(), form.sqnorm(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(concat([form, more]).dense().values, form.dense().values.repeat(2, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        concat([form, more]).dense().values,
+        form.dense().values.repeat(2, 1),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("kinds", [(a, b) for a in EXACT for b in EXACT], ids="-".join)
@@ -154,8 +200,13 @@ def test_merged_is_the_sum_and_leaves_its_parts_as_they_were(kinds, data):
     torch.manual_seed(data.draw(st.integers(0, 99)))
     first, second = (random_form(kind, N, o, i, data.draw(st.integers(1, 4))) for kind in kinds)
     before = [form.dense().values.clone() for form in (first, second)]
-    torch.testing.assert_close(merged(first, second).dense().values, before[0] + before[1], rtol=1e-12, atol=1e-12)
-    assert all(torch.equal(form.dense().values, values) for form, values in zip((first, second), before, strict=True))
+    torch.testing.assert_close(
+        merged(first, second).dense().values, before[0] + before[1], rtol=1e-12, atol=1e-12
+    )
+    assert all(
+        torch.equal(form.dense().values, values)
+        for form, values in zip((first, second), before, strict=True)
+    )
 
 
 def test_parts_made_a_few_at_a_time_equal_the_whole(monkeypatch):
@@ -175,7 +226,9 @@ def test_a_memo_shares_products_of_the_same_tensors_only():
     for _ in range(20):
         rows = Dense((300,), torch.randn(40, 300).bfloat16())
         found = rows.to(torch.device("cpu"), torch.float32).dot(query, memo)
-        torch.testing.assert_close(found, rows.values.float() @ query.values.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found, rows.values.float() @ query.values.T, rtol=1e-4, atol=1e-4
+        )
     shared = Dense((300,), torch.randn(40, 300))
     assert shared.dot(query, memo) is shared.dot(query, memo)
 
@@ -221,7 +274,9 @@ def test_norms_of_positions_that_cancel_are_not_negative():
 @pytest.mark.parametrize("positions", [1, 3, 30])
 def test_norms_of_half_precision_factors_are_taken_in_float32(positions):
     torch.manual_seed(0)
-    form = random_form("factors", 3, 40, 50, positions, torch.float32).to(torch.device("cpu"), torch.bfloat16)
+    form = random_form("factors", 3, 40, 50, positions, torch.float32).to(
+        torch.device("cpu"), torch.bfloat16
+    )
     exact = form.to(torch.device("cpu"), torch.float64).sqnorm()
     torch.testing.assert_close(form.sqnorm(), exact, rtol=1e-5, atol=0)
 
@@ -248,7 +303,12 @@ def test_postings_lie_by_token_and_select_keeps_what_it_says(data):
 
 @over_random_sizes(25)
 def test_the_distance_of_two_forms_is_that_of_their_matrices(data):
-    for kinds in (("rows", "rows"), ("postings", "postings"), ("dense", "factors"), ("factors", "factors")):
+    for kinds in (
+        ("rows", "rows"),
+        ("postings", "postings"),
+        ("dense", "factors"),
+        ("factors", "factors"),
+    ):
         first, second = drawn(data, *kinds)
         second = second.take(torch.zeros(len(first), dtype=torch.int64))
         expected = (first.dense().values - second.dense().values).norm(dim=1)

@@ -16,12 +16,21 @@ from tests.cases import Case, numbers, squared
 from tests.gradients.capturing import assert_equal, captured
 from tests.gradients.layers import LAYERS, SLOW, UNKNOWN, Function, Pick, Separate, Within
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{said}") for said in ("Using padding='same'", ".*weight_norm")]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{said}")
+    for said in ("Using padding='same'", ".*weight_norm")
+]
 
 
 def over_random_shapes(examples: int):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    chosen = settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=checks)
+    chosen = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=checks,
+    )
     return lambda test: chosen(given(data=st.data())(test))
 
 
@@ -48,7 +57,9 @@ def test_rules_and_fallback_agree(name, data):
 def test_a_use_without_a_rule_falls_back_alone(name):
     """What is not known goes to torch.func, which is said; the layers around it keep their rules."""
     make, shape = UNKNOWN[name]
-    case = Case(lambda: nn.Sequential(nn.Linear(shape[-1], shape[-1]), make(), nn.Tanh()), numbers(*shape))
+    case = Case(
+        lambda: nn.Sequential(nn.Linear(shape[-1], shape[-1]), make(), nn.Tanh()), numbers(*shape)
+    )
     result, expected, capture, notes = captured(case)
     assert capture.hooked == ("0.weight", "0.bias")
     assert set(capture.why_not_hooked) == set(capture.others)
@@ -108,11 +119,19 @@ LENGTHS = {
     "attention": lambda: Alone(batch_first=True),
     "attention-batch-second": Alone,
     "encoder-layer": lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),
-    "gpt2": lambda: Function(lambda self, x: torch.addmm(self.b, x.view(-1, 4), self.w).view(*x.shape[:2], 3), w=(4, 3), b=(3,)),
+    "gpt2": lambda: Function(
+        lambda self, x: torch.addmm(self.b, x.view(-1, 4), self.w).view(*x.shape[:2], 3),
+        w=(4, 3),
+        b=(3,),
+    ),
     "folded": lambda: Within(nn.Linear(4, 3), "folded"),
     "folded-inner": lambda: Within(nn.Linear(4, 3), "folded inner"),
-    "folded-inner-norm": lambda: Within(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)), "folded inner"),
-    "folded-inner-scale": lambda: Within(Function(lambda self, x: x * self.w + self.b, w=(4,), b=()), "folded inner"),
+    "folded-inner-norm": lambda: Within(
+        nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)), "folded inner"
+    ),
+    "folded-inner-scale": lambda: Within(
+        Function(lambda self, x: x * self.w + self.b, w=(4,), b=()), "folded inner"
+    ),
     "positions": lambda: Function(lambda self, x: torch.tanh(x + self.w[: x.shape[1]]), w=(9, 4)),
 }
 
@@ -142,7 +161,11 @@ def test_positions_that_are_alike_at_first_do_not_mislead():
     batches = [torch.ones(2, 3, 4, dtype=torch.float64), *lengths((4, 3, 4))]
     weights = torch.tensor([1.0, -2.0, 0.5])[None, :, None]
     for how in ("folded", "folded inner"):
-        _, others = in_turn(Within(nn.Linear(4, 3), how), batches, lambda model, x: (model(x) * weights).square().sum((1, 2)))
+        _, others = in_turn(
+            Within(nn.Linear(4, 3), how),
+            batches,
+            lambda model, x: (model(x) * weights).square().sum((1, 2)),
+        )
         assert set(others) <= {("layer.weight", "layer.bias")}, "at worst by torch.func"
 
 
@@ -171,7 +194,10 @@ def test_a_branch_on_a_batchs_content_is_planned_anew():
 
 def test_a_use_without_a_rule_in_a_later_batch_is_noticed():
     torch.manual_seed(0)
-    made = Function(lambda self, x: x @ self.w if x.shape[1] < 4 else torch.einsum("bsi,io->bso", x, self.w), w=(4, 3))
+    made = Function(
+        lambda self, x: x @ self.w if x.shape[1] < 4 else torch.einsum("bsi,io->bso", x, self.w),
+        w=(4, 3),
+    )
     capture, others = in_turn(made, lengths((3, 3, 4), (2, 5, 4), (3, 3, 4)))
     assert capture.hooked == ("w",)
     assert others == [("w",)]
@@ -180,7 +206,9 @@ def test_a_use_without_a_rule_in_a_later_batch_is_noticed():
 def test_other_layers_of_the_same_kind_in_a_later_batch_are_right():
     """Nothing of the plan's names a parameter: the calls are the same, their weights are not."""
     torch.manual_seed(0)
-    made = Function(lambda self, x: F.linear(x, self.a if x.shape[1] < 4 else self.b), a=(3, 4), b=(3, 4))
+    made = Function(
+        lambda self, x: F.linear(x, self.a if x.shape[1] < 4 else self.b), a=(3, 4), b=(3, 4)
+    )
     capture, others = in_turn(made, lengths((3, 3, 4), (2, 5, 4)))
     assert len(capture.hooked) == 2
     assert not others
@@ -189,7 +217,14 @@ def test_other_layers_of_the_same_kind_in_a_later_batch_are_right():
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU])
 def test_a_layers_output_may_be_changed_in_place(kind):
     case = Case(
-        lambda: nn.Sequential(nn.Conv1d(2, 3, 2), kind(inplace=True), nn.Flatten(), nn.Linear(9, 2), kind(inplace=True)), numbers(2, 4)
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 3, 2),
+            kind(inplace=True),
+            nn.Flatten(),
+            nn.Linear(9, 2),
+            kind(inplace=True),
+        ),
+        numbers(2, 4),
     )
     result, expected, capture, _ = captured(case)
     assert not capture.others
@@ -217,7 +252,9 @@ def test_a_module_held_twice_survives_the_fallback():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_gradient_that_is_zero_but_for_rounding_keeps_its_rule(dtype):
-    case = Case(lambda: nn.Sequential(Separate(24, 2), nn.LayerNorm(24), Separate(24, 2)), numbers(7, 24))
+    case = Case(
+        lambda: nn.Sequential(Separate(24, 2), nn.LayerNorm(24), Separate(24, 2)), numbers(7, 24)
+    )
     _, expected, capture, notes = captured(case, dtype)
     assert 0 < expected["0.k.bias"].abs().max() < 1e-12
     assert not capture.others, capture.why_not_hooked
@@ -230,7 +267,9 @@ def test_a_wrong_rule_is_not_used(monkeypatch):
     def wrong(call, x, g):
         return layer_rules.linear(call, x, g * 1.001)
 
-    monkeypatch.setitem(layer_rules.RULES, F.linear, layer_rules.Rule(("input", "weight", "bias"), wrong))
+    monkeypatch.setitem(
+        layer_rules.RULES, F.linear, layer_rules.Rule(("input", "weight", "bias"), wrong)
+    )
     result, expected, capture, _ = captured(Case(lambda: nn.Linear(4, 3), numbers(4)))
     assert capture.others == ("weight", "bias")
     assert capture.why_not_hooked["weight"] == "its rule disagrees with autograd"
@@ -244,18 +283,29 @@ def test_both_ways_of_a_convolution_equal_autograd(axes, data):
     """float64 to 1e-9; float32 to the rounding of its sums: eps per term of the sum of the terms' absolute values."""
     p = Pick(data.draw)
     groups, inside, out, rows = p(1, 3), p.of(1, 2, 8, 9), p(1, 3), p(1, 4)
-    kernel, stride, padding, dilation = (tuple(p(low, high) for _ in range(axes)) for low, high in ((1, 3), (1, 3), (0, 2), (1, 2)))
+    kernel, stride, padding, dilation = (
+        tuple(p(low, high) for _ in range(axes)) for low, high in ((1, 3), (1, 3), (0, 2), (1, 2))
+    )
     sizes = [max(2, d * (k - 1) + 1) + p(0, 3) for d, k in zip(dilation, kernel, strict=True)]
     convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
     generator = torch.Generator().manual_seed(p(0, 9))
     weight = torch.randn(groups * out, inside, *kernel, generator=generator)
     x = torch.randn(rows, groups * inside, *sizes, generator=generator)
-    g = torch.randn(convolve(x, weight, None, stride, padding, dilation, groups).shape, generator=generator)
+    g = torch.randn(
+        convolve(x, weight, None, stride, padding, dilation, groups).shape, generator=generator
+    )
 
     def one_by_one(x: Tensor, g: Tensor) -> Tensor:
         w = weight.double().requires_grad_()
-        outs = [convolve(row[None].double(), w, None, stride, padding, dilation, groups) for row in x]
-        return torch.stack([torch.autograd.grad((out * row.double()).sum(), w)[0].flatten() for out, row in zip(outs, g, strict=True)])
+        outs = [
+            convolve(row[None].double(), w, None, stride, padding, dilation, groups) for row in x
+        ]
+        return torch.stack(
+            [
+                torch.autograd.grad((out * row.double()).sum(), w)[0].flatten()
+                for out, row in zip(outs, g, strict=True)
+            ]
+        )
 
     expected, terms = one_by_one(x, g), one_by_one(x.abs(), g.abs())
     for way in (per_example_by_groups, per_example_by_patches):
@@ -263,4 +313,7 @@ def test_both_ways_of_a_convolution_equal_autograd(axes, data):
         assert (exact - expected).abs().max() <= 1e-9 * expected.abs().max()
         single = way(x, g, weight, stride, padding, dilation, groups)
         assert single.dtype == torch.float32
-        assert ((single - expected).abs() <= torch.finfo(torch.float32).eps * g[0, 0].numel() * terms + 1e-30).all()
+        assert (
+            (single - expected).abs()
+            <= torch.finfo(torch.float32).eps * g[0, 0].numel() * terms + 1e-30
+        ).all()

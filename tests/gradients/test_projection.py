@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from influence_cli.gradients import projection as module
 from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.deferred_forms import Convolved, Tied
+from influence_cli.gradients.deferred_forms import ConvolutionForm, TiedForm
 from influence_cli.gradients.form_ops import merged
 from influence_cli.gradients.forms import Dense, Factors, Form
-from influence_cli.gradients.projection import KINDS, Fold, Projection, Sided, Tables, TensorSketch, matrix
-from influence_cli.gradients.sparse_forms import Postings, Rows
+from influence_cli.gradients.projection import (
+    KINDS,
+    Fold,
+    Projection,
+    Sided,
+    Tables,
+    TensorSketch,
+    matrix,
+)
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 from tests import reference
 from tests.cases import CASES, Case, tokens
 from tests.cases import numbers as numbers_of
@@ -37,7 +45,9 @@ def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ..
         left, right = Fold(tables, "left", o, numbers), Fold(tables, "right", i, numbers)
         for a in range(o):
             for b in range(i):
-                out[(left.places[a] + right.places[b]) % numbers, a, b] = left.signs[a] * right.signs[b]
+                out[(left.places[a] + right.places[b]) % numbers, a, b] = (
+                    left.signs[a] * right.signs[b]
+                )
     elif kind == "khatri-rao":
         left, right = tables.signs("left", o, numbers), tables.signs("right", numbers, i)
         for j in range(numbers):
@@ -51,11 +61,15 @@ def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ..
     return out.flatten(1)
 
 
-def by_matrix(grads: dict[str, Tensor], kind: str, numbers: int, seed: int = 0) -> dict[str, Tensor]:
+def by_matrix(
+    grads: dict[str, Tensor], kind: str, numbers: int, seed: int = 0
+) -> dict[str, Tensor]:
     """Of (N, *shape) gradients what a projection keeps: (N, K), and parameters of at most K numbers as they are."""
     flat = {name: value.reshape(len(value), -1) for name, value in grads.items()}
     return {
-        name: value if value.shape[1] <= numbers else value @ explicit(kind, numbers, seed, name, tuple(grads[name].shape[1:])).T
+        name: value
+        if value.shape[1] <= numbers
+        else value @ explicit(kind, numbers, seed, name, tuple(grads[name].shape[1:])).T
         for name, value in flat.items()
     }
 
@@ -63,12 +77,24 @@ def by_matrix(grads: dict[str, Tensor], kind: str, numbers: int, seed: int = 0) 
 def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
     """Gradients of five examples in every form that a projection meets: factors cheaper than dense and not, words, tied, a convolution."""
     torch.manual_seed(0)
-    made = {name: torch.randn(*shape, dtype=dtype) for name, shape in {"l": (5, 3, 23), "r": (5, 3, 31), "long": (5, 40, 9)}.items()}
+    made = {
+        name: torch.randn(*shape, dtype=dtype)
+        for name, shape in {"l": (5, 3, 23), "r": (5, 3, 31), "long": (5, 40, 9)}.items()
+    }
     few = Factors((23, 31), made["l"], made["r"])
     many = Factors((9, 11), made["long"], torch.randn(5, 40, 11, dtype=dtype))
-    rows = Rows((23, 31), torch.tensor([1, 4, 4, 0, 22, 7]), torch.randn(6, 31, dtype=dtype), torch.tensor([0, 2, 3, 3, 5, 6]))
-    conv = Convolved(
-        (9, 20), torch.randn(10, 9, dtype=dtype), torch.randn(10, 20, dtype=dtype), 2, lambda x, g: (x[:, :, None] * g[:, None]).flatten(1)
+    rows = EmbeddingRows(
+        (23, 31),
+        torch.tensor([1, 4, 4, 0, 22, 7]),
+        torch.randn(6, 31, dtype=dtype),
+        torch.tensor([0, 2, 3, 3, 5, 6]),
+    )
+    conv = ConvolutionForm(
+        (9, 20),
+        torch.randn(10, 9, dtype=dtype),
+        torch.randn(10, 20, dtype=dtype),
+        2,
+        lambda x, g: (x[:, :, None] * g[:, None]).flatten(1),
     )
     return {
         "factors": few,
@@ -78,9 +104,15 @@ def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
         "rows": rows,
         "postings": Postings.of(rows),
         "tied": merged(few, rows),
-        "factors of one column": Factors((70, 1), torch.randn(5, 1, 70, dtype=dtype), torch.randn(5, 1, 1, dtype=dtype)),
-        "factors of one row": Factors((1, 70), torch.randn(5, 2, 1, dtype=dtype), torch.randn(5, 2, 70, dtype=dtype)),
-        "rows of one number": Rows((90, 1), rows.ids, torch.randn(6, 1, dtype=dtype), rows.offsets),
+        "factors of one column": Factors(
+            (70, 1), torch.randn(5, 1, 70, dtype=dtype), torch.randn(5, 1, 1, dtype=dtype)
+        ),
+        "factors of one row": Factors(
+            (1, 70), torch.randn(5, 2, 1, dtype=dtype), torch.randn(5, 2, 70, dtype=dtype)
+        ),
+        "rows of one number": EmbeddingRows(
+            (90, 1), rows.ids, torch.randn(6, 1, dtype=dtype), rows.offsets
+        ),
         "a table of positions": Dense((1, 12, 8), torch.randn(5, 96, dtype=dtype)),
         "convolution": conv,
     }
@@ -106,17 +138,20 @@ def test_both_ways_of_a_tensor_sketch_are_its_matrix(adding, monkeypatch):
         gradients = forms()[name]
         for numbers in (8, 25, 27, 400):
             found = Projection("tensor-sketch", numbers, 1)("w", gradients)[1].dense().values
-            expected = gradients.dense().values @ explicit("tensor-sketch", numbers, 1, "w", gradients.shape).T
+            expected = (
+                gradients.dense().values
+                @ explicit("tensor-sketch", numbers, 1, "w", gradients.shape).T
+            )
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_tied_is_neither_lost_nor_formed():
     both = forms()["tied"]
-    assert isinstance(both, Tied)
+    assert isinstance(both, TiedForm)
     for more in (forms()["rows"], forms()["factors"]):
         expected = both.dense().values + more.dense().values
         for sum_ in (merged(both, more), merged(more, both)):
-            assert isinstance(sum_, Tied)
+            assert isinstance(sum_, TiedForm)
             torch.testing.assert_close(sum_.dense().values, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -137,19 +172,39 @@ class Wordy(nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_model_keeps_the_products_of_its_matrices(kind):
     """Grouped convolutions (their places are those of all output channels), tied weights, words, many positions."""
-    few = ("batchnorm-eval", "groupnorm-conv1d", "tied", "padded-texts", "attention", "reused", "embedding")
+    few = (
+        "batchnorm-eval",
+        "groupnorm-conv1d",
+        "tied",
+        "padded-texts",
+        "attention",
+        "reused",
+        "embedding",
+    )
     for name, case in {name: CASES[name] for name in few}.items():
         numbers = 16
         result, expected, capture = kept(case, Projection(kind, numbers, 5))
         assert capture.hooked, name
         for parameter, value in by_matrix(expected, kind, numbers, 5).items():
-            torch.testing.assert_close(result.forms[parameter].dense().values, value, rtol=1e-9, atol=1e-11 + 1e-11 * float(value.norm()))
-            torch.testing.assert_close(result.sqnorms[parameter], expected[parameter].flatten(1).square().sum(1), rtol=1e-9, atol=1e-15)
+            torch.testing.assert_close(
+                result.forms[parameter].dense().values,
+                value,
+                rtol=1e-9,
+                atol=1e-11 + 1e-11 * float(value.norm()),
+            )
+            torch.testing.assert_close(
+                result.sqnorms[parameter],
+                expected[parameter].flatten(1).square().sum(1),
+                rtol=1e-9,
+                atol=1e-15,
+            )
 
 
 def test_groups_of_a_convolution_have_places_of_their_own():
     """Were both groups folded alike, channels 0 and 2 of a weight of two groups would always meet with one sign."""
-    case = Case(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten()), numbers_of(4, 5, 5))
+    case = Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten()), numbers_of(4, 5, 5)
+    )
     result, expected, _ = kept(case, Projection("tensor-sketch", 20))
     weight = expected["0.weight"]  # (N, 6, 2, 3, 3)
     rows = weight.flatten(2)
@@ -161,7 +216,9 @@ def test_groups_of_a_convolution_have_places_of_their_own():
         for k in range(18):
             at = int(left.places[channel] + right.places[k]) % 20
             wanted[:, at] += left.signs[channel] * right.signs[k] * rows[:, channel, k]
-    torch.testing.assert_close(result.forms["0.weight"].dense().values, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        result.forms["0.weight"].dense().values, wanted, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sparse"])
@@ -175,14 +232,16 @@ def test_a_tied_weight_is_projected_without_its_dense_gradients(kind, monkeypatc
 
     def forbid() -> None:
         for way in ("dense", "parts"):
-            for form in (Factors, Tied):
+            for form in (Factors, TiedForm):
                 monkeypatch.setattr(form, way, refuse)
 
     result, expected, capture = kept(case, Projection(kind, 49), forbid)
     assert "embedding.weight" in capture.hooked
     assert formed == []
     wanted = by_matrix(expected, kind, 49)["embedding.weight"]
-    torch.testing.assert_close(result.forms["embedding.weight"].dense().values, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        result.forms["embedding.weight"].dense().values, wanted, rtol=1e-9, atol=1e-12
+    )
     scores = result.forms["embedding.weight"].dot(result.forms["embedding.weight"])
     torch.testing.assert_close(scores, wanted @ wanted.T, rtol=1e-9, atol=1e-12)
 
@@ -193,12 +252,20 @@ def kept(case: Case, projection: Projection, before: Callable[[], None] = lambda
     model = case.model().double().eval()
     items = case.examples()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    embeddings = [
+        f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    ]
     capture = Capture(model, case.loss, names, embeddings, projection=projection)
     capture.probe(case.collate(items[:2]), [case.collate([item]) for item in items[:2]])
     before()
     result = capture(case.collate(items), lambda i: case.collate([items[i]]), len(items))
-    return result, reference.gradients(model, case.loss, [case.collate([item]) for item in items]), capture
+    return (
+        result,
+        reference.gradients(model, case.loss, [case.collate([item]) for item in items]),
+        capture,
+    )
 
 
 def test_small_parameters_are_kept_exactly():
@@ -211,7 +278,14 @@ def test_small_parameters_are_kept_exactly():
 def test_inner_products_are_right_on_average_and_spread_as_theory_allows(kind):
     """Over 400 seeds: the mean within five standard errors, the spread within the bound that `check` uses."""
     torch.manual_seed(1)
-    x, y = (Factors((40, 30), torch.randn(6, 2, 40, dtype=torch.float64), torch.randn(6, 2, 30, dtype=torch.float64)) for _ in range(2))
+    x, y = (
+        Factors(
+            (40, 30),
+            torch.randn(6, 2, 40, dtype=torch.float64),
+            torch.randn(6, 2, 30, dtype=torch.float64),
+        )
+        for _ in range(2)
+    )
     y = Factors((40, 30), y.left + 0.5 * x.left, y.right + 0.5 * x.right)
     exact = x.dot(y)
     drawn = []
@@ -223,7 +297,9 @@ def test_inner_products_are_right_on_average_and_spread_as_theory_allows(kind):
     off, spread = found.mean(0) - exact, found.std(0)
     assert (off.abs() < 5 * spread / 20).all()
     assert not torch.allclose(found[0], exact, rtol=1e-3)  # it is a projection, not the identity
-    bound = Projection(kind, 64).spread((40, 30)) * torch.outer(x.sqnorm().sqrt(), y.sqnorm().sqrt())
+    bound = Projection(kind, 64).spread((40, 30)) * torch.outer(
+        x.sqnorm().sqrt(), y.sqnorm().sqrt()
+    )
     assert (spread < bound).all()
 
 
@@ -231,9 +307,19 @@ def test_tables_differ_between_parameters_sides_and_seeds_and_stay_for_ever():
     def bits(seed: int, name: str, side: str) -> list[int]:
         return Tables(seed, name, 4, 4, CPU, torch.float64).bits(side, 4).tolist()
 
-    seen = [bits(seed, name, side) for seed in (0, 1) for name in ("a", "b") for side in ("left", "right")]
+    seen = [
+        bits(seed, name, side)
+        for seed in (0, 1)
+        for name in ("a", "b")
+        for side in ("left", "right")
+    ]
     assert len({tuple(values) for values in seen}) == 8
-    assert bits(0, "a", "left") == [2230144778291951675, 12209963742548473739, 14194924358885615696, 10704857455549465598]
+    assert bits(0, "a", "left") == [
+        2230144778291951675,
+        12209963742548473739,
+        14194924358885615696,
+        10704857455549465598,
+    ]
 
 
 def test_places_are_even_and_without_collisions_where_there_is_room():
@@ -245,7 +331,10 @@ def test_places_are_even_and_without_collisions_where_there_is_room():
 
 def test_any_two_products_meet_with_a_chance_of_one_in_k():
     """Over 300 seeds, of fixed pairs of entries: the same row, column, diagonal and antidiagonal, and neither; near and far apart."""
-    pairs = [((3, 5), other) for other in ((3, 6), (4, 5), (4, 6), (4, 4), (2, 7), (3, 37), (19, 5), (35, 37), (20, 20))]
+    pairs = [
+        ((3, 5), other)
+        for other in ((3, 6), (4, 5), (4, 6), (4, 4), (2, 7), (3, 37), (19, 5), (35, 37), (20, 20))
+    ]
     K = 16
     for o, i in ((40, 40), (10, 40), (40, 10), (10, 10)):
         met = dict.fromkeys(pairs, 0)
@@ -266,7 +355,10 @@ def test_larger_projections_are_better():
     for numbers in (16, 64, 128):
         off = []
         for seed in range(20):
-            ours, theirs = (Projection("tensor-sketch", numbers, seed)("w", form)[1].dense().values for form in (x, y))
+            ours, theirs = (
+                Projection("tensor-sketch", numbers, seed)("w", form)[1].dense().values
+                for form in (x, y)
+            )
             off.append((ours @ theirs.T - x.dot(y)).square().mean())
         errors.append(float(torch.stack(off).mean()))
     assert errors[1] < 0.4 * errors[0] and errors[2] < 0.7 * errors[1]
@@ -289,7 +381,11 @@ def test_lower_precisions(dtype):
 def test_projections_stay_on_their_device(kind, positions):
     """On the meta device, which has no numbers: nothing is asked of them, and nothing lies on another device."""
     meta = torch.device("meta")
-    form = Factors((80, 70), torch.empty(6, positions, 80, device=meta), torch.empty(6, positions, 70, device=meta))
+    form = Factors(
+        (80, 70),
+        torch.empty(6, positions, 80, device=meta),
+        torch.empty(6, positions, 70, device=meta),
+    )
     sketch = KINDS[kind](Tables(0, "w", 80, 70, meta, torch.float32), 64)
     assert isinstance(sketch, TensorSketch | Sided)
     for found in (sketch.factors(form), sketch.dense(torch.empty(6, 5600, device=meta))):

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from influence_cli.gradients.forms import Dense, Factors
-from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, FromForms, Update, effects, gram, total
+from influence_cli.methods.reverse.optimizer_adjoint import (
+    Adjoint,
+    FisherBatch,
+    Update,
+    effects,
+    gram,
+    total,
+)
 from influence_cli.methods.reverse.steps import top_eigenvalue
 from tests import reference
 
@@ -18,12 +25,16 @@ def dense(values):
 def test_the_example_by_hand_to_the_last_digit():
     """½ squared loss, one weight, sum loss, rate 0.05: E(a) = -0.05 and score -0.0075; by the empirical Fisher E(a) = -0.0806."""
     double = {"dtype": torch.float64}
-    g1, h1, g0 = torch.tensor([[-0.8], [1.8]], **double), torch.tensor([[1.0], [3.0]], **double), torch.tensor([[-2.0], [-2.0]], **double)
+    g1, h1, g0 = (
+        torch.tensor([[-0.8], [1.8]], **double),
+        torch.tensor([[1.0], [3.0]], **double),
+        torch.tensor([[-2.0], [-2.0]], **double),
+    )
     one, update = torch.ones(2, **double), {"w": Update(0.05)}
     for curvature, embedding in ((h1, -0.05), (g1, -0.0806)):
         adjoint = Adjoint({"w": torch.ones(1, 1, **double)}, {})
-        adjoint.step(FromForms(dense(g1), one, dense(curvature)), update)
-        found = effects(total(adjoint.step(FromForms(dense(g0), one, dense(g0)), update)), one)
+        adjoint.step(FisherBatch(dense(g1), one, dense(curvature)), update)
+        found = effects(total(adjoint.step(FisherBatch(dense(g0), one, dense(g0)), update)), one)
         assert float(found[0, 0]) == pytest.approx(embedding, abs=1e-16)
         assert float(found[0, 0]) * 0.15 == pytest.approx(embedding * 0.15, abs=1e-16)
 
@@ -50,16 +61,22 @@ SETTINGS = {
     "momentum and weight decay": Setting(momentum=0.9, decay=0.1),
     "nesterov": Setting(momentum=0.9, nesterov=True),
     "nesterov and weight decay": Setting(momentum=0.9, nesterov=True, decay=0.1),
-    "renormalised nesterov, weight decay": Setting(momentum=0.8, nesterov=True, decay=0.1, renormalized=True),
+    "renormalised nesterov, weight decay": Setting(
+        momentum=0.8, nesterov=True, decay=0.1, renormalized=True
+    ),
 }
 
 
 def regression(setting, dropped=None):
     """Trains by torch's own SGD: parameters at the end, and per step (G, h, w, rate) of ½ squared losses. `dropped`: (step, example)."""
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(30, *shape, generator=generator, dtype=torch.float64) for shape in ((5,), ()))
+    x, y = (
+        torch.randn(30, *shape, generator=generator, dtype=torch.float64) for shape in ((5,), ())
+    )
     theta = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    optimizer = torch.optim.SGD([theta], 0.1, setting.momentum, weight_decay=setting.decay, nesterov=setting.nesterov)
+    optimizer = torch.optim.SGD(
+        [theta], 0.1, setting.momentum, weight_decay=setting.decay, nesterov=setting.nesterov
+    )
     steps, order = [], torch.Generator().manual_seed(1)
     for t in range(12):
         batch = torch.randperm(30, generator=order)[:6]
@@ -67,7 +84,11 @@ def regression(setting, dropped=None):
             batch[3] = batch[0]
         rate = 0.1 / (1 + t / 6) if setting.mean else 0.02
         w = torch.full((6,), 1 / 6 if setting.mean else 1.0, dtype=torch.float64)
-        kept = torch.ones(6, dtype=torch.bool) if dropped is None or dropped[0] != t else batch != dropped[1]
+        kept = (
+            torch.ones(6, dtype=torch.bool)
+            if dropped is None or dropped[0] != t
+            else batch != dropped[1]
+        )
         if setting.renormalized:
             w = w / w[kept].sum()
         residual = x[batch] @ theta.detach() - y[batch]
@@ -81,12 +102,19 @@ def regression(setting, dropped=None):
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_with_the_exact_curvature_the_embedding_is_the_parameters_change_of_retraining(setting):
     end, steps = regression(setting)
-    adjoint = Adjoint({"w": torch.eye(5, dtype=torch.float64)}, {"w": torch.zeros(5, 5, dtype=torch.float64)} if setting.momentum else {})
+    adjoint = Adjoint(
+        {"w": torch.eye(5, dtype=torch.float64)},
+        {"w": torch.zeros(5, 5, dtype=torch.float64)} if setting.momentum else {},
+    )
     for t in reversed(range(12)):
         batch, gradients, factors, w, rate = steps[t]
         update = {"w": Update(rate, setting.momentum, setting.decay, setting.nesterov)}
         entry_of = torch.unique(batch, return_inverse=True)[1] if setting.renormalized else None
-        found = effects(total(adjoint.step(FromForms(dense(gradients), w, dense(factors)), update)), w, entry_of)
+        found = effects(
+            total(adjoint.step(FisherBatch(dense(gradients), w, dense(factors)), update)),
+            w,
+            entry_of,
+        )
         for example in batch.tolist():
             change = regression(setting, (t, example))[0] - end
             assert (found[batch == example].sum(0) - change).abs().max() < 1e-10
@@ -100,8 +128,13 @@ def test_an_example_that_is_the_whole_batch_takes_the_step_with_it():
 # ---------------------------------------------------------------- anything: whole Jacobians
 @pytest.mark.parametrize("clip", [1.0, 0.6])
 @pytest.mark.parametrize("curved", [True, False], ids=["fisher", "none"])
-@pytest.mark.parametrize(("momentum", "decay", "nesterov"), [(0, 0, False), (0, 0.2, False), (0.9, 0.2, False), (0.9, 0.2, True)])
-def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(momentum, decay, nesterov, curved, clip):
+@pytest.mark.parametrize(
+    ("momentum", "decay", "nesterov"),
+    [(0, 0, False), (0, 0.2, False), (0.9, 0.2, False), (0.9, 0.2, True)],
+)
+def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(
+    momentum, decay, nesterov, curved, clip
+):
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     query, steps = random(3, 12), []
@@ -110,14 +143,24 @@ def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(momentum
         steps.append((left, right, random(4).abs() / 4, 0.1 / (1 + t), clip if t % 2 else 1.0))
     whole = [Factors((3, 4), left, right).dense().values for left, right, _, _, _ in steps]
     expected = reference.left_out(
-        [(G, G, w, rate, s) for G, (_, _, w, rate, s) in zip(whole, steps, strict=True)], query, momentum, decay, nesterov, curved
+        [(G, G, w, rate, s) for G, (_, _, w, rate, s) in zip(whole, steps, strict=True)],
+        query,
+        momentum,
+        decay,
+        nesterov,
+        curved,
     )
     adjoint = Adjoint({"w": query.clone()}, {"w": torch.zeros_like(query)} if momentum else {})
     for t in reversed(range(5)):
         left, right, w, rate, s = steps[t]
         batch = {"w": Factors((3, 4), left, right)}
         found = effects(
-            adjoint.step(FromForms(batch, w, batch if curved else None), {"w": Update(rate, momentum, decay, nesterov)}, s)["w"], w
+            adjoint.step(
+                FisherBatch(batch, w, batch if curved else None),
+                {"w": Update(rate, momentum, decay, nesterov)},
+                s,
+            )["w"],
+            w,
         )
         assert (found - expected[t]).abs().max() < 1e-12 * expected[t].abs().max()
 
@@ -128,11 +171,21 @@ def test_the_largest_eigenvalue_of_a_steps_curvature_is_that_of_the_gram_matrix(
     w = torch.rand(6, generator=generator, dtype=torch.float64)
     rates = {"a": 0.1, "b": 0.3}
     scaled = torch.cat([0.1**0.5 * G, 0.3**0.5 * H], dim=1) * w.sqrt()[:, None]
-    found = gram({"a": Dense((4,), G), "b": Dense((4,), H)}, w, {name: Update(rate) for name, rate in rates.items()})
-    assert top_eigenvalue(found) == pytest.approx(float(torch.linalg.eigvalsh(scaled.T @ scaled)[-1]), rel=1e-5)
+    found = gram(
+        {"a": Dense((4,), G), "b": Dense((4,), H)},
+        w,
+        {name: Update(rate) for name, rate in rates.items()},
+    )
+    assert top_eigenvalue(found) == pytest.approx(
+        float(torch.linalg.eigvalsh(scaled.T @ scaled)[-1]), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("update", [Update(0.1), Update(0.1, 0.9), Update(0.1, 0.9, nesterov=True)], ids=["sgd", "momentum", "nesterov"])
+@pytest.mark.parametrize(
+    "update",
+    [Update(0.1), Update(0.1, 0.9), Update(0.1, 0.9, nesterov=True)],
+    ids=["sgd", "momentum", "nesterov"],
+)
 def test_past_the_limit_steps_grow_and_before_it_they_shrink(update):
     for share, grows in ((0.98, False), (1.02, True)):
         curvature = share * update.stable / update.rate

@@ -16,7 +16,10 @@ from influence_cli.methods.reverse import replayed_steps, reverse_pass
 from tests.refusals import refused
 from tests.training import DEFINITION, definition_of, load, train
 
-GROUPS = ({"params": ["0.weight", "0.bias"], "lr": 0.5}, {"params": ["2.weight", "2.bias"], "weight_decay": 0.3})
+GROUPS = (
+    {"params": ["0.weight", "0.bias"], "lr": 0.5},
+    {"params": ["2.weight", "2.bias"], "weight_decay": 0.3},
+)
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 TRAININGS = {
     "sgd": {},
@@ -25,14 +28,34 @@ TRAININGS = {
     "momentum, weight decay": {"options": {"momentum": 0.9, "weight_decay": 0.05}, "rate": 0.1},
     "nesterov": {"options": {"momentum": 0.8, "weight_decay": 0.05, "nesterov": True}, "rate": 0.1},
     "clipped": {"clip": lambda norm: min(1.0, 0.3 / norm)},
-    "clipped nesterov": {"clip": lambda norm: min(1.0, 0.5 / norm), "options": {"momentum": 0.9, "nesterov": True}, "rate": 0.1},
+    "clipped nesterov": {
+        "clip": lambda norm: min(1.0, 0.5 / norm),
+        "options": {"momentum": 0.9, "nesterov": True},
+        "rate": 0.1,
+    },
     "groups of two rates": {"groups": GROUPS},
-    "batches of other lengths, an example twice": {"batches": lambda t: [t % 24, 3, 3, *range(t % 3)]},
+    "batches of other lengths, an example twice": {
+        "batches": lambda t: [t % 24, 3, 3, *range(t % 3)]
+    },
     "adam": {"kind": ADAM, "rate": 0.05},
-    "adam, weight decay": {"kind": ADAM, "rate": 0.05, "options": {"weight_decay": 0.1, "betas": [0.8, 0.95], "eps": 1e-3}},
+    "adam, weight decay": {
+        "kind": ADAM,
+        "rate": 0.05,
+        "options": {"weight_decay": 0.1, "betas": [0.8, 0.95], "eps": 1e-3},
+    },
     "adamw": {"kind": ADAMW, "rate": 0.05},
-    "adamw of groups, clipped": {"kind": ADAMW, "rate": 0.05, "groups": GROUPS, "clip": lambda norm: min(1.0, 0.3 / norm)},
-    "adam clipped, weights": {"kind": ADAM, "rate": 0.02, "clip": lambda norm: min(1.0, 0.3 / norm), "weights": True},
+    "adamw of groups, clipped": {
+        "kind": ADAMW,
+        "rate": 0.05,
+        "groups": GROUPS,
+        "clip": lambda norm: min(1.0, 0.3 / norm),
+    },
+    "adam clipped, weights": {
+        "kind": ADAM,
+        "rate": 0.02,
+        "clip": lambda norm: min(1.0, 0.3 / norm),
+        "weights": True,
+    },
 }
 OUTPUTS = (
     DEFINITION
@@ -69,7 +92,10 @@ def at_the_end(folder, step=12):
 
 def slopes(folder, training, step, example, by=1e-5):
     """(Q,) -w x the derivative of the queries' losses at the end by the example's weight w in a step, from two trainings."""
-    ends = [at_the_end(train(folder / f"{sign}", **training, every=12, tilt=(step, example, sign * by))) for sign in (-1, 1)]
+    ends = [
+        at_the_end(train(folder / f"{sign}", **training, every=12, tilt=(step, example, sign * by)))
+        for sign in (-1, 1)
+    ]
     line = json.loads((folder / "run" / "trajectory.jsonl").read_text().splitlines()[1 + step])
     weight = 1 / len(line["examples"]) if training.get("reduction", "mean") == "mean" else 1.0
     weight = line["weights"][line["examples"].index(example)] if "weights" in line else weight
@@ -89,17 +115,23 @@ def test_scores_are_the_derivatives_of_really_training_again(training, tmp_path,
         assert (found[step, example] - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum, weight decay", "clipped nesterov", "groups of two rates"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "momentum, weight decay", "clipped nesterov", "groups of two rates"]
+)
 def test_where_every_step_is_saved_a_replay_changes_nothing(name, tmp_path, influence):
     run = train(tmp_path / "run", **TRAININGS[name])
-    plain, again = (of_steps(unroll(influence, run, "--by", "step", *flags)) for flags in ((), ("--replay",)))
+    plain, again = (
+        of_steps(unroll(influence, run, "--by", "step", *flags)) for flags in ((), ("--replay",))
+    )
     largest = max(float(values.abs().max()) for values in plain.values())
     assert max(float((plain[key] - again[key]).abs().max()) for key in plain) < 1e-12 * largest
 
 
 @pytest.mark.parametrize("method", ["unroll", "dve"])
 @pytest.mark.parametrize("name", ["sgd", "momentum, weight decay", "adamw"])
-def test_a_replay_from_few_checkpoints_is_that_from_all(name, method, tmp_path, influence, monkeypatch):
+def test_a_replay_from_few_checkpoints_is_that_from_all(
+    name, method, tmp_path, influence, monkeypatch
+):
     """Also where few states fit into memory, so that steps are run again and again."""
     few, every = (train(tmp_path / f"{n}", **TRAININGS[name], every=n) for n in (5, 1))
     flags = ("--method", method, "--by", "step", "--replay", "--top", "all")
@@ -110,7 +142,9 @@ def test_a_replay_from_few_checkpoints_is_that_from_all(name, method, tmp_path, 
         found = of_steps(result)
         assert "training that was run again came to 3 saved checkpoints" in result.err
         largest = max(float(values.abs().max()) for values in wanted.values())
-        assert max(float((wanted[key] - found[key]).abs().max()) for key in wanted) < 1e-10 * largest
+        assert (
+            max(float((wanted[key] - found[key]).abs().max()) for key in wanted) < 1e-10 * largest
+        )
 
 
 def test_a_saved_optimizer_state_is_where_a_replay_begins(tmp_path, influence):
@@ -122,18 +156,27 @@ def test_a_saved_optimizer_state_is_where_a_replay_begins(tmp_path, influence):
     assert max(float((whole[key] - later[key]).abs().max()) for key in later) < 1e-10 * largest
     for path in (run / "optimizer").iterdir():
         path.unlink()
-    refused(unroll(influence, run, "--replay", "--steps", "4:"), 1, "adam had a state there", "save_optimizer=True")
+    refused(
+        unroll(influence, run, "--replay", "--steps", "4:"),
+        1,
+        "adam had a state there",
+        "save_optimizer=True",
+    )
 
 
 def test_parts_sum_to_the_score(tmp_path, influence):
     run = train(tmp_path / "run", every=5, options={"momentum": 0.5})
-    whole = {(row["query"], row["train"]): float(row["score"]) for row in unroll(influence, run).rows}
+    whole = {
+        (row["query"], row["train"]): float(row["score"]) for row in unroll(influence, run).rows
+    }
     for part in ("step", "checkpoint", "layer"):
         result = unroll(influence, run, "--by", part)
         sums = defaultdict(float)
         for row in result.rows:
             sums[row["query"], row["train"]] += float(row["score"])
-        assert max(abs(sums[key] - whole[key]) for key in whole) < 1e-12 * max(map(abs, whole.values()))
+        assert max(abs(sums[key] - whole[key]) for key in whole) < 1e-12 * max(
+            map(abs, whole.values())
+        )
     one = unroll(influence, run, "--sum-queries").rows
     for row in one:
         mean = sum(whole[str(query), row["train"]] for query in range(5)) / 5
@@ -141,23 +184,40 @@ def test_parts_sum_to_the_score(tmp_path, influence):
 
 
 def test_of_a_linear_model_gauss_newton_is_the_hessian_and_of_others_not(tmp_path, influence):
-    linear = OUTPUTS.replace("nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))", "nn.Linear(4, 3)")
+    linear = OUTPUTS.replace(
+        "nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))", "nn.Linear(4, 3)"
+    )
     for definition, alike in ((linear, True), (OUTPUTS, False)):
         run = train(tmp_path / str(alike), definition=definition)
         scores = [
-            torch.tensor([float(row["score"]) for row in sorted(unroll(influence, run, "--curvature", how).rows, key=lambda r: r["train"])])
+            torch.tensor(
+                [
+                    float(row["score"])
+                    for row in sorted(
+                        unroll(influence, run, "--curvature", how).rows, key=lambda r: r["train"]
+                    )
+                ]
+            )
             for how in ("hessian", "gauss-newton")
         ]
-        apart = float((scores[0].sort().values - scores[1].sort().values).abs().max() / scores[0].abs().max())
+        apart = float(
+            (scores[0].sort().values - scores[1].sort().values).abs().max() / scores[0].abs().max()
+        )
         assert (apart < 1e-6) == alike
-    refused(unroll(influence, train(tmp_path / "without"), "--curvature", "gauss-newton"), 1, "lacks outputs() and loss_from_outputs()")
+    refused(
+        unroll(influence, train(tmp_path / "without"), "--curvature", "gauss-newton"),
+        1,
+        "lacks outputs() and loss_from_outputs()",
+    )
 
 
 def test_nothing_but_the_queries_is_cached(tmp_path, influence):
     run = train(tmp_path / "run")
     assert unroll(influence, run).code == 0
     assert not list((run / ".influence").rglob("train/*.safetensors"))
-    assert not (run / ".influence" / "back").exists() or not list((run / ".influence" / "back").iterdir())
+    assert not (run / ".influence" / "back").exists() or not list(
+        (run / ".influence" / "back").iterdir()
+    )
 
 
 def test_a_training_that_was_not_as_recorded_is_refused_with_what_may_differ(tmp_path, influence):
@@ -166,7 +226,12 @@ def test_a_training_that_was_not_as_recorded_is_refused_with_what_may_differ(tmp
     head, *lines = path.read_text().splitlines()
     changed = [json.dumps(json.loads(line) | {"examples": [1, 2, 3, 4]}) for line in lines]
     path.write_text("\n".join([head, *changed]) + "\n")
-    refused(unroll(influence, run, "--replay"), 1, "training does not come to checkpoints/step-000012", "dropout, BatchNorm")
+    refused(
+        unroll(influence, run, "--replay"),
+        1,
+        "training does not come to checkpoints/step-000012",
+        "dropout, BatchNorm",
+    )
 
 
 def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influence):
@@ -176,11 +241,11 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
         "import os, signal, sys\n"
         "from influence_cli.methods.reverse import reverse_pass\n"
         "reverse_pass.KEEP_EVERY = 0\n"
-        "keep = reverse_pass.Kept.add\n"
+        "keep = reverse_pass.PassProgress.add\n"
         "def add(self, adjoint, step, *rest):\n"
         "    if step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    keep(self, adjoint, step, *rest)\n"
-        "reverse_pass.Kept.add = add\n"
+        "reverse_pass.PassProgress.add = add\n"
         "from influence_cli.cli import main\n"
         f"sys.argv = ['influence', 'score', {str(run)!r}, '--method', 'unroll', '--replay', '--by', 'step', '--top', 'all']\n"
         "main()\n"
@@ -197,9 +262,16 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
 def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, monkeypatch):
     run = train(tmp_path / "run")
     monkeypatch.setattr(reverse_pass, "KEEP_EVERY", 0)
-    monkeypatch.setattr(reverse_pass.Kept, "done", lambda self: None)
+    monkeypatch.setattr(reverse_pass.PassProgress, "done", lambda self: None)
     unroll(influence, run)
-    for flags in (("--queries", "0:2"), ("--layers", "0"), ("--at", "6"), ("--renormalize",), ("--replay",), ("--by", "layer")):
+    for flags in (
+        ("--queries", "0:2"),
+        ("--layers", "0"),
+        ("--at", "6"),
+        ("--renormalize",),
+        ("--replay",),
+        ("--by", "layer"),
+    ):
         assert "going on" not in unroll(influence, run, *flags).err
     assert "going on below step 0" in unroll(influence, run).err
 
@@ -219,10 +291,23 @@ def test_flags_of_other_methods_are_refused(flags, says, tmp_path, influence):
 
 def test_trace_and_tsloo_take_it(tmp_path, influence):
     run = train(tmp_path / "run", every=6, kind=ADAM, rate=0.05)
-    result = influence("trace", run, "--method", "unroll", "--replay", "--queries", "1", "--format", "csv")
+    result = influence(
+        "trace", run, "--method", "unroll", "--replay", "--queries", "1", "--format", "csv"
+    )
     assert result.code == 0
     assert len(result.rows) == 12
-    result = influence("evaluate", run, "tsloo", "--method", "unroll", "--replay", "--removals", "12", "--format", "csv")
+    result = influence(
+        "evaluate",
+        run,
+        "tsloo",
+        "--method",
+        "unroll",
+        "--replay",
+        "--removals",
+        "12",
+        "--format",
+        "csv",
+    )
     assert result.code == 0
     assert float(next(row for row in result.rows if row["query"] == "mean")["spearman"]) > 0.9
 
@@ -235,13 +320,21 @@ def test_what_is_wrong_with_a_saved_optimizer_state_is_said(tmp_path, influence)
     path.write_bytes(whole[:200])
     refused(unroll(influence, run, *flags), 1, "optimizer/step-000004.safetensors can't be read")
     state = load_file_of(whole)
-    save_file(state | {"exp_avg_sq/0.bias": -state["exp_avg_sq/0.bias"] - 1}, str(path), {"optimizer": "adam", "numbers": "[]"})
-    refused(unroll(influence, run, *flags), 1, "exp_avg_sq of 0.bias is not finite, or a square below 0")
+    save_file(
+        state | {"exp_avg_sq/0.bias": -state["exp_avg_sq/0.bias"] - 1},
+        str(path),
+        {"optimizer": "adam", "numbers": "[]"},
+    )
+    refused(
+        unroll(influence, run, *flags), 1, "exp_avg_sq of 0.bias is not finite, or a square below 0"
+    )
     save_file(state, str(path), {"optimizer": "sgd", "numbers": "[]"})
     refused(unroll(influence, run, *flags), 1, "is of another optimizer: sgd")
 
 
-def test_inspect_says_what_it_costs_in_trainings_and_no_gradients_of_training_examples(tmp_path, influence):
+def test_inspect_says_what_it_costs_in_trainings_and_no_gradients_of_training_examples(
+    tmp_path, influence
+):
     run = train(tmp_path / "run", kind=ADAMW, rate=0.05, every=4)
     result = influence("inspect", run, "--method", "unroll", "--replay", "--lr", "1")
     assert result.code == 0

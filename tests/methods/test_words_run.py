@@ -13,7 +13,10 @@ PLANTED = json.loads((RUN / "planted.json").read_text())
 def pairs(result) -> dict[tuple[str, int], list[dict[str, str]]]:
     """(kind, rank) -> the rows of that pair."""
     assert result.code == 0, result.err
-    return {pair: list(some) for pair, some in groupby(result.rows, lambda row: (row["kind"], int(row["rank"])))}
+    return {
+        pair: list(some)
+        for pair, some in groupby(result.rows, lambda row: (row["kind"], int(row["rank"])))
+    }
 
 
 def total(rows: list[dict[str, str]]) -> float:
@@ -23,7 +26,18 @@ def total(rows: list[dict[str, str]]) -> float:
 @pytest.fixture
 def by_word(influence, tmp_path):
     return pairs(
-        influence("score", RUN, "--method", "tracin-we", "--by", "word", "--queries", PLANTED["query"], "--cache", tmp_path / "cache")
+        influence(
+            "score",
+            RUN,
+            "--method",
+            "tracin-we",
+            "--by",
+            "word",
+            "--queries",
+            PLANTED["query"],
+            "--cache",
+            tmp_path / "cache",
+        )
     )
 
 
@@ -32,7 +46,9 @@ def test_planted_texts_come_first_on_the_side_of_their_label(by_word):
     for kind, planted in (("proponent", same), ("opponent", PLANTED["train"].keys() - same)):
         first = [by_word[kind, rank][0]["train"] for rank in range(1, len(planted) + 1)]
         assert set(first) == planted
-        assert abs(total(by_word[kind, 1])) > 4 * abs(total(by_word[kind, len(planted) + 1])), "with a margin"
+        assert abs(total(by_word[kind, 1])) > 4 * abs(total(by_word[kind, len(planted) + 1])), (
+            "with a margin"
+        )
 
 
 def test_the_planted_word_is_on_top_and_makes_nearly_all_of_the_score(by_word):
@@ -45,7 +61,18 @@ def test_the_planted_word_is_on_top_and_makes_nearly_all_of_the_score(by_word):
 
 
 def test_word_rows_sum_to_the_score_of_their_pair(influence, tmp_path, by_word):
-    whole = pairs(influence("score", RUN, "--method", "tracin-we", "--queries", PLANTED["query"], "--cache", tmp_path / "cache"))
+    whole = pairs(
+        influence(
+            "score",
+            RUN,
+            "--method",
+            "tracin-we",
+            "--queries",
+            PLANTED["query"],
+            "--cache",
+            tmp_path / "cache",
+        )
+    )
     assert whole.keys() == by_word.keys() and len(whole) == 20
     for pair, (row,) in whole.items():
         assert row["train"] == by_word[pair][0]["train"]

@@ -10,30 +10,48 @@ from hypothesis import strategies as st
 
 from influence_cli.output.ranking import FullRanking, TopRanking
 
-SCORES = st.lists(st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.0 + 1e-16, 3.0, 1e-300, -1e300]), min_size=1, max_size=60)
+SCORES = st.lists(
+    st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.0 + 1e-16, 3.0, 1e-300, -1e300]),
+    min_size=1,
+    max_size=60,
+)
 
 
 def feed(ranking, scores, cuts, order, parts=None):
     """Blocks of the columns of (Q, N) scores, cut at `cuts`, in the order of `order`."""
-    blocks = np.split(np.arange(scores.shape[1]), sorted({cut % scores.shape[1] for cut in cuts} - {0}))
+    blocks = np.split(
+        np.arange(scores.shape[1]), sorted({cut % scores.shape[1] for cut in cuts} - {0})
+    )
     for number in sorted(range(len(blocks)), key=lambda i: order[i % len(order)] if order else i):
         ids = blocks[number]
         ranking.add(ids, scores[:, ids], parts[:, :, ids] if parts is not None else None)
 
 
-def expected(scores: np.ndarray, k: int | None, signed: bool = True) -> list[tuple[str, int, int, float]]:
+def expected(
+    scores: np.ndarray, k: int | None, signed: bool = True
+) -> list[tuple[str, int, int, float]]:
     """By sorting all: proponents falling, opponents rising, ties by id. k None: zeros are the last proponents."""
     pairs = [(float(s), i) for i, s in enumerate(scores)]
-    up = sorted((p for p in pairs if p[0] > 0 or not signed or (k is None and p[0] == 0)), key=lambda p: (-p[0], p[1]))
+    up = sorted(
+        (p for p in pairs if p[0] > 0 or not signed or (k is None and p[0] == 0)),
+        key=lambda p: (-p[0], p[1]),
+    )
     down = sorted((p for p in pairs if p[0] < 0 and signed), key=lambda p: (p[0], p[1]))
-    return [("proponent", r, i, s) for r, (s, i) in enumerate(up[:k], 1)] + [("opponent", r, i, s) for r, (s, i) in enumerate(down[:k], 1)]
+    return [("proponent", r, i, s) for r, (s, i) in enumerate(up[:k], 1)] + [
+        ("opponent", r, i, s) for r, (s, i) in enumerate(down[:k], 1)
+    ]
 
 
 def found(ranking, query=0):
     return [(e.kind, e.rank, e.train, e.score) for e in ranking.entries(query)]
 
 
-@given(SCORES, st.integers(1, 12), st.lists(st.integers(0, 59)), st.lists(st.integers(0, 9), max_size=6))
+@given(
+    SCORES,
+    st.integers(1, 12),
+    st.lists(st.integers(0, 59)),
+    st.lists(st.integers(0, 9), max_size=6),
+)
 def test_top_equals_sorting_everything(scores, k, cuts, order):
     values = np.array([scores, scores[::-1]])
     ranking = TopRanking(2, 0, k)
@@ -50,7 +68,12 @@ def test_unsigned_top_is_simply_the_highest(scores, k, cuts):
 
 
 @settings(max_examples=60)
-@given(SCORES, st.lists(st.integers(0, 59)), st.integers(1, 40), st.lists(st.integers(0, 9), max_size=6))
+@given(
+    SCORES,
+    st.lists(st.integers(0, 59)),
+    st.integers(1, 40),
+    st.lists(st.integers(0, 9), max_size=6),
+)
 def test_all_spilled_in_runs_equals_sorting_everything(scores, cuts, rows, order):
     values = np.array([scores, scores[::-1]])
     ranking = FullRanking(2, 0, run_bytes=rows * 17 * 2)
@@ -59,7 +82,9 @@ def test_all_spilled_in_runs_equals_sorting_everything(scores, cuts, rows, order
         assert found(ranking, query) == expected(values[query], None)
 
 
-@pytest.mark.parametrize("make", [lambda q, p: TopRanking(q, p, 4), lambda q, p: FullRanking(q, p, run_bytes=200)])
+@pytest.mark.parametrize(
+    "make", [lambda q, p: TopRanking(q, p, 4), lambda q, p: FullRanking(q, p, run_bytes=200)]
+)
 def test_parts_stay_with_their_pair(make):
     parts = np.random.default_rng(0).normal(size=(3, 2, 30))
     ranking = make(2, 3)
@@ -87,9 +112,16 @@ print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.parametrize("top", ["10", "all"])
 def test_memory_is_flat_in_the_number_of_examples(top):
     def run(count):
-        out = subprocess.run([sys.executable, "-c", FLAT, str(count), top], capture_output=True, text=True, check=True).stdout.split()
+        out = subprocess.run(
+            [sys.executable, "-c", FLAT, str(count), top],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
         return int(out[0]), int(out[1])
 
     (_, few), (rows, many) = run(10_000), run(1_000_000)
     assert rows == (4_000_000 if top == "all" else 80)
-    assert many - few < 30_000, f"{many - few} KiB more for 100 times the examples"  # their scores alone would be 31,250
+    assert many - few < 30_000, (
+        f"{many - few} KiB more for 100 times the examples"
+    )  # their scores alone would be 31,250

@@ -9,12 +9,15 @@ import pytest
 from influence_cli.errors import OutputError, UsageProblem
 from influence_cli.output import tables
 
-ROWS = [(0, "proponent", 1, 7, 0.1 + 0.2, "a", "b,c", 'say "hi"', "two\nlines"), (0, "opponent", 1, 3, -1e-12, "a", "", "ü", "")]
+ROWS = [
+    (0, "proponent", 1, 7, 0.1 + 0.2, "a", "b,c", 'say "hi"', "two\nlines"),
+    (0, "opponent", 1, 3, -1e-12, "a", "", "ü", ""),
+]
 
 
 def text(format: str, rows=ROWS) -> str:
     out = io.StringIO()
-    tables.Sink(format, None, out).write(iter(rows), tables.SCORE_COLUMNS)
+    tables.TableWriter(format, None, out).write(iter(rows), tables.SCORE_COLUMNS)
     return out.getvalue()
 
 
@@ -24,9 +27,10 @@ def test_delimited_text_keeps_every_digit_and_every_character(format, delimiter)
     assert "\r" not in content
     head, *rows = csv.reader(io.StringIO(content), delimiter=delimiter)
     assert tuple(head) == tables.SCORE_COLUMNS
-    assert [[type(value)(cell) for value, cell in zip(row, cells, strict=True)] for row, cells in zip(ROWS, rows, strict=True)] == [
-        list(row) for row in ROWS
-    ]
+    assert [
+        [type(value)(cell) for value, cell in zip(row, cells, strict=True)]
+        for row, cells in zip(ROWS, rows, strict=True)
+    ] == [list(row) for row in ROWS]
 
 
 def test_jsonl_keeps_numbers_as_numbers():
@@ -38,7 +42,7 @@ def test_jsonl_keeps_numbers_as_numbers():
 @pytest.mark.parametrize("rows", [ROWS, []])
 def test_parquet_has_typed_columns(tmp_path, rows):
     pq = pytest.importorskip("pyarrow.parquet")
-    tables.Sink.open(None, tmp_path / "x.parquet").write(iter(rows), tables.SCORE_COLUMNS)
+    tables.TableWriter.open(None, tmp_path / "x.parquet").write(iter(rows), tables.SCORE_COLUMNS)
     table = pq.read_table(tmp_path / "x.parquet")
     assert [tuple(row.values()) for row in table.to_pylist()] == rows
     assert str(table.schema.field("score").type) == "double"
@@ -60,11 +64,13 @@ def test_an_output_file_is_whole_or_not_there(tmp_path):
     target = tmp_path / "out.csv"
     target.write_text("before")
     with pytest.raises(RuntimeError):
-        tables.Sink.open("csv", target).write(broken(), tables.SCORE_COLUMNS)
+        tables.TableWriter.open("csv", target).write(broken(), tables.SCORE_COLUMNS)
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(OutputError, match="can't be written"):
-        tables.Sink("csv", tmp_path / "no" / "out.csv", io.StringIO()).write(iter(ROWS), tables.SCORE_COLUMNS)
+        tables.TableWriter("csv", tmp_path / "no" / "out.csv", io.StringIO()).write(
+            iter(ROWS), tables.SCORE_COLUMNS
+        )
 
 
 def test_the_format_follows_flag_then_file_then_terminal(tmp_path):
@@ -79,11 +85,11 @@ def test_the_format_follows_flag_then_file_then_terminal(tmp_path):
         (None, None, io.StringIO(), "csv"),
         ("tsv", tmp_path / "x.jsonl", io.StringIO(), "tsv"),
     ]:
-        assert tables.Sink.open(asked, output, stdout).format == expected
+        assert tables.TableWriter.open(asked, output, stdout).format == expected
     with pytest.raises(UsageProblem, match="unknown"):
-        tables.Sink.open("xml", None)
+        tables.TableWriter.open("xml", None)
     with pytest.raises(UsageProblem, match="binary"):
-        tables.Sink.open("parquet", None, Terminal())
+        tables.TableWriter.open("parquet", None, Terminal())
 
 
 def test_words_are_coloured_by_their_share_of_the_pair():

@@ -11,20 +11,30 @@ from torch import nn
 from influence_cli.errors import CheckpointError, TrajectoryError, UsageProblem
 from influence_cli.run import at_steps, checkpoints, trajectory
 from influence_cli.run.learning_rates import weigh
-from tests.cases import Tied
+from tests.cases import TiedForm
 
 
 def simple(steps=(10, 20), folder=None, **metadata):
     folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
         torch.manual_seed(step)
-        save_file(nn.Linear(3, 2).state_dict(), folder / f"step-{step:06d}.safetensors", metadata={k: str(v) for k, v in metadata.items()})
+        save_file(
+            nn.Linear(3, 2).state_dict(),
+            folder / f"step-{step:06d}.safetensors",
+            metadata={k: str(v) for k, v in metadata.items()},
+        )
     return folder
 
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("step-000100", 100), ("checkpoint-7", 7), ("model_epoch3_step40", 40), ("12", 12), ("resnet18-step-5", 5)],
+    [
+        ("step-000100", 100),
+        ("checkpoint-7", 7),
+        ("model_epoch3_step40", 40),
+        ("12", 12),
+        ("resnet18-step-5", 5),
+    ],
 )
 def test_the_step_is_the_last_number_in_the_name(name, step, tmp_path):
     save_file(nn.Linear(3, 2).state_dict(), tmp_path / f"{name}.safetensors")
@@ -32,7 +42,9 @@ def test_the_step_is_the_last_number_in_the_name(name, step, tmp_path):
 
 
 def test_the_step_of_the_metadata_wins_over_a_number_that_is_no_step(tmp_path):
-    save_file(nn.Linear(3, 2).state_dict(), tmp_path / "resnet18.safetensors", metadata={"step": "500"})
+    save_file(
+        nn.Linear(3, 2).state_dict(), tmp_path / "resnet18.safetensors", metadata={"step": "500"}
+    )
     assert checkpoints.describe(tmp_path / "resnet18.safetensors").step == 500
 
 
@@ -50,9 +62,15 @@ def trainer_folder(run, step, sharded=False, rate=None):
     if sharded:
         weights = {}
         for k, (key, value) in enumerate(state.items()):
-            save_file({key: value}, folder / f"model-0000{k + 1}-of-00002.safetensors", metadata={"format": "pt"})
+            save_file(
+                {key: value},
+                folder / f"model-0000{k + 1}-of-00002.safetensors",
+                metadata={"format": "pt"},
+            )
             weights[key] = f"model-0000{k + 1}-of-00002.safetensors"
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": weights}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 32}, "weight_map": weights})
+        )
     else:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     log = [
@@ -60,7 +78,9 @@ def trainer_folder(run, step, sharded=False, rate=None):
         {"step": step, "loss": 1.0, "learning_rate": rate or 1 / step},
         {"step": step, "eval_loss": 2.0},
     ]
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"global_step": step, "log_history": log})
+    )
     (folder / "optimizer.pt").write_bytes(b"not for us")
     return state
 
@@ -81,7 +101,7 @@ def test_trainer_folders_are_read_as_they_are(sharded, tmp_path):
 
 def test_a_tied_tensor_saved_once_fills_all_its_names(tmp_path):
     torch.manual_seed(1)
-    saved, model = Tied(), Tied()
+    saved, model = TiedForm(), TiedForm()
     save_model(saved, str(tmp_path / "step-1.safetensors"))
     assert len(load_file(tmp_path / "step-1.safetensors")) == len(saved.state_dict()) - 1
     found = checkpoints.find(tmp_path, tmp_path)
@@ -92,18 +112,24 @@ def test_a_tied_tensor_saved_once_fills_all_its_names(tmp_path):
 
 
 def test_two_values_of_one_tied_tensor_are_refused(tmp_path):
-    state = {key: value.clone() for key, value in Tied().state_dict().items()}
+    state = {key: value.clone() for key, value in TiedForm().state_dict().items()}
     state["head.weight"] += 1
     save_file(state, tmp_path / "step-1.safetensors")
     found = checkpoints.find(tmp_path, tmp_path)
-    with pytest.raises(CheckpointError, match=r"two values of one tied tensor\n  embedding.weight and head.weight"):
-        checkpoints.load(found[0], Tied())
+    with pytest.raises(
+        CheckpointError, match=r"two values of one tied tensor\n  embedding.weight and head.weight"
+    ):
+        checkpoints.load(found[0], TiedForm())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_wrapper_prefixes_are_taken_off(prefix, tmp_path):
     state = nn.Linear(3, 2).state_dict()
-    save_file({prefix + key: value for key, value in state.items()}, tmp_path / "step-1.safetensors")
+    save_file(
+        {prefix + key: value for key, value in state.items()}, tmp_path / "step-1.safetensors"
+    )
     model, found = nn.Linear(3, 2), checkpoints.find(tmp_path, tmp_path)
     checkpoints.check(found, model, cast=False)
     checkpoints.load(found[0], model)
@@ -117,7 +143,15 @@ def test_a_step_in_the_name_that_the_metadata_contradicts_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "steps"), [("20", [20]), ("20:", [20, 30]), (":20", [10]), ("10:30", [10, 20]), ("10,30", [10, 30]), ("15:25,30", [20, 30])]
+    ("spec", "steps"),
+    [
+        ("20", [20]),
+        ("20:", [20, 30]),
+        (":20", [10]),
+        ("10:30", [10, 20]),
+        ("10,30", [10, 30]),
+        ("15:25,30", [20, 30]),
+    ],
 )
 def test_steps_are_chosen_by_step(spec, steps, tmp_path):
     found = tuple(checkpoints.find(tmp_path, simple((10, 20, 30), tmp_path / "c")))
@@ -136,7 +170,17 @@ def line(step, lr, examples=(0,)):
     return json.dumps({"step": step, "lr": lr, "examples": list(examples)}) + "\n"
 
 
-HEADER = json.dumps({"format": "influence-trajectory", "version": 1, "reduction": "mean", "optimizer": {"name": "sgd"}}) + "\n"
+HEADER = (
+    json.dumps(
+        {
+            "format": "influence-trajectory",
+            "version": 1,
+            "reduction": "mean",
+            "optimizer": {"name": "sgd"},
+        }
+    )
+    + "\n"
+)
 
 
 def test_rates_of_a_trajectory_by_hand(tmp_path):
@@ -159,7 +203,14 @@ def test_a_checkpoint_past_the_trajectory_is_refused(tmp_path):
 
 def test_the_later_line_of_a_step_wins_and_a_cut_off_end_costs_one_line(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text(HEADER + line(0, 1.0) + line(1, 2.0) + line(2, 3.0) + line(1, 7.0) + '{"step": 3, "lr": 0.1, "exa')
+    path.write_text(
+        HEADER
+        + line(0, 1.0)
+        + line(1, 2.0)
+        + line(2, 3.0)
+        + line(1, 7.0)
+        + '{"step": 3, "lr": 0.1, "exa'
+    )
     read = trajectory.read(path, 1)
     assert [line.lr for line in read.lines] == [1.0, 7.0, 3.0]
     assert read.steps == 3

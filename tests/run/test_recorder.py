@@ -18,13 +18,15 @@ from torch import nn
 from influence_cli import TrajectoryRecorder
 from influence_cli.errors import CheckpointError, TrajectoryError
 from influence_cli.run import checkpoints, recorder, trajectory
-from tests.cases import Tied
+from tests.cases import TiedForm
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True, weight_decay=0.1),
+    "adamw": lambda parameters: torch.optim.AdamW(
+        parameters, lr=0.01, amsgrad=True, weight_decay=0.1
+    ),
     "rprop": lambda parameters: torch.optim.Rprop(parameters, lr=0.01),
 }
 
@@ -42,7 +44,15 @@ def batch(step: int) -> torch.Tensor:
     return torch.randperm(20, generator=torch.Generator().manual_seed(step))[:4]
 
 
-def train(folder, steps: int, make=OPTIMIZERS["sgd"], every: int = 3, until: int | None = None, model: nn.Module | None = None, **options):
+def train(
+    folder,
+    steps: int,
+    make=OPTIMIZERS["sgd"],
+    every: int = 3,
+    until: int | None = None,
+    model: nn.Module | None = None,
+    **options,
+):
     """A training of `steps` steps that goes on from what is in the folder; `until`: an exception in place of that step."""
     model = model or net()
     optimizer = make(model.parameters())
@@ -64,7 +74,9 @@ def one_step(folder, **step):
         recorder.step(**{"indices": [0, 1]} | step)
 
 
-def recording(folder, make=OPTIMIZERS["sgd"], model: nn.Module | None = None, **options) -> TrajectoryRecorder:
+def recording(
+    folder, make=OPTIMIZERS["sgd"], model: nn.Module | None = None, **options
+) -> TrajectoryRecorder:
     model = model or net()
     return TrajectoryRecorder(folder, model, make(model.parameters()), **options)
 
@@ -78,15 +90,26 @@ def header(folder) -> dict:
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 # ---------------------------------------------------------------- what is written
 def test_every_step_is_read_back(tmp_path):
     train(tmp_path, 5)
     found = read(tmp_path)
-    assert [line.examples.tolist() for line in found.lines] == [batch(step).tolist() for step in range(5)]
-    assert (found.steps, found.reduction, found.optimizer, found.rates(4)) == (5, "mean", "sgd", (0.1,))
+    assert [line.examples.tolist() for line in found.lines] == [
+        batch(step).tolist() for step in range(5)
+    ]
+    assert (found.steps, found.reduction, found.optimizer, found.rates(4)) == (
+        5,
+        "mean",
+        "sgd",
+        (0.1,),
+    )
     assert found.weights(0).tolist() == [1 / 4] * 4
     assert found.lines[0].clip == 1 and "clip" not in (tmp_path / "trajectory.jsonl").read_text()
 
@@ -97,7 +120,10 @@ def test_checkpoints_hold_the_parameters_after_their_step(tmp_path):
     assert [checkpoint.step for checkpoint in found] == [0, 2, 4, 5]
     for checkpoint, steps in zip(found, (0, 2, 4, 5), strict=True):
         expected = train(tmp_path / str(steps), steps) if steps < 5 else model
-        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in load_file(checkpoint.path).items())
+        assert all(
+            torch.equal(value, expected.state_dict()[name])
+            for name, value in load_file(checkpoint.path).items()
+        )
 
 
 def test_checkpoints_say_their_step_and_learning_rate(tmp_path):
@@ -107,7 +133,15 @@ def test_checkpoints_say_their_step_and_learning_rate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [list, tuple, torch.tensor, np.array, lambda ids: [np.int32(i) for i in ids], lambda ids: list(torch.tensor(ids))]
+    "kind",
+    [
+        list,
+        tuple,
+        torch.tensor,
+        np.array,
+        lambda ids: [np.int32(i) for i in ids],
+        lambda ids: list(torch.tensor(ids)),
+    ],
 )
 def test_indices_come_in_any_container(kind, tmp_path):
     one_step(tmp_path, indices=kind([3, 1, 3]))
@@ -139,16 +173,33 @@ def test_a_schedule_is_read_from_the_optimizer_at_each_step(tmp_path):
 
 
 def test_the_header_has_torchs_names_and_none_of_how_it_computes(tmp_path):
-    train(tmp_path, 1, lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), foreach=True), save_optimizer=True)
+    train(
+        tmp_path,
+        1,
+        lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), foreach=True),
+        save_optimizer=True,
+    )
     options = header(tmp_path)["optimizer"]
-    assert options.items() >= {"name": "adamw", "betas": [0.8, 0.9], "weight_decay": 0.01, "eps": 1e-8, "amsgrad": False}.items()
+    assert (
+        options.items()
+        >= {
+            "name": "adamw",
+            "betas": [0.8, 0.9],
+            "weight_decay": 0.01,
+            "eps": 1e-8,
+            "amsgrad": False,
+        }.items()
+    )
     assert not options.keys() & {"lr", "params", "foreach", "fused", "capturable", "differentiable"}
     assert "groups" not in header(tmp_path)
 
 
 def test_groups_have_names_rates_and_what_differs(tmp_path):
     model = net()
-    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.5, "weight_decay": 0.1}]
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": model[2].parameters(), "lr": 0.5, "weight_decay": 0.1},
+    ]
     with TrajectoryRecorder(tmp_path, model, torch.optim.SGD(groups, lr=0.1)) as recorder:
         recorder.step([0])
     assert header(tmp_path)["groups"] == [
@@ -161,7 +212,9 @@ def test_groups_have_names_rates_and_what_differs(tmp_path):
 
 def test_an_optimizer_of_a_part_names_its_part(tmp_path):
     model = net()
-    with TrajectoryRecorder(tmp_path, model, torch.optim.SGD(model[2].parameters(), lr=0.1)) as recorder:
+    with TrajectoryRecorder(
+        tmp_path, model, torch.optim.SGD(model[2].parameters(), lr=0.1)
+    ) as recorder:
         recorder.step([0])
     assert read(tmp_path).group_of(("2.bias",)) == 0
     assert read(tmp_path).group_of(("0.bias",)) is None
@@ -171,10 +224,15 @@ def test_an_optimizer_of_a_part_names_its_part(tmp_path):
 def test_frozen_parameters_are_in_checkpoints_and_need_no_group(tmp_path):
     model = net()
     model[0].requires_grad_(False)
-    with TrajectoryRecorder(tmp_path, model, torch.optim.SGD(model[2].parameters(), lr=0.1)) as recorder:
+    with TrajectoryRecorder(
+        tmp_path, model, torch.optim.SGD(model[2].parameters(), lr=0.1)
+    ) as recorder:
         recorder.step([0])
     assert "groups" not in header(tmp_path)
-    assert load_file(tmp_path / "checkpoints/step-000001.safetensors").keys() == model.state_dict().keys()
+    assert (
+        load_file(tmp_path / "checkpoints/step-000001.safetensors").keys()
+        == model.state_dict().keys()
+    )
 
 
 class Compiled(nn.Module):
@@ -185,12 +243,17 @@ class Compiled(nn.Module):
         self._orig_mod = model
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, Compiled, torch.compile, lambda model: Compiled(nn.DataParallel(model))])
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, Compiled, torch.compile, lambda model: Compiled(nn.DataParallel(model))],
+)
 def test_wrappers_leave_no_trace_in_names(wrap, tmp_path):
     model = net()
     inner = {name: value.clone() for name, value in model.state_dict().items()}
     wrapped = wrap(model)
-    optimizer = torch.optim.SGD([{"params": [parameter]} for parameter in wrapped.parameters()], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [{"params": [parameter]} for parameter in wrapped.parameters()], lr=0.1
+    )
     with TrajectoryRecorder(tmp_path, wrapped, optimizer) as recorder:
         recorder.step([0])
     assert [group["params"] for group in header(tmp_path)["groups"]] == [[name] for name in inner]
@@ -201,12 +264,15 @@ def test_wrappers_leave_no_trace_in_names(wrap, tmp_path):
 
 
 def test_tied_parameters_are_saved_once_and_restored_tied(tmp_path):
-    model, other = Tied(), Tied()
+    model, other = TiedForm(), TiedForm()
     with recording(tmp_path, model=model) as recorder:
         recorder.step([0])
     assert "head.weight" not in load_file(tmp_path / "checkpoints/step-000001.safetensors")
     TrajectoryRecorder.restore(tmp_path, other, OPTIMIZERS["sgd"](other.parameters()))
-    assert torch.equal(other.head.weight, model.head.weight) and other.head.weight is other.embedding.weight
+    assert (
+        torch.equal(other.head.weight, model.head.weight)
+        and other.head.weight is other.embedding.weight
+    )
 
 
 MIXED = {
@@ -224,22 +290,32 @@ def test_any_layout_of_tensors_is_saved_as_it_is(kind, tmp_path):
         pass
     saved = load_file(tmp_path / "checkpoints/step-000000.safetensors")
     assert saved.keys() == model.state_dict().keys()
-    assert all(torch.equal(saved[name], value) and saved[name].dtype == value.dtype for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(saved[name], value) and saved[name].dtype == value.dtype
+        for name, value in model.state_dict().items()
+    )
 
 
 def test_a_distributed_model_leaves_no_trace_in_names(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
     try:
         train(tmp_path / "run", 2, model=nn.parallel.DistributedDataParallel(net()))
     finally:
         torch.distributed.destroy_process_group()
-    assert load_file(tmp_path / "run/checkpoints/step-000002.safetensors").keys() == net().state_dict().keys()
+    assert (
+        load_file(tmp_path / "run/checkpoints/step-000002.safetensors").keys()
+        == net().state_dict().keys()
+    )
 
 
 def test_the_lines_retell_the_training(tmp_path):
     """Plain SGD in two groups, clipped, accumulated over uneven micro-batches, with a schedule; then again from the lines alone."""
     model = net()
-    optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.2}], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.2}], lr=0.1
+    )
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     with TrajectoryRecorder(tmp_path, model, optimizer) as now:
         for step in range(5):
@@ -255,9 +331,13 @@ def test_the_lines_retell_the_training(tmp_path):
     assert any(line.clip < 1 for line in found.lines)
     for step, line in enumerate(found.lines):
         losses = again(examples()[line.examples]).square().sum(1)
-        gradients = torch.autograd.grad(losses @ torch.tensor(found.weights(step)) * line.clip, list(again.parameters()))
+        gradients = torch.autograd.grad(
+            losses @ torch.tensor(found.weights(step)) * line.clip, list(again.parameters())
+        )
         with torch.no_grad():
-            for (name, parameter), gradient in zip(again.named_parameters(), gradients, strict=True):
+            for (name, parameter), gradient in zip(
+                again.named_parameters(), gradients, strict=True
+            ):
                 parameter -= found.rates(step)[found.group_of((name,))] * gradient
     for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
@@ -292,10 +372,19 @@ def test_a_sum_takes_micro_batches_of_any_size(tmp_path):
 
 ENTRIES = {
     "sizes": ([lambda r: r.add([1, 2]), lambda r: r.add([3])], "micro-batches of 2 and 1 examples"),
-    "some weights": ([lambda r: r.add([1], [1.0]), lambda r: r.add([3])], "with weights and without"),
-    "both": ([lambda r: r.add([1]), lambda r: r.step([2])], "step() got its own indices, add() before it 1"),
+    "some weights": (
+        [lambda r: r.add([1], [1.0]), lambda r: r.add([3])],
+        "with weights and without",
+    ),
+    "both": (
+        [lambda r: r.add([1]), lambda r: r.step([2])],
+        "step() got its own indices, add() before it 1",
+    ),
     "neither": ([lambda r: r.step()], "step() got no indices, add() before it none"),
-    "weights alone": ([lambda r: r.add([1]), lambda r: r.step(weights=[1.0])], "expected: step(indices, weights)"),
+    "weights alone": (
+        [lambda r: r.add([1]), lambda r: r.step(weights=[1.0])],
+        "expected: step(indices, weights)",
+    ),
     "negative id": ([lambda r: r.step([3, -1])], "-1 is no example id"),
     "floats": ([lambda r: r.step(torch.tensor([1.0, 2.0]))], "indices: not whole numbers"),
     "booleans": ([lambda r: r.step([True, False])], "indices: not whole numbers"),
@@ -305,7 +394,10 @@ ENTRIES = {
     "0-dim": ([lambda r: r.step(torch.tensor(3))], "indices: not whole numbers"),
     "short weights": ([lambda r: r.step([1, 2], [1.0])], "expected: 2 finite numbers from 0"),
     "negative weight": ([lambda r: r.step([1, 2], [1.0, -1.0])], "weights do not fit"),
-    "nan weight": ([lambda r: r.step([1, 2], torch.tensor([float("nan"), 1.0]))], "weights do not fit"),
+    "nan weight": (
+        [lambda r: r.step([1, 2], torch.tensor([float("nan"), 1.0]))],
+        "weights do not fit",
+    ),
     "nan clip": ([lambda r: r.step([1], clip=float("nan"))], "clip is nan"),
     "negative clip": ([lambda r: r.step([1], clip=torch.tensor(-0.5))], "clip is tensor(-0.5000)"),
     "clip of two": ([lambda r: r.step([1], clip=torch.ones(2))], "clip is tensor([1., 1.])"),
@@ -346,7 +438,10 @@ def test_a_learning_rate_that_is_no_number_is_refused(tmp_path):
 
 def test_parameters_that_are_not_the_models_are_refused(tmp_path):
     foreign = TrajectoryRecorder(tmp_path, net(), torch.optim.SGD(net().parameters(), lr=0.1))
-    with pytest.raises(TrajectoryError, match="holds 4 parameters that are not the model's"), foreign:
+    with (
+        pytest.raises(TrajectoryError, match="holds 4 parameters that are not the model's"),
+        foreign,
+    ):
         pass
 
 
@@ -385,7 +480,9 @@ def test_a_resumed_training_is_the_uninterrupted_one(name, tmp_path):
     with pytest.raises(InterruptedError):
         train(tmp_path / "parts", 10, OPTIMIZERS[name], until=8, save_optimizer=name != "sgd")
     parts = train(tmp_path / "parts", 10, OPTIMIZERS[name], save_optimizer=name != "sgd")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True)
+    )
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
 
 
@@ -396,9 +493,15 @@ class Counting(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.1})
 
     def step(self, closure=None):
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+        for parameter in (
+            parameter for group in self.param_groups for parameter in group["params"]
+        ):
             state = self.state[parameter]
-            state["count"], state["sum"], state["none"] = state.get("count", 0) + 1, state.get("sum", 0.0) + 0.1, None
+            state["count"], state["sum"], state["none"] = (
+                state.get("count", 0) + 1,
+                state.get("sum", 0.0) + 0.1,
+                None,
+            )
 
 
 def test_pythons_numbers_in_an_optimizers_state_come_back_as_they_were(tmp_path):
@@ -430,7 +533,9 @@ def test_a_killed_training_goes_on_to_the_same_bytes(at, tmp_path):
         "TrajectoryRecorder.step = killed\n"
         "train(Path(sys.argv[1]), 10, OPTIMIZERS['adam'], save_optimizer=True)"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "parts")], cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "parts")], cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == -signal.SIGKILL
     assert read(tmp_path / "parts").steps == at + 1
     train(tmp_path / "parts", 10, OPTIMIZERS["adam"], save_optimizer=True)
@@ -455,14 +560,21 @@ def test_a_resume_without_its_checkpoint_saves_it_where_one_is_due(tmp_path):
 
 def test_restoring_an_empty_folder_is_a_beginning(tmp_path):
     model = net()
-    assert TrajectoryRecorder.restore(tmp_path / "new", model, torch.optim.Adam(model.parameters())) == 0
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters(), strict=True))
+    assert (
+        TrajectoryRecorder.restore(tmp_path / "new", model, torch.optim.Adam(model.parameters()))
+        == 0
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
 def test_an_optimizer_whose_state_was_not_saved_is_refused(name, tmp_path):
     model = train(tmp_path, 4, OPTIMIZERS[name])
-    with pytest.raises(TrajectoryError, match=r"no optimizer state beside it.*\n.*\n.*save_optimizer=True"):
+    with pytest.raises(
+        TrajectoryError, match=r"no optimizer state beside it.*\n.*\n.*save_optimizer=True"
+    ):
         TrajectoryRecorder.restore(tmp_path, model, OPTIMIZERS[name](model.parameters()))
 
 
@@ -482,7 +594,9 @@ def test_state_of_a_training_that_was_given_up_goes_with_its_checkpoint(tmp_path
 def test_another_model_is_not_restored(tmp_path):
     train(tmp_path, 2)
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        TrajectoryRecorder.restore(tmp_path, nn.Linear(3, 2), torch.optim.SGD(net().parameters(), lr=0.1))
+        TrajectoryRecorder.restore(
+            tmp_path, nn.Linear(3, 2), torch.optim.SGD(net().parameters(), lr=0.1)
+        )
 
 
 # ---------------------------------------------------------------- another training in the folder
@@ -506,23 +620,36 @@ def test_a_second_training_in_the_folder_is_refused(tmp_path):
     trained(tmp_path)
     with pytest.raises(TrajectoryError) as raised, recording(tmp_path):
         pass
-    for says in ("records a training already, 7 steps", "step-000007", "TrajectoryRecorder.restore(", "start=start", "delete"):
+    for says in (
+        "records a training already, 7 steps",
+        "step-000007",
+        "TrajectoryRecorder.restore(",
+        "start=start",
+        "delete",
+    ):
         assert says in str(raised.value)
 
 
-def test_a_second_training_from_other_parameters_is_refused_before_its_second_checkpoint_too(tmp_path):
+def test_a_second_training_from_other_parameters_is_refused_before_its_second_checkpoint_too(
+    tmp_path,
+):
     train(tmp_path, 2)
     without(tmp_path, 2)
     other = net()
     nn.init.ones_(other[0].weight)
-    with pytest.raises(TrajectoryError, match="records a training already"), recording(tmp_path, model=other):
+    with (
+        pytest.raises(TrajectoryError, match="records a training already"),
+        recording(tmp_path, model=other),
+    ):
         pass
 
 
 def test_checkpoints_of_later_steps_are_refused_by_name(tmp_path):
     trained(tmp_path)
     with (
-        pytest.raises(TrajectoryError, match=r"after step 3, .*step-000006.*step-000007.*\n  delete them"),
+        pytest.raises(
+            TrajectoryError, match=r"after step 3, .*step-000006.*step-000007.*\n  delete them"
+        ),
         recording(tmp_path, model=at(tmp_path, 3), start=3),
     ):
         pass
@@ -533,21 +660,33 @@ def test_lines_from_the_start_on_are_dropped(tmp_path):
     without(tmp_path, 6, 7)
     with recording(tmp_path, model=at(tmp_path, 3), start=3) as recorder:
         recorder.step([19])
-    assert [line.examples.tolist() for line in read(tmp_path).lines] == [*(batch(step).tolist() for step in range(3)), [19]]
+    assert [line.examples.tolist() for line in read(tmp_path).lines] == [
+        *(batch(step).tolist() for step in range(3)),
+        [19],
+    ]
 
 
 def test_lines_that_lack_before_the_start_are_refused(tmp_path):
     model = trained(tmp_path)
-    with pytest.raises(TrajectoryError, match="lacks the steps 7 to 8, and start is 9"), recording(tmp_path, model=model, start=9):
+    with (
+        pytest.raises(TrajectoryError, match="lacks the steps 7 to 8, and start is 9"),
+        recording(tmp_path, model=model, start=9),
+    ):
         pass
-    with pytest.raises(TrajectoryError, match="lacks the steps 0 to 8"), recording(tmp_path / "new", model=model, start=9):
+    with (
+        pytest.raises(TrajectoryError, match="lacks the steps 0 to 8"),
+        recording(tmp_path / "new", model=model, start=9),
+    ):
         pass
 
 
 def test_another_header_is_refused_by_its_difference(tmp_path):
     model = trained(tmp_path)
     with (
-        pytest.raises(TrajectoryError, match=r"reduction: mean before, sum now\n  optimizer.momentum: 0 before, 0.9 now"),
+        pytest.raises(
+            TrajectoryError,
+            match=r"reduction: mean before, sum now\n  optimizer.momentum: 0 before, 0.9 now",
+        ),
         recording(tmp_path, OPTIMIZERS["momentum"], model, start=7, reduction="sum"),
     ):
         pass
@@ -555,12 +694,17 @@ def test_another_header_is_refused_by_its_difference(tmp_path):
 
 def test_a_start_whose_checkpoint_holds_another_model_is_refused(tmp_path):
     trained(tmp_path)
-    with pytest.raises(TrajectoryError, match=r"the model is not that of checkpoints/step-000007"), recording(tmp_path, start=7):
+    with (
+        pytest.raises(TrajectoryError, match=r"the model is not that of checkpoints/step-000007"),
+        recording(tmp_path, start=7),
+    ):
         pass
 
 
 # ---------------------------------------------------------------- the disk
-@pytest.mark.parametrize(("place", "names"), [("write", "trajectory.jsonl"), ("replace", "step-000001.safetensors")])
+@pytest.mark.parametrize(
+    ("place", "names"), [("write", "trajectory.jsonl"), ("replace", "step-000001.safetensors")]
+)
 def test_a_full_disk_is_said_with_the_file(place, names, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -584,5 +728,8 @@ def test_a_line_that_goes_out_in_pieces_is_whole(tmp_path, monkeypatch):
 
 def test_a_folder_that_can_not_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrajectoryError, match=r"file/run/trajectory.jsonl can't be written"), recording(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(TrajectoryError, match=r"file/run/trajectory.jsonl can't be written"),
+        recording(tmp_path / "file" / "run"),
+    ):
         pass

@@ -11,10 +11,16 @@ from influence_cli.run.replay import Drop, Replay
 from tests.refusals import replaced
 from tests.training import definition_of, train
 
-GROUPS = ({"params": ["0.weight", "0.bias"], "lr": 0.5}, {"params": ["2.weight", "2.bias"], "weight_decay": 0.1})
+GROUPS = (
+    {"params": ["0.weight", "0.bias"], "lr": 0.5},
+    {"params": ["2.weight", "2.bias"], "weight_decay": 0.1},
+)
 TRAININGS = {
     "sgd": {},
-    "nesterov and weight decay": {"options": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05}, "rate": 0.05},
+    "nesterov and weight decay": {
+        "options": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05},
+        "rate": 0.05,
+    },
     "clipped": {"clip": lambda norm: min(1.0, 0.3 / norm)},
     "groups": {"groups": GROUPS},
     "sum": {"reduction": "sum", "rate": 0.05},
@@ -40,14 +46,18 @@ def test_a_replay_ends_where_the_training_did(training, tmp_path):
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
     order = lambda t: [t, (5 * t) % 24, 7, 9]  # noqa: E731
-    run, replay = opened(train(tmp_path / "run", batches=order, weights=True, options={"momentum": 0.5}))
+    run, replay = opened(
+        train(tmp_path / "run", batches=order, weights=True, options={"momentum": 0.5})
+    )
     replay.advance(6)
     here = replay.state()
     replay.advance(12, Drop(6, 7, renormalize))
     found = replay.state().parameters
     trajectory = replay.trajectory
     weights = np.where(trajectory.lines[6].examples == 7, 0, trajectory.weights(6))
-    line = trajectory.lines[6]._replace(weights=weights * (trajectory.weights(6).sum() / weights.sum() if renormalize else 1))
+    line = trajectory.lines[6]._replace(
+        weights=weights * (trajectory.weights(6).sum() / weights.sum() if renormalize else 1)
+    )
     object.__setattr__(trajectory, "lines", (*trajectory.lines[:6], line, *trajectory.lines[7:]))
     replay.begin(run.checkpoints[0])
     replay.advance(12)
@@ -61,7 +71,12 @@ def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
 def test_adam_is_torchs_own(name, tmp_path):
     folder = train(tmp_path / "run")
     path = folder / "trajectory.jsonl"
-    path.write_text(replaced(path.read_text(), ('"name": "sgd"', f'"name": "{name}", "betas": [0.8, 0.9], "weight_decay": 0.1')))
+    path.write_text(
+        replaced(
+            path.read_text(),
+            ('"name": "sgd"', f'"name": "{name}", "betas": [0.8, 0.9], "weight_decay": 0.1'),
+        )
+    )
     run, replay = opened(folder)
     replay.advance(12)
     found = [value.clone() for value in replay.state().parameters]
@@ -73,7 +88,13 @@ def test_adam_is_torchs_own(name, tmp_path):
         optimizer.zero_grad()
         run.definition.raw("loss")(run.model, run.train.batch(line.examples)).mean().backward()
         optimizer.step()
-    assert max(float((a - b).abs().max()) for a, b in zip(found, replay.state().parameters, strict=True)) < 1e-12
+    assert (
+        max(
+            float((a - b).abs().max())
+            for a, b in zip(found, replay.state().parameters, strict=True)
+        )
+        < 1e-12
+    )
 
 
 def test_what_cannot_be_run_again_is_refused_by_name(tmp_path):
@@ -121,9 +142,19 @@ def test_on_one_thread_a_replay_is_the_training_bit_by_bit(kind, tmp_path):
     try:
         torch.manual_seed(0)
         model, data = space["model"](), space["train_data"]()
-        options = {"SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, "AdamW": {"lr": 0.01}}[kind]
+        options = {
+            "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+            "AdamW": {"lr": 0.01},
+        }[kind]
         optimizer = getattr(torch.optim, kind)(model.parameters(), **options)
-        with TrajectoryRecorder(tmp_path / "run", model, optimizer, checkpoint_every=10, reduction="mean", save_optimizer=True) as recorder:
+        with TrajectoryRecorder(
+            tmp_path / "run",
+            model,
+            optimizer,
+            checkpoint_every=10,
+            reduction="mean",
+            save_optimizer=True,
+        ) as recorder:
             for _ in range(20):
                 indices = torch.randperm(40)[:12]
                 images, labels = data[indices]

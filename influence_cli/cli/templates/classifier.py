@@ -16,14 +16,20 @@ def model():
 def train_data():
     """The examples to be ranked: len(dataset) and dataset[i], the same example at the same index each time (no augmentation)."""
     generator = torch.Generator().manual_seed(0)  # CHANGE: numpy.load, your own Dataset, ...
-    images, labels = torch.rand(200, 8, 8, generator=generator), torch.randint(0, 10, (200,), generator=generator)
+    images, labels = (
+        torch.rand(200, 8, 8, generator=generator),
+        torch.randint(0, 10, (200,), generator=generator),
+    )
     return torch.utils.data.TensorDataset(images, labels)
 
 
 def query_data():
     """The predictions to explain, in the same form."""
     generator = torch.Generator().manual_seed(1)  # CHANGE
-    images, labels = torch.rand(20, 8, 8, generator=generator), torch.randint(0, 10, (20,), generator=generator)
+    images, labels = (
+        torch.rand(20, 8, 8, generator=generator),
+        torch.randint(0, 10, (20,), generator=generator),
+    )
     return torch.utils.data.TensorDataset(images, labels)
 
 

@@ -53,7 +53,9 @@ def loss(model, batch):
     """One loss per example, shape (B,): the mean over its own tokens. Padding never counts."""
     ids = batch["ids"]
     logits, targets = model(ids)[:, :-1], ids[:, 1:]
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
     kept = targets != PADDING
     return (each * kept).sum(1) / kept.sum(1)
 

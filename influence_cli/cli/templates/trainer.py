@@ -6,7 +6,12 @@ the learning rates are read. CHANGE the names of model and data.
 
 import torch
 from datasets import load_from_disk
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
 
 NAME = "checkpoint-500"  # CHANGE: any folder with the model's config.json and tokenizer
 tokenizer = AutoTokenizer.from_pretrained(NAME)

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.identity import checkpoint_key, compare
-from influence_cli.cache.store import Rows, reading
+from influence_cli.cache.store import GradientRows, reading
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.extraction.memory_budget import available_memory, check_fits
-from influence_cli.extraction.source import Gradients
+from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import ValueOptions
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
-from influence_cli.methods.reverse.segments import Plan
+from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import Fisher, Stability, back, prepare, sizes, spread
 from influence_cli.progress import Advance
 from influence_cli.storage.atomic import read_json, replacing, write_json, writing
@@ -45,13 +45,29 @@ Part = tuple[int, int]
 class Embeddings:
     """Those of one run's steps in one folder."""
 
-    def __init__(self, folder: Path, gradients: Gradients, whole: Plan, stop: int, options: ValueOptions) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        gradients: GradientSource,
+        whole: ReversePlan,
+        stop: int,
+        options: ValueOptions,
+    ) -> None:
         """Of the `whole` training, read up to the step `stop`. Raises CacheError where the folder holds something else, UsageProblem where
         `stop` is inside of a part."""
-        self.folder, self.gradients, self.plan, self.stop, self.options = folder, gradients, whole, stop, options
+        self.folder, self.gradients, self.plan, self.stop, self.options = (
+            folder,
+            gradients,
+            whole,
+            stop,
+            options,
+        )
         self.moments = whole.with_momentum
         self.names = [*whole.columns, *(f"momentum of {name}" for name in self.moments)]
-        self.widths = [gradients.settings.width(whole.columns[name]) for name in (*whole.columns, *self.moments)]
+        self.widths = [
+            gradients.settings.width(whole.columns[name])
+            for name in (*whole.columns, *self.moments)
+        ]
         self.size = sum(self.widths)
         self.parts = cut(whole, self.size)
         if self.stop not in [stop for _, stop in self.parts]:
@@ -82,10 +98,14 @@ class Embeddings:
             )
         check_fits(self.folder, rows + len(todo) * self.size**2 * wide, state)
         threads = torch.get_num_threads()
-        workers = max(1, min(threads, len(todo), room)) if self.gradients.store and self.gradients.device.type == "cpu" else 1
+        workers = (
+            max(1, min(threads, len(todo), room))
+            if self.gradients.store and self.gradients.device.type == "cpu"
+            else 1
+        )
         lock, stop, stability = threading.Lock(), threading.Event(), Stability()
         of = f" ({workers} parts at once)" if workers > 1 else ""
-        with self.gradients.talk.progress(
+        with self.gradients.reporter.progress(
             f"data value embeddings{of}", sum(self.plan.occurrences(range(*part)) for part in todo)
         ) as advance:
 
@@ -111,12 +131,15 @@ class Embeddings:
                 pool.shutdown(cancel_futures=True)
                 torch.set_num_threads(threads)
                 if stability.note():
-                    self.gradients.talk.note(str(stability.note()))
+                    self.gradients.reporter.note(str(stability.note()))
 
     def whole(self, part: Part) -> bool:
         """Whether a part has its map, and files of rows for all of its occurrences."""
         place = self.place(part)
-        spans = [range(*map(int, path.stem.split("-")[1:])) for path in place.glob("rows-*-*.safetensors")]
+        spans = [
+            range(*map(int, path.stem.split("-")[1:]))
+            for path in place.glob("rows-*-*.safetensors")
+        ]
         rows = sum(self.plan.occurrences(span) for span in spans)
         return (place / "map.safetensors").is_file() and rows == self.plan.occurrences(range(*part))
 
@@ -132,8 +155,17 @@ class Embeddings:
         waiting: list[tuple[int, np.ndarray, Tensor]] = []
         size = 0
         width = len(next(iter(adjoint.theta.values())))
-        fisher = Fisher(self.gradients, self.plan, width, self.dtype, self.options.curvature != "none", stability)
-        for step in back(fisher.cached(self.plan.between(*part)), self.plan, adjoint, sizes(adjoint)):
+        fisher = Fisher(
+            self.gradients,
+            self.plan,
+            width,
+            self.dtype,
+            self.options.curvature != "none",
+            stability,
+        )
+        for step in back(
+            fisher.cached(self.plan.between(*part)), self.plan, adjoint, sizes(adjoint)
+        ):
             advance(len(step.examples), f"step {step.number}")
             found = step.effects(self.options.renormalize).cpu()
             waiting.append((step.number, step.examples, found))
@@ -144,7 +176,9 @@ class Embeddings:
         if waiting:
             self.write_rows(place, waiting)
         states = [*adjoint.theta.values(), *(adjoint.moment[name] for name in self.moments)]
-        self.write(place / "map.safetensors", {"map": torch.cat([value.cpu() for value in states], dim=1)})
+        self.write(
+            place / "map.safetensors", {"map": torch.cat([value.cpu() for value in states], dim=1)}
+        )
 
     def identity(self, rows: int) -> Adjoint:
         """Every coordinate of the state at a part's end as a quantity to carry back; at the end of training those of the parameters."""
@@ -156,7 +190,10 @@ class Embeddings:
             states.append(block)
             first += width
         count = len(self.plan.columns)
-        return Adjoint(dict(zip(self.plan.columns, states[:count], strict=True)), dict(zip(self.moments, states[count:], strict=True)))
+        return Adjoint(
+            dict(zip(self.plan.columns, states[:count], strict=True)),
+            dict(zip(self.moments, states[count:], strict=True)),
+        )
 
     def write_rows(self, place: Path, waiting: list[tuple[int, np.ndarray, Tensor]]) -> None:
         steps = np.concatenate([np.full(len(examples), number) for number, examples, _ in waiting])
@@ -169,14 +206,22 @@ class Embeddings:
 
     def write(self, path: Path, content: dict[str, Tensor]) -> None:
         with writing(self.folder), replacing(path) as temporary:
-            save(temporary, content, {"columns": json.dumps(dict(zip(self.names, self.widths, strict=True)))})
+            save(
+                temporary,
+                content,
+                {"columns": json.dumps(dict(zip(self.names, self.widths, strict=True)))},
+            )
 
     # ------------------------------------------------------------ reading
-    def scores(self, theta: dict[str, Tensor], advance: Advance) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
+    def scores(
+        self, theta: dict[str, Tensor], advance: Advance
+    ) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
         """(step, checkpoint's step, examples, (B, Q) scores) from the queries' gradients at the end, last step first."""
         state = torch.cat([value.cpu().to(self.dtype) for value in theta.values()], dim=1)
         state = torch.cat([state, state.new_zeros(len(state), self.size - state.shape[1])], dim=1)
-        checkpoint_of = {step: s.checkpoint.step for s in self.plan.segments for step in range(s.first, s.stop)}
+        checkpoint_of = {
+            step: s.checkpoint.step for s in self.plan.segments for step in range(s.first, s.stop)
+        }
         for part in reversed([part for part in self.parts if part[1] <= self.stop]):
             for path in sorted(self.place(part).glob("rows-*.safetensors"), reverse=True):
                 with reading(path) as file:
@@ -184,8 +229,15 @@ class Embeddings:
                 values = content["values"]
                 found = values @ state[:, : values.shape[1]].T
                 steps, starts = np.unique(-content["step"].numpy(), return_index=True)
-                for step, at in zip(-steps, np.split(np.arange(len(values)), starts[1:]), strict=True):
-                    yield int(step), checkpoint_of[int(step)], content["example"].numpy()[at], found[at[0] : at[-1] + 1]
+                for step, at in zip(
+                    -steps, np.split(np.arange(len(values)), starts[1:]), strict=True
+                ):
+                    yield (
+                        int(step),
+                        checkpoint_of[int(step)],
+                        content["example"].numpy()[at],
+                        found[at[0] : at[-1] + 1],
+                    )
                     advance(len(at), f"step {step}")
             with reading(self.place(part) / "map.safetensors") as file:
                 turn = file.read(["map"])["map"]
@@ -206,8 +258,20 @@ class Embeddings:
         digest = hashlib.sha256()
         for step in self.plan.steps:
             line = self.plan.trajectory.lines[step]
-            digest.update(repr((step, line.lr, line.clip, line.examples.tolist(), self.plan.trajectory.weights(step).tolist())).encode())
-        groups = [(group.names, sorted(group.options.items())) for group in self.plan.trajectory.groups]
+            digest.update(
+                repr(
+                    (
+                        step,
+                        line.lr,
+                        line.clip,
+                        line.examples.tolist(),
+                        self.plan.trajectory.weights(step).tolist(),
+                    )
+                ).encode()
+            )
+        groups = [
+            (group.names, sorted(group.options.items())) for group in self.plan.trajectory.groups
+        ]
         now = {
             "format": FORMAT,
             "version": VERSION,
@@ -218,7 +282,10 @@ class Embeddings:
             "optimizer": repr((self.plan.trajectory.optimizer, groups)),
             "steps": [self.plan.steps.start, self.plan.steps.stop],
             "trajectory": digest.hexdigest(),
-            "checkpoints": [checkpoint_key(c, memory) for c in (*(s.checkpoint for s in self.plan.segments), self.plan.end)],
+            "checkpoints": [
+                checkpoint_key(c, memory)
+                for c in (*(s.checkpoint for s in self.plan.segments), self.plan.end)
+            ],
         }
         head = self.folder / "embeddings.json"
         if head.is_file():
@@ -228,25 +295,40 @@ class Embeddings:
             if differs:
                 raise CacheError(
                     f"{self.folder} holds embeddings of something else: {listed(differs)} differ",
-                    *(f"{key}: {short(found.get(key))} there, {short(now[key])} now" for key in differs[:3]),
+                    *(
+                        f"{key}: {short(found.get(key))} there, {short(now[key])} now"
+                        for key in differs[:3]
+                    ),
                     "--embeddings DIR names another folder; deleting this one starts afresh",
                 )
             if definition != run.definition.digest:
                 self._compare()
             return
         if any(not path.name.startswith(".tmp-") for path in self.folder.iterdir()):
-            raise CacheError(f"{self.folder} holds other files", "--embeddings DIR names an empty or a new folder")
+            raise CacheError(
+                f"{self.folder} holds other files",
+                "--embeddings DIR names an empty or a new folder",
+            )
         sample = self._sample()
-        content = {"losses": sample.losses, "digests": sample.digests, "ids": torch.from_numpy(sample.ids)}
-        self.write(self.folder / "sample.safetensors", content | {f"{name}:sqnorms": value for name, value in sample.sqnorms.items()})
+        content = {
+            "losses": sample.losses,
+            "digests": sample.digests,
+            "ids": torch.from_numpy(sample.ids),
+        }
+        self.write(
+            self.folder / "sample.safetensors",
+            content | {f"{name}:sqnorms": value for name, value in sample.sqnorms.items()},
+        )
         with writing(self.folder):
             write_json(head, now | {"definition": run.definition.digest})
 
-    def _sample(self) -> Rows:
+    def _sample(self) -> GradientRows:
         """A few training examples at the first checkpoint, taken now."""
         segment = self.plan.segments[0]
         ids = spread(self.plan.examples(segment), SAMPLE)
-        rows = self.gradients.capture("train", segment.checkpoint, list(self.plan.columns), ids, "norms")
+        rows = self.gradients.capture(
+            "train", segment.checkpoint, list(self.plan.columns), ids, "norms"
+        )
         return dataclasses.replace(rows, digests=self.gradients.run.train.digests(ids))
 
     def _compare(self) -> None:
@@ -254,13 +336,24 @@ class Embeddings:
         with reading(self.folder / "sample.safetensors") as file:
             content = file.read(list(file.entries))
         norms = {name: content[f"{name}:sqnorms"] for name in self.plan.columns}
-        stored = Rows(content["ids"].numpy(), content["losses"], content["digests"], norms, {})
+        stored = GradientRows(
+            content["ids"].numpy(), content["losses"], content["digests"], norms, {}
+        )
         again = self._sample()
-        compare(stored, again, self.gradients.settings.rounding, self.plan.segments[0].checkpoint.name, "train", self.folder)
-        self.gradients.talk.note(f"the definition changed since {self.folder} was made: {SAMPLE} training gradients agree, so it is used")
+        compare(
+            stored,
+            again,
+            self.gradients.settings.rounding,
+            self.plan.segments[0].checkpoint.name,
+            "train",
+            self.folder,
+        )
+        self.gradients.reporter.note(
+            f"the definition changed since {self.folder} was made: {SAMPLE} training gradients agree, so it is used"
+        )
 
 
-def cut(going: Plan, size: int) -> list[Part]:
+def cut(going: ReversePlan, size: int) -> list[Part]:
     """Steps in parts that can be made side by side: of at least 2 n occurrences where they end with a segment, 4 n anywhere, so that maps
     take at most a half of the rows' disk."""
     ends = {segment.stop for segment in going.segments}

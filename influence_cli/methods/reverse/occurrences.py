@@ -16,9 +16,9 @@ from torch import Tensor
 from influence_cli.cache.id_blocks import Ids, cut
 from influence_cli.errors import OutputError
 from influence_cli.methods import Answer, Question
-from influence_cli.methods.pairwise import NewRanking
+from influence_cli.methods.pairwise import RankingFactory
 from influence_cli.methods.reverse.optimizer_adjoint import total
-from influence_cli.methods.reverse.segments import Plan
+from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.output.ranking import Entry
 
 BLOCK = 4096  # training examples ranked at once
@@ -42,7 +42,11 @@ class Occurrences:
     def by_step(self, at: np.ndarray, query: int) -> dict[int, float]:
         """Step -> score of the occurrences at these positions, in their order; those of one step summed."""
         found: dict[int, float] = {}
-        for step, value in zip(self.steps[at].tolist(), self.scores[torch.from_numpy(at.copy()), query].tolist(), strict=True):
+        for step, value in zip(
+            self.steps[at].tolist(),
+            self.scores[torch.from_numpy(at.copy()), query].tolist(),
+            strict=True,
+        ):
             found[step] = found.get(step, 0.0) + value
         return found
 
@@ -66,7 +70,11 @@ class Trace:
             return list(enumerate(self.sums[:, query].tolist(), start=self.first))
         occurrences = self.totals.occurrences
         assert occurrences is not None
-        return list(occurrences.by_step(np.flatnonzero(occurrences.examples == example)[::-1], query).items())
+        return list(
+            occurrences.by_step(
+                np.flatnonzero(occurrences.examples == example)[::-1], query
+            ).items()
+        )
 
 
 @dataclass
@@ -83,7 +91,9 @@ class Totals:
     place: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scores = scratch(self.folder, "totals", (1 + len(self.parts), len(self.ids), self.queries))
+        self.scores = scratch(
+            self.folder, "totals", (1 + len(self.parts), len(self.ids), self.queries)
+        )
         last = int(self.ids[-1]) + 1 if len(self.ids) else 0
         self.place = np.full(last, -1)
         self.place[np.asarray(self.ids, np.int64)] = np.arange(len(self.ids))
@@ -99,7 +109,13 @@ class Totals:
         mine = {name: value.cpu()[keep].double() for name, value in found.items()}
         whole = total(mine)
         self.scores[0].index_add_(0, at, whole)
-        for name, value in mine.items() if self.by == "layer" else [(part, whole)] if self.by == "checkpoint" else []:
+        for name, value in (
+            mine.items()
+            if self.by == "layer"
+            else [(part, whole)]
+            if self.by == "checkpoint"
+            else []
+        ):
             self.scores[1 + self.parts.index(name)].index_add_(0, at, value)
         if self.occurrences is not None:
             self.occurrences.add(step, examples[ranked], whole)
@@ -110,13 +126,24 @@ New = Callable[[int, Path], Sums]  # (queries, a folder to spill to) -> what col
 
 
 def score(
-    question: Question, new_ranking: NewRanking, plan: Plan, passes: "Callable[[New[Totals]], Iterator[tuple[Ids, Totals]]]"
+    question: Question,
+    new_ranking: RankingFactory,
+    plan: ReversePlan,
+    passes: "Callable[[New[Totals]], Iterator[tuple[Ids, Totals]]]",
 ) -> Iterator[Answer]:
     """Scores of every training example asked for, ranked per query. `passes` goes back over training for some queries at a time."""
 
     def new(width: int, folder: Path) -> Totals:
-        parts = [str(segment.checkpoint.step) for segment in plan.segments] if question.by == "checkpoint" else question.parts
-        occurrences = empty_occurrences(plan, question.train, width, folder) if question.by == "step" else None
+        parts = (
+            [str(segment.checkpoint.step) for segment in plan.segments]
+            if question.by == "checkpoint"
+            else question.parts
+        )
+        occurrences = (
+            empty_occurrences(plan, question.train, width, folder)
+            if question.by == "step"
+            else None
+        )
         return Totals(question.train, parts, question.by, width, folder, occurrences)
 
     for ids, totals in passes(new):
@@ -124,31 +151,51 @@ def score(
         ranking = new_ranking(width, len(totals.parts))
         scores = totals.scores
         if question.groups:
-            sums = torch.zeros(scores.shape[0], len(question.groups.names), width, dtype=torch.float64)
-            sums.index_add_(1, torch.from_numpy(question.groups.of[np.asarray(question.train)]), scores)
-            ranking.add(np.arange(sums.shape[1]), sums[0].T.numpy(), sums[1:].transpose(1, 2).numpy())
+            sums = torch.zeros(
+                scores.shape[0], len(question.groups.names), width, dtype=torch.float64
+            )
+            sums.index_add_(
+                1, torch.from_numpy(question.groups.of[np.asarray(question.train)]), scores
+            )
+            ranking.add(
+                np.arange(sums.shape[1]), sums[0].T.numpy(), sums[1:].transpose(1, 2).numpy()
+            )
         else:
             for block in cut(question.train, BLOCK):
                 part = scores[:, torch.from_numpy(totals.place[block])].transpose(1, 2).numpy()
                 ranking.add(block, part[0], part[1:])
         split = by_step(totals.occurrences, question) if totals.occurrences else None
-        yield Answer(None if question.sum_queries else [int(i) for i in ids], ranking, totals.parts, split)
+        yield Answer(
+            None if question.sum_queries else [int(i) for i in ids], ranking, totals.parts, split
+        )
 
 
-def trace(question: Question, plan: Plan, passes: "Callable[[New[Trace]], Iterator[tuple[Ids, Trace]]]") -> Iterator[tuple[Ids, Trace]]:
+def trace(
+    question: Question,
+    plan: ReversePlan,
+    passes: "Callable[[New[Trace]], Iterator[tuple[Ids, Trace]]]",
+) -> Iterator[tuple[Ids, Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
 
     def new(width: int, folder: Path) -> Trace:
         occurrences = empty_occurrences(plan, question.train, width, folder)
         sums = torch.zeros(len(plan.steps), width, dtype=torch.float64)
-        return Trace(plan.steps.start, sums, Totals(question.train, [], None, width, folder, occurrences))
+        return Trace(
+            plan.steps.start, sums, Totals(question.train, [], None, width, folder, occurrences)
+        )
 
     yield from passes(new)
 
 
-def by_step(occurrences: Occurrences, question: Question) -> Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]:
+def by_step(
+    occurrences: Occurrences, question: Question
+) -> Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]:
     """Of each ranked pair its steps, rising, and their scores; of a group those of its members."""
-    owner = occurrences.examples if question.groups is None else question.groups.of[occurrences.examples]
+    owner = (
+        occurrences.examples
+        if question.groups is None
+        else question.groups.of[occurrences.examples]
+    )
     order = np.lexsort((occurrences.steps, owner))
     owners = owner[order]
 
@@ -156,20 +203,29 @@ def by_step(occurrences: Occurrences, question: Question) -> Callable[[int, Sequ
         divided = []
         for entry in entries:
             at = slice(*np.searchsorted(owners, [entry.train, entry.train + 1]))
-            divided.append([(str(step), value) for step, value in occurrences.by_step(order[at], query).items()])
+            divided.append(
+                [
+                    (str(step), value)
+                    for step, value in occurrences.by_step(order[at], query).items()
+                ]
+            )
         return divided
 
     return split
 
 
-def empty_occurrences(going: Plan, ids: Ids, queries: int, folder: Path) -> Occurrences:
+def empty_occurrences(going: ReversePlan, ids: Ids, queries: int, folder: Path) -> Occurrences:
     ranked = np.zeros(int(ids[-1]) + 1 if len(ids) else 0, dtype=bool)
     ranked[np.asarray(ids, np.int64)] = True
     count = 0
     for step in going.steps:
         examples = going.trajectory.lines[step].examples
         count += int(ranked[examples[examples < len(ranked)]].sum())
-    return Occurrences(np.empty(count, np.int64), np.empty(count, np.int64), scratch(folder, "occurrences", (count, queries)))
+    return Occurrences(
+        np.empty(count, np.int64),
+        np.empty(count, np.int64),
+        scratch(folder, "occurrences", (count, queries)),
+    )
 
 
 def scratch(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -185,5 +241,6 @@ def scratch(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.from_file(str(path), shared=True, size=count, dtype=torch.float64).view(shape)
     except (OSError, RuntimeError) as error:
         raise OutputError(
-            f"{count * 8:,} bytes of scores have no place in {folder}: {error}", "TMPDIR names a folder on a larger disk"
+            f"{count * 8:,} bytes of scores have no place in {folder}: {error}",
+            "TMPDIR names a folder on a larger disk",
         ) from error

@@ -1,6 +1,6 @@
 """The adjoint of an optimizer's own step: what a small change of a step's gradient does to the end of training.
 
-Step t, with g the (clipped) sum of w x gradient over the entries of its batch (torch's own definitions):
+StepProducts t, with g the (clipped) sum of w x gradient over the entries of its batch (torch's own definitions):
 
     SGD    m' = momentum m + g + decay θ;   θ' = θ - rate m'      (Nesterov: θ' = θ - rate (g + decay θ + momentum m'))
     AdamW  m' = β1 m + (1-β1) g;   v' = β2 v + (1-β2) g²;   θ' = (1 - rate decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε),  C = 1 - β^t
@@ -26,7 +26,9 @@ from torch import Tensor
 from influence_cli.gradients.forms import Form
 from influence_cli.run.replay import Moments
 
-DENSE_BYTES = 512 << 20  # gradients of a batch made dense at once, so that both products of a step are plain matrix products
+DENSE_BYTES = (
+    512 << 20
+)  # gradients of a batch made dense at once, so that both products of a step are plain matrix products
 Pull = Callable[[str, Tensor], None]  # adds H u of a parameter to a tensor (K, D)
 
 
@@ -40,14 +42,21 @@ class Batch(Protocol):
     def gradient(self) -> Mapping[str, Tensor]:
         """(D,) the sum of w x gradient, before clipping."""
 
-    def through(self, u: Mapping[str, Tensor], scale: Mapping[str, float]) -> tuple[dict[str, Tensor], Pull]:
+    def through(
+        self, u: Mapping[str, Tensor], scale: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Pull]:
         """Per part of the model (B, K): g(z).(scale u), and what adds H (scale u)."""
 
 
-class FromForms:
+class FisherBatch:
     """By per-example gradients: H = sum of w h h^T. `curvature`: h of each entry, often the `gradients` themselves; None: H = 0."""
 
-    def __init__(self, gradients: Mapping[str, Form], weights: Tensor, curvature: Mapping[str, Form] | None = None) -> None:
+    def __init__(
+        self,
+        gradients: Mapping[str, Form],
+        weights: Tensor,
+        curvature: Mapping[str, Form] | None = None,
+    ) -> None:
         self.gradients, self.weights, self.curvature = gradients, weights, curvature
 
     @property
@@ -55,15 +64,24 @@ class FromForms:
         return self.gradients.keys()
 
     def gradient(self) -> dict[str, Tensor]:
-        return {name: form.rmatvec(self.weights[:, None]).squeeze(1) for name, form in self.gradients.items()}
+        return {
+            name: form.rmatvec(self.weights[:, None]).squeeze(1)
+            for name, form in self.gradients.items()
+        }
 
-    def through(self, u: Mapping[str, Tensor], scale: Mapping[str, float]) -> tuple[dict[str, Tensor], Pull]:
-        products = {name: scale[name] * self.gradients[name].matvec(value.T) for name, value in u.items()}
+    def through(
+        self, u: Mapping[str, Tensor], scale: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Pull]:
+        products = {
+            name: scale[name] * self.gradients[name].matvec(value.T) for name, value in u.items()
+        }
         curvature = self.curvature
         if curvature is None:
             return products, lambda name, theta: None
         along = (
-            products if curvature is self.gradients else {name: scale[name] * curvature[name].matvec(value.T) for name, value in u.items()}
+            products
+            if curvature is self.gradients
+            else {name: scale[name] * curvature[name].matvec(value.T) for name, value in u.items()}
         )
         pull = self.weights[:, None] * total(along)
         return products, lambda name, theta: curvature[name].add_to(theta, pull)
@@ -109,7 +127,11 @@ class AdamUpdate:
         root = ((b2 * before.v + (1 - b2) * g * g) / (1 - b2**t)).sqrt()
         below = root + self.epsilon
         by_v = self.rate * m / (2 * (1 - b2**t) * root * below.square())
-        return -self.rate / ((1 - b1**t) * below), torch.where(root > 0, by_v, 0.0), 2 * (1 - b2) * g
+        return (
+            -self.rate / ((1 - b1**t) * below),
+            torch.where(root > 0, by_v, 0.0),
+            2 * (1 - b2) * g,
+        )
 
 
 AnyUpdate = Update | AdamUpdate
@@ -118,12 +140,19 @@ AnyUpdate = Update | AdamUpdate
 class Adjoint:
     """a_θ, a_m and a_v of K quantities, for each parameter (K, D); `step` takes them from after a step to before it."""
 
-    def __init__(self, theta: dict[str, Tensor], moment: dict[str, Tensor], second: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        theta: dict[str, Tensor],
+        moment: dict[str, Tensor],
+        second: dict[str, Tensor] | None = None,
+    ) -> None:
         """`moment`: of the parameters with momentum or Adam, `second` of those with Adam; zeros at the end of training. All are changed in
         place."""
         self.theta, self.moment, self.second = theta, moment, second or {}
 
-    def step(self, batch: Batch, updates: Mapping[str, AnyUpdate], clip: float = 1.0) -> dict[str, Tensor]:
+    def step(
+        self, batch: Batch, updates: Mapping[str, AnyUpdate], clip: float = 1.0
+    ) -> dict[str, Tensor]:
         """One step back. Returns per part of the model (B, K): g(z).u, u after clipping's own derivative."""
         updates = {name: update for name, update in updates.items() if name in batch.names}
         u: dict[str, Tensor] = {}
@@ -135,7 +164,11 @@ class Adjoint:
                 u[name] = self._into_adam(name, update, clip * gradient[name])
             else:
                 u[name], scale[name] = self._into_sgd(name, update)
-        raw, raw_scale = (unclipped(u, scale, gradient, clip), dict.fromkeys(u, 1.0)) if clip != 1 else (u, scale)
+        raw, raw_scale = (
+            (unclipped(u, scale, gradient, clip), dict.fromkeys(u, 1.0))
+            if clip != 1
+            else (u, scale)
+        )
         products, pull = batch.through(raw, raw_scale)
         for name, update in updates.items():
             theta, coupled = self.theta[name], update.decay
@@ -170,11 +203,18 @@ class Adjoint:
         return (1 - update.betas[0]) * moment + v_by_g * second
 
 
-def unclipped(u: Mapping[str, Tensor], scale: Mapping[str, float], gradient: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
+def unclipped(
+    u: Mapping[str, Tensor], scale: Mapping[str, float], gradient: Mapping[str, Tensor], clip: float
+) -> dict[str, Tensor]:
     """u by the gradient before it was clipped by its norm, times `clip`: clip (u - ĝ (ĝ.u))."""
     square = torch.stack([value.double().square().sum().cpu() for value in gradient.values()]).sum()
-    along = torch.stack([scale[name] * (value @ gradient[name]) for name, value in u.items()]).sum(0) / (float(square) or 1.0)  # (K,)
-    return {name: clip * (scale[name] * value - along[:, None] * gradient[name]) for name, value in u.items()}
+    along = torch.stack([scale[name] * (value @ gradient[name]) for name, value in u.items()]).sum(
+        0
+    ) / (float(square) or 1.0)  # (K,)
+    return {
+        name: clip * (scale[name] * value - along[:, None] * gradient[name])
+        for name, value in u.items()
+    }
 
 
 def total(products: Mapping[str, Tensor]) -> Tensor:
@@ -195,10 +235,16 @@ def effects(products: Tensor, weights: Tensor, entry_of: Tensor | None = None) -
     lost = -weights[:, None] * products
     if entry_of is None:
         return lost
-    shares = torch.zeros(int(entry_of.max()) + 1, dtype=weights.dtype, device=weights.device).index_add_(0, entry_of, weights)
+    shares = torch.zeros(
+        int(entry_of.max()) + 1, dtype=weights.dtype, device=weights.device
+    ).index_add_(0, entry_of, weights)
     whole = weights.sum()
-    rest = whole - shares[entry_of][:, None]  # 0 where the example is the whole batch: then the step itself is dropped
-    return torch.where(rest > 1e-6 * whole, (lost * whole + weights[:, None] * (weights @ products)) / rest, lost)
+    rest = (
+        whole - shares[entry_of][:, None]
+    )  # 0 where the example is the whole batch: then the step itself is dropped
+    return torch.where(
+        rest > 1e-6 * whole, (lost * whole + weights[:, None] * (weights @ products)) / rest, lost
+    )
 
 
 def gram(gradients: Mapping[str, Form], weights: Tensor, updates: Mapping[str, Update]) -> Tensor:
@@ -219,7 +265,11 @@ def densely(gradients: Mapping[str, Form], vectors: int) -> dict[str, Form]:
     room = DENSE_BYTES
     for name, form in gradients.items():
         if form.kind == "factors" and vectors > 1:
-            size = len(form) * torch.Size(form.shape).numel() * next(iter(form.tensors().values())).element_size()
+            size = (
+                len(form)
+                * torch.Size(form.shape).numel()
+                * next(iter(form.tensors().values())).element_size()
+            )
             if size <= room:
                 found[name], room = form.dense(), room - size
     return found

@@ -7,8 +7,8 @@ the others are run again. Memory: STATE_BYTES, and again for each level of that.
 from collections.abc import Iterator
 
 from influence_cli.errors import TrajectoryError
-from influence_cli.extraction.source import Gradients
-from influence_cli.methods.reverse.segments import Plan, Segment
+from influence_cli.extraction.source import GradientSource
+from influence_cli.methods.reverse.segments import ReversePlan, Segment
 from influence_cli.run import Checkpoint
 from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.optimizers import unknown_state
@@ -19,22 +19,32 @@ ODD = 1e-3  # more than rounding does, as a rule
 FAR = 0.1  # a replay that ends so far from the saved checkpoint, of the way that training went, is another training
 
 
-class Replayed:
+class ReplayedSteps:
     """Stands, step by step from the last to the first, with the run's model where each step was taken."""
 
-    def __init__(self, gradients: Gradients, plan: Plan) -> None:
+    def __init__(self, gradients: GradientSource, plan: ReversePlan) -> None:
         """Raises TrajectoryError where the state of the optimizer at the first checkpoint is not known."""
         self.gradients, self.plan = gradients, plan
-        self.replay = Replay(gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size)
+        self.replay = Replay(
+            gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size
+        )
         if not self.replay.starts_at(plan.segments[0].checkpoint):
             raise unknown_state(plan.trajectory, plan.segments[0].checkpoint)
-        self.apart: dict[int, float] = {}  # per checkpoint that a replay came to: how far it ended from it
+        self.apart: dict[
+            int, float
+        ] = {}  # per checkpoint that a replay came to: how far it ended from it
         self._here: Segment | None = None
 
     def back(self, stop: int) -> Iterator[tuple[int, Checkpoint, dict[str, Moments] | None]]:
         """The steps below `stop`, last first: the number, the checkpoint before it, and where Adam stood. The model stands there."""
-        starts = [segment.first for segment in self.plan.segments if self.replay.starts_at(segment.checkpoint)]
-        for first, after in reversed(list(zip(starts, [*starts[1:], self.plan.steps.stop], strict=True))):
+        starts = [
+            segment.first
+            for segment in self.plan.segments
+            if self.replay.starts_at(segment.checkpoint)
+        ]
+        for first, after in reversed(
+            list(zip(starts, [*starts[1:], self.plan.steps.stop], strict=True))
+        ):
             if first < stop:
                 self.replay.begin(self.segment(first).checkpoint)
                 self._here = self.segment(first)
@@ -50,7 +60,9 @@ class Replayed:
 
     def _states(self, first: State, stop: int) -> Iterator[State]:
         """Before each step from `first` on, the last first."""
-        each = sum(value.nbytes for value in first.parameters) * (1 + bool(self.plan.with_momentum) + self.plan.adam)
+        each = sum(value.nbytes for value in first.parameters) * (
+            1 + bool(self.plan.with_momentum) + self.plan.adam
+        )
         room = max(2, STATE_BYTES // max(1, each))
         count = stop - first.step
         stride = -(-count // room)
@@ -74,7 +86,9 @@ class Replayed:
         self.replay.advance(step + 1)
         segment = self.segment(step)
         if step + 1 == segment.stop:
-            following = next((other for other in self.plan.segments if other.first == segment.stop), None)
+            following = next(
+                (other for other in self.plan.segments if other.first == segment.stop), None
+            )
             checkpoint = following.checkpoint if following else self.plan.end
             if checkpoint.step == step + 1 and checkpoint.step not in self.apart:
                 self.apart[checkpoint.step] = self._compare(checkpoint)
@@ -90,7 +104,13 @@ class Replayed:
                 "a replay runs in eval mode, on the batches and step sizes of the trajectory; training may have differed by",
                 "dropout, BatchNorm's batch statistics, data augmentation, another precision, the state in optimizer/,",
                 "or steps that were not recorded as they were",
-                *([] if self.plan.adam else ["without --replay each segment has the gradients of the checkpoint before it"]),
+                *(
+                    []
+                    if self.plan.adam
+                    else [
+                        "without --replay each segment has the gradients of the checkpoint before it"
+                    ]
+                ),
             )
         return apart
 
@@ -103,7 +123,9 @@ class Replayed:
         self.replay.go_to(state)
 
     def segment(self, step: int) -> Segment:
-        return next(segment for segment in self.plan.segments if segment.first <= step < segment.stop)
+        return next(
+            segment for segment in self.plan.segments if segment.first <= step < segment.stop
+        )
 
     def note(self) -> str:
         """How well training that was run again agrees with the saved checkpoints."""
@@ -113,4 +135,8 @@ class Replayed:
         if not off:
             return f"replay: training that was run again came to {many} bit by bit"
         said = f"replay: training that was run again came to {many}, each within {off:.2g} of the way since the one before (step {worst:,})"
-        return said if off < ODD else f"{said}; more than rounding: it may not be the training that was recorded"
+        return (
+            said
+            if off < ODD
+            else f"{said}; more than rounding: it may not be the training that was recorded"
+        )

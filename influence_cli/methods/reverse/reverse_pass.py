@@ -18,35 +18,43 @@ from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import checkpoint_key
-from influence_cli.cache.store import Rows, reading
-from influence_cli.extraction.source import Gradients
+from influence_cli.cache.store import GradientRows, reading
+from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import Question, ValueOptions
 from influence_cli.methods.pairwise import QUERY_BYTES, mean_query_row, query_rows
 from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
-from influence_cli.methods.reverse.segments import Plan
-from influence_cli.methods.reverse.steps import Taken, back, sizes, working_dtype
+from influence_cli.methods.reverse.segments import ReversePlan
+from influence_cli.methods.reverse.steps import ReverseStep, back, sizes, working_dtype
 from influence_cli.progress import Advance
 from influence_cli.storage.atomic import replacing, writing
 from influence_cli.storage.safetensors_io import save
 
 KEEP_EVERY = 30.0  # seconds between what is kept of a job for when it is killed
-Take = Callable[[int, torch.dtype, int, bool], Iterator[Taken]]  # (Q, precision, stop, by layer) -> the steps below `stop`, last first
-Work = Callable[[Rows, "Totals | Trace", Advance], None]
+Take = Callable[
+    [int, torch.dtype, int, bool], Iterator[ReverseStep]
+]  # (Q, precision, stop, by layer) -> the steps below `stop`, last first
+Work = Callable[[GradientRows, "Totals | Trace", Advance], None]
 
 
 def passes(
-    gradients: Gradients, question: Question, plan: Plan, new: New[Sums], work: Callable[[Path], Work]
+    gradients: GradientSource,
+    question: Question,
+    plan: ReversePlan,
+    new: New[Sums],
+    work: Callable[[Path], Work],
 ) -> Iterator[tuple[Ids, Sums]]:
     """Per pass over training its query ids, and what `new` collected of its scores. `work` (of a folder to spill to) goes over the steps.
 
     Raises GradientError (what is carried back runs away).
     """
     for note in plan.notes:
-        gradients.talk.note(note)
+        gradients.reporter.note(note)
     gradients.ensure("query", [plan.end], list(plan.columns), question.queries)
     most = queries_of_a_pass(gradients, plan, question)
-    cuts = [question.queries[first : first + most] for first in range(0, len(question.queries), most)]
+    cuts = [
+        question.queries[first : first + most] for first in range(0, len(question.queries), most)
+    ]
     with tempfile.TemporaryDirectory(prefix="influence-back-") as name:
         go = work(Path(name))
         for number, ids in enumerate(cuts, start=1):
@@ -55,21 +63,37 @@ def passes(
             )
             sums = new(len(rows.ids), Path(name))
             of = f", queries {number} of {len(cuts)}" if len(cuts) > 1 else ""
-            with gradients.talk.progress(f"back over training{of}", plan.occurrences()) as advance:
+            with gradients.reporter.progress(
+                f"back over training{of}", plan.occurrences()
+            ) as advance:
                 go(rows, sums, advance)
             yield ids, sums
 
 
-def queries_of_a_pass(gradients: Gradients, plan: Plan, question: Question) -> int:
-    return len(question.queries) if question.sum_queries else max(1, QUERY_BYTES // (numbers(gradients, plan) * 8))
+def queries_of_a_pass(gradients: GradientSource, plan: ReversePlan, question: Question) -> int:
+    return (
+        len(question.queries)
+        if question.sum_queries
+        else max(1, QUERY_BYTES // (numbers(gradients, plan) * 8))
+    )
 
 
 def carry(
-    gradients: Gradients, plan: Plan, options: ValueOptions, rows: Rows, totals: Totals | Trace, take: Take, kept: "Kept", advance: Advance
+    gradients: GradientSource,
+    plan: ReversePlan,
+    options: ValueOptions,
+    rows: GradientRows,
+    totals: Totals | Trace,
+    take: Take,
+    kept: "PassProgress",
+    advance: Advance,
 ) -> None:
     """Go back over every step with the queries' gradients, or over those that `kept` has not."""
     theta = dense(rows, plan, gradients.device)
-    moment, second = ({n: torch.zeros_like(theta[n]) for n in names} for names in (plan.with_momentum, plan.columns if plan.adam else ()))
+    moment, second = (
+        {n: torch.zeros_like(theta[n]) for n in names}
+        for names in (plan.with_momentum, plan.columns if plan.adam else ())
+    )
     adjoint = Adjoint(theta, moment, second)
     layers: dict[str, list[str] | None] = {}
     for name, column in plan.columns.items() if totals.by == "layer" else ():
@@ -84,34 +108,48 @@ def carry(
     start, stop = sizes(adjoint), plan.steps.stop
     if (there := kept.restore(adjoint, add)) is not None:
         stop, start = there
-        gradients.talk.note(f"going on below step {stop:,}: what comes after was kept by a run that ended")
+        gradients.reporter.note(
+            f"going on below step {stop:,}: what comes after was kept by a run that ended"
+        )
     kept.start = start
     for step in back(take(width, wide, stop, totals.by == "layer"), plan, adjoint, start):
-        found = {layer: step.effects(options.renormalize, names) for layer, names in (layers or {"": None}).items()}
+        found = {
+            layer: step.effects(options.renormalize, names)
+            for layer, names in (layers or {"": None}).items()
+        }
         add(step.number, str(step.checkpoint.step), step.examples, found)
         kept.add(adjoint, step.number, step.checkpoint.step, step.examples, found)
     kept.done()
 
 
-def dense(rows: Rows, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+def dense(rows: GradientRows, plan: ReversePlan, device: torch.device) -> dict[str, Tensor]:
     """Per parameter (Q, D): the queries' gradients, in memory of their own."""
     wide = working_dtype(rows)
     return {name: rows.forms[name].to(device, wide).dense().values.clone() for name in plan.columns}
 
 
-def numbers(gradients: Gradients, plan: Plan) -> int:
+def numbers(gradients: GradientSource, plan: ReversePlan) -> int:
     """What is carried back of one quantity: p, and p again with momentum, and once more with Adam."""
-    return sum(gradients.settings.width(column) * (1 + (name in plan.with_momentum) + plan.adam) for name, column in plan.columns.items())
+    return sum(
+        gradients.settings.width(column) * (1 + (name in plan.with_momentum) + plan.adam)
+        for name, column in plan.columns.items()
+    )
 
 
 # ---------------------------------------------------------------- for when it is killed
-class Kept:
+class PassProgress:
     """What a job has so far, on disk now and then: scores of the steps it went over, and what it carries. A run of the same goes on there.
 
     FOLDER/back/DIGEST/scores-000090-000120.safetensors, carried.safetensors. Gone when the job is done.
     """
 
-    def __init__(self, gradients: Gradients | None, plan: Plan, options: ValueOptions, method: str) -> None:
+    def __init__(
+        self,
+        gradients: GradientSource | None,
+        plan: ReversePlan,
+        options: ValueOptions,
+        method: str,
+    ) -> None:
         """`gradients` None, or without a cache: nothing is kept."""
         self.gradients, self.plan, self.options, self.method = gradients, plan, options, method
         self.folder: Path | None = None
@@ -119,7 +157,7 @@ class Kept:
         self._waiting: list[tuple[int, int, np.ndarray, dict[str, Tensor]]] = []
         self._last = time.monotonic()
 
-    def open(self, rows: Rows, by: str | None) -> None:
+    def open(self, rows: GradientRows, by: str | None) -> None:
         """The place of these queries' job."""
         if self.gradients is None or self.gradients.store is None:
             return
@@ -134,9 +172,15 @@ class Kept:
             [(segment.first, segment.stop, checkpoint_key(segment.checkpoint, memory)) for segment in self.plan.segments],
         ]  # fmt: skip
         digest.update(json.dumps(parts).encode())
-        self.folder, self._waiting, self._last = store.folder / "back" / digest.hexdigest()[:16], [], time.monotonic()
+        self.folder, self._waiting, self._last = (
+            store.folder / "back" / digest.hexdigest()[:16],
+            [],
+            time.monotonic(),
+        )
 
-    def restore(self, adjoint: Adjoint, add: Callable[[int, str, np.ndarray, dict[str, Tensor]], None]) -> tuple[int, Tensor] | None:
+    def restore(
+        self, adjoint: Adjoint, add: Callable[[int, str, np.ndarray, dict[str, Tensor]], None]
+    ) -> tuple[int, Tensor] | None:
         """Hands out the scores that are there, last step first, and puts back what was carried. Returns the step down to which that is done
         and the norms at the end of training; None where there is nothing."""
         if self.folder is None or not (self.folder / "carried.safetensors").is_file():
@@ -149,21 +193,45 @@ class Kept:
                 continue  # written, and then the job was killed
             with reading(path) as file:
                 found = file.read(list(file.entries))
-            values = {name.partition(":")[2]: value for name, value in found.items() if name.startswith("values:")}
+            values = {
+                name.partition(":")[2]: value
+                for name, value in found.items()
+                if name.startswith("values:")
+            }
             steps, starts = np.unique(-found["step"].numpy(), return_index=True)
-            for step, at in zip(-steps, np.split(np.arange(len(found["step"])), starts[1:]), strict=True):
+            for step, at in zip(
+                -steps, np.split(np.arange(len(found["step"])), starts[1:]), strict=True
+            ):
                 span = slice(int(at[0]), int(at[-1]) + 1)
                 some = {name: value[span] for name, value in values.items()}
-                add(int(step), str(int(found["checkpoint"][span.start])), found["example"].numpy()[span], some)
-        for kind, state in (("theta", adjoint.theta), ("moment", adjoint.moment), ("second", adjoint.second)):
+                add(
+                    int(step),
+                    str(int(found["checkpoint"][span.start])),
+                    found["example"].numpy()[span],
+                    some,
+                )
+        for kind, state in (
+            ("theta", adjoint.theta),
+            ("moment", adjoint.moment),
+            ("second", adjoint.second),
+        ):
             for name, value in state.items():
                 value.copy_(content[f"{kind}:{name}"])
         return stop, content["start"]
 
-    def add(self, adjoint: Adjoint, step: int, checkpoint: int, examples: np.ndarray, found: dict[str, Tensor]) -> None:
+    def add(
+        self,
+        adjoint: Adjoint,
+        step: int,
+        checkpoint: int,
+        examples: np.ndarray,
+        found: dict[str, Tensor],
+    ) -> None:
         if self.folder is None:
             return
-        self._waiting.append((step, checkpoint, examples, {name: value.cpu() for name, value in found.items()}))
+        self._waiting.append(
+            (step, checkpoint, examples, {name: value.cpu() for name, value in found.items()})
+        )
         if time.monotonic() - self._last >= KEEP_EVERY:
             self._keep(adjoint)
             self._last = time.monotonic()
@@ -173,18 +241,31 @@ class Kept:
         steps = [step for step, *_ in self._waiting]
 
         def spread(values: list[int]) -> Tensor:
-            return torch.cat([torch.full((len(w[2]),), value) for value, w in zip(values, self._waiting, strict=True)])
+            return torch.cat(
+                [
+                    torch.full((len(w[2]),), value)
+                    for value, w in zip(values, self._waiting, strict=True)
+                ]
+            )
 
-        content = {f"values:{name}": torch.cat([w[3][name] for w in self._waiting]) for name in self._waiting[0][3]}
+        content = {
+            f"values:{name}": torch.cat([w[3][name] for w in self._waiting])
+            for name in self._waiting[0][3]
+        }
         content |= {"step": spread(steps), "checkpoint": spread([w[1] for w in self._waiting])}
         content["example"] = torch.from_numpy(np.concatenate([w[2] for w in self._waiting]))
         states = (("theta", adjoint.theta), ("moment", adjoint.moment), ("second", adjoint.second))
-        carried = {f"{kind}:{name}": value.cpu() for kind, state in states for name, value in state.items()}
+        carried = {
+            f"{kind}:{name}": value.cpu() for kind, state in states for name, value in state.items()
+        }
         assert self.start is not None
         carried |= {"step": torch.tensor(steps[-1]), "start": self.start}
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name, what in ((f"scores-{steps[-1]:06d}-{steps[0] + 1:06d}", content), ("carried", carried)):
+            for name, what in (
+                (f"scores-{steps[-1]:06d}-{steps[0] + 1:06d}", content),
+                ("carried", carried),
+            ):
                 with replacing(self.folder / f"{name}.safetensors") as temporary:
                     save(temporary, what, {})
         self._waiting = []

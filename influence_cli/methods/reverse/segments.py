@@ -35,7 +35,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReversePlan:
     """Which steps are gone back over, in segments by rising step; `end`: the checkpoint whose quantity is explained."""
 
     trajectory: Trajectory
@@ -48,19 +48,30 @@ class Plan:
     def steps(self) -> range:
         return range(self.segments[0].first, self.segments[-1].stop)
 
-    def updates(self, step: int, moments: Mapping[str, Moments] | None = None) -> dict[str, AnyUpdate]:
+    def updates(
+        self, step: int, moments: Mapping[str, Moments] | None = None
+    ) -> dict[str, AnyUpdate]:
         """How the step changed each parameter. `moments`: where Adam stood."""
         rates, found = self.trajectory.rates(step), dict[str, AnyUpdate]()
         for name, column in self.columns.items():
             number = self.group_of(column)
             options = self.trajectory.groups[number].options
             if moments is None:
-                found[name] = Update(rates[number], momentum(options), float(options.get("weight_decay", 0)), bool(options.get("nesterov")))
+                found[name] = Update(
+                    rates[number],
+                    momentum(options),
+                    float(options.get("weight_decay", 0)),
+                    bool(options.get("nesterov")),
+                )
             else:
                 options = options_of(self.trajectory, number)
-                decoupled = self.trajectory.optimizer == "adamw" or bool(options.get("decoupled_weight_decay"))
+                decoupled = self.trajectory.optimizer == "adamw" or bool(
+                    options.get("decoupled_weight_decay")
+                )
                 decay = float(options["weight_decay"])
-                found[name] = AdamUpdate(rates[number], options["betas"], options["eps"], decay, decoupled, moments[name])
+                found[name] = AdamUpdate(
+                    rates[number], options["betas"], options["eps"], decay, decoupled, moments[name]
+                )
         return found
 
     def group_of(self, column: Column) -> int:
@@ -75,19 +86,37 @@ class Plan:
     @property
     def with_momentum(self) -> list[str]:
         """Those whose steps have a state: a buffer of momentum, or Adam's m."""
-        return [n for n, c in self.columns.items() if self.adam or momentum(self.trajectory.groups[self.group_of(c)].options)]
+        return [
+            n
+            for n, c in self.columns.items()
+            if self.adam or momentum(self.trajectory.groups[self.group_of(c)].options)
+        ]
 
     def occurrences(self, steps: range | None = None) -> int:
-        return sum(len(self.trajectory.lines[step].examples) for step in (self.steps if steps is None else steps))
+        return sum(
+            len(self.trajectory.lines[step].examples)
+            for step in (self.steps if steps is None else steps)
+        )
 
     def examples(self, segment: Segment) -> np.ndarray:
         """The ids of a segment's examples, rising."""
-        return np.unique(np.concatenate([self.trajectory.lines[step].examples for step in range(segment.first, segment.stop)]))
+        return np.unique(
+            np.concatenate(
+                [
+                    self.trajectory.lines[step].examples
+                    for step in range(segment.first, segment.stop)
+                ]
+            )
+        )
 
     @property
     def wanted(self) -> list[tuple[Checkpoint, np.ndarray]]:
         """Whose gradients are needed, at each segment's checkpoint."""
-        return [(segment.checkpoint, ids) for segment in self.segments if len(ids := self.examples(segment))]
+        return [
+            (segment.checkpoint, ids)
+            for segment in self.segments
+            if len(ids := self.examples(segment))
+        ]
 
     def between(self, first: int, stop: int) -> "tuple[Segment, ...]":
         """The segments, or parts of them, of these steps."""
@@ -106,19 +135,25 @@ def plan(
     at: int | None = None,
     replay: bool = False,
     method: str = "dve",
-) -> Plan:
+) -> ReversePlan:
     """`replay`: gradients are taken where each step was, so that steps before the first checkpoint are out of reach.
 
     Raises TrajectoryError: no trajectory, one that ends too early, an optimizer without an adjoint here; UsageProblem for `at`.
     """
     trajectory = run.trajectory
     if trajectory is None:
-        raise TrajectoryError(f"{method} needs the order of training, and this run has no trajectory", *NO_TRAJECTORY)
+        raise TrajectoryError(
+            f"{method} needs the order of training, and this run has no trajectory", *NO_TRAJECTORY
+        )
     check_optimizer(trajectory, replay, method)
     if at is not None and at not in [checkpoint.step for checkpoint in checkpoints]:
         steps = listed([checkpoint.step for checkpoint in checkpoints], 20)
-        raise UsageProblem(f"--at {at}: no checkpoint there", f"there are checkpoints of the steps {steps}")
-    checkpoints = tuple(checkpoint for checkpoint in checkpoints if at is None or checkpoint.step <= at)
+        raise UsageProblem(
+            f"--at {at}: no checkpoint there", f"there are checkpoints of the steps {steps}"
+        )
+    checkpoints = tuple(
+        checkpoint for checkpoint in checkpoints if at is None or checkpoint.step <= at
+    )
     end, notes = checkpoints[-1], list(trajectory.notes)
     if end.step > trajectory.steps:
         raise TrajectoryError(
@@ -127,28 +162,56 @@ def plan(
             "--at STEP or --steps chooses another end; or the trajectory is of another run",
         )
     if not end.step:
-        raise UsageProblem(f"{end.name} is from before the first step: nothing was trained on", "--at STEP or --steps chooses a later end")
+        raise UsageProblem(
+            f"{end.name} is from before the first step: nothing was trained on",
+            "--at STEP or --steps chooses a later end",
+        )
     if end.step < trajectory.steps and at is None:
-        notes.append(f"steps {end.step:,} to {trajectory.steps - 1:,} come after the last checkpoint and are left out")
+        notes.append(
+            f"steps {end.step:,} to {trajectory.steps - 1:,} come after the last checkpoint and are left out"
+        )
     starts = [*checkpoints[:-1]] or [end]
     begin = starts[0].step if replay else 0
     if replay and begin == end.step:
         raise UsageProblem(
-            f"--replay trains again from a checkpoint on, and {end.name} is the only one", "--steps chooses an earlier one too"
+            f"--replay trains again from a checkpoint on, and {end.name} is the only one",
+            "--steps chooses an earlier one too",
         )
     if starts[0].step:
-        what = "are left out: a replay can't go there" if replay else f"have the gradients of {starts[0].name}"
-        notes.append(f"steps 0 to {min(starts[0].step, end.step) - 1:,} come before the first checkpoint and {what}")
+        what = (
+            "are left out: a replay can't go there"
+            if replay
+            else f"have the gradients of {starts[0].name}"
+        )
+        notes.append(
+            f"steps 0 to {min(starts[0].step, end.step) - 1:,} come before the first checkpoint and {what}"
+        )
     edges = [begin, *(checkpoint.step for checkpoint in starts[1:]), end.step]
-    segments = tuple(Segment(c, first, stop) for c, first, stop in zip(starts, edges[:-1], edges[1:], strict=True))
-    trained = {name: column for name, column in columns.items() if trajectory.group_of(column.names) is not None}
+    segments = tuple(
+        Segment(c, first, stop)
+        for c, first, stop in zip(starts, edges[:-1], edges[1:], strict=True)
+    )
+    trained = {
+        name: column
+        for name, column in columns.items()
+        if trajectory.group_of(column.names) is not None
+    }
     if len(trained) < len(columns):
-        notes.append(f"never trained, by the trajectory's groups: {listed([name for name in columns if name not in trained])}")
+        notes.append(
+            f"never trained, by the trajectory's groups: {listed([name for name in columns if name not in trained])}"
+        )
     if not trained:
-        raise UsageProblem("none of the selected parameters was trained, by the trajectory's groups", f"selected: {listed(columns)}")
-    if len(columns) < len(run.columns) and any(line.clip != 1 for line in trajectory.lines[: end.step]):
-        notes.append("steps were clipped by the norm over all parameters; here it is the norm over the selected ones")
-    return Plan(trajectory, segments, end, trained, tuple(notes))
+        raise UsageProblem(
+            "none of the selected parameters was trained, by the trajectory's groups",
+            f"selected: {listed(columns)}",
+        )
+    if len(columns) < len(run.columns) and any(
+        line.clip != 1 for line in trajectory.lines[: end.step]
+    ):
+        notes.append(
+            "steps were clipped by the norm over all parameters; here it is the norm over the selected ones"
+        )
+    return ReversePlan(trajectory, segments, end, trained, tuple(notes))
 
 
 def check_optimizer(trajectory: Trajectory, replay: bool, method: str) -> None:
@@ -172,9 +235,17 @@ def check_optimizer(trajectory: Trajectory, replay: bool, method: str) -> None:
         for name in ("dampening", "maximize", "amsgrad"):
             if group.options.get(name):
                 what = f"{trajectory.optimizer} with {name} = {group.options[name]!r} has no adjoint here"
-                raise TrajectoryError(f"{trajectory.path.name}: {what}", "--method tracin reads gradients alone")
+                raise TrajectoryError(
+                    f"{trajectory.path.name}: {what}", "--method tracin reads gradients alone"
+                )
         for name in ("momentum", "weight_decay"):
             value = group.options.get(name, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise TrajectoryError(f"{trajectory.path.name}: {name} is {value!r}", "expected: a number from 0")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value < float("inf")
+            ):
+                raise TrajectoryError(
+                    f"{trajectory.path.name}: {name} is {value!r}", "expected: a number from 0"
+                )
         options_of(trajectory, number)

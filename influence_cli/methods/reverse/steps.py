@@ -8,14 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.store import Rows, concat_rows
+from influence_cli.cache.store import GradientRows, concat_rows
 from influence_cli.errors import GradientError
-from influence_cli.extraction.source import Gradients
+from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.forms import Form
 from influence_cli.methods.pairwise import dtype_of
-from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, AnyUpdate, Batch, FromForms, Update, densely, effects, gram, total
-from influence_cli.methods.reverse.segments import Plan, Segment
+from influence_cli.methods.reverse.optimizer_adjoint import (
+    Adjoint,
+    AnyUpdate,
+    Batch,
+    FisherBatch,
+    Update,
+    densely,
+    effects,
+    gram,
+    total,
+)
+from influence_cli.methods.reverse.segments import ReversePlan, Segment
 from influence_cli.run import Checkpoint
 from influence_cli.run.trajectory import Trajectory
 
@@ -24,16 +34,16 @@ GROWTH = 1e4  # of a derivative over training: past it the recursion has run awa
 DRIFT_SEGMENTS, DRIFT_EXAMPLES = 16, 8
 
 
-def prepare(gradients: Gradients, plan: Plan) -> None:
+def prepare(gradients: GradientSource, plan: ReversePlan) -> None:
     """Take and keep the gradients that are missing, each segment's of its own examples; say how far its frozen ones can be trusted."""
     gradients.ensure_each("train", plan.wanted, list(plan.columns))
     if (found := drift(gradients, plan)) is not None:
-        gradients.talk.note(found)
+        gradients.reporter.note(found)
 
 
 # ---------------------------------------------------------------- the way back
 @dataclass
-class Step:
+class StepProducts:
     """What came of one step back: per parameter (B, K) the product of each entry's gradient with u."""
 
     number: int
@@ -44,8 +54,16 @@ class Step:
 
     def effects(self, renormalize: bool, names: Sequence[str] | None = None) -> Tensor:
         """(B, K) what leaving out each entry would have done, by the gradients of these parameters or all."""
-        entry_of = torch.from_numpy(np.unique(self.examples, return_inverse=True)[1]).to(self.weights.device) if renormalize else None
-        nothing = torch.zeros_like(next(iter(self.products.values())))  # of a parameter that the step's loss did not depend on
+        entry_of = (
+            torch.from_numpy(np.unique(self.examples, return_inverse=True)[1]).to(
+                self.weights.device
+            )
+            if renormalize
+            else None
+        )
+        nothing = torch.zeros_like(
+            next(iter(self.products.values()))
+        )  # of a parameter that the step's loss did not depend on
         whole = total({name: self.products.get(name, nothing) for name in names or self.products})
         return effects(whole, self.weights, entry_of)
 
@@ -54,9 +72,18 @@ class Stability:
     """Watches the curvature of each step and the size of what is carried back."""
 
     def __init__(self) -> None:
-        self.worst: list[tuple[float, int]] = []  # (share of the limit, step) of the steps at or past it
+        self.worst: list[
+            tuple[float, int]
+        ] = []  # (share of the limit, step) of the steps at or past it
 
-    def curvature(self, step: int, norms: Tensor, gradients: Mapping[str, Form], weights: Tensor, updates: dict[str, Update]) -> None:
+    def curvature(
+        self,
+        step: int,
+        norms: Tensor,
+        gradients: Mapping[str, Form],
+        weights: Tensor,
+        updates: dict[str, Update],
+    ) -> None:
         """The largest eigenvalue of the step's whole rate x H against what such steps bear. `norms` (B,): its trace often settles it."""
         limit = min(update.stable for update in updates.values())
         if float(norms.sum()) >= limit:
@@ -90,7 +117,7 @@ def top_eigenvalue(matrix: Tensor) -> float:
 
 
 @dataclass
-class Taken:
+class ReverseStep:
     """A step and its batch, with its gradients where they are taken."""
 
     number: int
@@ -101,14 +128,16 @@ class Taken:
     updates: dict[str, AnyUpdate]
 
 
-def back(taken: Iterable[Taken], plan: Plan, adjoint: Adjoint, start: Tensor) -> Iterator[Step]:
+def back(
+    taken: Iterable[ReverseStep], plan: ReversePlan, adjoint: Adjoint, start: Tensor
+) -> Iterator[StepProducts]:
     """The steps, last first. `start` (K,): the norms of what is carried at the end of training.
 
     Raises GradientError where what is carried back runs away.
     """
     for step in taken:
         products = adjoint.step(step.batch, step.updates, plan.trajectory.lines[step.number].clip)
-        yield Step(step.number, step.checkpoint, step.examples, step.weights, products)
+        yield StepProducts(step.number, step.checkpoint, step.examples, step.weights, products)
         check_growth(start, sizes(adjoint), step.number)
 
 
@@ -116,33 +145,48 @@ def back(taken: Iterable[Taken], plan: Plan, adjoint: Adjoint, start: Tensor) ->
 class Fisher:
     """Steps with per-example gradients, and with the empirical Fisher of each batch as H where `curved`. `width`: how many are carried."""
 
-    gradients: Gradients
-    plan: Plan
+    gradients: GradientSource
+    plan: ReversePlan
     width: int
     wide: torch.dtype
     curved: bool
     stability: Stability
 
-    def cached(self, segments: tuple[Segment, ...]) -> Iterator[Taken]:
+    def cached(self, segments: tuple[Segment, ...]) -> Iterator[ReverseStep]:
         """The steps of these segments, last first, with the cached gradients of each one's checkpoint. Memory: ROWS_BYTES of gradients."""
         columns, trajectory = list(self.plan.columns), self.plan.trajectory
-        each = sum(map(self.gradients.settings.width, self.plan.columns.values())) * self.wide.itemsize
+        each = (
+            sum(map(self.gradients.settings.width, self.plan.columns.values())) * self.wide.itemsize
+        )
         stored = self.gradients.sizes("train", columns).bytes_of(columns)
         for segment in reversed(segments):
-            for steps in reversed(list(chunks(trajectory, segment, max(1, ROWS_BYTES // min(each, 2 * stored))))):
+            for steps in reversed(
+                list(chunks(trajectory, segment, max(1, ROWS_BYTES // min(each, 2 * stored))))
+            ):
                 ids = np.unique(np.concatenate([trajectory.lines[step].examples for step in steps]))
                 if not len(ids):
                     continue
-                rows = self.held(concat_rows(list(self.gradients.read("train", segment.checkpoint, columns, ids))))
+                rows = self.held(
+                    concat_rows(
+                        list(self.gradients.read("train", segment.checkpoint, columns, ids))
+                    )
+                )
                 for number in reversed(steps):
                     if len(trajectory.lines[number].examples):
                         yield self.step(number, segment.checkpoint, rows, self.plan.updates(number))
 
-    def held(self, rows: Rows) -> Rows:
+    def held(self, rows: GradientRows) -> GradientRows:
         """On the device, in the precision of what is carried."""
-        return dataclasses.replace(rows, forms={name: form.to(self.gradients.device, self.wide) for name, form in rows.forms.items()})
+        return dataclasses.replace(
+            rows,
+            forms={
+                name: form.to(self.gradients.device, self.wide) for name, form in rows.forms.items()
+            },
+        )
 
-    def step(self, number: int, checkpoint: Checkpoint, rows: Rows, updates: dict[str, AnyUpdate]) -> Taken:
+    def step(
+        self, number: int, checkpoint: Checkpoint, rows: GradientRows, updates: dict[str, AnyUpdate]
+    ) -> ReverseStep:
         """A step whose examples are among the rows."""
         line = self.plan.trajectory.lines[number]
         order = np.argsort(line.examples, kind="stable")
@@ -150,12 +194,30 @@ class Fisher:
         place = np.searchsorted(rows.ids, examples)
         at = torch.from_numpy(place).to(self.gradients.device)
         whole = len(place) == len(rows.ids) and (place == np.arange(len(place))).all()
-        batch = densely(rows.forms if whole else {name: form.take(at) for name, form in rows.forms.items()}, self.width)
-        weights = torch.from_numpy(self.plan.trajectory.weights(number)[order]).to(self.gradients.device, self.wide)
+        batch = densely(
+            rows.forms if whole else {name: form.take(at) for name, form in rows.forms.items()},
+            self.width,
+        )
+        weights = torch.from_numpy(self.plan.trajectory.weights(number)[order]).to(
+            self.gradients.device, self.wide
+        )
         plain = {name: update for name, update in updates.items() if isinstance(update, Update)}
         if self.curved and len(plain) == len(updates):
-            self.stability.curvature(number, step_sizes(rows, place, weights, plain, line.clip), batch, weights * line.clip, plain)
-        return Taken(number, checkpoint, examples, weights, FromForms(batch, weights, batch if self.curved else None), updates)
+            self.stability.curvature(
+                number,
+                step_sizes(rows, place, weights, plain, line.clip),
+                batch,
+                weights * line.clip,
+                plain,
+            )
+        return ReverseStep(
+            number,
+            checkpoint,
+            examples,
+            weights,
+            FisherBatch(batch, weights, batch if self.curved else None),
+            updates,
+        )
 
 
 def chunks(trajectory: Trajectory, segment: Segment, most: int) -> Iterator[range]:
@@ -170,15 +232,23 @@ def chunks(trajectory: Trajectory, segment: Segment, most: int) -> Iterator[rang
     yield range(first, segment.stop)
 
 
-def step_sizes(rows: Rows, place: np.ndarray, weights: Tensor, updates: dict[str, Update], clip: float) -> Tensor:
+def step_sizes(
+    rows: GradientRows, place: np.ndarray, weights: Tensor, updates: dict[str, Update], clip: float
+) -> Tensor:
     """(B,) rate x w x |g|^2 of each entry: their sum is the trace of the step's rate x H."""
-    norms = sum((update.rate * rows.sqnorms[name][place] for name, update in updates.items()), torch.zeros(()))
+    norms = sum(
+        (update.rate * rows.sqnorms[name][place] for name, update in updates.items()),
+        torch.zeros(()),
+    )
     return norms * weights.cpu() * clip
 
 
 def sizes(adjoint: Adjoint) -> Tensor:
     """(K,) the norm of what is carried of each quantity."""
-    states = (adjoint.theta, {} if adjoint.second else adjoint.moment)  # with Adam a_m is divided by gradients, and of another size
+    states = (
+        adjoint.theta,
+        {} if adjoint.second else adjoint.moment,
+    )  # with Adam a_m is divided by gradients, and of another size
     squares = [value.norm(dim=1).square() for state in states for value in state.values()]
     return torch.stack(squares).sum(0).sqrt().cpu()
 
@@ -195,7 +265,7 @@ def check_growth(start: Tensor, now: Tensor, step: int) -> None:
 
 
 # ---------------------------------------------------------------- how far it can be trusted
-def drift(gradients: Gradients, plan: Plan) -> str | None:
+def drift(gradients: GradientSource, plan: ReversePlan) -> str | None:
     """How much gradients change between neighbouring checkpoints, from some examples of some segments; None where each step is saved."""
     following = [*(segment.checkpoint for segment in plan.segments[1:]), plan.end]
     frozen = [
@@ -208,11 +278,20 @@ def drift(gradients: Gradients, plan: Plan) -> str | None:
     for segment, after in (frozen[k] for k in spread(np.arange(len(frozen)), DRIFT_SEGMENTS)):
         ids = spread(plan.examples(segment), DRIFT_EXAMPLES)
         gradients.ensure("train", [after], columns, ids)
-        before, then = (concat_rows(list(gradients.read("train", c, columns, ids))) for c in (segment.checkpoint, after))
-        ours, theirs = (torch.stack([rows.sqnorms[name] for name in columns]).sum(0) for rows in (before, then))
-        apart = torch.stack([distance(before.forms[name], then.forms[name]).square() for name in columns]).sum(0)
+        before, then = (
+            concat_rows(list(gradients.read("train", c, columns, ids)))
+            for c in (segment.checkpoint, after)
+        )
+        ours, theirs = (
+            torch.stack([rows.sqnorms[name] for name in columns]).sum(0) for rows in (before, then)
+        )
+        apart = torch.stack(
+            [distance(before.forms[name], then.forms[name]).square() for name in columns]
+        ).sum(0)
         cosine = (ours + theirs - apart) / (2 * (ours * theirs).sqrt())
-        cosines += [(float(value), segment) for value in cosine if value == value]  # a zero gradient has no direction
+        cosines += [
+            (float(value), segment) for value in cosine if value == value
+        ]  # a zero gradient has no direction
     if not cosines:
         return None
     least, where = min(cosines, key=lambda pair: pair[0])
@@ -225,9 +304,15 @@ def drift(gradients: Gradients, plan: Plan) -> str | None:
 
 def spread(values: np.ndarray, most: int) -> np.ndarray:
     """At most so many of the values, evenly spread."""
-    return values[np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))]
+    return values[
+        np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
+    ]
 
 
-def working_dtype(rows: Rows) -> torch.dtype:
+def working_dtype(rows: GradientRows) -> torch.dtype:
     """float64 where gradients are kept so, else float32."""
-    return torch.float64 if any(dtype_of(form) == torch.float64 for form in rows.forms.values()) else torch.float32
+    return (
+        torch.float64
+        if any(dtype_of(form) == torch.float64 for form in rows.forms.values())
+        else torch.float32
+    )
