@@ -16,12 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from workloads import Work, floor_seconds, write_run
 
+from influence_cli.cache.id_blocks import Ids
 from influence_cli.cli.opening import Opened, open_shared
 from influence_cli.cli.options import Shared
 from influence_cli.cli.specs import ids as parse_ids
+from influence_cli.extraction.fill import FillRequest
 from influence_cli.extraction.source import GradientSource
+from influence_cli.extraction.work_plan import WorkPlan
 from influence_cli.methods import METHODS, Question
 from influence_cli.output.ranking import TopRanking
+from influence_cli.run import Checkpoint
 
 BATCHES = {
     "w1": (256, 1000),
@@ -50,7 +54,16 @@ def opened(run: Path, cache: str, **flags: object) -> Opened:
 def fresh(like: Opened, cache: str | None) -> GradientSource:
     """Gradients that hold nothing in memory: of the same opened run, with the same or no cache."""
     old = like.gradients
-    return GradientSource(like.run, old.settings, old.store if cache else None, old.device)
+    store = old.cache.store if cache and old.cache else None
+    return GradientSource(like.run, old.settings, store, old.device)
+
+
+def plan_of(
+    gradients: GradientSource, checkpoint: Checkpoint, ids: Ids, columns: Sequence[str]
+) -> WorkPlan:
+    """The units that the cache lacks of these training examples at a checkpoint."""
+    assert gradients.filler is not None
+    return gradients.filler.plan(FillRequest("train", [(checkpoint, ids)], columns))
 
 
 def score(
@@ -79,7 +92,7 @@ def capture(like: Opened, gradients: GradientSource, level: str = "values") -> f
     """Seconds to take (and, with a cache, keep) the gradients of every training example at every checkpoint."""
     columns, ids = list(like.columns), range(len(like.run.train))
     started = time.perf_counter()
-    if gradients.store:
+    if gradients.cache:
         gradients.ensure("train", like.checkpoints, columns, ids, level)
     else:
         for checkpoint in like.checkpoints:

@@ -28,7 +28,7 @@ def work(run: Path, cache: str) -> None:
     cores = sorted(os.sched_getaffinity(0))
     live = opened(run, cache)
     os.sched_setaffinity(0, {cores[live.ranks.place.local]})
-    live.gradients.sizes("train", list(live.columns))  # probes
+    live.gradients.budget.sizes("train", list(live.columns))  # probes
     live.ranks.wait()
     seconds = discard(live) if cache == "none" else capture(live, live.gradients)
     if live.ranks.rank == 0:

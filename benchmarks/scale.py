@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import machine, opened
+from common import machine, opened, plan_of
 from stream import LAYERS, make_run
 
 from influence_cli.parallel import Shard
@@ -49,20 +49,20 @@ def main() -> None:
         run = opened(folder / "run", str(folder / "cache"), project=flags.project)
         gradients, names, checkpoint = run.gradients, list(run.columns), run.checkpoints[0]
         everything = range(flags.rows)
-        gradients.sizes("train", names)  # probed as `inspect` does
-        unit = gradients.unit_size("train", names, "values")
+        gradients.budget.sizes("train", names)  # probed as `inspect` does
+        unit = gradients.budget.unit_size("train", names, "values")
         print(
             f"{flags.rows:,} rows of {LAYERS} x {flags.project} numbers at one checkpoint, units of {unit}"
         )
         print("| | time | memory | found |\n|---|---|---|---|")
 
         def plan(ids=everything) -> str:
-            jobs = gradients.missing("train", [(checkpoint, ids)], names, "values")
+            jobs = plan_of(gradients, checkpoint, ids, names)
             return f"{len(jobs):,} units of {jobs.examples:,} rows, the last {jobs[len(jobs) - 1].unit.path.name}"
 
         measured("plan, fresh", plan)
         measured("plan of shard 500/1000", lambda: plan(Shard(500, 1000).of(everything)))
-        jobs = gradients.missing("train", [(checkpoint, everything)], names, "values")
+        jobs = plan_of(gradients, checkpoint, everything, names)
         measured(
             "every 1,000th unit named",
             lambda: sum(1 for number in range(0, len(jobs), 1000) if jobs[number].unit),
@@ -73,7 +73,7 @@ def main() -> None:
         from influence_cli.storage.atomic import write_json
 
         write_json(first.parent / "columns.json", head)
-        size = gradients.unit_size("train", names, "values")
+        size = gradients.budget.unit_size("train", names, "values")
         count = min(flags.files, len(jobs))
         for number in range(count):
             os.close(
@@ -83,18 +83,16 @@ def main() -> None:
                     os.O_CREAT,
                 )
             )
-        gradients._held.clear()
+        gradients.cache.forget_indexes()
         measured(
             f"what is there, {count:,} files",
-            lambda: f"{len(gradients.held('train', checkpoint).units):,} units",
+            lambda: f"{len(gradients.cache.index('train', checkpoint).units):,} units",
         )
         measured(
             "plan, that much there",
-            lambda: (
-                f"{len(gradients.missing('train', [(checkpoint, everything)], names, 'values')):,} units missing"
-            ),
+            lambda: f"{len(plan_of(gradients, checkpoint, everything, names)):,} units missing",
         )
-        stored, _ = gradients.needs("train", names, flags.rows)
+        stored, _ = gradients.budget.needs("train", names, flags.rows)
         records = sum(path.stat().st_size for path in (folder / "cache").rglob("*.json"))
         print(
             f"\non disk {stored / 1e12:.2f} TB ({stored / flags.rows:,.0f} bytes a row) in {len(jobs):,} files; records {records:,} bytes"

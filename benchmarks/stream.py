@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, opened, score
+from common import machine, opened, plan_of, score
 from safetensors.torch import save_file
 
 from influence_cli.cache.store import GradientRows
@@ -57,13 +57,11 @@ def make_run(folder: Path, rows: int) -> None:
 def fill(run: Opened) -> float:
     """Seconds to write random rows as the units that `influence cache` would write."""
     gradients, names = run.gradients, list(run.columns)
-    assert gradients.store is not None
+    assert gradients.cache is not None
     started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
-    jobs = gradients.missing(
-        "train", [(run.checkpoints[0], range(len(run.run.train)))], names, "values"
-    )
+    jobs = plan_of(gradients, run.checkpoints[0], range(len(run.run.train)), names)
     values = torch.randn(4096 + 509, LAYERS * NUMBERS, generator=generator)
-    with gradients.store.writer(gradients.settings.store, 1 << 40) as write:
+    with gradients.cache.store.writer(gradients.settings.store, 1 << 40) as write:
         for number, job in enumerate(jobs):
             size = len(job.ids)
             some = values[number % 509 :][:size]

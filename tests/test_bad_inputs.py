@@ -879,7 +879,7 @@ def test_a_cache_of_a_model_with_other_parameters_is_refused(cached, influence):
         influence("score", cached),
         1,
         "belongs to another run",
-        "no trained parameter 0.weight",
+        "gradients of 0.weight, 0.bias, which the model does not train",
         "--cache DIR",
     )
 

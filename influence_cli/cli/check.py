@@ -47,7 +47,7 @@ def check(
     sink.write(rows, tables.CHECK_COLUMNS)
     frozen = [
         name
-        for name, parameter in opened.run.model.named_parameters()
+        for name, parameter in opened.run.model.module.named_parameters()
         if not parameter.requires_grad
     ]
     if frozen:

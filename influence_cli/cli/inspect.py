@@ -39,7 +39,7 @@ def inspect(
     """
     from influence_cli.cli import specs
     from influence_cli.cli.opening import open_shared
-    from influence_cli.extraction import memory_budget
+    from influence_cli.extraction import machine
     from influence_cli.output.tables import to_stdout
 
     specs.check_stdin(queries, train)
@@ -58,7 +58,9 @@ def inspect(
     if method == "unroll":  # which takes no gradients of training examples
         del ids["train"]
     lacking = {
-        split: opened.gradients.lacking(split, opened.checkpoints, list(opened.columns), wanted)
+        split: opened.gradients.count_uncached(
+            split, [(point, wanted) for point in opened.checkpoints], list(opened.columns)
+        )
         for split, wanted in ids.items()
     }
     measured = measure(opened, needs(opened, lacking)[0])
@@ -97,7 +99,7 @@ def inspect(
     if method == "unroll":
         return
     stored, memory = needs(opened, lacking)
-    memory_budget.check_fits(opened.folder, stored, memory)
+    machine.check_fits(opened.folder, stored, memory)
 
 
 def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) -> list[Row]:
@@ -115,8 +117,8 @@ def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) 
 
 def parameter_rows(opened: "Opened") -> list[Row]:
     known, ways = (
-        opened.gradients.sizes("train", list(opened.columns)).forms,
-        opened.gradients.ways("train", list(opened.columns)),
+        opened.gradients.budget.sizes("train", list(opened.columns)).forms,
+        opened.gradients.extractor.ways("train", list(opened.columns)),
     )
     return [
         (
@@ -135,7 +137,7 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
     rows: list[Row] = []
     for split, wanted in ids.items():
         total, missing = len(wanted) * len(opened.checkpoints), lacking[split]
-        stored, _ = opened.gradients.needs(split, list(opened.columns), missing)
+        stored, _ = opened.gradients.budget.needs(split, list(opened.columns), missing)
         rows.append(
             (
                 split,
@@ -164,8 +166,8 @@ def dve_rows(opened: "Opened") -> list[Row]:
         opened.reporter.note(f"for --method dve: {error.headline}")
         return []
     total = sum(len(ids) for _, ids in going.wanted)
-    missing = opened.gradients.lacking_each("train", going.wanted, columns)
-    stored, _ = opened.gradients.needs("train", columns, missing)
+    missing = opened.gradients.count_uncached("train", going.wanted, columns)
+    stored, _ = opened.gradients.budget.needs("train", columns, missing)
     opened.reporter.note(
         f"trajectory: {len(going.steps):,} steps of {going.trajectory.optimizer}, {going.occurrences():,} occurrences"
     )
@@ -204,8 +206,7 @@ def fidelity_rows(
             f"{tried[-1].kept} {'is the first to reach' if reached else 'is the last tried, and does not reach'} {target}"
         )
         found += tried
-    exact = opened.gradients.exact().sizes("train", columns).bytes_of(columns)
-    opened.gradients.moved()
+    exact = opened.gradients.exact().budget.sizes("train", columns).example_bytes(columns)
     if found and found[-1].numbers * opened.gradients.settings.store.itemsize > exact:
         opened.reporter.note(
             f"{found[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} bytes an example, do"
@@ -265,7 +266,7 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
     if (
         measured.disk
     ):  # a unit is written while the next is computed; the last has nothing to hide behind
-        last = gradients.needs("train", columns, 1)[0] * gradients.unit_size(
+        last = gradients.budget.needs("train", columns, 1)[0] * gradients.budget.unit_size(
             "train", columns, "values"
         )
         seconds = (
@@ -273,12 +274,12 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
             + min(stored, last) / measured.disk
         )
     units = (
-        gradients.needs("train", columns, lacking.get("train", 0))[1]
-        - gradients.needs("train", columns, 0)[1]
+        gradients.budget.needs("train", columns, lacking.get("train", 0))[1]
+        - gradients.budget.needs("train", columns, 0)[1]
     )
     batch, unit = (
-        gradients.batch_size("train", columns),
-        gradients.unit_size("train", columns, "values"),
+        gradients.budget.batch_size("train", columns),
+        gradients.budget.unit_size("train", columns, "values"),
     )
     return [
         ("cache", place),
@@ -298,7 +299,7 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
 def needs(opened: "Opened", lacking: dict[str, int]) -> tuple[int, int]:
     """Bytes on disk, and bytes of memory at work, of what is to be computed."""
     both = [
-        opened.gradients.needs(split, list(opened.columns), count)
+        opened.gradients.budget.needs(split, list(opened.columns), count)
         for split, count in lacking.items()
     ]
     return sum(stored for stored, _ in both), max(memory for _, memory in both)
@@ -328,32 +329,32 @@ def measure(opened: "Opened", stored: int) -> Measured:
     import numpy as np
 
     from influence_cli.cache.store import DIRECT_FROM
-    from influence_cli.extraction import memory_budget
+    from influence_cli.extraction import machine
 
     gradients, names, first = opened.gradients, list(opened.columns), opened.checkpoints[0]
-    batch, total = gradients.batch_size("train", names), len(opened.run.train)
+    batch, total = gradients.budget.batch_size("train", names), len(opened.run.train)
 
     def take(going_on: Callable[[], bool]) -> tuple[float, int]:
         started, done = time.perf_counter(), 0
         while not done or going_on():
             ids = np.arange(done % total, min(done % total + batch, total))
-            gradients.capture("train", first, names, ids)
+            gradients.extractor.rows_at(first, "train", names, ids)
             done += len(ids)
         return time.perf_counter() - started, done
 
-    gradients.capture(
-        "train", first, names, np.arange(min(batch, total))
+    gradients.extractor.rows_at(
+        first, "train", names, np.arange(min(batch, total))
     )  # loads, checks and warms up
     until = time.perf_counter() + SECONDS
     elapsed, done = take(lambda: time.perf_counter() < until)
-    seconds, peak = elapsed / done, memory_budget.peak_memory()
+    seconds, peak = elapsed / done, machine.peak_memory()
     if opened.folder is None:
         return Measured(seconds, peak)
     with ThreadPoolExecutor(1) as thread:
-        writing = thread.submit(memory_budget.disk_speed, opened.folder, stored > DIRECT_FROM)
+        writing = thread.submit(machine.disk_speed, opened.folder, stored > DIRECT_FROM)
         elapsed, done = take(lambda: not writing.done())
     return Measured(
-        seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / memory_budget.TRIAL
+        seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / machine.TRIAL_BYTES
     )
 
 

@@ -14,7 +14,7 @@ from influence_cli.cli import specs
 from influence_cli.cli.options import Shared
 from influence_cli.cli.stderr_reporter import StderrReporter
 from influence_cli.errors import UsageProblem
-from influence_cli.extraction.memory_budget import keep_freed_memory
+from influence_cli.extraction.machine import keep_freed_memory
 from influence_cli.extraction.source import GradientSource, open_store
 from influence_cli.gradients.projection import Projection
 from influence_cli.methods import Groups

@@ -113,11 +113,11 @@ def score(
     elif not chosen.ordered or ranks.count == 1:
         sink.write(rows, tables.score_columns(by))
     elif ranks.rank:
-        opened.gradients.help()
+        opened.gradients.serve()
     else:
         opened.reporter.note(
             f"{method}: what is cached is captured by all {ranks.count} ranks; training is gone back over by rank 0 alone"
         )
-        with opened.gradients.helped():
+        with opened.gradients.serving():
             sink.write(rows, tables.score_columns(by))
     ranks.close()

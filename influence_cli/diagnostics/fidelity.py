@@ -182,7 +182,6 @@ def fidelity(
         "stored": lambda name, form: as_stored(project(name, form), settings.store),
     }
     scores, norms = sample.scores(ways)
-    gradients.moved()
     found = []
     if projection:
         expected = spread_of(projection, sample, norms)
@@ -271,9 +270,7 @@ def search(
                 sample.compare(kept, scores[projection.key], scores["exact"], expected, projection)
             )
             if found[-1].reached >= target:
-                gradients.moved()
                 return found
-    gradients.moved()
     return found
 
 

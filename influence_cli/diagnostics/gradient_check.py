@@ -74,14 +74,13 @@ def findings(
         "gradients taken again", len(looked_at) * sum(map(len, chosen.values()))
     ) as advance:
         for checkpoint in looked_at:
-            exact.load(checkpoint)
+            exact.run.model.at(checkpoint)
             for split, some in chosen.items():
                 for finding in check_gradients(exact, checkpoint, split, columns, some):
                     key = finding.check, finding.split, finding.subject
                     if key not in worst or not finding.error <= worst[key].error:
                         worst[key] = finding
                 advance(len(some))
-    gradients.moved()
     order = ("gradients", "batches", "repeats", "coverage", "outputs")
     return [
         *sorted(worst.values(), key=lambda finding: order.index(finding.check)),
@@ -101,9 +100,9 @@ def check_gradients(
     columns: Sequence[str],
     ids: np.ndarray,
 ) -> Iterator[Finding]:
-    capture, size = gradients.capture_of(split, columns), len(ids)
+    capture, size = gradients.extractor.capture_for(split, columns), len(ids)
     assert isinstance(capture, Capture)
-    batch, single = gradients.batch(split, ids)
+    batch, single = gradients.extractor.batch(split, ids)
     alone = [capture.single(single(i)) for i in range(size)]
     expected = {
         name: torch.stack([grads[name] for _, grads in alone]).flatten(1) for name in columns
@@ -156,7 +155,7 @@ def check_gradients(
     ours = fast.losses, dense(fast.forms)
     yield from compared("gradients", ours, (losses, expected), way)
     for order in (np.arange(size)[::-1].copy(), np.arange(1)):
-        other, other_single = gradients.batch(split, ids[order])
+        other, other_single = gradients.extractor.batch(split, ids[order])
         again = capture(other, other_single, len(order))
         yield from compared("batches", placed(ours, order, again), ours, lambda name: "")
     again = capture(batch, single, size)
@@ -219,7 +218,7 @@ def check_coverage(
     sizes: Scales,
 ) -> Iterator[Finding]:
     """Every parameter that training moves is accounted for: asked of the model, not of what was selected from it."""
-    model = gradients.run.model
+    model = gradients.run.model.module
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
@@ -260,7 +259,9 @@ def check_outputs(
     ):
         with torch.no_grad():
             found = definition.call(
-                "loss_from_outputs", definition.call("outputs", gradients.run.model, batch), batch
+                "loss_from_outputs",
+                definition.call("outputs", gradients.run.model.module, batch),
+                batch,
             )
         if not isinstance(found, Tensor) or found.shape != losses.shape:
             shape = tuple(getattr(found, "shape", ()))
@@ -280,19 +281,19 @@ def check_outputs(
 # ---------------------------------------------------------------- cache
 def check_cache(gradients: GradientSource, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
     """Every unit of the cache is read; of the checkpoints looked at some examples are taken again."""
-    store = gradients.store
-    if store is None:
+    if gradients.cache is None:
         return
+    store = gradients.cache.store
     places = sorted([*store.folder.glob("*/step-*/train"), *store.folder.glob("*/step-*/query/*")])
     with gradients.reporter.progress("cache files", len(places)) as advance:
         for place in places:
             yield check_units(store, place)
             advance(1)
     for checkpoint in checkpoints:
-        place = gradients.place("train", checkpoint)
+        place = gradients.cache.folder("train", checkpoint)
         units = [
             unit
-            for unit in gradients.held("train", checkpoint).units
+            for unit in gradients.cache.index("train", checkpoint).units
             if all(map(gradients.run.has, unit.columns))
         ]
         if units:
@@ -345,27 +346,28 @@ def taken_again(
     gradients: GradientSource, checkpoint: Checkpoint, place: Path, held: UnitIndex
 ) -> Finding:
     """Some of what is cached, against the same taken now; all items behind it, against the dataset."""
-    assert gradients.store is not None
+    assert gradients.cache is not None
+    store = gradients.cache.store
     subject, count = f"{checkpoint.name}, taken again", 0
     try:
-        revalidate.verify_items(
+        revalidate.check_items(
             gradients.run,
             "train",
             {place: held},
-            gradients.store,
+            store,
             gradients.reporter,
             all_items=True,
         )
-        for unit, ids in revalidate.sampled(held.units, EXAMPLES, len(gradients.run.train)):
+        for unit, ids in revalidate.sample_rows(held.units, EXAMPLES, len(gradients.run.train)):
             stored = UnitIndex([unit]).read(unit.columns, unit.level, ids)
-            now = gradients.again("train", checkpoint, unit.columns, ids)
+            now = gradients.recompute("train", checkpoint, unit.columns, ids)
             compare(
                 stored,
                 now,
                 gradients.settings.rounding,
                 checkpoint.name,
                 "train",
-                gradients.store.folder,
+                store.folder,
             )
             count += len(ids)
     except CacheError as error:

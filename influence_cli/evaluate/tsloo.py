@@ -47,8 +47,8 @@ def evaluate(gradients: GradientSource, asked: EvaluationRequest) -> Iterator[tu
     run, reporter = gradients.run, gradients.reporter
     start, end = run.checkpoints[0], asked.checkpoints[-1]
     trajectory = check(run, start, end)
-    size = gradients.batch_size("train", list(run.columns))
-    replay = Replay(run, lambda ids: gradients.batch("train", ids)[0], size)
+    size = gradients.budget.batch_size("train", list(run.columns))
+    replay = Replay(run, lambda ids: gradients.extractor.batch("train", ids)[0], size)
     replay.begin(start)
     for note in trajectory.notes:
         reporter.note(note)
@@ -66,10 +66,7 @@ def evaluate(gradients: GradientSource, asked: EvaluationRequest) -> Iterator[tu
         if asked.folder
         else None
     )
-    try:
-        retrain(gradients, replay, end, removals, asked, results)
-    finally:
-        gradients.moved()
+    retrain(gradients, replay, end, removals, asked, results)
     base = next(record for record in results.records if "values" in record)
     done = truths(results)
     truth = np.array([done[removal] for removal in removals])
@@ -194,7 +191,7 @@ def baseline(
     start = gradients.run.checkpoints[0]
     replay.begin(start)
     replay.advance(end.step, each=partial(advance, where="the whole run"))
-    values, apart = query_values(gradients, asked.queries), replay.apart(end)
+    values, apart = query_values(gradients, asked.queries), replay.relative_distance(end)
     max_norm = float(np.median(list(replay.clipped.values()))) if replay.clipped else None
     replay.begin(start)
     replay.advance(
@@ -216,15 +213,15 @@ def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
     """(Q,) m of each query as the model is now, float64. With autograd on: a loss may take derivatives of its own."""
     definition, size = (
         gradients.run.definition,
-        gradients.batch_size("train", list(gradients.run.columns)),
+        gradients.budget.batch_size("train", list(gradients.run.columns)),
     )
     name = "measure" if definition.has("measure") else "loss"
     found = []
     for first in range(0, len(queries), size):
         ids = np.array(queries[first : first + size])
-        batch, _ = gradients.batch("query", ids)
+        batch, _ = gradients.extractor.batch("query", ids)
         try:
-            values = definition.raw(name)(gradients.run.model, batch)
+            values = definition.raw(name)(gradients.run.model.module, batch)
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise InfluenceError(

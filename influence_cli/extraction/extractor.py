@@ -1,6 +1,7 @@
-"""The gradients of some examples, taken now: checkpoints loaded, batches made, captures settled, what goes wrong there explained."""
+"""Runs the model over batches and captures per-example gradients."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,21 +10,21 @@ import torch
 from influence_cli.cache.identity import Settings
 from influence_cli.cache.store import GradientRows, Level
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
+from influence_cli.extraction.memory_budget import AnyCapture, MemoryBudget
 from influence_cli.gradients.batches import to
 from influence_cli.gradients.buffers import FormBuffer
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.embedding_capture import EmbeddingCapture
+from influence_cli.gradients.forms import Form
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
-from influence_cli.progress import Reporter
+from influence_cli.progress import Advance, Reporter
 from influence_cli.run import Checkpoint, Run
-from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
-
-AnyCapture = Capture | EmbeddingCapture
 
 
 class GradientExtractor:
-    """A run's model on its device, with the parameters of one checkpoint at a time. `cast`: what floating batch tensors are cast to."""
+    """Computes gradients of a run's examples, with the weights of a checkpoint or with the weights that
+    the model holds. It stores nothing."""
 
     def __init__(
         self,
@@ -32,87 +33,138 @@ class GradientExtractor:
         device: torch.device,
         cast: torch.dtype | None,
         reporter: Reporter,
+        requested_batch_size: int | None = None,
+        record_folder: Path | None = None,
     ) -> None:
-        self.run, self.settings, self.device, self.cast, self.reporter = (
-            run,
+        """`cast`: dtype of floating batch tensors, None leaves them. `record_folder`: of measured
+        sizes; with one, rows carry digests of their items, as the cache needs them."""
+        self.run, self.settings, self.device = run, settings, device
+        self.cast, self.reporter = cast, reporter
+        self.budget = MemoryBudget(
             settings,
             device,
-            cast,
-            reporter,
+            record_folder,
+            requested_batch_size,
+            self.capture_for,
+            lambda split: len(run.examples(split)),
         )
-        self._loaded: Checkpoint | None = None
+        self._with_digests = record_folder is not None
         self._captures: dict[tuple[str, tuple[str, ...]], AnyCapture] = {}
 
-    def take(
+    # ------------------------------------------------------------ rows
+    def rows_at(
         self,
-        split: str,
         checkpoint: Checkpoint,
+        split: str,
+        columns: Sequence[str],
+        ids: np.ndarray,
+        level: Level = "values",
+        advance: Advance = lambda examples, where="": None,
+        where: str = "",
+    ) -> GradientRows:
+        """Rows of these examples with the weights of a checkpoint. Raises GradientError: a loss or a
+        gradient that is not finite; out of memory; DefinitionError: a function of the user fails."""
+        self.run.model.at(checkpoint)
+        return self.rows(checkpoint.name, split, columns, ids, level, advance, where)
+
+    def rows(
+        self,
+        weights: str,
+        split: str,
+        columns: Sequence[str],
+        ids: np.ndarray,
+        level: Level = "values",
+        advance: Advance = lambda examples, where="": None,
+        where: str = "",
+    ) -> GradientRows:
+        """Rows of these examples with the weights that the model holds; `weights` names them in errors.
+
+        If a device runs out of memory, the batch size is halved and recorded, and the work repeated.
+        """
+        while True:
+            done = 0
+
+            def count(examples: int) -> None:
+                nonlocal done
+                done += examples
+                advance(examples, where)
+
+            size = self.budget.batch_size(split, columns)
+            try:
+                return self._rows_in_batches(weights, split, columns, ids, size, level, count)
+            except GradientError as error:
+                if not self._can_halve(size, error):
+                    raise
+                half = self.budget.halve_batch_size(split, columns)
+                self.reporter.note(f"out of memory on {self.device}: batches of {half} from now on")
+                advance(-done, where)
+                torch.cuda.empty_cache()
+
+    def _can_halve(self, size: int, error: GradientError) -> bool:
+        fixed = self.device.type == "cpu" or self.budget.requested_batch_size or size == 1
+        return not fixed and is_out_of_memory(error.__cause__ or error)
+
+    def _rows_in_batches(
+        self,
+        weights: str,
+        split: str,
         columns: Sequence[str],
         ids: np.ndarray,
         size: int,
         level: Level,
-        digests_too: bool,
         advance: Callable[[int], None],
     ) -> GradientRows:
-        """Gradients of these examples with the parameters that the model has, in batches of `size`; zeros for digests nobody keeps."""
-        capture = self.capture_of(split, columns)
+        capture = self.capture_for(split, columns)
         losses, digests = [], []
         sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
-        forms = FormBuffer(len(ids))
+        buffer = FormBuffer(len(ids))
         for first in range(0, len(ids), size):
-            chosen = ids[first : first + size]
-            batch, single = self.batch(split, chosen)
+            batch_ids = ids[first : first + size]
+            batch, single = self.batch(split, batch_ids)
             try:
-                captured = capture(batch, single, len(chosen), level == "values")
+                captured = capture(batch, single, len(batch_ids), level == "values")
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
-                raise self.explained(split, error, len(chosen)) from error
+                raise self.explained(split, error, len(batch_ids)) from error
             losses.append(captured.losses)
             for name in columns:
                 sqnorms[name].append(captured.sqnorms[name])
             if level == "values":
-                forms.add(captured.forms)
-            digests.append(
-                self.run.examples(split).digests(chosen)
-                if digests_too
-                else torch.zeros(len(chosen), dtype=torch.int64)
-            )
-            if self.device.type == "cpu":  # a device is not waited for at each batch
-                self._check_finite(
-                    checkpoint,
-                    split,
-                    chosen,
-                    losses[-1],
-                    {name: values[-1] for name, values in sqnorms.items()},
-                )
-            advance(len(chosen))
-        all_losses, all_norms = (
-            torch.cat(losses).cpu(),
-            {name: torch.cat(values).cpu() for name, values in sqnorms.items()},
-        )
+                buffer.add(captured.forms)
+            digests.append(self._digests(split, batch_ids))
+            if self.device.type == "cpu":  # a GPU would have to finish each batch for this check
+                check_finite(weights, split, batch_ids, captured.losses, captured.sqnorms)
+            advance(len(batch_ids))
+        all_losses = torch.cat(losses).cpu()
+        all_norms = {name: torch.cat(values).cpu() for name, values in sqnorms.items()}
         if self.device.type != "cpu":
-            self._check_finite(checkpoint, split, ids, all_losses, all_norms)
-        return GradientRows(
-            ids,
-            all_losses,
-            torch.cat(digests),
-            all_norms,
-            {
-                name: Postings.of(form)
-                if name in self.run.embeddings and isinstance(form, EmbeddingRows)
-                else form
-                for name, form in forms.done().items()
-            },
-        )
+            check_finite(weights, split, ids, all_losses, all_norms)
+        forms = {name: self._kept_form(name, form) for name, form in buffer.done().items()}
+        return GradientRows(ids, all_losses, torch.cat(digests), all_norms, forms)
 
+    def _digests(self, split: str, ids: np.ndarray) -> torch.Tensor:
+        if self._with_digests:
+            return self.run.examples(split).digests(ids)
+        return torch.zeros(len(ids), dtype=torch.int64)
+
+    def _kept_form(self, column: str, form: Form) -> Form:
+        """Rows of an embedding's output go by token, an inverted index."""
+        if column in self.run.embeddings and isinstance(form, EmbeddingRows):
+            return Postings.of(form)
+        return form
+
+    # ------------------------------------------------------------ batches and captures
     def batch(
         self, split: str, ids: np.ndarray, cast: torch.dtype | None = None
     ) -> tuple[Any, Callable[[int], Any]]:
-        """A batch on the device, and a function that gives its examples as batches of one. `cast`: in place of the run's precision."""
+        """A batch on the device, and a function that gives its examples as batches of one.
+
+        `cast`: dtype of floating tensors, None for the run's. The batch is what the user collates.
+        """
         examples = self.run.examples(split)
 
-        def single(i: int) -> Any:
+        def single(i: int) -> Any:  # a batch of any type
             return to(examples.batch(ids[i : i + 1]), self.device, cast or self.cast)
 
         try:
@@ -122,91 +174,90 @@ class GradientExtractor:
         except (Exception, SystemExit) as error:
             raise self.explained(split, error, len(ids)) from error
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        if self._loaded != checkpoint:
-            self._loaded = None
-            checkpoint_files.load(checkpoint, self.run.model)
-            self._loaded = checkpoint
-
-    def moved(self) -> None:
-        """Someone else put other parameters into the model."""
-        self._loaded = None
-
-    def capture_of(self, split: str, columns: Sequence[str]) -> AnyCapture:
+    def capture_for(self, split: str, columns: Sequence[str]) -> AnyCapture:
+        """The capture of these columns. A new one is probed on the first two examples, with the weights
+        that the model holds, or with those of the first checkpoint."""
         key = (split, tuple(columns))
         if key not in self._captures:
-            definition, examples = self.run.definition, self.run.examples(split)
-            measured = split == "query" and definition.has("measure")
-            name, function = (
-                ("measure()", definition.raw("measure"))
-                if measured
-                else ("loss()", definition.raw("loss"))
-            )
-
-            def quantity(model: torch.nn.Module, batch: Any) -> Any:
-                value = function(model, batch)
-                return -value if measured and isinstance(value, torch.Tensor) else value
-
-            words = (
-                self.run.embeddings.get(columns[0])
-                if len(columns) == 1 and columns[0] not in self.run.columns
-                else None
-            )
-            if words is not None and words.module is not None:
-                capture: AnyCapture = EmbeddingCapture(
-                    self.run.model, quantity, words.name, words.module, name, self.reporter.note
-                )
-            else:
-                embeddings = [column for column in columns if self.run.columns[column].embedding]
-                capture = Capture(
-                    self.run.model,
-                    quantity,
-                    columns,
-                    embeddings,
-                    name,
-                    self.reporter.note,
-                    self.settings.projection,
-                )
-            first = range(min(2, len(examples)))
-            examples.check_stable(range(min(4, len(examples))))
-            batch, single = self.batch(split, np.array(first))
-            try:
-                capture.probe(batch, [single(i) for i in first])
-            except InfluenceError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise self.explained(split, error, len(first)) from error
+            self.run.model.at_any(self.run.checkpoints[0])
+            capture = self._new_capture(split, columns)
+            self._probe(split, capture)
             self._captures[key] = capture
         return self._captures[key]
 
+    def _new_capture(self, split: str, columns: Sequence[str]) -> AnyCapture:
+        definition, module = self.run.definition, self.run.model.module
+        measured = split == "query" and definition.has("measure")
+        name = "measure" if measured else "loss"
+        function = definition.raw(name)
+
+        def quantity(model: torch.nn.Module, batch: Any) -> Any:  # the user's batch and tensor
+            value = function(model, batch)
+            return -value if measured and isinstance(value, torch.Tensor) else value
+
+        note = self.reporter.note
+        if len(columns) == 1 and columns[0] not in self.run.columns:
+            output = self.run.embeddings.get(columns[0])
+            if output is not None and output.module is not None:
+                return EmbeddingCapture(
+                    module, quantity, output.name, output.module, f"{name}()", note
+                )
+        embeddings = [column for column in columns if self.run.columns[column].embedding]
+        return Capture(
+            module, quantity, columns, embeddings, f"{name}()", note, self.settings.projection
+        )
+
+    def _probe(self, split: str, capture: AnyCapture) -> None:
+        examples = self.run.examples(split)
+        first = range(min(2, len(examples)))
+        examples.check_stable(range(min(4, len(examples))))
+        batch, single = self.batch(split, np.array(first))
+        try:
+            capture.probe(batch, [single(i) for i in first])
+        except InfluenceError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self.explained(split, error, len(first)) from error
+
+    def ways(self, split: str, columns: Sequence[str]) -> dict[str, str]:
+        """How the gradients of each column are computed: by a layer rule, by torch.func, one by one."""
+        capture = self.capture_for(split, columns)
+        if isinstance(capture, EmbeddingCapture):
+            return dict.fromkeys(columns, "at the output" if capture.at_once else "one by one")
+        if not capture.at_once:
+            return dict.fromkeys(columns, "one by one")
+        return {name: "rule" if name in capture.hooked else "torch.func" for name in columns}
+
     def explained(self, split: str, error: Exception | SystemExit, size: int) -> InfluenceError:
-        """What an exception of the user's quantity becomes, in a batch of so many examples."""
+        """The error to raise for an exception in the user's functions, in a batch of `size`."""
         text = str(error)
         if is_out_of_memory(error):
             return GradientError(
-                f"out of memory while taking the gradients of a batch of {size}",
+                f"out of memory: gradients of a batch of {size}",
                 text.splitlines()[0] if text else type(error).__name__,
-                "--batch-size N takes fewer at once, --layers GLOB fewer parameters; finished units are kept",
+                "--batch-size N computes fewer examples at once; --layers GLOB selects fewer parameters;"
+                " finished units are kept",
             )
         measured = split == "query" and self.run.definition.has("measure")
         return failure(self.run.definition, "measure" if measured else "loss", error)
 
-    def _check_finite(
-        self,
-        checkpoint: Checkpoint,
-        split: str,
-        ids: np.ndarray,
-        losses: torch.Tensor,
-        sqnorms: dict[str, torch.Tensor],
-    ) -> None:
-        for name, values in [
-            ("the loss", losses),
-            *((f"the gradient of {column}", norms) for column, norms in sqnorms.items()),
-        ]:
-            wrong = ids[~torch.isfinite(values).numpy()]
-            if len(wrong):
-                raise GradientError(
-                    f"{name} is not finite at {checkpoint.name}, example {wrong[0]} of {split}_data()",
-                    f"{len(wrong)} of the {len(ids)} examples of its batch: {listed(wrong)}",
-                    "look at that example and the loss; --precision float64 helps against overflow; --steps or --train leaves it out",
-                )
+
+def check_finite(
+    weights: str,
+    split: str,
+    ids: np.ndarray,
+    losses: torch.Tensor,
+    sqnorms: dict[str, torch.Tensor],
+) -> None:
+    """Raise GradientError, naming the example, where a loss or a gradient's norm is not finite."""
+    named = {"the loss": losses}
+    named |= {f"the gradient of {column}": norms for column, norms in sqnorms.items()}
+    for name, values in named.items():
+        wrong = ids[~torch.isfinite(values).cpu().numpy()]
+        if len(wrong):
+            raise GradientError(
+                f"{name} is not finite at {weights}, example {wrong[0]} of {split}_data()",
+                f"{len(wrong)} of the {len(ids)} examples of its batch: {listed(wrong)}",
+                "look at that example and the loss; --precision float64 helps against overflow;"
+                " --steps or --train leaves it out",
+            )

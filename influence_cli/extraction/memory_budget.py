@@ -1,208 +1,228 @@
-"""What a request weighs: bytes per example of each column, examples captured at once, examples of a unit. Probed once, then recorded.
+"""Bytes of a request: per example of each column, per batch, per unit. A probe measures them once.
 
-The record, sizes.json beside the units, keeps the cut the same on every machine that goes on with a cache: units and the batches in them
-follow from it.
+The record is sizes-SPLIT.json beside the units. Units and batches follow from it, so it keeps them the
+same on every machine that resumes a cache.
 """
 
 import contextlib
 import hashlib
 import json
-import os
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from influence_cli.cache.store import UNIT_BYTES
+from influence_cli.cache.identity import Settings
+from influence_cli.cache.quantize import SCALED
+from influence_cli.cache.store import UNIT_BYTES, UNIT_EXAMPLES, Level
 from influence_cli.errors import CacheError
+from influence_cli.extraction.machine import free_cuda_bytes
+from influence_cli.gradients.capture import Capture
+from influence_cli.gradients.embedding_capture import EmbeddingCapture
 from influence_cli.gradients.forms import Form
-from influence_cli.storage.atomic import read_json, sync, write_json, writing
-from influence_cli.storage.safetensors_io import save
+from influence_cli.storage.atomic import read_json, write_json, writing
 
-BATCH_BYTES = (
-    384 << 20
-)  # working memory of a batch on the CPU; about what its caches and allocator like
-BATCH_MOST = 1024
-TRIAL = 128 << 20  # bytes written to measure a disk
+BATCH_BYTES = 384 << 20  # working memory of a batch on a CPU: what its caches and allocator like
+MAX_BATCH = 1024
+
+AnyCapture = Capture | EmbeddingCapture
 
 
 @dataclass
-class Sizes:
-    """Of one split: per column its form and bytes per example, as stored; per set of columns the batch and its bytes per example."""
+class SizeRecord:
+    """The measured sizes of one split.
+
+    `forms`: per column its form and its bytes per example, as stored. `batches`: per set of columns
+    the examples of a batch, and the working bytes of one example.
+    """
 
     path: Path | None
     forms: dict[str, tuple[str, int]] = field(default_factory=dict)
     batches: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path | None, split: str) -> "Sizes":
-        """The record of a settings folder, or an empty one. Raises CacheError where it can't be read."""
+    def open(cls, folder: Path | None, split: str) -> "SizeRecord":
+        """The record of a settings folder, or an empty one. Raises CacheError: a broken record."""
         path = folder / f"sizes-{split}.json" if folder else None
         if path is None or not path.is_file():
             return cls(path)
-        found = read_json(path)
+        content = read_json(path)
         try:
             forms = {
-                str(name): (str(kind), int(count)) for name, (kind, count) in found["forms"].items()
+                str(name): (str(kind), int(count))
+                for name, (kind, count) in content["forms"].items()
             }
-            return cls(
-                path,
-                forms,
-                {
-                    str(key): (max(1, int(n)), int(count))
-                    for key, (n, count) in found["batches"].items()
-                },
-            )
+            batches = {
+                str(key): (max(1, int(examples)), int(count))
+                for key, (examples, count) in content["batches"].items()
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(
-                f"{path} does not list forms and batches ({error})",
-                "delete it; it is measured again",
+                f"{path} is broken",
+                f"expected: forms and batches; found: {error}",
+                "delete that file: influence measures the sizes again",
             ) from error
+        return cls(path, forms, batches)
 
     def add(
         self, columns: Sequence[str], forms: dict[str, tuple[str, int]], batch: int, working: int
     ) -> None:
-        """Record what a probe found; what is known of a column stays as it is."""
+        """Record the result of a probe. Sizes of columns that are known already stay as they are."""
         self.forms = forms | self.forms
-        self.batches[key_of(columns)] = batch, working
+        self.batches[columns_key(columns)] = batch, working
         if self.path is not None:
-            with (
-                contextlib.suppress(CacheError),
-                writing(self.path.parent),
-            ):  # a read-only cache serves all the same
+            with contextlib.suppress(CacheError), writing(self.path.parent):  # may be read-only
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self.path, {"forms": self.forms, "batches": self.batches})
 
-    def knows(self, columns: Sequence[str]) -> bool:
+    def has_forms(self, columns: Sequence[str]) -> bool:
         return all(name in self.forms for name in columns)
 
-    def bytes_of(self, columns: Sequence[str]) -> int:
-        """What the gradients of one example take as stored."""
+    def has_batch(self, columns: Sequence[str]) -> bool:
+        return columns_key(columns) in self.batches
+
+    def example_bytes(self, columns: Sequence[str]) -> int:
+        """Bytes of one example's gradients, as stored."""
         return sum(self.forms[name][1] for name in columns)
 
-    def unit(self, columns: Sequence[str], most: int) -> int:
+    def batch(self, columns: Sequence[str]) -> int:
+        """Examples of a batch."""
+        return self.batches[columns_key(columns)][0]
+
+    def working_bytes(self, columns: Sequence[str]) -> int:
+        """Bytes that one example of a batch needs while it is computed."""
+        return self.batches[columns_key(columns)][1]
+
+    def unit_examples(self, columns: Sequence[str]) -> int:
         """Examples of a unit: a power of two, by the bytes of these columns."""
-        return min(most, floor_power(UNIT_BYTES // max(1, self.bytes_of(columns))))
+        fitting = UNIT_BYTES // max(1, self.example_bytes(columns))
+        return min(UNIT_EXAMPLES, floor_power_of_two(fitting))
 
 
-def key_of(columns: Sequence[str]) -> str:
+class MemoryBudget:
+    """Batch and unit sizes of a run's gradients, and the disk and memory that a request needs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        folder: Path | None,
+        requested_batch_size: int | None,
+        capture_for: Callable[[str, Sequence[str]], AnyCapture],
+        split_size: Callable[[str], int],
+    ) -> None:
+        """`folder`: of the records, None for none. `requested_batch_size`: the user's, if any.
+        `capture_for`: (split, columns) -> a probed capture, which knows the sizes of two examples.
+        `split_size`: the number of examples of a split."""
+        self.settings, self.device = settings, device
+        self.requested_batch_size = requested_batch_size
+        self._folder, self._capture_for, self._split_size = folder, capture_for, split_size
+        self.records: dict[str, SizeRecord] = {}
+
+    def record(self, split: str) -> SizeRecord:
+        """The record as it is, without a probe."""
+        if split not in self.records:
+            self.records[split] = SizeRecord.open(self._folder, split)
+        return self.records[split]
+
+    def sizes(self, split: str, columns: Sequence[str]) -> SizeRecord:
+        """The record with these columns in it; a probe measures those that are new."""
+        record = self.record(split)
+        if not (record.has_forms(columns) and record.has_batch(columns)):
+            sample = self._capture_for(split, columns)
+            store = self.settings.store
+            ratio = store.itemsize / self.settings.precision.itemsize
+            forms = stored_bytes(sample.sample, ratio, 4 if store in SCALED else 0)
+            form_bytes = sum(form.nbytes // len(form) for form in sample.sample.values())
+            working = round(sample.activations) * 2 + form_bytes
+            record.add(columns, forms, default_batch(working, self.device), working)
+        return record
+
+    def batch_size(self, split: str, columns: Sequence[str]) -> int:
+        """Examples that are computed at once: the user's number, else the recorded one."""
+        return self.requested_batch_size or self.sizes(split, columns).batch(columns)
+
+    def halve_batch_size(self, split: str, columns: Sequence[str]) -> int:
+        """Record half the batch size, after a device ran out of memory; returns it."""
+        record = self.sizes(split, columns)
+        half = max(1, record.batch(columns) // 2)
+        record.add(columns, {}, half, record.working_bytes(columns))
+        return half
+
+    def unit_size(self, split: str, columns: Sequence[str], level: Level) -> int:
+        """Examples of a unit: a power of two, by the bytes of these columns."""
+        if level == "norms":
+            return UNIT_EXAMPLES // 4
+        record = self.record(split)
+        if not record.has_forms(columns):
+            record = self.sizes(split, columns)
+        return record.unit_examples(columns)
+
+    def needs(
+        self, split: str, columns: Sequence[str], cells: int, level: Level = "values"
+    ) -> tuple[int, int]:
+        """Bytes of disk and of memory for so many (checkpoint, example) pairs.
+
+        The memory holds a batch, a unit that fills, and a unit that is written.
+        """
+        record = self.sizes(split, columns)
+        cell_bytes = 16 + 8 * len(columns)
+        if level == "norms":
+            return cells * cell_bytes, self._batch_bytes(split, columns)
+        cell_bytes += record.example_bytes(columns)
+        units = 2 * self.unit_size(split, columns, level)
+        examples = min(units, self._split_size(split), cells)
+        return cells * cell_bytes, self._batch_bytes(split, columns) + examples * cell_bytes
+
+    def _batch_bytes(self, split: str, columns: Sequence[str]) -> int:
+        """Host memory of a batch; on a GPU the batch takes none."""
+        if self.device.type == "cuda":
+            return 0
+        working = self.sizes(split, columns).working_bytes(columns)
+        return working * self.batch_size(split, columns)
+
+
+def columns_key(columns: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(columns)).encode()).hexdigest()[:12]
 
 
-def batch_for(working: int, device: torch.device) -> int:
-    """Examples captured at once, by the working bytes of each: on the CPU the same on every machine, on a GPU a quarter of what is free."""
+def default_batch(working: int, device: torch.device) -> int:
+    """Examples of a batch by the working bytes of each: on a CPU the same on every machine, on a GPU
+    a quarter of its free memory."""
     if device.type == "cuda":
-        return min(
-            4 * BATCH_MOST, floor_power(torch.cuda.mem_get_info(device)[0] // 4 // max(1, working))
-        )
-    return min(BATCH_MOST, floor_power(BATCH_BYTES // max(1, working)))
+        fitting = free_cuda_bytes(device) // 4 // max(1, working)
+        return min(4 * MAX_BATCH, floor_power_of_two(fitting))
+    return min(MAX_BATCH, floor_power_of_two(BATCH_BYTES // max(1, working)))
 
 
-def floor_power(number: int) -> int:
+def floor_power_of_two(number: int) -> int:
     """The largest power of two that is not above `number`, at least 1."""
     return 1 << max(0, number.bit_length() - 1)
 
 
-def check_fits(folder: Path | None, stored: int, memory: int) -> None:
-    """Raise CacheError where the disk of the cache has no room for `stored` bytes, or this process none for `memory` more."""
-    if folder is not None:
-        free = shutil.disk_usage(
-            next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        ).free
-        if stored > free:
-            raise CacheError(
-                f"the gradients do not fit on the disk of the cache {folder}",
-                f"{stored:,} bytes are to be stored, {free:,} are free",
-                "--store float16 halves a float32 cache, --layers GLOB takes fewer parameters, --steps fewer checkpoints",
-                "--cache DIR puts it elsewhere, --cache none keeps nothing",
-            )
-    available = available_memory()
-    if available is not None and memory > available:
-        raise CacheError(
-            "capturing these gradients does not fit into memory",
-            f"about {memory:,} bytes more are needed, {available:,} are available",
-            "--batch-size N takes fewer examples at once, --layers GLOB fewer parameters",
-        )
+def stored_bytes(
+    forms: Mapping[str, Form], ratio: float, scale_bytes: int
+) -> dict[str, tuple[str, int]]:
+    """Form and bytes per example of each column, as stored.
 
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take, by the machine and its control group; None where the system does not say."""
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(
-            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-        )
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (
-            Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current")
-        )
-        found.append(int(limit) - int(used))
-    if not found:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found) if found else None
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, up to 1 GiB, instead of handing it back to the system and fetching it anew, page by page, a moment
-    later: every batch allocates the same sizes. A tenth of a capture's time on W3 (benchmarks/README.md). Elsewhere: nothing."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in (
-            (-3, 32 << 20),
-            (-1, 1 << 30),
-            (-2, 64 << 20),
-        ):  # M_MMAP_THRESHOLD (its maximum), M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has held so far."""
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def disk_speed(folder: Path, direct: bool, count: int = TRIAL) -> float:
-    """Bytes per second of synced writing beside `folder`, as units are written; 0 where nothing can be written there."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".tmp-influence-", dir=there) as place:
-            content = {"zeros": torch.zeros(count, dtype=torch.int8)}
-            started = time.perf_counter()
-            save(Path(place) / "speed", content, {}, direct)
-            sync(Path(place) / "speed")
-            return count / (time.perf_counter() - started)
-    except OSError:
-        return 0.0
-
-
-def weigh(forms: Mapping[str, Form], ratio: float, scale: int) -> dict[str, tuple[str, int]]:
-    """Form and bytes per example of each column as stored, floating-point numbers scaled by the store's width and `scale` bytes for each of
-    their rows. What is kept once for two columns (the gradients of a bias are its layer's left factors) weighs in the first; the other is
-    "shared"."""
-    found: dict[str, tuple[str, int]] = {}
-    seen: set[tuple[int, int]] = set()
+    `ratio`: bytes of a stored number per byte of a computed one. `scale_bytes`: of a row's scale.
+    Two columns may share a tensor (a bias's gradients are its layer's left factors): the first column
+    counts it, the other is "shared".
+    """
+    sizes: dict[str, tuple[str, int]] = {}
+    counted: set[tuple[int, int]] = set()
     for name, form in forms.items():
         tensors = [
-            value
-            for value in form.tensors().values()
-            if (value.data_ptr(), value.numel()) not in seen or not value.numel()
+            tensor
+            for tensor in form.tensors().values()
+            if (tensor.data_ptr(), tensor.numel()) not in counted or not tensor.numel()
         ]
-        seen |= {(value.data_ptr(), value.numel()) for value in tensors}
-        count = sum(
-            v.numel() * v.element_size() * (ratio if v.is_floating_point() else 1) for v in tensors
-        )
-        count += scale * sum(len(v) for v in tensors if v.is_floating_point())
-        found[name] = (form.kind if tensors else "shared", round(count / len(form)))
-    return found
+        counted |= {(tensor.data_ptr(), tensor.numel()) for tensor in tensors}
+        count = 0.0
+        for tensor in tensors:
+            floating = tensor.is_floating_point()
+            count += tensor.numel() * tensor.element_size() * (ratio if floating else 1)
+            count += scale_bytes * len(tensor) if floating else 0
+        sizes[name] = (form.kind if tensors else "shared", round(count / len(form)))
+    return sizes

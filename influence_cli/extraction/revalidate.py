@@ -1,4 +1,4 @@
-"""Does the cache still hold? Items and gradients that are there are compared with the run as it is now."""
+"""Are cached rows still valid? Compares cached items and gradients with the run as it is now."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,123 +14,114 @@ from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Run
 from influence_cli.storage.atomic import read_json, write_json, writing
 
-GRADIENTS = 8  # examples taken again, per checkpoint and older definition
-ITEMS = 1024  # items read again, per split, while the definition is the same
-Capture = Callable[[str, Checkpoint, Sequence[str], np.ndarray], GradientRows]
+GRADIENTS = 8  # examples to compute again, per checkpoint and older definition
+ITEMS = 1024  # items to read again, per split, while the definition is unchanged
+# (split, checkpoint, columns, ids) -> rows
+Recompute = Callable[[str, Checkpoint, Sequence[str], np.ndarray], GradientRows]
 
 
-def trusted(place: Path, now: str) -> set[str]:
-    """Texts of the definition, by digest, whose units hold under the present one: it, and those that were compared and agree."""
-    path = place / "agrees.json"
-    known = read_json(path).get(now, []) if path.is_file() else []
-    return {now, *known}
+def trusted_definitions(folder: Path, digest: str) -> set[str]:
+    """Digests of definitions whose units are valid under this one: itself, and those compared before."""
+    path = folder / "agrees.json"
+    compared = read_json(path).get(digest, []) if path.is_file() else []
+    return {digest, *compared}
 
 
-def verify(
+def check_gradients(
     run: Run,
-    split: str,
     checkpoint: Checkpoint,
-    place: Path,
-    held: UnitIndex,
+    folder: Path,
+    index: UnitIndex,
     store: Store,
     rounding: float,
-    capture: Capture,
+    recompute: Recompute,
 ) -> bool:
-    """Compare gradients that were cached under other texts of the definition, once for each; True where that was done.
+    """Compare training gradients that were cached under other texts of the definition, once for each
+    text; True where there were any.
 
-    What was found is kept in agrees.json. Raises CacheError, naming layer and example, where they differ.
+    agrees.json keeps the result. Raises CacheError, naming layer and example, where they differ.
     """
-    now = run.definition.digest
-    agreed = trusted(place, now)
-    older = sorted({unit.definition for unit in held.units} - agreed)
+    digest = run.definition.digest
+    trusted = trusted_definitions(folder, digest)
+    older = sorted({unit.definition for unit in index.units} - trusted)
     for definition in older:
-        for unit, ids in sampled(
-            [unit for unit in held.units if unit.definition == definition],
-            GRADIENTS,
-            len(run.examples(split)),
-        ):
-            gone = [column for column in unit.columns if not run.has(column)]
-            if gone:
-                raise CacheError(
-                    f"the cache {store.folder} belongs to another run: the model has no trained parameter {listed(gone)}",
-                    "--cache DIR starts another cache; deleting the old one starts afresh",
-                )
+        units = [unit for unit in index.units if unit.definition == definition]
+        for unit, ids in sample_rows(units, GRADIENTS, len(run.train)):
+            check_columns_exist(run, unit, store)
             stored = UnitIndex([unit]).read(unit.columns, unit.level, ids)
-            compare(
-                stored,
-                capture(split, checkpoint, unit.columns, ids),
-                rounding,
-                checkpoint.name,
-                split,
-                store.folder,
-            )
+            fresh = recompute("train", checkpoint, unit.columns, ids)
+            compare(stored, fresh, rounding, checkpoint.name, "train", store.folder)
     if older:
         with writing(store.folder):
-            write_json(place / "agrees.json", {now: sorted(agreed.union(older) - {now})})
+            write_json(folder / "agrees.json", {digest: sorted(trusted.union(older) - {digest})})
     return bool(older)
 
 
-def verify_items(
+def check_columns_exist(run: Run, unit: Unit, store: Store) -> None:
+    absent = [column for column in unit.columns if not run.has(column)]
+    if absent:
+        raise CacheError(
+            f"the cache {store.folder} belongs to another run",
+            f"it has gradients of {listed(absent)}, which the model does not train",
+            "--cache DIR names another cache; or delete the old one",
+        )
+
+
+def check_items(
     run: Run,
     split: str,
-    everything: Mapping[Path, UnitIndex],
+    indexes: Mapping[Path, UnitIndex],
     store: Store,
     reporter: Reporter,
     all_items: bool = False,
 ) -> None:
-    """Compare the items behind cached training rows with the dataset: `all_items`, or where some were cached under a text of the definition
-    that is not trusted yet; else ITEMS of them, evenly spread. Each item is read once, over all checkpoints (place -> what it holds).
+    """Compare the items behind cached rows with the dataset.
 
-    Raises CacheError naming the first that differs.
+    It compares all items where `all_items` says so, or where a unit was cached under a definition that
+    is not trusted yet; otherwise ITEMS of them, evenly spaced. It reads each item once, over all
+    checkpoints. `indexes`: per folder. Raises CacheError naming the first item that differs.
     """
-    units = [unit for held in everything.values() for unit in held.units]
+    units = [unit for index in indexes.values() for unit in index.units]
     if not units:
         return
-    length = len(run.examples(split))
     changed = any(
-        {u.definition for u in held.units} - trusted(place, run.definition.digest)
-        for place, held in everything.items()
+        {unit.definition for unit in index.units}
+        - trusted_definitions(folder, run.definition.digest)
+        for folder, index in indexes.items()
     )
-    stop = min(length, max(unit.stop for unit in units))
-    chosen = (
-        np.arange(stop)
-        if all_items or changed or stop <= ITEMS
-        else np.unique(np.linspace(0, stop - 1, ITEMS).astype(int))
-    )
-    with reporter.progress(f"comparing {split} examples", len(chosen)) as advance:
-        for first in range(0, len(chosen), ITEMS):
-            ids = chosen[first : first + ITEMS]
-            now: torch.Tensor | None = None
-            for unit in units:
-                at = unit.position(ids)
-                if (at >= 0).any():
-                    now = run.examples(split).digests(ids) if now is None else now
-                    here = ids[at >= 0]
-                    compare_data(
-                        UnitIndex([unit]).read(unit.columns[:1], "norms", here),
-                        now[torch.from_numpy(at >= 0)],
-                        split,
-                        store.folder,
-                    )
+    stop = min(len(run.examples(split)), max(unit.stop for unit in units))
+    if all_items or changed or stop <= ITEMS:
+        sample = np.arange(stop)
+    else:
+        sample = np.unique(np.linspace(0, stop - 1, ITEMS).astype(int))
+    with reporter.progress(f"comparing {split} examples with the cache", len(sample)) as advance:
+        for first in range(0, len(sample), ITEMS):
+            ids = sample[first : first + ITEMS]
+            check_item_digests(run, split, units, ids, store)
             advance(len(ids))
 
 
-def sampled(units: Sequence[Unit], most: int, length: int) -> Iterator[tuple[Unit, np.ndarray]]:
-    """About `most` examples below `length`, spread evenly over the units and within them."""
-    chosen = [
-        units[i]
-        for i in np.unique(np.linspace(0, len(units) - 1, min(most, len(units))).astype(int))
-    ]
-    for unit in chosen:
-        ids = unit.held_ids[unit.held_ids < length]
+def check_item_digests(
+    run: Run, split: str, units: Sequence[Unit], ids: np.ndarray, store: Store
+) -> None:
+    digests: torch.Tensor | None = None
+    for unit in units:
+        stored = unit.position(ids) >= 0
+        if stored.any():
+            digests = run.examples(split).digests(ids) if digests is None else digests
+            rows = UnitIndex([unit]).read(unit.columns[:1], "norms", ids[stored])
+            compare_data(rows, digests[torch.from_numpy(stored)], split, store.folder)
+
+
+def sample_rows(
+    units: Sequence[Unit], limit: int, split_size: int
+) -> Iterator[tuple[Unit, np.ndarray]]:
+    """About `limit` examples below `split_size`, evenly spaced over the units and within each."""
+    numbers = np.unique(np.linspace(0, len(units) - 1, min(limit, len(units))).astype(int))
+    per_unit = math.ceil(limit / len(numbers))
+    for number in numbers:
+        unit = units[number]
+        ids = unit.held_ids[unit.held_ids < split_size]
         if len(ids):
-            yield (
-                unit,
-                ids[
-                    np.unique(
-                        np.linspace(
-                            0, len(ids) - 1, min(math.ceil(most / len(chosen)), len(ids))
-                        ).astype(int)
-                    )
-                ],
-            )
+            places = np.linspace(0, len(ids) - 1, min(per_unit, len(ids))).astype(int)
+            yield unit, ids[np.unique(places)]

@@ -1,4 +1,7 @@
-"""What a request lacks, as units of work in order. A unit is made when it is asked for, so that a billion rows are planned as numbers."""
+"""The units of work that a request lacks, in order.
+
+A plan of a billion rows is a few numbers: it makes a unit of work when someone asks for it.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,97 +14,96 @@ from influence_cli.run import Checkpoint
 
 
 @dataclass(frozen=True)
-class Job:
-    """One unit of work: the columns that these examples lack at this checkpoint."""
+class WorkUnit:
+    """One unit of work: these examples lack the unit's columns at this checkpoint."""
 
     checkpoint: Checkpoint
     unit: Unit
     ids: np.ndarray
 
 
-Lacking = tuple[Sequence[str], np.ndarray]  # columns, and the examples that lack one of them
+# makes the unit file's description: (checkpoint, columns, first example of the block, ids)
+UnitFactory = Callable[[Checkpoint, Sequence[str], int, np.ndarray], Unit]
+PartialBlock = tuple[Sequence[str], np.ndarray]  # columns, and the ids that lack one of them
 
 
 @dataclass
-class Stretch:
-    """Units of one checkpoint by their first example: whole blocks of the grid, or `some` of their examples or columns."""
+class CheckpointWork:
+    """The work of one checkpoint. `starts`: the first example of each block. A block lacks all of its
+    examples and columns, or only those that `partial` names."""
 
     checkpoint: Checkpoint
     ids: Ids
     starts: np.ndarray
-    some: dict[int, Lacking] = field(default_factory=dict)
+    partial: dict[int, PartialBlock] = field(default_factory=dict)
 
 
-class Missing(Sequence[Job]):
-    """Jobs of a request. `size`: of a unit; `unit(checkpoint, columns, start, ids)`: what would hold these examples."""
+class WorkPlan(Sequence[WorkUnit]):
+    """The units of work of a request. `size`: examples of a block."""
 
     def __init__(
-        self,
-        columns: Sequence[str],
-        level: Level,
-        size: int,
-        unit: Callable[[Checkpoint, Sequence[str], int, np.ndarray], Unit],
+        self, columns: Sequence[str], level: Level, size: int, unit_for: UnitFactory
     ) -> None:
-        self.columns, self.level, self.size, self.unit = list(columns), level, size, unit
+        self.columns, self.level, self.size, self.unit_for = list(columns), level, size, unit_for
         self.examples = 0
-        self.stretches: list[Stretch] = []
+        self.checkpoints: list[CheckpointWork] = []
 
-    def add(self, checkpoint: Checkpoint, ids: Ids, held: UnitIndex) -> None:
-        """What is not held of these examples at a checkpoint."""
-        if not isinstance(ids, range):
-            looked_at = {int(block[0]): block for block in cut(ids, self.size)}
-            starts = np.array([], dtype=np.int64)
+    def add(self, checkpoint: Checkpoint, ids: Ids, index: UnitIndex) -> None:
+        """Add what these examples lack at a checkpoint. `index`: the units that exist there."""
+        if isinstance(ids, range):
+            starts, blocks = self._blocks_of_range(ids, index)
         else:
-            grid = (
-                np.arange(ids.start // self.size * self.size, ids.stop, self.size)
-                if len(ids)
-                else np.array([], dtype=np.int64)
-            )
-            low, high = np.maximum(grid, ids.start), np.minimum(grid + self.size, ids.stop)
-            untouched = ~held.touches(low, high)
-            asked = np.flatnonzero(~untouched & ~held.covers(self.columns, self.level, low, high))
-            looked_at = {int(grid[i]): np.arange(low[i], high[i]) for i in asked}
-            starts = grid[untouched]
-            self.examples += int((high - low)[untouched].sum())
-        some = {
-            start: lacking
-            for start, block in looked_at.items()
-            if len((lacking := self._lacking(held, block))[1])
-        }
-        self.examples += sum(len(absent) for _, absent in some.values())
-        starts = np.union1d(starts, np.array(list(some), dtype=np.int64))
-        self.stretches.append(Stretch(checkpoint, ids, starts, some))
+            starts = np.array([], dtype=np.int64)
+            blocks = {int(block[0]): block for block in cut(ids, self.size)}
+        partial = {}
+        for start, block in blocks.items():
+            columns, lacking_ids = self._lacking(index, block)
+            if len(lacking_ids):
+                partial[start] = columns, lacking_ids
+                self.examples += len(lacking_ids)
+        starts = np.union1d(starts, np.array(list(partial), dtype=np.int64))
+        self.checkpoints.append(CheckpointWork(checkpoint, ids, starts, partial))
 
-    def _lacking(self, held: UnitIndex, block: np.ndarray) -> Lacking:
-        lacking = {column: held.where(column, self.level, block) < 0 for column in self.columns}
-        absent = block[np.logical_or.reduce(list(lacking.values()))]
-        return [column for column in self.columns if lacking[column].any()], absent
+    def _blocks_of_range(
+        self, ids: range, index: UnitIndex
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """The starts of blocks that no unit touches, and the blocks that units hold in part."""
+        if not len(ids):
+            return np.array([], dtype=np.int64), {}
+        grid = np.arange(ids.start // self.size * self.size, ids.stop, self.size)
+        low, high = np.maximum(grid, ids.start), np.minimum(grid + self.size, ids.stop)
+        untouched = ~index.touches(low, high)
+        uncertain = np.flatnonzero(~untouched & ~index.covers(self.columns, self.level, low, high))
+        self.examples += int((high - low)[untouched].sum())
+        return grid[untouched], {int(grid[i]): np.arange(low[i], high[i]) for i in uncertain}
+
+    def _lacking(self, index: UnitIndex, block: np.ndarray) -> PartialBlock:
+        lacking = {column: index.where(column, self.level, block) < 0 for column in self.columns}
+        columns = [column for column in self.columns if lacking[column].any()]
+        return columns, block[np.logical_or.reduce(list(lacking.values()))]
 
     def __len__(self) -> int:
-        return sum(len(stretch.starts) for stretch in self.stretches)
+        return sum(len(work.starts) for work in self.checkpoints)
 
-    def __iter__(self) -> Iterator[Job]:
-        return (
-            self._job(stretch, int(start)) for stretch in self.stretches for start in stretch.starts
-        )
+    def __iter__(self) -> Iterator[WorkUnit]:
+        for work in self.checkpoints:
+            for start in work.starts:
+                yield self._unit(work, int(start))
 
-    def __getitem__(self, number: int) -> Job:  # type: ignore[override]
-        for stretch in self.stretches:
-            if number < len(stretch.starts):
-                return self._job(stretch, int(stretch.starts[number]))
-            number -= len(stretch.starts)
+    def __getitem__(self, number: int) -> WorkUnit:  # type: ignore[override]  # no slices
+        for work in self.checkpoints:
+            if number < len(work.starts):
+                return self._unit(work, int(work.starts[number]))
+            number -= len(work.starts)
         raise IndexError(number)
 
-    def _job(self, stretch: Stretch, start: int) -> Job:
-        if start in stretch.some:
-            columns, ids = stretch.some[start]
+    def _unit(self, work: CheckpointWork, start: int) -> WorkUnit:
+        if start in work.partial:
+            columns, ids = work.partial[start]
         else:
-            columns, ids = (
-                self.columns,
-                np.arange(max(start, stretch.ids[0]), min(start + self.size, stretch.ids[-1] + 1)),
-            )
-        return Job(
-            stretch.checkpoint,
-            self.unit(stretch.checkpoint, columns, start // self.size * self.size, ids),
-            ids,
+            columns = self.columns
+            ids = np.arange(max(start, work.ids[0]), min(start + self.size, work.ids[-1] + 1))
+        block_start = start // self.size * self.size
+        return WorkUnit(
+            work.checkpoint, self.unit_for(work.checkpoint, columns, block_start, ids), ids
         )

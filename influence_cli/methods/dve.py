@@ -92,7 +92,7 @@ class Dve:
             return lambda rows, totals, advance: self.read(kept, rows, totals, advance)
         take = self.cached
         if self.options.replay:
-            self.gradients.sizes(
+            self.gradients.budget.sizes(
                 "train", list(self.plan.columns)
             )  # probed before the model is moved
             take = self.replayed
@@ -141,8 +141,8 @@ class Dve:
             ids = np.unique(self.plan.trajectory.lines[number].examples)
             if len(ids) or moments:
                 rows = fisher.held(
-                    self.gradients.capture(
-                        "train", checkpoint, list(self.plan.columns), ids, here=True
+                    self.gradients.extractor.rows(
+                        f"step {number}", "train", list(self.plan.columns), ids
                     )
                 )
                 yield fisher.step(number, checkpoint, rows, self.plan.updates(number, moments))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids, cut
 from influence_cli.cache.store import GradientRows, Level, concat_rows
-from influence_cli.extraction.memory_budget import floor_power
+from influence_cli.extraction.memory_budget import floor_power_of_two
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods import Groups, Question
@@ -150,11 +150,11 @@ def block_size(
 ) -> int:
     """Training examples whose scores are held at once: some for each query, whole units, and few enough that several ranks have work."""
     held = TOTAL_BYTES // (8 * queries * (1 + len(question.parts)))
-    shared = min(floor_power(held), floor_power(len(question.train) // 64))
+    shared = min(floor_power_of_two(held), floor_power_of_two(len(question.train) // 64))
     return max(
-        min(4096, floor_power(4 * queries)),
+        min(4096, floor_power_of_two(4 * queries)),
         256,
-        gradients.unit_size("train", list(question.columns), level),
+        gradients.budget.unit_size("train", list(question.columns), level),
         shared,
     )
 

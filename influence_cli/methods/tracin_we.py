@@ -37,7 +37,7 @@ def score(
     """Scores of every training example asked for, ranked per query; with `by="word"` the answer splits ranked pairs into words."""
     (name,) = question.columns
     words = WordSelector(gradients, question)
-    size = gradients.sizes("query", [name]).bytes_of([name]) * max(
+    size = gradients.budget.sizes("query", [name]).example_bytes([name]) * max(
         1, 4 // gradients.settings.store.itemsize
     )
 
@@ -199,8 +199,7 @@ class WordSelector:
 
     @cached_property
     def _directions(self) -> Tensor:
-        self.gradients.load(self.question.checkpoints[-1])
-        module = self.gradients.run.model.get_submodule(
+        module = self.gradients.run.model.at(self.question.checkpoints[-1]).get_submodule(
             self.question.columns[self.name].module or ""
         )
         assert isinstance(module, nn.Embedding)

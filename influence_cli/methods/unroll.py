@@ -23,7 +23,6 @@ from torch import Tensor
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.store import GradientRows
 from influence_cli.errors import DefinitionError, GradientError, InfluenceError
-from influence_cli.extraction.memory_budget import key_of
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.curvature import Curvature, Functions, verify
 from influence_cli.methods import Answer, Question, ValueOptions
@@ -84,8 +83,8 @@ def cost(gradients: GradientSource, question: Question) -> Cost:
     """What `score` would take, from a few runs of the step in the middle at the first checkpoint."""
     going = Unroll(gradients, question)
     plan, columns = going.plan, list(going.plan.columns)
-    gradients.load(plan.segments[0].checkpoint)
-    gradients.sizes("train", columns)
+    gradients.run.model.at(plan.segments[0].checkpoint)
+    gradients.budget.sizes("train", columns)
     number = plan.steps[len(plan.steps) // 2]
     examples, weights = (
         plan.trajectory.lines[number].examples,
@@ -100,7 +99,9 @@ def cost(gradients: GradientSource, question: Question) -> Cost:
         for name, column in plan.columns.items()
     }
     replay = Replay(
-        gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size
+        gradients.run,
+        lambda ids: gradients.extractor.batch("train", ids)[0],
+        gradients.budget.requested_batch_size,
     )
 
     def timed(work: Callable[[], object]) -> float:
@@ -223,9 +224,11 @@ class Unroll:
             self.gradients.reporter.note(
                 f"up to {longest:,} steps have the gradients and curvature of the checkpoint before them; --replay takes each where it was"
             )
-        self.gradients.load(self.plan.segments[0].checkpoint)
+        self.gradients.run.model.at(self.plan.segments[0].checkpoint)
         self.check()
-        self.gradients.sizes("train", list(self.plan.columns))  # probed before the model is moved
+        self.gradients.budget.sizes(
+            "train", list(self.plan.columns)
+        )  # probed before the model is moved
         return self.carry
 
     def carry(self, rows: GradientRows, totals: Totals | Trace, advance: Advance) -> None:
@@ -260,8 +263,8 @@ class Unroll:
         """What makes the curvature of a batch's loss with the parameters that the model has, part by part of the batch."""
         gradients, columns = self.gradients, list(self.plan.columns)
         size, each = (
-            gradients.batch_size("train", columns),
-            gradients.sizes("train", columns).batches[key_of(columns)][1],
+            gradients.budget.batch_size("train", columns),
+            gradients.budget.sizes("train", columns).working_bytes(columns),
         )
         most = (
             1
@@ -270,10 +273,10 @@ class Unroll:
         )
 
         def make(some: slice) -> Curvature:
-            batch, _ = gradients.batch("train", ids[some])
+            batch, _ = gradients.extractor.batch("train", ids[some])
             try:
                 return Curvature(
-                    gradients.run.model,
+                    gradients.run.model.module,
                     columns,
                     self.functions,
                     batch,
@@ -284,7 +287,7 @@ class Unroll:
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
-                raise gradients.explained("train", error, len(ids[some])) from error
+                raise gradients.extractor.explained("train", error, len(ids[some])) from error
 
         return [
             partial(make, slice(first, first + size)) for first in range(0, max(1, len(ids)), size)
@@ -303,8 +306,8 @@ class Unroll:
         """
         ids = np.arange(min(4, len(self.gradients.run.train)))
         try:
-            model = copy.deepcopy(self.gradients.run.model).double()
-            batch, _ = self.gradients.batch("train", ids, torch.float64)
+            model = copy.deepcopy(self.gradients.run.model.module).double()
+            batch, _ = self.gradients.extractor.batch("train", ids, torch.float64)
             verify(model, list(self.plan.columns), self.functions, batch, len(ids))
         except GradientError:
             raise
@@ -322,6 +325,6 @@ class Unroll:
             self.gradients.reporter.note(replayed.note())
             return
         for segment in reversed(self.plan.between(self.plan.steps.start, stop)):
-            self.gradients.load(segment.checkpoint)
+            self.gradients.run.model.at(segment.checkpoint)
             for number in reversed(range(segment.first, segment.stop)):
                 yield number, segment.checkpoint, None

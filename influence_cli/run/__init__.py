@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from influence_cli.errors import UsageProblem, listed
 from influence_cli.run import checkpoints as _checkpoints
@@ -15,16 +14,17 @@ from influence_cli.run import trajectory as _trajectory
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.datasets import Examples
 from influence_cli.run.definition import Definition
+from influence_cli.run.loaded_model import LoadedModel
 from influence_cli.run.parameters import Column
 
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run. `model` holds whichever checkpoint was loaded last; datasets are built when first asked for."""
+    """An opened run. Datasets are built when they are first used."""
 
     folder: Path
     definition: Definition
-    model: nn.Module
+    model: LoadedModel
     columns: dict[str, Column]
     checkpoints: tuple[Checkpoint, ...]
     trajectory_path: Path | None
@@ -32,7 +32,7 @@ class Run:
     @cached_property
     def embeddings(self) -> dict[str, Column]:
         """The embedding modules, by the columns of what they return."""
-        return parameters.embeddings(self.model)
+        return parameters.embeddings(self.model.module)
 
     def has(self, column: str) -> bool:
         return column in self.columns or column in self.embeddings
@@ -99,7 +99,7 @@ def open_run(
     return Run(
         folder,
         loaded,
-        model,
+        LoadedModel(model),
         parameters.columns(model),
         tuple(found),
         trajectory or (default if default.is_file() else None),

@@ -24,7 +24,6 @@ from influence_cli.errors import (
 )
 from influence_cli.progress import Advance
 from influence_cli.run import Checkpoint, Run
-from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.definition import failure
 from influence_cli.run.optimizer_state import read_state, state_file
 from influence_cli.run.optimizers import is_stateful, optimizers_of, unknown_state
@@ -50,9 +49,11 @@ class Drop:
 
 @dataclass(frozen=True)
 class State:
-    """Where a replay stands: parameters and optimizer state after `step` steps. Its tensors are its own."""
+    """A copy of a replay after `step` steps: trained parameters and optimizer state. All other weights
+    and buffers are those of `base`, the last checkpoint that the replay loaded."""
 
     step: int
+    base: Checkpoint
     parameters: tuple[Tensor, ...]
     optimizers: tuple[tuple[dict[str, Any], ...], ...]
 
@@ -92,13 +93,13 @@ class Replay:
             batch,
             size,
         )
-        self._optimizers = optimizers_of(run.model, run.columns, self.trajectory)
+        self._optimizers = optimizers_of(run.model.module, run.columns, self.trajectory)
         self._parameters = [
             parameter
             for optimizer in self._optimizers.values()
             for parameter in optimizer.param_groups[0]["params"]
         ]
-        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in run.model.module.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self._parameters]
         self.clipped = dict[int, float]()
 
@@ -150,8 +151,9 @@ class Replay:
 
     def anchor(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint into the model, and keep the optimizer's state as it is."""
-        checkpoint_files.load(checkpoint, self._model)
-        self._start, self.step = checkpoint, checkpoint.step
+        self._model.at(checkpoint)
+        self._start = checkpoint
+        self.step = checkpoint.step
 
     def advance(
         self,
@@ -175,8 +177,7 @@ class Replay:
             rates = self.trajectory.rates(step)
             for number, optimizer in self._optimizers.items():
                 optimizer.param_groups[0]["lr"] = rates[number]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            self._model.step(self._optimizers.values())
             self.step = step + 1
             if each is not None:
                 each(1)
@@ -193,13 +194,14 @@ class Replay:
         """A copy of where the replay stands."""
         return State(
             self.step,
+            self._start,
             self._copy(),
             tuple(tuple(map(copied, states(optimizer))) for optimizer in self._optimizers.values()),
         )
 
     def go_to(self, state: State) -> None:
         """Stand where `state` was taken."""
-        self._put(state.parameters)
+        self._model.restore(state.base, self._parameters, state.parameters)
         for optimizer, saved in zip(self._optimizers.values(), state.optimizers, strict=True):
             optimizer.state.clear()
             optimizer.state.update(
@@ -207,7 +209,7 @@ class Replay:
                 for p, own in zip(optimizer.param_groups[0]["params"], saved, strict=True)
                 if own
             )
-        self.step = state.step
+        self._start, self.step = state.base, state.step
 
     def moments(self) -> dict[str, Moments]:
         """Of each parameter where Adam stands, as copies."""
@@ -225,29 +227,22 @@ class Replay:
             )
         return found
 
-    def apart(self, checkpoint: Checkpoint) -> float:
-        """How far from a saved checkpoint the replay stands, relative to how far the run moved between where it began and there."""
-        here, saved, start = (
-            self._copy(),
-            self._read(checkpoint),
-            self._read(self._start),
-        )  # the start last, for its buffers
-        self._put(here)
-        moved = norm_of(a - b for a, b in zip(saved, start, strict=True))
-        off = norm_of(a - b for a, b in zip(saved, here, strict=True))
-        return off / moved if moved else off
+    def relative_distance(self, checkpoint: Checkpoint) -> float:
+        """The distance from the replay's parameters to a saved checkpoint's, relative to the distance
+        from the checkpoint where the replay started to the saved one. The replay keeps its place."""
+        replayed = self._copy()
+        saved, start = self._parameters_at(checkpoint), self._parameters_at(self._start)
+        self._model.restore(self._start, self._parameters, replayed)
+        trained = norm_of(a - b for a, b in zip(saved, start, strict=True))
+        error = norm_of(a - b for a, b in zip(saved, replayed, strict=True))
+        return error / trained if trained else error
 
-    def _read(self, checkpoint: Checkpoint) -> tuple[Tensor, ...]:
-        checkpoint_files.load(checkpoint, self._model)
+    def _parameters_at(self, checkpoint: Checkpoint) -> tuple[Tensor, ...]:
+        self._model.at(checkpoint)
         return self._copy()
 
     def _copy(self) -> tuple[Tensor, ...]:
         return tuple(parameter.detach().clone() for parameter in self._parameters)
-
-    def _put(self, values: tuple[Tensor, ...]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, values, strict=True):
-                parameter.copy_(value)
 
     # ------------------------------------------------------------ one step
     def _gradient(self, step: int, examples: np.ndarray, weights: np.ndarray) -> None:
@@ -260,7 +255,7 @@ class Replay:
             ids = examples[first : first + size]
             batch = self._batch(ids)
             try:
-                losses = self._definition.raw("loss")(self._model, batch)
+                losses = self._definition.raw("loss")(self._model.module, batch)
                 if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
                     found = (
                         tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

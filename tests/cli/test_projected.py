@@ -291,7 +291,7 @@ SLOW = replaced(
     ("def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)"),
     ("examples(0, 30)", "examples(0, 40)"),
 )
-SMALL = "from influence_cli.extraction import source; source.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
+SMALL = "from influence_cli.extraction import memory_budget; memory_budget.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
 
 
 def start(run: Path) -> subprocess.Popen:

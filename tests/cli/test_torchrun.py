@@ -14,7 +14,7 @@ import torch
 
 from influence_cli.cli import opening
 from influence_cli.errors import UsageProblem
-from influence_cli.extraction import source
+from influence_cli.extraction import fill
 from influence_cli.parallel import Place, Ranks
 from tests.cli.test_merge import DEFINITION as TEXTS
 from tests.conftest import build_run
@@ -24,7 +24,7 @@ from tests.training import train
 # many small units and blocks, so that several ranks have work
 SMALL = (
     "import torch\n",
-    "import os\nimport time\nimport torch\nfrom influence_cli.extraction import source\nsource.UNIT_EXAMPLES = 64\n",
+    "import os\nimport time\nimport torch\nfrom influence_cli.extraction import memory_budget\nmemory_budget.UNIT_EXAMPLES = 64\n",
 )
 LOSS = "def loss(model, batch):\n"
 
@@ -216,12 +216,12 @@ def test_units_that_are_seen_late_are_waited_for(run, tmp_path, influence, monke
 
 def test_units_that_are_never_seen_are_reported(run, tmp_path, influence, monkeypatch):
     monkeypatch.setattr(opening, "open_ranks", lambda place: Other(None, tmp_path / "many", 0))
-    monkeypatch.setattr(source, "LATE", 0.2)
+    monkeypatch.setattr(fill, "VISIBLE_WITHIN", 0.2)
     result = influence("cache", run, "--cache", tmp_path / "many")
     refused(
         result,
         1,
-        "(rank 0) lacks 2 units that other ranks wrote 0.2 s ago",
+        "(rank 0) does not see 2 units that other ranks wrote 0.2 s ago",
         "the first: ",
         "all machines share",
     )

@@ -325,7 +325,7 @@ def test_a_changed_definition_is_compared_before_words_are_used(run, influence):
     influence("score", run, "--method", "tracin-we")
     (run / "definition.py").write_text(DEFINITION + "\n# a remark\n")
     same = influence("score", run, "--method", "tracin-we")
-    assert "taken again" in same.err
+    assert "them again at each of" in same.err
     (run / "definition.py").write_text(
         replaced(DEFINITION, ('batch[1], reduction="none")', 'batch[1], reduction="none") * 1.5'))
     )

@@ -40,7 +40,7 @@ def opened(folder):
 def test_a_replay_ends_where_the_training_did(training, tmp_path):
     run, replay = opened(train(tmp_path / "run", **training))
     replay.advance(12)
-    assert replay.apart(run.checkpoints[-1]) < 1e-12
+    assert replay.relative_distance(run.checkpoints[-1]) < 1e-12
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -82,11 +82,13 @@ def test_adam_is_torchs_own(name, tmp_path):
     found = [value.clone() for value in replay.state().parameters]
     replay.begin(run.checkpoints[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    optimizer = kind(run.model.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
+    optimizer = kind(run.model.module.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
     for step, line in enumerate(run.trajectory.lines):
         optimizer.param_groups[0]["lr"] = run.trajectory.rates(step)[0]
         optimizer.zero_grad()
-        run.definition.raw("loss")(run.model, run.train.batch(line.examples)).mean().backward()
+        run.definition.raw("loss")(
+            run.model.module, run.train.batch(line.examples)
+        ).mean().backward()
         optimizer.step()
     assert (
         max(
@@ -167,6 +169,6 @@ def test_on_one_thread_a_replay_is_the_training_bit_by_bit(kind, tmp_path):
         for first, then in ((0, 1), (1, 2)):
             replay.begin(run.checkpoints[first])
             replay.advance(run.checkpoints[then].step)
-            assert replay.apart(run.checkpoints[then]) == 0
+            assert replay.relative_distance(run.checkpoints[then]) == 0
     finally:
         torch.set_num_threads(threads)

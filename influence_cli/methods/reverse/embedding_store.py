@@ -25,7 +25,7 @@ from torch import Tensor
 from influence_cli.cache.identity import checkpoint_key, compare
 from influence_cli.cache.store import GradientRows, reading
 from influence_cli.errors import CacheError, UsageProblem, listed
-from influence_cli.extraction.memory_budget import available_memory, check_fits
+from influence_cli.extraction.machine import available_memory, check_fits
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import ValueOptions
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
@@ -100,7 +100,7 @@ class Embeddings:
         threads = torch.get_num_threads()
         workers = (
             max(1, min(threads, len(todo), room))
-            if self.gradients.store and self.gradients.device.type == "cpu"
+            if self.gradients.cache and self.gradients.device.type == "cpu"
             else 1
         )
         lock, stop, stability = threading.Lock(), threading.Event(), Stability()
@@ -253,8 +253,8 @@ class Embeddings:
     # ------------------------------------------------------------ identity
     def _identify(self) -> None:
         """Raise CacheError where the folder is of something else; begin it where it is empty."""
-        store, run = self.gradients.store, self.gradients.run
-        memory = store.folder / "checkpoints.json" if store else None
+        cache, run = self.gradients.cache_folder, self.gradients.run
+        memory = cache / "checkpoints.json" if cache else None
         digest = hashlib.sha256()
         for step in self.plan.steps:
             line = self.plan.trajectory.lines[step]
@@ -326,8 +326,8 @@ class Embeddings:
         """A few training examples at the first checkpoint, taken now."""
         segment = self.plan.segments[0]
         ids = spread(self.plan.examples(segment), SAMPLE)
-        rows = self.gradients.capture(
-            "train", segment.checkpoint, list(self.plan.columns), ids, "norms"
+        rows = self.gradients.extractor.rows_at(
+            segment.checkpoint, "train", list(self.plan.columns), ids, "norms"
         )
         return dataclasses.replace(rows, digests=self.gradients.run.train.digests(ids))
 

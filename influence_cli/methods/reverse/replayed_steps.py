@@ -10,7 +10,6 @@ from influence_cli.errors import TrajectoryError
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.reverse.segments import ReversePlan, Segment
 from influence_cli.run import Checkpoint
-from influence_cli.run import checkpoints as checkpoint_files
 from influence_cli.run.optimizers import unknown_state
 from influence_cli.run.replay import Moments, Replay, State
 
@@ -26,14 +25,15 @@ class ReplayedSteps:
         """Raises TrajectoryError where the state of the optimizer at the first checkpoint is not known."""
         self.gradients, self.plan = gradients, plan
         self.replay = Replay(
-            gradients.run, lambda ids: gradients.batch("train", ids)[0], gradients.asked_batch_size
+            gradients.run,
+            lambda ids: gradients.extractor.batch("train", ids)[0],
+            gradients.budget.requested_batch_size,
         )
         if not self.replay.starts_at(plan.segments[0].checkpoint):
             raise unknown_state(plan.trajectory, plan.segments[0].checkpoint)
         self.apart: dict[
             int, float
         ] = {}  # per checkpoint that a replay came to: how far it ended from it
-        self._here: Segment | None = None
 
     def back(self, stop: int) -> Iterator[tuple[int, Checkpoint, dict[str, Moments] | None]]:
         """The steps below `stop`, last first: the number, the checkpoint before it, and where Adam stood. The model stands there."""
@@ -47,10 +47,9 @@ class ReplayedSteps:
         ):
             if first < stop:
                 self.replay.begin(self.segment(first).checkpoint)
-                self._here = self.segment(first)
                 for state in self._states(self.replay.state(), min(after, self.end_of(stop))):
                     if state.step < stop:
-                        self._stand(state)
+                        self.replay.go_to(state)
                         moments = self.replay.moments() if self.plan.adam else None
                         yield state.step, self.segment(state.step).checkpoint, moments
 
@@ -67,7 +66,7 @@ class ReplayedSteps:
         count = stop - first.step
         stride = -(-count // room)
         kept = []
-        self._stand(first)
+        self.replay.go_to(first)
         for step in range(first.step, stop):
             if (step - first.step) % stride == 0:
                 kept.append(self.replay.state())
@@ -82,7 +81,6 @@ class ReplayedSteps:
 
     def _advance(self, step: int) -> None:
         """Run one step; at a checkpoint see how far from it that ended, and go on from the checkpoint."""
-        self.gradients.moved()
         self.replay.advance(step + 1)
         segment = self.segment(step)
         if step + 1 == segment.stop:
@@ -94,10 +92,9 @@ class ReplayedSteps:
                 self.apart[checkpoint.step] = self._compare(checkpoint)
             if following:
                 self.replay.anchor(following.checkpoint)
-                self._here = following
 
     def _compare(self, checkpoint: Checkpoint) -> float:
-        apart = self.replay.apart(checkpoint)
+        apart = self.replay.relative_distance(checkpoint)
         if not apart <= FAR:
             raise TrajectoryError(
                 f"run again, training does not come to {checkpoint.name}: it ends {apart:.2g} of the way there apart from it",
@@ -113,14 +110,6 @@ class ReplayedSteps:
                 ),
             )
         return apart
-
-    def _stand(self, state: State) -> None:
-        segment = self.segment(state.step)
-        if segment != self._here:  # another checkpoint's buffers
-            checkpoint_files.load(segment.checkpoint, self.gradients.run.model)
-            self._here = segment
-        self.gradients.moved()
-        self.replay.go_to(state)
 
     def segment(self, step: int) -> Segment:
         return next(

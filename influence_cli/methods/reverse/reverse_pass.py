@@ -159,9 +159,9 @@ class PassProgress:
 
     def open(self, rows: GradientRows, by: str | None) -> None:
         """The place of these queries' job."""
-        if self.gradients is None or self.gradients.store is None:
+        if self.gradients is None or self.gradients.cache is None:
             return
-        store, run = self.gradients.store, self.gradients.run
+        store, run = self.gradients.cache.store, self.gradients.run
         digest = hashlib.sha256()
         for name in self.plan.columns:
             digest.update(name.encode() + rows.forms[name].dense().values.numpy().tobytes())

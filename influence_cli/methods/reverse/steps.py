@@ -158,7 +158,7 @@ class Fisher:
         each = (
             sum(map(self.gradients.settings.width, self.plan.columns.values())) * self.wide.itemsize
         )
-        stored = self.gradients.sizes("train", columns).bytes_of(columns)
+        stored = self.gradients.budget.sizes("train", columns).example_bytes(columns)
         for segment in reversed(segments):
             for steps in reversed(
                 list(chunks(trajectory, segment, max(1, ROWS_BYTES // min(each, 2 * stored))))

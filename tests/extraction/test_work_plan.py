@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influence_cli.cache.store import Unit, UnitIndex
-from influence_cli.extraction.work_plan import Missing
+from influence_cli.extraction.work_plan import WorkPlan
 
 COLUMNS, TOTAL = ("a", "b", "c"), 60
 
@@ -64,7 +64,7 @@ def test_what_is_missing(held, ids, size, level):
         asked.append(start)
         return Unit(Path("folder"), "new", tuple(columns), level, "text", start, start + size, ids)
 
-    missing = Missing(COLUMNS, level, size, unit)
+    missing = WorkPlan(COLUMNS, level, size, unit)
     missing.add("checkpoint", ids, UnitIndex(held))
     lacking = {
         int(i): [c for c in COLUMNS if not any(holds(u, c, level, i) for u in held)] for i in ids

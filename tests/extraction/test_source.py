@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from influence_cli.cache import id_blocks
-from influence_cli.extraction import source
+from influence_cli.extraction import memory_budget
 from influence_cli.gradients import capture
 from influence_cli.storage import atomic
 from tests.conftest import DEFINITION, build_run
@@ -44,7 +44,7 @@ def captured(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(source, "UNIT_EXAMPLES", 8)
+    monkeypatch.setattr(memory_budget, "UNIT_EXAMPLES", 8)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_the_batch_size_does_not_change_scores(flags, make_run, influence):
 
 def test_the_unit_size_does_not_change_scores(make_run, influence, monkeypatch):
     expected = influence("score", make_run("a"), "--precision", "float64")
-    monkeypatch.setattr(source, "UNIT_EXAMPLES", 8)
+    monkeypatch.setattr(memory_budget, "UNIT_EXAMPLES", 8)
     found = influence("score", make_run("b"), "--precision", "float64")
     assert [row["train"] for row in found.rows] == [row["train"] for row in expected.rows]
     assert [float(r["score"]) for r in found.rows] == pytest.approx(
@@ -158,7 +158,7 @@ def test_the_order_of_work_does_not_change_bytes(make_run, influence, small_unit
 SLOW = DEFINITION.replace(
     "def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)"
 ).replace("examples(0, 20)", "examples(0, 40)")
-SMALL = "from influence_cli.extraction import source; source.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
+SMALL = "from influence_cli.extraction import memory_budget; memory_budget.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
 
 
 def start(run: Path, *flags: str) -> subprocess.Popen:
@@ -228,10 +228,7 @@ def test_a_comment_in_the_definition_reuses_the_cache_and_says_so(make_run, infl
     captured.clear()
     result = influence("score", run)
     assert result.code == 0, result.err
-    assert (
-        "the definition changed since train gradients were cached: 8 were taken again at each of 2 checkpoints and agree"
-        in result.err
-    )
+    assert "influence computed 8 of them again at each of 2 checkpoints: they agree" in result.err
     assert sum(captured) == 2 * (8 + 6)
     captured.clear()
     assert "changed" not in influence("score", run).err

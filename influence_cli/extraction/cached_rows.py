@@ -1,0 +1,93 @@
+"""The cache of one run: which folder holds a checkpoint's units, and which of them are still valid."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from influence_cli.cache.identity import Settings, checkpoint_key
+from influence_cli.cache.store import GradientRows, Store, Unit, UnitIndex
+from influence_cli.extraction import revalidate
+from influence_cli.progress import Reporter
+from influence_cli.run import Checkpoint, Run
+from influence_cli.run.datasets import digest
+
+# (split, checkpoint, columns, ids) -> the rows, computed again and rounded as stored
+Recompute = Callable[[str, Checkpoint, Sequence[str], np.ndarray], GradientRows]
+
+
+class CachedRows:
+    """The units of a run in an opened store."""
+
+    def __init__(self, run: Run, settings: Settings, store: Store, reporter: Reporter) -> None:
+        self.run, self.settings, self.store, self.reporter = run, settings, store, reporter
+        self._indexes: dict[Path, UnitIndex] = {}
+        self._checked: set[tuple[str, int]] = set()
+        self._query_digests: dict[int, int] = {}
+
+    @property
+    def settings_folder(self) -> Path:
+        return self.store.folder / self.settings.key
+
+    def folder(self, split: str, checkpoint: Checkpoint) -> Path:
+        """The folder of a checkpoint's units. Users edit queries often and they are cheap: each text
+        of the definition has its own folder of query units."""
+        key = checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
+        folder = self.settings_folder / key / split
+        return folder if split == "train" else folder / self.run.definition.digest[:12]
+
+    def index(self, split: str, checkpoint: Checkpoint) -> UnitIndex:
+        """The units of a checkpoint; of queries only those whose item is unchanged."""
+        folder = self.folder(split, checkpoint)
+        if folder not in self._indexes:
+            index = self.store.held(folder)
+            if split == "query":
+                index = UnitIndex([unit.only(self._unchanged(unit)) for unit in index.units])
+            self._indexes[folder] = index
+        return self._indexes[folder]
+
+    def forget_indexes(self) -> None:
+        """Read the folders again at the next use: this process or another one wrote units."""
+        self._indexes.clear()
+
+    def unit_digest(self, split: str, ids: np.ndarray) -> str:
+        """What a new unit depends on: the definition; for queries also the items themselves."""
+        if split == "train":
+            return self.run.definition.digest
+        items = np.array([self._query_digest(index) for index in ids], dtype="<i8")
+        return hashlib.sha256(self.run.definition.digest.encode() + items.tobytes()).hexdigest()
+
+    def check_training_rows(self, checkpoints: Sequence[Checkpoint], recompute: Recompute) -> None:
+        """Compare cached training rows with the run, once per checkpoint. Raises CacheError where
+        they differ."""
+        new = [point for point in checkpoints if ("train", point.step) not in self._checked]
+        if not new:
+            return
+        indexes = {self.folder("train", point): self.index("train", point) for point in new}
+        revalidate.check_items(self.run, "train", indexes, self.store, self.reporter)
+        compared = 0
+        for checkpoint, (folder, index) in zip(new, indexes.items(), strict=True):
+            compared += revalidate.check_gradients(
+                self.run, checkpoint, folder, index, self.store, self.settings.rounding, recompute
+            )
+            self._checked.add(("train", checkpoint.step))
+        if compared:
+            self.reporter.note(
+                "definition.py changed since the training gradients were cached; influence computed "
+                f"{revalidate.GRADIENTS} of them again at each of {compared} checkpoints: they agree, "
+                "so it uses the cache"
+            )
+
+    def _unchanged(self, unit: Unit) -> np.ndarray:
+        """Mask over a unit's queries: the item is the one that was captured."""
+        rows = UnitIndex([unit]).read(unit.columns[:1], "norms", unit.held_ids)
+        size = len(self.run.query)
+        pairs = zip(unit.held_ids, rows.digests.tolist(), strict=True)
+        unchanged = [index < size and self._query_digest(index) == value for index, value in pairs]
+        return np.array(unchanged, dtype=bool)
+
+    def _query_digest(self, index: int) -> int:
+        if index not in self._query_digests:
+            self._query_digests[index] = digest(self.run.query.item(index))
+        return self._query_digests[index]

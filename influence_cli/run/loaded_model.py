@@ -1,0 +1,55 @@
+"""The one owner of the model's weights.
+
+Every change of the weights goes through this class: a checkpoint, a training step of a replay, a saved
+state of a replay. So the class always knows which checkpoint the model holds, if any.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from influence_cli.run import checkpoints as checkpoint_files
+from influence_cli.run.checkpoints import Checkpoint
+
+
+class LoadedModel:
+    """The run's model. `module` is the model itself; `checkpoint` is what its weights are, or None
+    where they are the weights of no checkpoint: before the first load, and inside a replay."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.checkpoint: Checkpoint | None = None
+        self._base: Checkpoint | None = None  # the last checkpoint that was loaded: its buffers
+
+    def at(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model with the weights of this checkpoint. Raises CheckpointError: weights that are
+        not finite, or tied names with different values."""
+        if self.checkpoint != checkpoint:
+            self.checkpoint = self._base = None
+            checkpoint_files.load(checkpoint, self.module)
+            self.checkpoint = self._base = checkpoint
+        return self.module
+
+    def at_any(self, default: Checkpoint) -> nn.Module:
+        """The model with whatever weights it holds; with those of `default` before the first load."""
+        return self.module if self._base is not None else self.at(default)
+
+    def restore(
+        self, base: Checkpoint, parameters: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        """Put saved values into these parameters. All other weights and buffers are those of `base`."""
+        if self._base != base:
+            self.at(base)
+        self.checkpoint = None
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+
+    def step(self, optimizers: Iterable[Optimizer]) -> None:
+        """One training step: each optimizer moves its parameters by the gradients that they hold."""
+        self.checkpoint = None
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
