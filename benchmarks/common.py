@@ -23,7 +23,8 @@ from influence_cli.cli.specs import ids as parse_ids
 from influence_cli.extraction.fill import FillRequest
 from influence_cli.extraction.source import GradientSource
 from influence_cli.extraction.work_plan import WorkPlan
-from influence_cli.methods import METHODS, Question
+from influence_cli.methods.request import ScoreRequest
+from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run import Checkpoint
 
@@ -75,7 +76,7 @@ def score(
 ) -> float:
     """Seconds from an opened run to the ranked top 10 of every query: capture, cache, products, ranking. `embedding`: for tracin-we."""
     columns = like.embedding(embedding) if METHODS[method].words else like.columns
-    question = Question(
+    question = ScoreRequest(
         like.checkpoints, like.weights(None, None), columns, range(len(like.run.train)),
         parse_ids("--queries", f"0:{queries}" if queries else None, len(like.run.query), "query", sys.stdin),
     )  # fmt: skip

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from common import fresh, machine, opened, peak_mb, workload
 
-from influence_cli.methods import METHODS, Question, ValueOptions
+from influence_cli.methods.declaration import ValueOptions
+from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.reverse.segments import plan
+from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.learning_rates import weigh
 
@@ -36,7 +38,7 @@ def main() -> None:
         trajectory(run, len(work.xtr), flags.steps, flags.batch)
         live = opened(run, str(run / ".influence"))
         for queries in flags.queries:
-            question = Question(
+            question = ScoreRequest(
                 live.checkpoints, tuple(weigh(live.checkpoints, None, "none")), live.columns, range(len(work.xtr)), range(queries),
                 values=ValueOptions("fisher", form="query"),
             )  # fmt: skip
@@ -94,7 +96,7 @@ def trajectory(run: Path, examples: int, steps: int, batch: int) -> None:
         save_file(content, str(run / "checkpoints" / f"step-{k * steps // 2:06d}.safetensors"))
 
 
-def score(live, question: Question) -> float:
+def score(live, question: ScoreRequest) -> float:
     started = time.perf_counter()
     for answer in METHODS["dve"].score()(
         fresh(live, "kept"), question, lambda width, parts: TopRanking(width, parts, 10)
@@ -104,7 +106,7 @@ def score(live, question: Question) -> float:
     return time.perf_counter() - started
 
 
-def read(live, question: Question) -> float:
+def read(live, question: ScoreRequest) -> float:
     gradients, started = fresh(live, "kept"), time.perf_counter()
     going = plan(live.run, question.checkpoints, question.columns)
     for segment in going.segments:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from common import fresh, interleaved, machine, opened, peak_mb, workload
 
-from influence_cli.methods import METHODS, Question
+from influence_cli.methods.request import ScoreRequest
+from influence_cli.methods.table import METHODS
 from influence_cli.methods.unroll import Unroll
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.learning_rates import weigh
@@ -60,7 +61,7 @@ def main() -> None:
 
             Unroll.check = lambda self: None  # once a job, of four examples
             for queries in flags.queries:
-                question = Question(
+                question = ScoreRequest(
                     live.checkpoints,
                     weights,
                     live.columns,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import influence_cli
-from influence_cli.methods import METHODS
+from influence_cli.methods.table import METHODS
 
 ROOT = Path(influence_cli.__file__).parent
 COMMANDS = ("cache", "check", "evaluate", "init", "inspect", "merge", "score", "self", "trace")

@@ -9,7 +9,8 @@ from workloads import write_run
 
 from influence_cli.cli.opening import open_shared
 from influence_cli.cli.options import Shared
-from influence_cli.methods import METHODS, Question
+from influence_cli.methods.request import ScoreRequest
+from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
 
 PACKAGE = "influence-cli"
@@ -48,7 +49,7 @@ def tracin(keep, numbers=None):
             )
         )
         data = opened.run
-        question = Question(
+        question = ScoreRequest(
             opened.checkpoints,
             opened.weights(None, None),
             opened.columns,

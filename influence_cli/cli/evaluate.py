@@ -6,7 +6,7 @@ from typer import Argument
 
 from influence_cli.cli import command, options
 from influence_cli.evaluate import PROTOCOLS
-from influence_cli.methods import METHODS
+from influence_cli.methods.table import METHODS
 
 Protocol = Annotated[
     str,
@@ -93,15 +93,16 @@ def evaluate(
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.evaluate import EvaluationRequest
-    from influence_cli.methods import Method, Question, WordOptions
+    from influence_cli.methods.declaration import Method, WordOptions
+    from influence_cli.methods.request import ScoreRequest
     from influence_cli.run.learning_rates import weigh
 
     opened = open_shared(shared, trajectory)
     query_ids = opened.ids("--queries", queries, "query")
 
-    def question(asked: Method) -> Question:
+    def question(asked: Method) -> ScoreRequest:
         selected = opened.checkpoints if asked.checkpoints == "all" else opened.checkpoints[-1:]
-        return Question(
+        return ScoreRequest(
             checkpoints=selected,
             weights=opened.weights(lr, lr_weights)
             if asked.weighted

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
-from influence_cli.methods import METHODS
+from influence_cli.methods.table import METHODS
 
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
@@ -229,13 +229,13 @@ def unroll_rows(
     opened: "Opened", queries: "Ids", sum_queries: bool, curvature: str | None, replay: bool
 ) -> list[Row]:
     """What `--method unroll` would take, in trainings of the steps it goes back over."""
-    from influence_cli.methods import Question
+    from influence_cli.methods.request import ScoreRequest
     from influence_cli.methods.unroll import cost
     from influence_cli.run.learning_rates import weigh
 
     values = METHODS["unroll"].options(curvature=curvature, replay=replay)
     weights = tuple(weigh(opened.checkpoints, None, "none"))
-    question = Question(
+    question = ScoreRequest(
         opened.checkpoints, weights, opened.columns, range(0), queries, sum_queries, values=values
     )
     found = cost(opened.gradients, question)

@@ -17,7 +17,7 @@ from influence_cli.errors import UsageProblem
 from influence_cli.extraction.machine import keep_freed_memory
 from influence_cli.extraction.source import GradientSource, open_store
 from influence_cli.gradients.projection import Projection
-from influence_cli.methods import Groups
+from influence_cli.methods.request import Groups
 from influence_cli.parallel import Place, Ranks, Shard, open_ranks, place_of
 from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from influence_cli.methods import METHODS
+from influence_cli.methods.table import METHODS
 
 RUN, RANKED, WORDS, VALUES = (
     "The run",

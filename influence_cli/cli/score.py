@@ -4,7 +4,7 @@ import dataclasses
 from collections import deque
 
 from influence_cli.cli import command, options
-from influence_cli.methods import METHODS
+from influence_cli.methods.table import METHODS
 
 
 @command(
@@ -61,7 +61,8 @@ def score(
         )
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods import Question, WordOptions
+    from influence_cli.methods.declaration import WordOptions
+    from influence_cli.methods.request import ScoreRequest
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
     from influence_cli.run.learning_rates import weigh
 
@@ -78,7 +79,7 @@ def score(
     if not len(train_ids):  # an empty shard
         sink.write([], tables.score_columns(by))
         return
-    question = Question(
+    question = ScoreRequest(
         checkpoints=selected,
         weights=opened.weights(lr, lr_weights)
         if chosen.weighted

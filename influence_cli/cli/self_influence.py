@@ -25,7 +25,7 @@ def self_influence(
     part = specs.shard(shard)
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods import Question
+    from influence_cli.methods.request import ScoreRequest
     from influence_cli.methods.tracin import self_influence
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
 
@@ -34,7 +34,7 @@ def self_influence(
     if not len(train_ids):  # an empty shard
         sink.write([], tables.SELF_COLUMNS)
         return
-    question = Question(
+    question = ScoreRequest(
         opened.checkpoints, opened.weights(lr, lr_weights), opened.columns, train_ids
     )
     ranking: Ranking = TopRanking(1, 0, k, signed=False) if k is not None else FullRanking(1, 0)

@@ -12,7 +12,8 @@ import numpy as np
 
 from influence_cli.cli.options import Values, Words
 from influence_cli.errors import UsageProblem, listed
-from influence_cli.methods import METHODS, Method
+from influence_cli.methods.declaration import Method
+from influence_cli.methods.table import METHODS
 from influence_cli.parallel import Shard, parse_shard, place_of
 
 EXPECTED = (

@@ -25,7 +25,7 @@ def trace(
 
     from influence_cli.cli import specs
     from influence_cli.errors import UsageProblem
-    from influence_cli.methods import METHODS
+    from influence_cli.methods.table import METHODS
     from influence_cli.output import tables
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
@@ -44,12 +44,12 @@ def trace(
     specs.check_projected(method, chosen, shared.project)
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods import Question
+    from influence_cli.methods.request import ScoreRequest
     from influence_cli.run.learning_rates import weigh
 
     opened = open_shared(shared, trajectory)
     examples = opened.ids("--train", train, "train") if train is not None else range(0)
-    question = Question(
+    question = ScoreRequest(
         opened.checkpoints,
         tuple(weigh(opened.checkpoints, None, "none")),
         opened.columns,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.extraction.source import GradientSource
-    from influence_cli.methods import Question
+    from influence_cli.methods.request import ScoreRequest
     from influence_cli.run import Checkpoint
 
 
@@ -39,7 +39,7 @@ PROTOCOLS = {
 class EvaluationRequest:
     """What is evaluated, and how thoroughly. `questions`: what each method is asked, but for training examples and parts."""
 
-    questions: "dict[str, Question]"
+    questions: "dict[str, ScoreRequest]"
     checkpoints: "tuple[Checkpoint, ...]"
     queries: "Ids"
     removals: int

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods import Answer, Method, Question
+from influence_cli.methods.declaration import Method
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.output.ranking import Entry, Ranking
 
 
@@ -57,7 +58,7 @@ class PredictedEffects(Ranking):
 
 
 def scores(
-    gradients: GradientSource, method: Method, question: Question, removals: Sequence[Removal]
+    gradients: GradientSource, method: Method, question: ScoreRequest, removals: Sequence[Removal]
 ) -> np.ndarray:
     """(R, Q). Of the score by step where the method has it; else of the part of the checkpoint from which the step went on; else all."""
     by = next((part for part in ("step", "checkpoint") if part in method.parts), None)
@@ -73,7 +74,7 @@ def scores(
     )
 
 
-def part_of(removal: Removal, question: Question) -> str | None:
+def part_of(removal: Removal, question: ScoreRequest) -> str | None:
     """The name of the part that is about this removal: its step, or the checkpoint before it (the first, where none is)."""
     if question.by == "checkpoint":
         steps = [checkpoint.step for checkpoint in question.checkpoints]
@@ -82,7 +83,7 @@ def part_of(removal: Removal, question: Question) -> str | None:
 
 
 def of_answer(
-    answer: Answer, removals: Sequence[Removal], names: Sequence[str | None]
+    answer: ScoredQueries, removals: Sequence[Removal], names: Sequence[str | None]
 ) -> np.ndarray:
     """(R, Q) of the queries of one answer. An example that stood in a step several times has several parts there; they add."""
     ranking = answer.ranking

@@ -30,7 +30,7 @@ from influence_cli.evaluate.correlation import interval, pearson, spearman
 from influence_cli.evaluate.predicted_effects import Removal, scores
 from influence_cli.evaluate.result_log import Results
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods import METHODS
+from influence_cli.methods.table import METHODS
 from influence_cli.progress import Advance, Reporter
 from influence_cli.run import Checkpoint, Run
 from influence_cli.run.definition import failure

@@ -20,8 +20,9 @@ from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.store import GradientRows
 from influence_cli.errors import UsageProblem
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods import Answer, Question, ValueOptions
+from influence_cli.methods.declaration import ValueOptions
 from influence_cli.methods.pairwise import RankingFactory
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.methods.reverse import occurrences, reverse_pass
 from influence_cli.methods.reverse.embedding_store import STATE_BYTES, Embeddings
 from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
@@ -32,14 +33,16 @@ from influence_cli.progress import Advance
 
 
 def score(
-    gradients: GradientSource, question: Question, new_ranking: RankingFactory
-) -> Iterator[Answer]:
+    gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
+) -> Iterator[ScoredQueries]:
     """Scores of every training example asked for, ranked per query."""
     going = Dve(gradients, question)
     yield from occurrences.score(question, new_ranking, going.plan, going.passes)
 
 
-def trace(gradients: GradientSource, question: Question) -> Iterator[tuple[Ids, occurrences.Trace]]:
+def trace(
+    gradients: GradientSource, question: ScoreRequest
+) -> Iterator[tuple[Ids, occurrences.Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
     going = Dve(gradients, question)
     yield from occurrences.trace(question, going.plan, going.passes)
@@ -48,7 +51,7 @@ def trace(gradients: GradientSource, question: Question) -> Iterator[tuple[Ids, 
 class Dve:
     """One question to data value embedding: what is gone back over, and in which form."""
 
-    def __init__(self, gradients: GradientSource, question: Question) -> None:
+    def __init__(self, gradients: GradientSource, question: ScoreRequest) -> None:
         """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags)."""
         self.gradients, self.question = gradients, question
         self.options = question.values or ValueOptions("fisher")

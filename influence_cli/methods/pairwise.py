@@ -18,7 +18,7 @@ from influence_cli.cache.store import GradientRows, Level, concat_rows
 from influence_cli.extraction.memory_budget import floor_power_of_two
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
-from influence_cli.methods import Groups, Question
+from influence_cli.methods.request import Groups, ScoreRequest
 from influence_cli.output.ranking import Ranking, Shareable
 from influence_cli.parallel import Ranks
 from influence_cli.run import Checkpoint
@@ -34,7 +34,7 @@ Units = Iterator[GradientRows]
 
 def ranked(
     gradients: GradientSource,
-    question: Question,
+    question: ScoreRequest,
     new_ranking: RankingFactory,
     query_bytes: int,
     load: Callable[[Ids], Any],
@@ -132,7 +132,7 @@ def of_next(units: Units, count: int) -> Units:
         yield rows
 
 
-def query_passes(question: Question, query_bytes: int) -> list[Ids]:
+def query_passes(question: ScoreRequest, query_bytes: int) -> list[Ids]:
     """The queries, cut so that the gradients of each cut fit into QUERY_BYTES over all checkpoints, and its scores of the smallest block
     into 8 TOTAL_BYTES; uncut with --sum-queries."""
     fit = min(
@@ -146,7 +146,7 @@ def query_passes(question: Question, query_bytes: int) -> list[Ids]:
 
 
 def block_size(
-    gradients: GradientSource, question: Question, queries: int, level: Level = "values"
+    gradients: GradientSource, question: ScoreRequest, queries: int, level: Level = "values"
 ) -> int:
     """Training examples whose scores are held at once: some for each query, whole units, and few enough that several ranks have work."""
     held = TOTAL_BYTES // (8 * queries * (1 + len(question.parts)))
@@ -160,7 +160,7 @@ def block_size(
 
 
 def query_rows(
-    gradients: GradientSource, question: Question, checkpoint: Checkpoint, ids: Ids
+    gradients: GradientSource, question: ScoreRequest, checkpoint: Checkpoint, ids: Ids
 ) -> GradientRows:
     """The queries' gradients at one checkpoint, all in memory, each in the form in which products cost least."""
     rows = concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
@@ -170,7 +170,7 @@ def query_rows(
 
 
 def mean_query_row(
-    gradients: GradientSource, question: Question, checkpoint: Checkpoint, ids: Ids
+    gradients: GradientSource, question: ScoreRequest, checkpoint: Checkpoint, ids: Ids
 ) -> GradientRows:
     """--sum-queries: the mean of the queries' gradients at one checkpoint as one row, summed in float64 as they are read."""
     sums: dict[str, Tensor] = {}

@@ -19,7 +19,6 @@ from influence_cli.cache.store import UNIT_EXAMPLES, GradientRows
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import side_by_side
 from influence_cli.gradients.forms import Form, Memo, Projected
-from influence_cli.methods import Answer, Question
 from influence_cli.methods.pairwise import (
     Advance,
     RankingFactory,
@@ -32,6 +31,7 @@ from influence_cli.methods.pairwise import (
     ranked,
     unite,
 )
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.output.ranking import Ranking
 
 PART = 512  # training examples multiplied at once: their products stay in the cache
@@ -39,8 +39,8 @@ THIN = 8192  # bytes of a row from which that counts
 
 
 def score(
-    gradients: GradientSource, question: Question, new_ranking: RankingFactory
-) -> Iterator[Answer]:
+    gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
+) -> Iterator[ScoredQueries]:
     """Scores of every training example asked for, ranked per query."""
     numbers = sum(map(gradients.settings.width, question.columns.values()))
     rows_of = mean_query_row if question.sum_queries else query_rows
@@ -63,14 +63,14 @@ def score(
         load,
         scores,
     ):
-        yield Answer(
+        yield ScoredQueries(
             None if question.sum_queries else [int(i) for i in ids], ranking, question.parts
         )
 
 
 def block_scores(
     device: torch.device,
-    question: Question,
+    question: ScoreRequest,
     queries: list[GradientRows],
     ids: np.ndarray,
     units: Units,
@@ -170,7 +170,7 @@ def inverse_norms(rows: GradientRows, queries: GradientRows) -> Tensor:
     return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
 
 
-def self_influence(gradients: GradientSource, question: Question, ranking: Ranking) -> None:
+def self_influence(gradients: GradientSource, question: ScoreRequest, ranking: Ranking) -> None:
     """sum over checkpoints of eta_i |g_i(z)|^2, from the exact norms alone: high for mislabelled and atypical examples (section 4.1).
     Of several ranks, rank 0 has the whole ranking."""
     columns = list(question.columns)

@@ -21,8 +21,9 @@ from influence_cli.cache.store import concat_rows
 from influence_cli.errors import DefinitionError, UsageProblem
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
-from influence_cli.methods import Answer, Question, WordOptions
+from influence_cli.methods.declaration import WordOptions
 from influence_cli.methods.pairwise import Advance, RankingFactory, Units, of_next, ranked
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.output.ranking import Entry, Ranking, TopRanking
 from influence_cli.run import Checkpoint
 
@@ -32,8 +33,8 @@ SPECIAL = re.compile(
 
 
 def score(
-    gradients: GradientSource, question: Question, new_ranking: RankingFactory
-) -> Iterator[Answer]:
+    gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
+) -> Iterator[ScoredQueries]:
     """Scores of every training example asked for, ranked per query; with `by="word"` the answer splits ranked pairs into words."""
     (name,) = question.columns
     words = WordSelector(gradients, question)
@@ -68,7 +69,7 @@ def score(
         gradients, question, new_ranking, max(1, size) * (1 + words.options.synonyms), load, scores
     ):
         split = Split(words, queries, ranking) if question.by == "word" else None
-        yield Answer(
+        yield ScoredQueries(
             None if question.sum_queries else [int(i) for i in ids], ranking, question.parts, split
         )
 
@@ -91,7 +92,7 @@ class WordQueries:
 class WordSelector:
     """Which words count, what they are called, and which are near each other."""
 
-    def __init__(self, gradients: GradientSource, question: Question) -> None:
+    def __init__(self, gradients: GradientSource, question: ScoreRequest) -> None:
         self.gradients, self.question = gradients, question
         self.options = question.words or WordOptions()
         (self.name,) = question.columns

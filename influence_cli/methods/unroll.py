@@ -25,8 +25,9 @@ from influence_cli.cache.store import GradientRows
 from influence_cli.errors import DefinitionError, GradientError, InfluenceError
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.curvature import Curvature, Functions, verify
-from influence_cli.methods import Answer, Question, ValueOptions
+from influence_cli.methods.declaration import ValueOptions
 from influence_cli.methods.pairwise import RankingFactory
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.methods.reverse import occurrences, reverse_pass
 from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
 from influence_cli.methods.reverse.optimizer_adjoint import AnyUpdate, Pull
@@ -44,14 +45,14 @@ OUTPUTS = ("outputs", "loss_from_outputs")
 
 
 def score(
-    gradients: GradientSource, question: Question, new_ranking: RankingFactory
-) -> Iterator[Answer]:
+    gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
+) -> Iterator[ScoredQueries]:
     """Scores of every training example asked for, ranked per query."""
     going = Unroll(gradients, question)
     yield from occurrences.score(question, new_ranking, going.plan, going.passes)
 
 
-def trace(gradients: GradientSource, question: Question) -> Iterator[tuple[Ids, Trace]]:
+def trace(gradients: GradientSource, question: ScoreRequest) -> Iterator[tuple[Ids, Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
     going = Unroll(gradients, question)
     yield from occurrences.trace(question, going.plan, going.passes)
@@ -79,7 +80,7 @@ class Cost:
         return self.steps * self.step * self.runs
 
 
-def cost(gradients: GradientSource, question: Question) -> Cost:
+def cost(gradients: GradientSource, question: ScoreRequest) -> Cost:
     """What `score` would take, from a few runs of the step in the middle at the first checkpoint."""
     going = Unroll(gradients, question)
     plan, columns = going.plan, list(going.plan.columns)
@@ -189,7 +190,7 @@ class ExactBatch:
 class Unroll:
     """One question to unroll: what is gone back over, and where gradients are taken."""
 
-    def __init__(self, gradients: GradientSource, question: Question) -> None:
+    def __init__(self, gradients: GradientSource, question: ScoreRequest) -> None:
         """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags), DefinitionError (functions that lack)."""
         self.gradients, self.question = gradients, question
         self.options = question.values or ValueOptions("hessian")

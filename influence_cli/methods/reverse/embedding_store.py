@@ -27,7 +27,7 @@ from influence_cli.cache.store import GradientRows, reading
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.extraction.machine import available_memory, check_fits
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods import ValueOptions
+from influence_cli.methods.declaration import ValueOptions
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import Fisher, Stability, back, prepare, sizes, spread

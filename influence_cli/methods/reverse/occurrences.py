@@ -15,8 +15,8 @@ from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids, cut
 from influence_cli.errors import OutputError
-from influence_cli.methods import Answer, Question
 from influence_cli.methods.pairwise import RankingFactory
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.methods.reverse.optimizer_adjoint import total
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.output.ranking import Entry
@@ -126,11 +126,11 @@ New = Callable[[int, Path], Sums]  # (queries, a folder to spill to) -> what col
 
 
 def score(
-    question: Question,
+    question: ScoreRequest,
     new_ranking: RankingFactory,
     plan: ReversePlan,
     passes: "Callable[[New[Totals]], Iterator[tuple[Ids, Totals]]]",
-) -> Iterator[Answer]:
+) -> Iterator[ScoredQueries]:
     """Scores of every training example asked for, ranked per query. `passes` goes back over training for some queries at a time."""
 
     def new(width: int, folder: Path) -> Totals:
@@ -165,13 +165,13 @@ def score(
                 part = scores[:, torch.from_numpy(totals.place[block])].transpose(1, 2).numpy()
                 ranking.add(block, part[0], part[1:])
         split = by_step(totals.occurrences, question) if totals.occurrences else None
-        yield Answer(
+        yield ScoredQueries(
             None if question.sum_queries else [int(i) for i in ids], ranking, totals.parts, split
         )
 
 
 def trace(
-    question: Question,
+    question: ScoreRequest,
     plan: ReversePlan,
     passes: "Callable[[New[Trace]], Iterator[tuple[Ids, Trace]]]",
 ) -> Iterator[tuple[Ids, Trace]]:
@@ -188,7 +188,7 @@ def trace(
 
 
 def by_step(
-    occurrences: Occurrences, question: Question
+    occurrences: Occurrences, question: ScoreRequest
 ) -> Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]:
     """Of each ranked pair its steps, rising, and their scores; of a group those of its members."""
     owner = (

@@ -20,8 +20,9 @@ from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import checkpoint_key
 from influence_cli.cache.store import GradientRows, reading
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods import Question, ValueOptions
+from influence_cli.methods.declaration import ValueOptions
 from influence_cli.methods.pairwise import QUERY_BYTES, mean_query_row, query_rows
+from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.segments import ReversePlan
@@ -39,7 +40,7 @@ Work = Callable[[GradientRows, "Totals | Trace", Advance], None]
 
 def passes(
     gradients: GradientSource,
-    question: Question,
+    question: ScoreRequest,
     plan: ReversePlan,
     new: New[Sums],
     work: Callable[[Path], Work],
@@ -70,7 +71,7 @@ def passes(
             yield ids, sums
 
 
-def queries_of_a_pass(gradients: GradientSource, plan: ReversePlan, question: Question) -> int:
+def queries_of_a_pass(gradients: GradientSource, plan: ReversePlan, question: ScoreRequest) -> int:
     return (
         len(question.queries)
         if question.sum_queries
