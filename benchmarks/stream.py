@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from influence_cli.cache.store import GradientRows
 from influence_cli.cli.opening import Opened
 from influence_cli.gradients.forms import Projected, products
-from influence_cli.storage.safetensors_io import TensorFile, memory
+from influence_cli.storage.safetensors_io import TensorFile, allocate_pages
 
 LAYERS, NUMBERS = 16, 64
 DEFINITION = f"""
@@ -87,7 +87,7 @@ def read_all(paths: list[Path]) -> float:
     started = time.perf_counter()
     for path in paths:
         with TensorFile(path) as file:
-            block = memory(file.size)
+            block = allocate_pages(file.size)
             file._fill(block, 0, file.size)
     return time.perf_counter() - started
 

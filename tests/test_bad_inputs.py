@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from influence_cli import cli
-from influence_cli.cache import store
 from influence_cli.cache.store import VERSION
 from influence_cli.extraction import extractor
 from influence_cli.gradients.capture import Capture
+from influence_cli.storage import safetensors_io
 from tests.conftest import DEFINITION, build_run
 from tests.refusals import refused, replaced
 
@@ -994,21 +994,20 @@ def fails(number: int):
 def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(
     make_run, influence, monkeypatch
 ):
-    run, written, save = make_run(), [], store.save
+    run, written, stream = make_run(), [], safetensors_io.stream_tensors
 
     def full_after_one(path, *content):
         if written:
             path.write_bytes(b"the first few bytes")
             fails(errno.ENOSPC)()
         written.append(path)
-        save(path, *content)
+        stream(path, *content)
 
-    monkeypatch.setattr(store, "save", full_after_one)
+    monkeypatch.setattr(safetensors_io, "stream_tensors", full_after_one)
     refused(
         influence("score", run),
         1,
-        "the disk of the cache",
-        ".influence is full",
+        ".influence can't be written: the disk is full",
         "bytes free",
         "--store float16",
         "--cache none",
@@ -1023,8 +1022,8 @@ def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(
 
 def test_a_full_disk_while_the_cache_is_begun_is_a_full_disk(make_run, influence, monkeypatch):
     run = make_run()
-    monkeypatch.setattr(Path, "write_text", fails(errno.ENOSPC))
-    refused(influence("score", run), 1, "the disk of the cache", "full")
+    monkeypatch.setattr(Path, "write_bytes", fails(errno.ENOSPC))
+    refused(influence("score", run), 1, "the cache", "the disk is full")
 
 
 def test_a_full_disk_under_an_output_file_leaves_none(cached, influence, monkeypatch, tmp_path):
@@ -1033,8 +1032,7 @@ def test_a_full_disk_under_an_output_file_leaves_none(cached, influence, monkeyp
     refused(
         influence("score", cached, "-o", tmp_path / "scores.csv"),
         1,
-        "scores.csv can't be written",
-        "No space left",
+        "scores.csv can't be written: the disk is full",
         "-o FILE",
     )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -1046,7 +1044,7 @@ def test_a_full_stdout_is_an_error_not_a_trace(make_run):
         command = [sys.executable, "-m", "influence_cli", "score", make_run(), "--quiet"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error: stdout can't be written: No space left on device\n")
+    assert ended.stderr.startswith("error: stdout can't be written: the disk is full\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -1066,7 +1064,7 @@ def test_a_full_stdout_is_an_error_of_every_command(command, cached, influence, 
         refused(
             influence(*command[:1], cached, *command[1:]),
             1,
-            "stdout can't be written: No space left on device",
+            "stdout can't be written: the disk is full",
         )
         monkeypatch.undo()
         with contextlib.suppress(OSError):
@@ -1114,16 +1112,16 @@ def test_a_read_only_cache_is_enough_when_nothing_is_missing(
     moved, filled, cached, influence, monkeypatch
 ):
     run = cached if moved else filled
-    for name in ("touch", "mkdir", "write_text"):
+    for name in ("touch", "mkdir", "write_bytes"):
         monkeypatch.setattr(Path, name, fails(errno.EROFS))
-    monkeypatch.setattr(store, "save", fails(errno.EROFS))
+    monkeypatch.setattr(safetensors_io, "stream_tensors", fails(errno.EROFS))
     result = influence("score", run)
     assert result.code == 0, result.err
     assert result.rows
 
 
 def test_a_unit_that_can_not_be_written_names_cache(make_run, influence, monkeypatch):
-    monkeypatch.setattr(store, "save", fails(errno.EACCES))
+    monkeypatch.setattr(safetensors_io, "stream_tensors", fails(errno.EACCES))
     refused(
         influence("score", make_run()),
         1,

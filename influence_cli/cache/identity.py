@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -13,9 +15,24 @@ from influence_cli.cache.store import GradientRows
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.projection import Projection
-from influence_cli.run.checkpoints import Checkpoint
-from influence_cli.run.parameters import Column
 from influence_cli.storage.atomic import read_json, write_json
+from influence_cli.storage.checksums import digest_tensors
+
+
+class CheckpointFiles(Protocol):
+    """What the cache reads of a checkpoint."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+
+class Shaped(Protocol):
+    """What the cache reads of a column."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -39,9 +56,10 @@ class Settings:
         kept = self.projection.key if self.projection else "exact"
         return f"{'mixed' if self.mixed else precision}-stored-{store}-{kept}"
 
-    def width(self, column: Column) -> int:
-        """Numbers that are kept of one example's gradient, where it is kept dense."""
-        return self.projection.width(column.shape) if self.projection else column.numel
+    def width(self, column: Shaped) -> int:
+        """The number of numbers in one example's gradient of this column, if stored dense."""
+        shape = column.shape
+        return self.projection.width(shape) if self.projection else math.prod(shape)
 
     @property
     def rounding(self) -> float:
@@ -50,7 +68,7 @@ class Settings:
         return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * STORE_EPS[self.store])
 
 
-def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:
+def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None) -> str:
     """`step-N-<digest of its tensors>`. `memory`: a json file that remembers digests by path, size and time of change."""
     known = read_json(memory) if memory and memory.is_file() else {}
     parts, fresh = [], False
@@ -58,7 +76,7 @@ def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:
         state = file.stat()
         key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
         if key not in known:
-            known[key], fresh = tensor_digest(file), True
+            known[key], fresh = digest_tensors(file), True
         parts.append(known[key])
     if fresh and memory:
         with contextlib.suppress(
@@ -68,17 +86,6 @@ def checkpoint_key(checkpoint: Checkpoint, memory: Path | None) -> str:
     return (
         f"step-{checkpoint.step:09d}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
     )
-
-
-def tensor_digest(file: Path) -> str:
-    """sha256 of a safetensors file's tensors with their names, dtypes and shapes; its metadata (a learning rate, say) does not count."""
-    with file.open("rb") as content:
-        head = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-        head.pop("__metadata__", None)
-        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-        while part := content.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def compare(

@@ -26,8 +26,8 @@ from influence_cli.cache.quantize import pack, pack_side_by_side, unpack, unpack
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import concat, from_tensors
 from influence_cli.gradients.forms import Form, Projected
-from influence_cli.storage.atomic import read_json, replacing, write_json, write_text, writing
-from influence_cli.storage.safetensors_io import TensorFile, save
+from influence_cli.storage.atomic import read_json, report_disk_errors, write_json, write_text
+from influence_cli.storage.safetensors_io import TensorFile, write_tensors
 
 FORMAT, VERSION = "influence-cache", 2
 UNIT_BYTES = (
@@ -157,7 +157,7 @@ class Store:
                 f"{folder} is not an influence cache: it holds other files",
                 "--cache DIR names an empty or a new folder",
             )
-        with writing(folder):
+        with report_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(head, {"format": FORMAT, "version": VERSION})
             write_text(folder / ".gitignore", "*\n")
@@ -269,17 +269,15 @@ class Store:
                     else:
                         shared[part] = [owner, list(value.shape[1:])]
                 forms[column] = [form.kind, list(form.shape), shared]
-        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-        with writing(self.folder):
+        with report_disk_errors(self.folder):
             unit.path.parent.mkdir(parents=True, exist_ok=True)
             self.list_columns(unit)
-            with replacing(unit.path) as temporary:
-                save(temporary, tensors, {"influence-unit": json.dumps(forms)}, direct)
+            write_tensors(unit.path, tensors, {"influence-unit": json.dumps(forms)}, direct)
 
     def list_columns(self, unit: Unit) -> None:
         """Say what the unit's folder holds, where that is not said yet."""
         if not (unit.folder / "columns.json").is_file():
-            with writing(self.folder):
+            with report_disk_errors(self.folder):
                 write_json(
                     unit.folder / "columns.json",
                     {

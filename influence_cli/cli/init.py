@@ -26,6 +26,7 @@ def init(
     """Write a commented definition.py: model, data and loss, in plain functions. Never overwrites one."""
     from influence_cli.cli.specs import one_of
     from influence_cli.errors import UsageProblem
+    from influence_cli.storage.atomic import describe_disk_error, write_text
 
     one_of("--template", template, TEMPLATES)
     text = (Path(__file__).parent / "templates" / f"{template}.py").read_text(encoding="utf-8")
@@ -34,11 +35,10 @@ def init(
         raise UsageProblem(f"{path} is there already", "name another folder, or delete it first")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        write_text(path, text)
     except OSError as error:
         raise UsageProblem(
-            f"{path} can't be written: {error.strerror}",
+            describe_disk_error(path, error),
             f"expected: {directory} is a folder, or can be made",
         ) from error
     print(f"wrote {path}", file=sys.stderr)

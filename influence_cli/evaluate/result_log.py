@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_cli.errors import CacheError
-from influence_cli.storage.atomic import writing
+from influence_cli.storage.atomic import LineLog, report_disk_errors
 
 
 class Results:
@@ -18,7 +18,7 @@ class Results:
         self.records: list[dict[str, Any]] = []
         if path is None or not path.is_file():
             return
-        with writing(path.parent):
+        with report_disk_errors(path.parent):
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):
@@ -36,7 +36,7 @@ class Results:
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         if self._path is not None:
-            with writing(self._path.parent):
+            with report_disk_errors(self._path.parent):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("ab") as file:
-                    file.write(json.dumps(record).encode() + b"\n")
+                with LineLog(self._path) as log:
+                    log.append(json.dumps(record).encode() + b"\n")

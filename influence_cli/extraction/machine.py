@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from influence_cli.errors import CacheError
-from influence_cli.storage.atomic import sync
-from influence_cli.storage.safetensors_io import save
+from influence_cli.storage.safetensors_io import write_tensors
 
 TRIAL_BYTES = 128 << 20  # written to measure a disk
 
@@ -92,8 +91,7 @@ def disk_speed(folder: Path, direct: bool, count: int = TRIAL_BYTES) -> float:
         ) as trial:
             content = {"zeros": torch.zeros(count, dtype=torch.int8)}
             start = time.perf_counter()
-            save(Path(trial) / "speed", content, {}, direct)
-            sync(Path(trial) / "speed")
+            write_tensors(Path(trial) / "speed", content, {}, direct)
             return count / (time.perf_counter() - start)
     except OSError:
         return 0.0

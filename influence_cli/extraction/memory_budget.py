@@ -21,7 +21,7 @@ from influence_cli.extraction.machine import free_cuda_bytes
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.embedding_capture import EmbeddingCapture
 from influence_cli.gradients.forms import Form
-from influence_cli.storage.atomic import read_json, write_json, writing
+from influence_cli.storage.atomic import read_json, report_disk_errors, write_json
 
 BATCH_BYTES = 384 << 20  # working memory of a batch on a CPU: what its caches and allocator like
 MAX_BATCH = 1024
@@ -72,7 +72,10 @@ class SizeRecord:
         self.forms = forms | self.forms
         self.batches[columns_key(columns)] = batch, working
         if self.path is not None:
-            with contextlib.suppress(CacheError), writing(self.path.parent):  # may be read-only
+            with (
+                contextlib.suppress(CacheError),
+                report_disk_errors(self.path.parent),
+            ):  # may be read-only
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self.path, {"forms": self.forms, "batches": self.batches})
 

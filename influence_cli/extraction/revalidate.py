@@ -12,7 +12,7 @@ from influence_cli.cache.store import GradientRows, Store, Unit, UnitIndex
 from influence_cli.errors import CacheError, listed
 from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Run
-from influence_cli.storage.atomic import read_json, write_json, writing
+from influence_cli.storage.atomic import read_json, report_disk_errors, write_json
 
 GRADIENTS = 8  # examples to compute again, per checkpoint and older definition
 ITEMS = 1024  # items to read again, per split, while the definition is unchanged
@@ -52,7 +52,7 @@ def check_gradients(
             fresh = recompute("train", checkpoint, unit.columns, ids)
             compare(stored, fresh, rounding, checkpoint.name, "train", store.folder)
     if older:
-        with writing(store.folder):
+        with report_disk_errors(store.folder):
             write_json(folder / "agrees.json", {digest: sorted(trusted.union(older) - {digest})})
     return bool(older)
 

@@ -20,7 +20,7 @@ from influence_cli.gradients.forms import Form
 from influence_cli.parallel import Ranks
 from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Run
-from influence_cli.storage.atomic import sweep
+from influence_cli.storage.atomic import remove_stale_files
 
 IdsAt = tuple[Checkpoint, Ids]  # a checkpoint, and the examples whose rows are wanted there
 
@@ -159,5 +159,5 @@ class GradientSource:
 def open_store(folder: Path) -> Store:
     """The cache folder, without the temporary files that killed processes left."""
     store = Store(folder)
-    sweep(folder)
+    remove_stale_files(folder)
     return store

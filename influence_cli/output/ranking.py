@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from influence_cli.errors import OutputError
+from influence_cli.storage.scratch import spill_arrays
 
 RUN_BYTES = 64 << 20  # scores sorted in memory at once, where all are ranked
 READ_ROWS = 1 << 17  # rows of all sorted runs read at once while they are merged
@@ -201,9 +202,7 @@ class FullRanking(Shareable):
     def _write(self, stretches: Iterable[np.ndarray], size: int) -> None:
         """A run: a sorted stretch of `size` rows per query."""
         try:
-            with (Path(self._folder.name) / f"{self._runs}").open("wb") as file:
-                for rows in stretches:
-                    rows.tofile(file)
+            spill_arrays(Path(self._folder.name) / f"{self._runs}", stretches)
         except OSError as error:
             raise OutputError(
                 f"--top all could not be spilled to {self._folder.name}: {error.strerror or error}",

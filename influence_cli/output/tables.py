@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 from influence_cli.errors import OutputError, UsageProblem
 from influence_cli.output.ranking import Entry, Ranking
+from influence_cli.storage.atomic import describe_disk_error, replace_text_file
 
 FORMATS = ("table", "csv", "tsv", "jsonl", "parquet")
 SUFFIXES = {
@@ -141,7 +141,7 @@ class TableWriter:
         """Write a table. Nothing is written before the first row is there."""
         rows = iter(rows)
         rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
-        with to_stdout(self.stdout) if self.output is None else replacing(self.output) as file:
+        with to_stdout(self.stdout) if self.output is None else to_file(self.output) as file:
             _write(rows, columns, self.format, file)
 
 
@@ -285,25 +285,19 @@ def to_stdout(stdout: IO[str]) -> Iterator[IO[str]]:
         raise
     except OSError as error:
         raise OutputError(
-            f"stdout can't be written: {error.strerror or error}",
+            describe_disk_error("stdout", error),
             "free some space, or write elsewhere",
         ) from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file (utf-8, LF) that replaces `path` when it is complete. Raises OutputError where it can't be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def to_file(path: Path) -> Iterator[IO[str]]:
+    """A text file that replaces `path` when it is complete. Raises OutputError on a disk error."""
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with replace_text_file(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise OutputError(
-            f"{path} can't be written: {error.strerror or error}",
-            "nothing was left there; -o FILE names another place",
+            describe_disk_error(path, error),
+            "nothing was written; -o FILE names another place",
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from influence_cli.errors import CheckpointError, listed
-from influence_cli.run.parameters import WRAPPERS
+from influence_cli.run.parameters import PRECISIONS, WRAPPERS
+from influence_cli.storage.safetensors_io import TensorFile, TruncatedFile
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Checkpoint:
 class Header:
     """What a checkpoint says of itself without reading its tensors: key -> (file, dtype, shape), and the metadata."""
 
-    tensors: dict[str, tuple[Path, str, tuple[int, ...]]]
+    tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]]
     metadata: dict[str, str]
 
 
@@ -175,7 +171,7 @@ def shards(path: Path) -> tuple[Path, ...]:
 
 def headers(files: tuple[Path, ...]) -> Header:
     """Raises CheckpointError for a truncated, empty, unreadable or non-safetensors file."""
-    tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
     for file in files:
         size = file.stat().st_size
@@ -185,17 +181,13 @@ def headers(files: tuple[Path, ...]) -> Header:
                 "save it again; it was probably cut off while it was written",
             )
         try:
-            with safe_open(file, "pt") as content:
-                metadata.update(content.metadata() or {})
-                for key in content.keys():  # noqa: SIM118  not a dict
-                    part = content.get_slice(key)
-                    tensors[key] = (file, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            cut = any(
-                part in str(error)
-                for part in ("incomplete", "invalid header length", "header too small")
-            )
-            what = "is truncated" if cut else "is not a safetensors file"
+            with TensorFile(file) as content:
+                metadata.update(content.metadata)
+                for key, span in content.entries.items():
+                    tensors[key] = (file, span.dtype, span.shape)
+        except (ValueError, OSError) as error:
+            truncated = isinstance(error, TruncatedFile)
+            what = "is truncated" if truncated else "is not a safetensors file"
             raise CheckpointError(
                 f"{file.name} {what} ({size:,} bytes: {error})", "save or copy it again"
             ) from error
@@ -256,11 +248,9 @@ def check(checkpoints: list[Checkpoint], model: nn.Module, cast: bool) -> None:
                 lines.append(
                     f"shape:      {key} is {shape} in the file, {tuple(own[key].shape)} in the model"
                 )
-            elif DTYPES.get(dtype) != own[key].dtype and not (
-                cast and dtype in ("F64", "F32", "F16", "BF16")
-            ):
+            elif dtype != own[key].dtype and not (cast and dtype in PRECISIONS.values()):
                 expected = str(own[key].dtype).removeprefix("torch.")
-                found = str(DTYPES.get(dtype, dtype)).removeprefix("torch.")
+                found = str(dtype).removeprefix("torch.")
                 lines.append(f"dtype:      {key} is {found} in the file, {expected} in the model")
         if lines:
             problems[checkpoint.name] = lines
@@ -300,11 +290,11 @@ def load(checkpoint: Checkpoint, model: nn.Module) -> None:
     seen: dict[int, tuple[str, torch.Tensor]] = {}
     broken, untied = [], []
     for file in checkpoint.files:
-        with safe_open(file, "pt") as content, torch.no_grad():
+        with TensorFile(file) as content, torch.no_grad():
             for key, file_key in mapping.items():
                 if header.tensors[file_key][0] != file:
                     continue
-                value = content.get_tensor(file_key)
+                value = content.read([file_key])[file_key]
                 if value.is_floating_point() and value.numel():
                     found = (
                         torch.isfinite if key in parameters else is_number

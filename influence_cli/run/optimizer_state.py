@@ -1,23 +1,19 @@
 """What a recorded training leaves on the disk beside its lines: checkpoints and optimizer state, each whole or not at all."""
 
-import contextlib
-import errno
-import itertools
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from influence_cli.errors import CheckpointError, TrajectoryError, listed
 from influence_cli.run import checkpoints
-from influence_cli.run.checkpoints import DTYPES, Checkpoint
-
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.storage.atomic import describe_disk_error
+from influence_cli.storage.safetensors_io import CODES, read_tensors, write_tensors
 
 
 def file_name(step: int) -> str:
@@ -36,7 +32,7 @@ def checkpoints_in(folder: Path) -> list[Checkpoint]:
 def holds(checkpoint: Checkpoint, model: nn.Module) -> bool:
     """Whether the model's parameters are the checkpoint's, bit by bit. Not its buffers: a forward pass changes them."""
     mapping, _, _ = checkpoints.key_map(checkpoints.headers(checkpoint.files), model)
-    values = {key: value for file in checkpoint.files for key, value in load_file(file).items()}
+    values = {key: value for file in checkpoint.files for key, value in read_tensors(file).items()}
     return all(
         name in mapping
         and values[mapping[name]].dtype == own.dtype
@@ -45,56 +41,33 @@ def holds(checkpoint: Checkpoint, model: nn.Module) -> bool:
     )
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file. The library's own writer orders metadata at random; a resumed training shall leave the same bytes."""
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # wide numbers first: each then lies aligned
+def write_state_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """A safetensors file and its folder. Raises TrajectoryError."""
     if unknown := [
-        f"{name} ({tensors[name].dtype})" for name in names if tensors[name].dtype not in CODES
+        f"{name} ({value.dtype})" for name, value in tensors.items() if value.dtype not in CODES
     ]:
-        raise TrajectoryError(f"tensors of a kind that a checkpoint can't hold: {listed(unknown)}")
-    head: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in names:
-        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        head[name] = {
-            "dtype": CODES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    values = (
-        tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        for name in names
-        if tensors[name].numel()
-    )
-    replace(path, itertools.chain([len(text).to_bytes(8, "little"), text], values))
-
-
-def replace(path: Path, pieces: Iterable[Any]) -> None:
-    """A file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+        raise TrajectoryError(
+            f"{path.name} can't hold these tensors: {listed(unknown)}",
+            "expected: dtypes of safetensors",
+        )
+    with report_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_tensors(path, tensors, metadata)
+
+
+@contextmanager
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into a TrajectoryError about `path`."""
+    try:
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> TrajectoryError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return TrajectoryError(
-        f"{path} can't be written: {'the disk is full' if full else error.strerror}",
-        "free some space, or record into another folder; a resume goes on from the newest checkpoint",
-    )
+        raise TrajectoryError(
+            describe_disk_error(path, error, path.parent),
+            "free some space, or record into another folder",
+            "a resumed training starts at the newest checkpoint",
+        ) from error
 
 
 # ---------------------------------------------------------------- optimizer state
@@ -121,7 +94,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         for key, value in state.items()
         if not isinstance(value, Tensor)
     }
-    write(
+    write_state_file(
         path,
         state | numbers,
         {
@@ -149,7 +122,7 @@ def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
             f"expected: {optimizer}",
         )
     numbers, found = json.loads(about["numbers"]), dict[str, dict[str, Any]]()
-    for label, value in load_file(path).items():
+    for label, value in read_tensors(path).items():
         key, _, name = label.partition("/")
         found.setdefault(name, {})[key] = value.item() if label in numbers else value
     return found

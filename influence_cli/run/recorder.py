@@ -22,11 +22,11 @@ from influence_cli.run.optimizer_state import (
     load_state,
     name_of,
     names_of,
-    replace,
+    report_write_errors,
     save_state,
-    unwritable,
-    write,
+    write_state_file,
 )
+from influence_cli.storage.atomic import LineLog, remove_stale_files, write_bytes
 
 Numbers = Sequence[Any] | np.ndarray | Tensor
 LEFT_OUT = (
@@ -85,17 +85,22 @@ class TrajectoryRecorder:
             tuple[list[int], list[float] | None]
         ] = []  # micro-batches of the step to come
         self._saved: int | None = None  # step of the newest checkpoint
-        self._file: int | None = None
+        self._log: LineLog | None = None
 
     def __enter__(self) -> "TrajectoryRecorder":
         header = self._header()
-        replace(self.path, [JSON.encode(header).encode() + b"\n", *self._kept(header)])
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        lines = [JSON.encode(header).encode() + b"\n", *self._kept(header)]
+        with report_write_errors(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("checkpoints", "optimizer"):
+                remove_stale_files(self.folder / name)
+            write_bytes(self.path, b"".join(lines))
+            self._log = LineLog(self.path)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and self._file is not None and self._saved != self.steps:
+            if kind is None and self._log is not None and self._saved != self.steps:
                 self._save()
                 self._same_options()
         finally:
@@ -129,7 +134,7 @@ class TrajectoryRecorder:
 
         `indices`: (B,) example ids; `weights`: (B,) factors of their losses, None: 1/|B| or 1; `clip`: factor of the gradient.
         """
-        if self._file is None:
+        if self._log is None:
             raise TrajectoryError(
                 "the recorder is not recording",
                 "expected: with TrajectoryRecorder(...) as recorder: around the loop",
@@ -155,13 +160,12 @@ class TrajectoryRecorder:
         if self.steps % self.checkpoint_every == 0 and self._saved != self.steps:
             self._same_options()
             self._save()
-        text = JSON.encode(line).encode() + b"\n"
         try:
-            while text:  # once, unless the disk is full
-                text = text[os.write(self._file, text) :]
-        except OSError as error:
+            with report_write_errors(self.path):
+                self._log.append(JSON.encode(line).encode() + b"\n")
+        except TrajectoryError:
             self._close()
-            raise unwritable(self.path, error) from error
+            raise
         self.steps += 1
         self._pending = []
 
@@ -195,24 +199,22 @@ class TrajectoryRecorder:
 
     def _save(self) -> None:
         """The checkpoint of `steps`. Its lines come to the disk first, then optimizer state: a checkpoint that is there has both."""
-        assert self._file is not None
+        assert self._log is not None
         name, about = (
             file_name(self.steps),
             {"step": str(self.steps), "learning_rate": repr(self._rates()[0])},
         )
         state = self.folder / "optimizer" / name
-        try:
-            os.fsync(self._file)
+        with report_write_errors(self.path):
+            self._log.sync()
             state.unlink(missing_ok=True)  # that of a training that was given up
-        except OSError as error:
-            raise unwritable(self.path, error) from error
         if self.save_optimizer:
             save_state(state, self.model, self.optimizer)
         once = {
             id(value): (key, value)
             for key, value in reversed(checkpoints.tensors(self.model).items())
         }  # a tied tensor's first name
-        write(self.folder / "checkpoints" / name, dict(once.values()), about)
+        write_state_file(self.folder / "checkpoints" / name, dict(once.values()), about)
         self._saved = self.steps
 
     def _rates(self) -> list[float]:
@@ -298,9 +300,9 @@ class TrajectoryRecorder:
         return [line + b"\n" for line in lines[1:] if _step_of(line) < self.start]
 
     def _close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
 
 # ---------------------------------------------------------------- what was given

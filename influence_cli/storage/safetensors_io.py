@@ -1,8 +1,10 @@
-"""Safetensors files of a cache: written, and read in parts, without a copy of the whole.
+"""The one reader and the one writer of safetensors files.
 
-safetensors' own functions copy every tensor before it is written and map files page by page when they are read; at gigabytes that costs the
-processor as much as taking the gradients. Here few large pieces go between memory and disk, and large caches past the system's page cache,
-which they would only fill; what lies in it is used where it lies (docs/log.md has the numbers). The files are ordinary safetensors files.
+safetensors' own writer copies every tensor first, and its reader maps files page by page. At
+gigabytes that costs as much processor time as computing the gradients. This module moves few large
+pieces between memory and disk. Large caches bypass the system's page cache, which they would only
+fill; data that is already in the page cache is memory-mapped (docs/log.md has the numbers). The
+files are ordinary safetensors files, and equal content gives equal bytes.
 """
 
 import errno
@@ -19,74 +21,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = (
-    4096  # what positions, lengths and addresses are multiples of where the page cache is left out
-)
-PIECE = 8 << 20
+from influence_cli.storage.atomic import replace_file
+
+# O_DIRECT, which bypasses the page cache, needs positions, lengths and addresses in multiples
+PAGE = 4096
+PIECE = 8 << 20  # bytes of one read or write
+MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors library
 CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int8: "I8",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-DIRECT = getattr(os, "O_DIRECT", 0)  # 0: this system has no such way
+DIRECT = getattr(os, "O_DIRECT", 0)  # 0: the system has no O_DIRECT
 
-
-FREE: dict[
-    int, list[mmap.mmap]
-] = {}  # memory that nothing refers to any more, by its size, to be read into again
+FREE: dict[int, list[mmap.mmap]] = {}  # size -> unused blocks, to be read into again
 FREE_BYTES = 512 << 20
 
 
-def memory(size: int) -> np.ndarray:
-    """Page-aligned bytes, in large pages where the system gives them; reused once the array and all that is seen through it are gone.
+def allocate_pages(size: int) -> np.ndarray:
+    """Page-aligned bytes, in huge pages where the system has them. The block is reused once the
+    array and all its views are deleted.
 
-    Fresh memory is handed out page by page and zeroed: as long as reading a file that the page cache holds.
+    The system zeroes fresh memory page by page, which takes as long as reading a cached file.
     """
     size = max(PAGE, -(-size // PAGE) * PAGE)
-    waiting = FREE.get(size)
-    block = waiting.pop() if waiting else mmap.mmap(-1, size)
-    if not waiting and hasattr(mmap, "MADV_HUGEPAGE"):
+    free = FREE.get(size)
+    block = free.pop() if free else mmap.mmap(-1, size)
+    if not free and hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(block, dtype=np.uint8)
-    weakref.finalize(array, release, block, size)
+    weakref.finalize(array, recycle_block, block, size)
     return array
 
 
-def release(block: mmap.mmap, size: int) -> None:
+def recycle_block(block: mmap.mmap, size: int) -> None:
     if size + sum(size * len(blocks) for size, blocks in FREE.items()) <= FREE_BYTES:
         FREE.setdefault(size, []).append(block)
 
 
 # ---------------------------------------------------------------- writing
-def save(
+def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], direct: bool = False
 ) -> None:
-    """Write a file; not synced. `direct`: past the page cache, where the file system allows it. Tensors lie on the CPU."""
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # wide numbers first: each then lies aligned
+    """Writes a file that appears complete or not at all. `direct`: bypasses the page cache.
+
+    Raises OSError, and KeyError for a dtype that safetensors files can't hold.
+    """
+    with replace_file(path) as temporary:
+        stream_tensors(temporary, tensors, metadata, direct)
+
+
+def stream_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], direct: bool
+) -> None:
+    # large elements first, so that all are aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     head: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
+    start = 0
     for name in names:
         value = tensors[name]
-        size = value.numel() * value.element_size()
+        stop = start + value.numel() * value.element_size()
         head[name] = {
             "dtype": CODES[value.dtype],
             "shape": list(value.shape),
-            "data_offsets": [at, at + size],
+            "data_offsets": [start, stop],
         }
-        at += size
+        start = stop
     text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)  # the numbers begin on a page
+    text += b" " * (-(8 + len(text)) % PAGE)  # the tensors begin on a page
     with BlockWriter(path, direct) as file:
         file.write(np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8))
         for name in names:
-            if tensors[name].numel():
-                file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+            value = tensors[name].detach().cpu()
+            if value.numel():
+                file.write(value.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 class BlockWriter:
-    """A file that is written in pieces of one reused block of memory."""
+    """A file that is written in pieces from one reused block of memory."""
 
     def __init__(self, path: Path, direct: bool) -> None:
         self.direct = bool(direct and DIRECT)
@@ -96,11 +111,9 @@ class BlockWriter:
         except OSError as error:
             if not self.direct or error.errno != errno.EINVAL:
                 raise
-            self.direct, self.file = (
-                False,
-                os.open(path, flags, 0o666),
-            )  # a file system without that way
-        self.block = memory(PIECE)
+            self.direct = False  # this file system has no O_DIRECT
+            self.file = os.open(path, flags, 0o666)
+        self.block = allocate_pages(PIECE)
         self.filled, self.size = 0, 0
 
     def __enter__(self) -> "BlockWriter":
@@ -115,7 +128,7 @@ class BlockWriter:
             os.close(self.file)
 
     def write(self, content: np.ndarray) -> None:
-        """Bytes; the copy into the block leaves Python's lock to whoever computes."""
+        """Appends bytes. numpy's copy releases Python's lock, so other threads compute meanwhile."""
         self.size += len(content)
         done = 0
         while done < len(content):
@@ -135,7 +148,7 @@ class BlockWriter:
 # ---------------------------------------------------------------- reading
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where a tensor lies in its file."""
+    """The position of a tensor in its file, in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -143,8 +156,13 @@ class TensorSpan:
     stop: int
 
 
+class TruncatedFile(ValueError):
+    """A safetensors file that is shorter than its header says."""
+
+
 class TensorFile:
-    """An opened safetensors file. Raises ValueError where its header and its size do not fit together."""
+    """An opened safetensors file. Raises ValueError for a header that is invalid or does not fit
+    the file's size; TruncatedFile where bytes are missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -152,8 +170,12 @@ class TensorFile:
         try:
             self.size = os.fstat(self.file).st_size
             length = int.from_bytes(os.pread(self.file, 8, 0), "little")
-            if self.size < 8 or length > self.size - 8:
-                raise ValueError(f"{self.size} bytes are less than its header says")
+            if self.size < 8:
+                raise TruncatedFile(f"{self.size} bytes, less than the 8 of a header's length")
+            if length > MAX_HEADER:
+                raise ValueError(f"its first bytes give a header of {length:,} bytes")
+            if length > self.size - 8:
+                raise TruncatedFile(f"its header alone has {length:,} bytes")
             self.metadata, self.entries = read_head(
                 os.pread(self.file, length, 8), 8 + length, self.size
             )
@@ -168,61 +190,63 @@ class TensorFile:
         os.close(self.file)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors, in memory of their own; neighbours in the file are read at once. Raises KeyError for a name that is not there."""
+        """These tensors, in new memory. Neighbours in the file are read together.
+
+        Raises KeyError for an unknown name.
+        """
         wanted = sorted(
             {name: self.entries[name] for name in names}.items(), key=lambda item: item[1].start
         )
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         first = 0
         for last in range(1, len(wanted) + 1):
             if last == len(wanted) or wanted[last][1].start > wanted[last - 1][1].stop + PIECE // 8:
-                found |= self._stretch(wanted[first:last])
+                tensors |= self._read_span(wanted[first:last])
                 first = last
-        return found
+        return tensors
 
     def read_rows(self, name: str, rows: np.ndarray) -> Tensor:
-        """Only these rows, rising, of a tensor that has one for each example, in memory of their own."""
+        """Only these rows (rising indices of the first axis) of a tensor, in new memory."""
         entry = self.entries[name]
         size = (entry.stop - entry.start) // entry.shape[0]
-        block = memory(size * len(rows))
-        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of stretches without a gap
+        block = allocate_pages(size * len(rows))
+        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of runs without a gap
         for first, end in zip([0, *ends[:-1]], ends, strict=True):
-            view, position, done = (
-                block[first * size : end * size].data,
-                entry.start + int(rows[first]) * size,
-                0,
-            )
+            view = block[first * size : end * size].data
+            position = entry.start + int(rows[first]) * size
+            done = 0
             while done < len(view):
-                got = os.preadv(self.file, [view[done:]], position + done)
-                if got <= 0:
-                    raise ValueError("it ends before its last tensor")
-                done += got
+                count = os.preadv(self.file, [view[done:]], position + done)
+                if count <= 0:
+                    raise TruncatedFile("it ends before its last tensor")
+                done += count
         return (
             torch.from_numpy(block[: size * len(rows)])
             .view(entry.dtype)
             .view(len(rows), *entry.shape[1:])
         )
 
-    def _stretch(self, wanted: list[tuple[str, TensorSpan]]) -> dict[str, Tensor]:
+    def _read_span(self, wanted: list[tuple[str, TensorSpan]]) -> dict[str, Tensor]:
+        """Neighbouring tensors, as views of one block."""
         start = wanted[0][1].start // PAGE * PAGE
         stop = max(entry.stop for _, entry in wanted)
-        block = self._mapped(start, stop)
+        block = self._map_cached(start, stop)
         if block is None:
-            block = memory(stop - start)
+            block = allocate_pages(stop - start)
             self._fill(block, start, stop)
-        whole, found = torch.from_numpy(block), {}
+        content, tensors = torch.from_numpy(block), {}
         for name, entry in wanted:
-            count = math.prod(entry.shape)
-            offset = entry.start - start
-            found[name] = (
-                whole[offset : offset + count * entry.dtype.itemsize]
-                .view(entry.dtype)
-                .view(entry.shape)
-            )
-        return found
+            values = content[entry.start - start : entry.stop - start]
+            if entry.start % entry.dtype.itemsize:
+                values = values.clone()  # a writer that does not align tensors
+            tensors[name] = values.view(entry.dtype).view(entry.shape)
+        return tensors
 
-    def _mapped(self, start: int, stop: int) -> np.ndarray | None:
-        """The page cache itself, where a large stretch lies there: no copy is made. What is written to it is this process's own."""
+    def _map_cached(self, start: int, stop: int) -> np.ndarray | None:
+        """Memory-maps a large span that is in the page cache, without a copy; else None.
+
+        Writes to it stay in this process.
+        """
         if (
             stop - start <= PIECE // 8
             or PAGE % mmap.ALLOCATIONGRANULARITY
@@ -240,43 +264,62 @@ class TensorFile:
         return np.frombuffer(view, dtype=np.uint8)
 
     def _fill(self, block: np.ndarray, start: int, stop: int) -> None:
-        """Read start..stop: from the page cache where it is there, else past it."""
+        """Reads start..stop into a block: from the page cache if it is there, else bypassing it."""
         file, view, done = self.file, block.data, 0
         direct = -1
         if DIRECT and stop - start > PIECE and not self._cached(start, stop):
             try:
                 file = direct = os.open(self.path, os.O_RDONLY | DIRECT)
-            except OSError:  # a file system without that way
+            except OSError:  # this file system has no O_DIRECT
                 direct = -1
         try:
             while done < stop - start:
-                got = os.preadv(file, [view[done : done + PIECE]], start + done)
-                if got <= 0:
-                    raise ValueError("it ends before its last tensor")
-                done += got
+                count = os.preadv(file, [view[done : done + PIECE]], start + done)
+                if count <= 0:
+                    raise TruncatedFile("it ends before its last tensor")
+                done += count
         finally:
             if direct >= 0:
                 os.close(direct)
 
     def _cached(self, start: int, stop: int) -> bool:
-        """Whether the middle of a stretch is in the page cache; its beginning is read with the header."""
+        """Whether the middle of a span is in the page cache. Its start may be there with the
+        header."""
         try:
             return os.preadv(self.file, [bytearray(1)], (start + stop) // 2, os.RWF_NOWAIT) == 1
         except (OSError, AttributeError):
             return False
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in new memory. Raises ValueError, like TensorFile."""
+    with TensorFile(path) as file:
+        return file.read(file.entries)
+
+
 def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[str, TensorSpan]]:
-    """Metadata and entries of a header; offsets become positions in the file. Raises ValueError for one that can't be right."""
-    head = json.loads(text)
-    metadata = head.pop("__metadata__", {})
-    entries = {}
-    for name, entry in head.items():
-        start, stop = (begin + int(offset) for offset in entry["data_offsets"])
-        dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-        if stop - start != math.prod(shape) * dtype.itemsize or start < begin or stop > size:
-            raise ValueError(f"{name} does not fit into its place")
-        entries[name] = TensorSpan(dtype, shape, start, stop)
-    if begin + sum(entry.stop - entry.start for entry in entries.values()) != size:
-        raise ValueError(f"its tensors do not add up to its {size} bytes")
+    """Metadata and entries of a header; offsets become positions in the file of `size` bytes.
+
+    `begin`: position of the first tensor. The tensors must fill the file without gap or overlap.
+    """
+    try:
+        head = json.loads(text)
+        metadata = dict(head.pop("__metadata__", None) or {})
+        entries = {}
+        for name, entry in head.items():
+            start, stop = (begin + int(offset) for offset in entry["data_offsets"])
+            shape = tuple(int(length) for length in entry["shape"])
+            entries[name] = TensorSpan(DTYPES[entry["dtype"]], shape, start, stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its header is invalid: {type(error).__name__} {error}") from error
+    end = begin
+    for name, span in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        count = math.prod(span.shape) * span.dtype.itemsize
+        if span.start != end or span.stop - span.start != count:
+            raise ValueError(f"its header is invalid: {name} has wrong offsets")
+        end = span.stop
+    if end > size:
+        raise TruncatedFile(f"{end:,} bytes expected")
+    if end < size:
+        raise ValueError(f"it has {size - end:,} bytes after its last tensor")
     return metadata, entries

@@ -9,7 +9,7 @@ from influence_cli.cache.store import GradientRows, Store, UnitIndex
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import side_by_side, smallest
 from influence_cli.gradients.forms import Dense, Factors, Projected
-from influence_cli.storage.atomic import sweep
+from influence_cli.storage.atomic import remove_stale_files
 from influence_cli.storage.safetensors_io import TensorFile
 
 
@@ -134,7 +134,7 @@ def test_only_stale_temporary_files_are_swept(tmp_path):
     (tmp_path / ".tmp-elsewhere-1-x").touch()
     (tmp_path / ".tmp-elsewhere-2-x").touch()
     os.utime(tmp_path / ".tmp-elsewhere-2-x", (1, 1))
-    sweep(tmp_path)
+    remove_stale_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [f".tmp-{here}-{os.getpid()}-x", ".tmp-elsewhere-1-x"]
     )

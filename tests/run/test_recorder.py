@@ -17,7 +17,8 @@ from torch import nn
 
 from influence_cli import TrajectoryRecorder
 from influence_cli.errors import CheckpointError, TrajectoryError
-from influence_cli.run import checkpoints, recorder, trajectory
+from influence_cli.run import checkpoints, trajectory
+from influence_cli.storage.atomic import LineLog
 from tests.cases import TiedForm
 
 OPTIMIZERS = {
@@ -528,7 +529,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(at, tmp_path):
         "def killed(self, indices):\n"
         "    step(self, indices)\n"
         f"    if self.steps > {at}:\n"
-        "        os.write(self._file, b'{\"step\":')\n"
+        "        self._log.append(b'{\"step\":')\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "TrajectoryRecorder.step = killed\n"
         "train(Path(sys.argv[1]), 10, OPTIMIZERS['adam'], save_optimizer=True)"
@@ -703,9 +704,10 @@ def test_a_start_whose_checkpoint_holds_another_model_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- the disk
 @pytest.mark.parametrize(
-    ("place", "names"), [("write", "trajectory.jsonl"), ("replace", "step-000001.safetensors")]
+    ("owner", "function", "names"),
+    [(LineLog, "append", "trajectory.jsonl"), (os, "replace", "step-000001.safetensors")],
 )
-def test_a_full_disk_is_said_with_the_file(place, names, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_file(owner, function, names, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -714,14 +716,14 @@ def test_a_full_disk_is_said_with_the_file(place, names, tmp_path, monkeypatch):
         recording(tmp_path, checkpoint_every=1) as now,
     ):
         now.step([1])
-        monkeypatch.setattr(recorder.os, place, full)
+        monkeypatch.setattr(owner, function, full)
         now.step([2])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if "tmp" in path.name] == []
 
 
 def test_a_line_that_goes_out_in_pieces_is_whole(tmp_path, monkeypatch):
     write = os.write
-    monkeypatch.setattr(recorder.os, "write", lambda file, text: write(file, text[:5]))
+    monkeypatch.setattr(os, "write", lambda file, text: write(file, text[:5]))
     one_step(tmp_path)
     assert read(tmp_path).steps == 1
 

@@ -32,8 +32,8 @@ from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import Fisher, Stability, back, prepare, sizes, spread
 from influence_cli.progress import Advance
-from influence_cli.storage.atomic import read_json, replacing, write_json, writing
-from influence_cli.storage.safetensors_io import save
+from influence_cli.storage.atomic import read_json, report_disk_errors, write_json
+from influence_cli.storage.safetensors_io import write_tensors
 
 FORMAT, VERSION = "influence-embeddings", 1
 STATE_BYTES = 2 << 30  # of a map: what may be carried back without being asked for
@@ -80,7 +80,7 @@ class Embeddings:
     # ------------------------------------------------------------ making
     def ensure(self) -> None:
         """Make the parts that are not there."""
-        with writing(self.folder):
+        with report_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._identify()
         todo = [part for part in self.parts if not self.whole(part)]
@@ -148,7 +148,7 @@ class Embeddings:
         last = part == self.parts[-1]
         adjoint = self.identity(sum(self.widths[: len(self.plan.columns)]) if last else self.size)
         place = self.place(part)
-        with writing(self.folder):
+        with report_disk_errors(self.folder):
             place.mkdir(parents=True, exist_ok=True)
             for old in place.iterdir():
                 old.unlink()
@@ -205,12 +205,9 @@ class Embeddings:
         self.write(place / f"rows-{steps.min():06d}-{steps.max() + 1:06d}.safetensors", content)
 
     def write(self, path: Path, content: dict[str, Tensor]) -> None:
-        with writing(self.folder), replacing(path) as temporary:
-            save(
-                temporary,
-                content,
-                {"columns": json.dumps(dict(zip(self.names, self.widths, strict=True)))},
-            )
+        widths = json.dumps(dict(zip(self.names, self.widths, strict=True)))
+        with report_disk_errors(self.folder):
+            write_tensors(path, content, {"columns": widths})
 
     # ------------------------------------------------------------ reading
     def scores(
@@ -319,7 +316,7 @@ class Embeddings:
             self.folder / "sample.safetensors",
             content | {f"{name}:sqnorms": value for name, value in sample.sqnorms.items()},
         )
-        with writing(self.folder):
+        with report_disk_errors(self.folder):
             write_json(head, now | {"definition": run.definition.digest})
 
     def _sample(self) -> GradientRows:

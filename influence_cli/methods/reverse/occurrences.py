@@ -20,6 +20,7 @@ from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.methods.reverse.optimizer_adjoint import total
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.output.ranking import Entry
+from influence_cli.storage.scratch import map_zeros
 
 BLOCK = 4096  # training examples ranked at once
 HELD_BYTES = 1 << 30  # scores held in memory; more lie in a temporary file
@@ -233,13 +234,9 @@ def scratch(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     count = int(torch.Size(shape).numel())
     if count * 8 <= HELD_BYTES:
         return torch.zeros(shape, dtype=torch.float64)
-    path = folder / name
-    path.unlink(missing_ok=True)
     try:
-        with path.open("wb") as file:
-            file.truncate(count * 8)
-        return torch.from_file(str(path), shared=True, size=count, dtype=torch.float64).view(shape)
-    except (OSError, RuntimeError) as error:
+        return torch.from_numpy(map_zeros(folder / name, shape))
+    except OSError as error:
         raise OutputError(
             f"{count * 8:,} bytes of scores have no place in {folder}: {error}",
             "TMPDIR names a folder on a larger disk",

@@ -28,8 +28,8 @@ from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import ReverseStep, back, sizes, working_dtype
 from influence_cli.progress import Advance
-from influence_cli.storage.atomic import replacing, writing
-from influence_cli.storage.safetensors_io import save
+from influence_cli.storage.atomic import report_disk_errors
+from influence_cli.storage.safetensors_io import write_tensors
 
 KEEP_EVERY = 30.0  # seconds between what is kept of a job for when it is killed
 Take = Callable[
@@ -261,14 +261,13 @@ class PassProgress:
         }
         assert self.start is not None
         carried |= {"step": torch.tensor(steps[-1]), "start": self.start}
-        with writing(self.folder):
+        with report_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, what in (
                 (f"scores-{steps[-1]:06d}-{steps[0] + 1:06d}", content),
                 ("carried", carried),
             ):
-                with replacing(self.folder / f"{name}.safetensors") as temporary:
-                    save(temporary, what, {})
+                write_tensors(self.folder / f"{name}.safetensors", what, {})
         self._waiting = []
 
     def done(self) -> None:
