@@ -20,7 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 from common import Opened, capture, interleaved, machine, opened, workload
 
-from influence_cli.cache.id_blocks import blocks
+from influence_cli.cache.id_blocks import cut_by_grid
 
 
 def work(run: Path, cache: str) -> None:
@@ -39,7 +39,7 @@ def work(run: Path, cache: str) -> None:
 def discard(live: Opened) -> float:
     started = time.perf_counter()
     for checkpoint in live.checkpoints:
-        for block in list(blocks(range(len(live.run.train)), 256))[
+        for block in list(cut_by_grid(range(len(live.run.train)), 256))[
             live.ranks.rank :: live.ranks.count
         ]:
             for _ in live.gradients.read("train", checkpoint, list(live.columns), block):

@@ -20,7 +20,7 @@ import torch
 from common import machine, opened, plan_of, score
 from safetensors.torch import save_file
 
-from influence_cli.cache.store import GradientRows
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cli.opening import Opened
 from influence_cli.gradients.forms import Projected, products
 from influence_cli.storage.safetensors_io import TensorFile, allocate_pages

@@ -17,7 +17,7 @@ import torch
 from common import floor_of, fresh, interleaved, machine, opened, peak_mb, score, workload
 from safetensors.torch import save_model
 
-from influence_cli.cache.store import concat_rows
+from influence_cli.cache.gradient_rows import concat_rows
 from influence_cli.gradients.sparse_forms import Postings
 
 DEFINITION = """

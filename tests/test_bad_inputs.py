@@ -863,7 +863,7 @@ def test_a_cache_of_another_loss_names_checkpoint_and_example(cached, influence)
         "cached, ",
         " now",
     )
-    refused(influence("score", cached), 1, *says, "--cache DIR", "deleting")
+    refused(influence("score", cached), 1, *says, "--cache DIR", "delete this one")
 
 
 def test_a_cache_of_a_model_with_other_parameters_is_refused(cached, influence):
@@ -892,11 +892,10 @@ def test_a_cache_of_another_version_is_refused(head, cached, influence):
     refused(
         influence("score", cached),
         1,
-        ".influence is of version",
-        str(head.get("version")),
-        f"version {VERSION}",
+        ".influence has another version",
+        f"found: version {head.get('version')!r}; expected: version {VERSION}",
         "--cache DIR",
-        "deleting",
+        "delete this one",
     )
 
 

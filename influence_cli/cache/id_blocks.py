@@ -1,4 +1,5 @@
-"""How example ids are cut into the blocks of a fixed grid, so that units and scores follow from the request alone."""
+"""Cuts example ids into the blocks of a fixed grid, so that units and scores depend only on the
+request."""
 
 from collections.abc import Iterator
 
@@ -7,20 +8,21 @@ import numpy as np
 Ids = range | np.ndarray  # rising example ids
 
 
-def blocks(ids: Ids, size: int) -> Iterator[np.ndarray]:
-    """The ids by the blocks of a fixed grid (0..size, size..2 size, ...) that they fall into."""
+def cut_by_grid(ids: Ids, size: int) -> Iterator[np.ndarray]:
+    """The ids, one array per block of a fixed grid: 0..size, size..2 size, ..."""
     if not len(ids):
         return
     for start in range(int(ids[0]) // size * size, int(ids[-1]) + 1, size):
-        block = within(ids, start, start + size)
+        block = select_range(ids, start, start + size)
         if len(block):
             yield block
 
 
-def cut(ids: Ids, size: int) -> Iterator[np.ndarray]:
-    """The ids by blocks of the grid; scattered ones by several neighbouring blocks together, as many as hold at most `size` of them."""
+def cut_ids(ids: Ids, size: int) -> Iterator[np.ndarray]:
+    """The ids by blocks of the grid. Joins neighbouring blocks of scattered ids, up to `size` ids
+    together."""
     if isinstance(ids, range) or len(ids) <= 1:
-        yield from blocks(ids, size)
+        yield from cut_by_grid(ids, size)
         return
     ends = [*(np.flatnonzero(np.diff(ids // size)) + 1), len(ids)]  # of the grid's blocks
     first = 0
@@ -30,8 +32,8 @@ def cut(ids: Ids, size: int) -> Iterator[np.ndarray]:
             first = end
 
 
-def within(ids: Ids, start: int, stop: int) -> np.ndarray:
-    """Those of the rising ids that lie in start..stop."""
+def select_range(ids: Ids, start: int, stop: int) -> np.ndarray:
+    """The ids from start to stop, exclusive."""
     if isinstance(ids, range):
         return np.arange(max(start, ids.start), min(stop, ids.stop))
     return ids[np.searchsorted(ids, start) : np.searchsorted(ids, stop)]

@@ -1,4 +1,4 @@
-"""What a cached row depends on, and the comparison that refuses to reuse one that no longer holds."""
+"""What a cached row depends on; refuses rows that differ from the run."""
 
 import contextlib
 import hashlib
@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.quantize import STORE_EPS
-from influence_cli.cache.store import GradientRows
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.projection import Projection
@@ -37,9 +37,9 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How gradients are taken and kept: the dtype they are computed in, the one they are stored in, and their projection if any.
+    """How gradients are computed and stored: both dtypes, and the projection if any.
 
-    `mixed`: the model has parameters of several dtypes and is used as it is; `precision` is then the widest.
+    `mixed`: the model keeps parameters of several dtypes; `precision` is the widest of them.
     """
 
     precision: torch.dtype
@@ -49,12 +49,12 @@ class Settings:
 
     @property
     def key(self) -> str:
-        """The name of the folder of all units taken and kept so."""
+        """The name of the folder of all units with these settings."""
         precision, store = (
             str(dtype).removeprefix("torch.") for dtype in (self.precision, self.store)
         )
-        kept = self.projection.key if self.projection else "exact"
-        return f"{'mixed' if self.mixed else precision}-stored-{store}-{kept}"
+        projection = self.projection.key if self.projection else "exact"
+        return f"{'mixed' if self.mixed else precision}-stored-{store}-{projection}"
 
     def width(self, column: Shaped) -> int:
         """The number of numbers in one example's gradient of this column, if stored dense."""
@@ -63,13 +63,17 @@ class Settings:
 
     @property
     def rounding(self) -> float:
-        """How far two captures of one gradient may be apart, relative to the largest norm beside it."""
+        """The allowed distance of two captures of one gradient, relative to the largest norm among
+        the rows."""
         eps = torch.finfo(self.precision).eps
         return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * STORE_EPS[self.store])
 
 
 def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None) -> str:
-    """`step-N-<digest of its tensors>`. `memory`: a json file that remembers digests by path, size and time of change."""
+    """`step-N-<digest of its tensors>`.
+
+    `memory`: a JSON file that stores digests by path, size and modification time.
+    """
     known = read_json(memory) if memory and memory.is_file() else {}
     parts, fresh = [], False
     for file in checkpoint.files:
@@ -79,59 +83,62 @@ def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None) -> str:
             known[key], fresh = digest_tensors(file), True
         parts.append(known[key])
     if fresh and memory:
-        with contextlib.suppress(
-            OSError
-        ):  # a read-only cache serves all the same; digests are then taken again
+        with contextlib.suppress(OSError):  # a read-only cache works without it
             write_json(memory, known)
     return (
         f"step-{checkpoint.step:09d}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
     )
 
 
-def compare(
+def check_rows_agree(
     stored: GradientRows, again: GradientRows, rounding: float, where: str, split: str, cache: Path
 ) -> None:
-    """Raise CacheError, naming layer and example, where cached rows and the same rows captured again differ beyond rounding.
+    """Raises CacheError, naming layer and example, where cached rows and the same rows captured
+    again differ by more than rounding.
 
-    Rounding is relative to the largest gradient among the rows: a well-fit example's own gradient may be all rounding; so may a parameter's
-    (an attention key's bias), to which a little of the whole gradient's is allowed.
+    Rounding is relative to the largest gradient among the rows, because the gradient of a well-fit
+    example may be all rounding. So may that of a parameter (an attention key's bias): it may differ
+    by a small part of the norm over all parameters.
     """
-    remedy = "the run changed since they were cached; --cache DIR starts another cache, deleting the old one starts afresh"
-    compare_data(stored, again.digests, split, cache)
-    apart = (stored.losses - again.losses).abs() > rounding * again.losses.abs().max() + 1e-30
-    if apart.any():
-        first = int(apart.nonzero()[0])
+    remedy = "the run changed: --cache DIR starts another cache; or delete this one to recompute it"
+    check_items_agree(stored, again.digests, split, cache)
+    limit = rounding * again.losses.abs().max() + 1e-30
+    differs = (stored.losses - again.losses).abs() > limit
+    if differs.any():
+        first = int(differs.nonzero()[0])
         raise CacheError(
-            f"the cache {cache} belongs to another run: losses taken again differ",
+            f"the cache {cache} belongs to another run: recomputed losses differ",
             f"first at example {int(stored.ids[first])} of {split}_data(), {where}: "
             f"{float(stored.losses[first]):.6g} cached, {float(again.losses[first]):.6g} now",
             remedy,
         )
-    whole = float(sum(again.sqnorms.values(), torch.zeros(())).max().sqrt())
+    norm_of_all = float(sum(again.sqnorms.values(), torch.zeros(())).max().sqrt())
     for column, squares in again.sqnorms.items():
-        norms, kept = squares.sqrt(), stored.sqnorms[column].sqrt()
-        allowed = max(rounding * float(norms.max()), rounding**1.5 * whole) + 1e-30
-        off = (kept - norms).abs()
+        norms, cached_norms = squares.sqrt(), stored.sqnorms[column].sqrt()
+        allowed = max(rounding * float(norms.max()), rounding**1.5 * norm_of_all) + 1e-30
+        distances = (cached_norms - norms).abs()
         if column in stored.forms:
-            off = distance(stored.forms[column], again.forms[column])
-        wrong = (~(off <= allowed)).nonzero().flatten().tolist()
+            distances = distance(stored.forms[column], again.forms[column])
+        wrong = (~(distances <= allowed)).nonzero().flatten().tolist()
         if wrong:
             first = wrong[0]
             raise CacheError(
-                f"the cache {cache} belongs to another run: gradients taken again differ",
+                f"the cache {cache} belongs to another run: recomputed gradients differ",
                 f"first at {column}, example {int(stored.ids[first])} of {split}_data(), {where}",
-                f"norm {float(kept[first]):.6g} cached, {float(norms[first]):.6g} now, distance {float(off[first]):.3g}",
+                f"norm {float(cached_norms[first]):.6g} cached, {float(norms[first]):.6g} now, "
+                f"distance {float(distances[first]):.3g}",
                 remedy,
             )
 
 
-def compare_data(stored: GradientRows, digests: torch.Tensor, split: str, cache: Path) -> None:
-    """Raise CacheError, naming the first example, where the items behind cached rows are not the dataset's items now."""
+def check_items_agree(stored: GradientRows, digests: torch.Tensor, split: str, cache: Path) -> None:
+    """Raises CacheError, naming the first example, where the dataset's items are not those that
+    the cached rows were computed from."""
     changed = (stored.digests != digests).nonzero().flatten().tolist()
     if changed:
         first = int(stored.ids[changed[0]])
         raise CacheError(
-            f"the cache {cache} belongs to other data: example {first} of {split}_data() is not the one that was cached",
-            f"compared {len(digests)} examples, {len(changed)} differ",
-            "--cache DIR starts another cache; deleting the old one starts afresh",
+            f"the cache {cache} belongs to other data: example {first} of {split}_data() differs",
+            f"compared {len(digests)} examples; {len(changed)} differ from the cached ones",
+            "--cache DIR starts another cache; or delete this one to recompute it",
         )

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.quantize import STORE_EPS, as_stored
-from influence_cli.cache.store import GradientRows, concat_rows
 from influence_cli.diagnostics.gradient_check import Finding, spread
 from influence_cli.evaluate.correlation import pearson, spearman
 from influence_cli.extraction.source import GradientSource

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.cache.identity import compare
+from influence_cli.cache.identity import check_rows_agree
 from influence_cli.cache.quantize import STORE_EPS
-from influence_cli.cache.store import Store, UnitIndex, read_unit
+from influence_cli.cache.store import Store
+from influence_cli.cache.unit_file import read_unit
+from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.errors import CacheError, listed
 from influence_cli.extraction import revalidate
 from influence_cli.extraction.source import GradientSource
@@ -310,8 +312,8 @@ def check_units(store: Store, place: Path) -> Finding:
     allowed = max(4 * eps, rounding(torch.float32) if eps > 1e-12 else rounding(torch.float64))
     worst, count, examples = 0.0, 0, 0
     try:
-        for unit in store.held(place).units:
-            rows = read_unit(unit, unit.columns, unit.level, unit.held_ids)
+        for unit in store.index_units(place).units:
+            rows = read_unit(unit, unit.columns, unit.level, unit.example_ids)
             for name in unit.columns:
                 norms = rows.sqnorms[name].sqrt()
                 kept = (
@@ -359,9 +361,9 @@ def taken_again(
             all_items=True,
         )
         for unit, ids in revalidate.sample_rows(held.units, EXAMPLES, len(gradients.run.train)):
-            stored = UnitIndex([unit]).read(unit.columns, unit.level, ids)
+            stored = UnitIndex([unit]).read_rows(unit.columns, unit.level, ids)
             now = gradients.recompute("train", checkpoint, unit.columns, ids)
-            compare(
+            check_rows_agree(
                 stored,
                 now,
                 gradients.settings.rounding,

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.identity import Settings, checkpoint_key
-from influence_cli.cache.store import GradientRows, Store, Unit, UnitIndex
+from influence_cli.cache.store import Store
+from influence_cli.cache.unit_file import Unit
+from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.extraction import revalidate
 from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Run
@@ -41,9 +44,11 @@ class CachedRows:
         """The units of a checkpoint; of queries only those whose item is unchanged."""
         folder = self.folder(split, checkpoint)
         if folder not in self._indexes:
-            index = self.store.held(folder)
+            index = self.store.index_units(folder)
             if split == "query":
-                index = UnitIndex([unit.only(self._unchanged(unit)) for unit in index.units])
+                index = UnitIndex(
+                    [unit.keep_examples(self._unchanged(unit)) for unit in index.units]
+                )
             self._indexes[folder] = index
         return self._indexes[folder]
 
@@ -81,9 +86,9 @@ class CachedRows:
 
     def _unchanged(self, unit: Unit) -> np.ndarray:
         """Mask over a unit's queries: the item is the one that was captured."""
-        rows = UnitIndex([unit]).read(unit.columns[:1], "norms", unit.held_ids)
+        rows = UnitIndex([unit]).read_rows(unit.columns[:1], "norms", unit.example_ids)
         size = len(self.run.query)
-        pairs = zip(unit.held_ids, rows.digests.tolist(), strict=True)
+        pairs = zip(unit.example_ids, rows.digests.tolist(), strict=True)
         unchanged = [index < size and self._query_digest(index) == value for index, value in pairs]
         return np.array(unchanged, dtype=bool)
 

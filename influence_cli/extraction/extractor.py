@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.identity import Settings
-from influence_cli.cache.store import GradientRows, Level
+from influence_cli.cache.unit_file import Level
 from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
 from influence_cli.extraction.memory_budget import AnyCapture, MemoryBudget
 from influence_cli.gradients.batches import to

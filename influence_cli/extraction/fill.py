@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.cache.store import GradientRows, Level, Unit
+from influence_cli.cache.unit_file import Level, Unit
 from influence_cli.errors import CacheError
 from influence_cli.extraction.cached_rows import CachedRows, Recompute
 from influence_cli.extraction.extractor import GradientExtractor

@@ -15,7 +15,8 @@ import torch
 
 from influence_cli.cache.identity import Settings
 from influence_cli.cache.quantize import SCALED
-from influence_cli.cache.store import UNIT_BYTES, UNIT_EXAMPLES, Level
+from influence_cli.cache.store import UNIT_BYTES, UNIT_EXAMPLES
+from influence_cli.cache.unit_file import Level
 from influence_cli.errors import CacheError
 from influence_cli.extraction.machine import free_cuda_bytes
 from influence_cli.gradients.capture import Capture

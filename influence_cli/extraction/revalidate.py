@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from influence_cli.cache.identity import compare, compare_data
-from influence_cli.cache.store import GradientRows, Store, Unit, UnitIndex
+from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.cache.identity import check_items_agree, check_rows_agree
+from influence_cli.cache.store import Store
+from influence_cli.cache.unit_file import Unit
+from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.errors import CacheError, listed
 from influence_cli.progress import Reporter
 from influence_cli.run import Checkpoint, Run
@@ -48,9 +51,9 @@ def check_gradients(
         units = [unit for unit in index.units if unit.definition == definition]
         for unit, ids in sample_rows(units, GRADIENTS, len(run.train)):
             check_columns_exist(run, unit, store)
-            stored = UnitIndex([unit]).read(unit.columns, unit.level, ids)
+            stored = UnitIndex([unit]).read_rows(unit.columns, unit.level, ids)
             fresh = recompute("train", checkpoint, unit.columns, ids)
-            compare(stored, fresh, rounding, checkpoint.name, "train", store.folder)
+            check_rows_agree(stored, fresh, rounding, checkpoint.name, "train", store.folder)
     if older:
         with report_disk_errors(store.folder):
             write_json(folder / "agrees.json", {digest: sorted(trusted.union(older) - {digest})})
@@ -106,11 +109,11 @@ def check_item_digests(
 ) -> None:
     digests: torch.Tensor | None = None
     for unit in units:
-        stored = unit.position(ids) >= 0
+        stored = unit.find_rows(ids) >= 0
         if stored.any():
             digests = run.examples(split).digests(ids) if digests is None else digests
-            rows = UnitIndex([unit]).read(unit.columns[:1], "norms", ids[stored])
-            compare_data(rows, digests[torch.from_numpy(stored)], split, store.folder)
+            rows = UnitIndex([unit]).read_rows(unit.columns[:1], "norms", ids[stored])
+            check_items_agree(rows, digests[torch.from_numpy(stored)], split, store.folder)
 
 
 def sample_rows(
@@ -121,7 +124,7 @@ def sample_rows(
     per_unit = math.ceil(limit / len(numbers))
     for number in numbers:
         unit = units[number]
-        ids = unit.held_ids[unit.held_ids < split_size]
+        ids = unit.example_ids[unit.example_ids < split_size]
         if len(ids):
             places = np.linspace(0, len(ids) - 1, min(per_unit, len(ids))).astype(int)
             yield unit, ids[np.unique(places)]

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from influence_cli.cache.id_blocks import Ids, cut
+from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.cache.id_blocks import Ids, cut_ids
 from influence_cli.cache.identity import Settings
 from influence_cli.cache.quantize import as_stored
-from influence_cli.cache.store import Fetched, GradientRows, Level, Store
+from influence_cli.cache.store import Store
+from influence_cli.cache.unit_file import Level, RowDecoder
 from influence_cli.extraction.cached_rows import CachedRows
 from influence_cli.extraction.extractor import GradientExtractor
 from influence_cli.extraction.fill import CacheFiller, FillRequest
@@ -111,17 +113,17 @@ class GradientSource:
     ) -> Iterator[GradientRows]:
         """The same for several checkpoints, one after the other. It prefetches the next unit."""
         size = self.budget.unit_size(split, columns, level)
-        blocks = ((checkpoint, block) for checkpoint, ids in ids_at for block in cut(ids, size))
+        blocks = ((checkpoint, block) for checkpoint, ids in ids_at for block in cut_ids(ids, size))
         if self.cache is None:
             for checkpoint, block in blocks:
                 rows = self.extractor.rows_at(checkpoint, split, columns, block, level)
                 yield dataclasses.replace(rows, forms=self._widened(rows))
             return
         with ThreadPoolExecutor(1) as thread:
-            pending: Future[Fetched] | None = None
+            pending: Future[RowDecoder] | None = None
             for checkpoint, block in blocks:
                 index = self.cache.index(split, checkpoint)
-                following = thread.submit(index.fetch, columns, level, block)
+                following = thread.submit(index.fetch_rows, columns, level, block)
                 if pending is not None:
                     yield pending.result()()
                 pending = following

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from influence_cli.cache.id_blocks import Ids, cut
-from influence_cli.cache.store import Level, Unit, UnitIndex
+from influence_cli.cache.id_blocks import Ids, cut_ids
+from influence_cli.cache.unit_file import Level, Unit
+from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.run import Checkpoint
 
 
@@ -54,7 +55,7 @@ class WorkPlan(Sequence[WorkUnit]):
             starts, blocks = self._blocks_of_range(ids, index)
         else:
             starts = np.array([], dtype=np.int64)
-            blocks = {int(block[0]): block for block in cut(ids, self.size)}
+            blocks = {int(block[0]): block for block in cut_ids(ids, self.size)}
         partial = {}
         for start, block in blocks.items():
             columns, lacking_ids = self._lacking(index, block)
@@ -78,7 +79,7 @@ class WorkPlan(Sequence[WorkUnit]):
         return grid[untouched], {int(grid[i]): np.arange(low[i], high[i]) for i in uncertain}
 
     def _lacking(self, index: UnitIndex, block: np.ndarray) -> PartialBlock:
-        lacking = {column: index.where(column, self.level, block) < 0 for column in self.columns}
+        lacking = {column: index.locate(column, self.level, block) < 0 for column in self.columns}
         columns = [column for column in self.columns if lacking[column].any()]
         return columns, block[np.logical_or.reduce(list(lacking.values()))]
 

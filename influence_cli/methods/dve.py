@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.cache.store import GradientRows
 from influence_cli.errors import UsageProblem
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import ValueOptions

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.id_blocks import Ids, cut
-from influence_cli.cache.store import GradientRows, Level, concat_rows
+from influence_cli.cache.gradient_rows import GradientRows, concat_rows
+from influence_cli.cache.id_blocks import Ids, cut_ids
+from influence_cli.cache.unit_file import Level
 from influence_cli.extraction.memory_budget import floor_power_of_two
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
@@ -106,7 +107,7 @@ def in_turns(ids: Ids, size: int, count: int) -> Callable[[], Iterator[list[np.n
     """Walks over the blocks of the ids, `count` at a time: one for each rank, in the last turn maybe fewer."""
 
     def turns() -> Iterator[list[np.ndarray]]:
-        every = cut(ids, size)
+        every = cut_ids(ids, size)
         while turn := list(itertools.islice(every, count)):
             yield turn
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.id_blocks import Ids, cut
-from influence_cli.cache.store import UNIT_EXAMPLES, GradientRows
+from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.cache.id_blocks import Ids, cut_ids
+from influence_cli.cache.store import UNIT_EXAMPLES
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import side_by_side
 from influence_cli.gradients.forms import Form, Memo, Projected
@@ -179,7 +180,7 @@ def self_influence(gradients: GradientSource, question: ScoreRequest, ranking: R
     with gradients.reporter.progress(
         "self-influence", len(question.train) * len(question.checkpoints) // ranks.count
     ) as advance:
-        every = cut(question.train, block_size(gradients, question, 1, "norms"))
+        every = cut_ids(question.train, block_size(gradients, question, 1, "norms"))
         for block in itertools.islice(every, ranks.rank, None, ranks.count):
             totals = np.zeros(len(block))
             for checkpoint, weight in zip(question.checkpoints, question.weights, strict=True):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from influence_cli.cache.gradient_rows import concat_rows
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.cache.store import concat_rows
 from influence_cli.errors import DefinitionError, UsageProblem
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings

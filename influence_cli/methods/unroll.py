@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.cache.store import GradientRows
 from influence_cli.errors import DefinitionError, GradientError, InfluenceError
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.curvature import Curvature, Functions, verify

@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:  # Any: JSON values
 
 
 def describe_disk_error(name: object, error: OSError, folder: Path | None = None) -> str:
-    """The first line of an error about `name`, which can't be written. The one text for a full disk.
+    """The first line of an error about `name`, which can't be written. One text for a full disk.
 
     `folder`: on the disk in question, to report its free space.
     """

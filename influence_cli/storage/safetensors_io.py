@@ -128,7 +128,7 @@ class BlockWriter:
             os.close(self.file)
 
     def write(self, content: np.ndarray) -> None:
-        """Appends bytes. numpy's copy releases Python's lock, so other threads compute meanwhile."""
+        """Appends bytes. The copy releases Python's lock, so other threads compute meanwhile."""
         self.size += len(content)
         done = 0
         while done < len(content):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.quantize import pack, unpack
-from influence_cli.cache.store import GradientRows, Store, UnitIndex
+from influence_cli.cache.store import Store
+from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import side_by_side, smallest
 from influence_cli.gradients.forms import Dense, Factors, Projected
@@ -44,10 +46,10 @@ def test_a_unit_round_trips_bit_for_bit(tmp_path):
     store = Store(tmp_path / "c")
     unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, 8, np.arange(8))
     store.write(unit, rows(range(8)), torch.float32)
-    held = store.held(store.folder / "x")
-    same(held.read(["a", "b"], "values", np.arange(8)), rows(range(8)))
-    same(held.read(["b"], "values", np.array([2, 5])), rows([2, 5]))
-    assert held.read(["a"], "norms", np.array([2])).forms == {}
+    held = store.index_units(store.folder / "x")
+    same(held.read_rows(["a", "b"], "values", np.arange(8)), rows(range(8)))
+    same(held.read_rows(["b"], "values", np.array([2, 5])), rows([2, 5]))
+    assert held.read_rows(["a"], "norms", np.array([2])).forms == {}
 
 
 def test_every_form_is_kept_in_its_own_form(tmp_path):
@@ -63,7 +65,9 @@ def test_every_form_is_kept_in_its_own_form(tmp_path):
     store.write(
         unit, GradientRows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms), None
     )
-    again = store.held(store.folder / "x").read(list(forms), "values", np.arange(4)).forms
+    again = (
+        store.index_units(store.folder / "x").read_rows(list(forms), "values", np.arange(4)).forms
+    )
     for name, form in forms.items():
         assert again[name].kind == form.kind == name
         assert torch.equal(again[name].dense().values, form.dense().values)
@@ -85,19 +89,19 @@ def test_units_that_overlap_are_read_as_one(tmp_path):
             rows(ids),
             torch.float32,
         )
-    held = store.held(place)
+    held = store.index_units(place)
     for ids in (np.arange(16), np.array([0, 1, 5, 6, 9]), np.array([15])):
-        same(held.read(["a", "b"], "values", ids), rows(ids))
-    assert (held.where("a", "values", np.arange(20)) >= 0).tolist() == [True] * 16 + [False] * 4
+        same(held.read_rows(["a", "b"], "values", ids), rows(ids))
+    assert (held.locate("a", "values", np.arange(20)) >= 0).tolist() == [True] * 16 + [False] * 4
 
 
 def test_norms_are_found_in_every_unit_and_values_only_where_they_are(tmp_path):
     store = Store(tmp_path / "c")
     unit = store.unit_for(store.folder / "x", ["a"], "norms", "digest", 0, 4, np.arange(4))
     store.write(unit, rows(range(4)), torch.float32)
-    held = store.held(store.folder / "x")
-    assert (held.where("a", "norms", np.arange(4)) >= 0).all()
-    assert (held.where("a", "values", np.arange(4)) < 0).all()
+    held = store.index_units(store.folder / "x")
+    assert (held.locate("a", "norms", np.arange(4)) >= 0).all()
+    assert (held.locate("a", "values", np.arange(4)) < 0).all()
 
 
 def test_the_same_unit_has_the_same_name_and_bytes(tmp_path):
@@ -151,7 +155,7 @@ def test_gradients_that_share_one_storage_are_written(tmp_path):
         GradientRows(np.arange(4), torch.zeros(4), torch.zeros(4), norms, forms),
         torch.float32,
     )
-    again = store.held(store.folder / "x").read(["p", "q"], "values", np.arange(4))
+    again = store.index_units(store.folder / "x").read_rows(["p", "q"], "values", np.arange(4))
     assert torch.equal(again.forms["q"].dense().values, one)
 
 
@@ -169,7 +173,7 @@ def test_a_cache_begun_by_another_process_is_joined(tmp_path):
 
 
 def test_an_empty_cache_holds_nothing():
-    assert (UnitIndex([]).where("a", "values", np.arange(3)) == -1).all()
+    assert (UnitIndex([]).locate("a", "values", np.arange(3)) == -1).all()
 
 
 @pytest.mark.parametrize("store_as", [torch.float32, torch.float16], ids=str)
@@ -186,8 +190,8 @@ def test_few_rows_of_a_unit_are_read_row_by_row_and_are_the_same(store_as, tmp_p
         GradientRows(np.arange(40), torch.arange(40.0), torch.arange(40), norms, forms),
         store_as,
     )
-    held = store.held(store.folder / "x")
-    few, whole = np.array([3, 4, 5, 17, 39]), held.read(list(forms), "values", np.arange(40))
+    held = store.index_units(store.folder / "x")
+    few, whole = np.array([3, 4, 5, 17, 39]), held.read_rows(list(forms), "values", np.arange(40))
     rowwise: list[str] = []
     original = TensorFile.read_rows
     monkeypatch.setattr(
@@ -195,7 +199,7 @@ def test_few_rows_of_a_unit_are_read_row_by_row_and_are_the_same(store_as, tmp_p
         "read_rows",
         lambda self, name, rows: rowwise.append(name) or original(self, name, rows),
     )
-    same(held.read(list(forms), "values", few), whole.take(few))
+    same(held.read_rows(list(forms), "values", few), whole.take(few))
     assert rowwise
 
 
@@ -210,10 +214,10 @@ def test_a_row_past_the_end_of_a_damaged_file_is_noticed(tmp_path):
         ),
         None,
     )
-    held = store.held(store.folder / "x")
+    held = store.index_units(store.folder / "x")
     unit.path.write_bytes(unit.path.read_bytes()[:-8])
     with pytest.raises(CacheError, match="is damaged"):
-        held.read(["a"], "values", np.array([39]))
+        held.read_rows(["a"], "values", np.array([39]))
 
 
 @pytest.mark.parametrize(
@@ -235,10 +239,10 @@ def test_projected_columns_stand_side_by_side_each_with_its_own_scale(store, all
         GradientRows(np.arange(64), ones, ones.long(), dict.fromkeys(names, ones), forms),
         store,
     )
-    held = cache.held(cache.folder / "x")
+    held = cache.index_units(cache.folder / "x")
     for columns in (names, ["tiny"], ["c", "a"]):
         for ids in (np.arange(64), np.array([3, 60]), np.arange(10, 50)):
-            found = held.read(columns, "values", ids).forms
+            found = held.read_rows(columns, "values", ids).forms
             assert list(found) == columns
             for name in columns:
                 expected = values[names.index(name)][torch.from_numpy(ids)]
@@ -247,7 +251,7 @@ def test_projected_columns_stand_side_by_side_each_with_its_own_scale(store, all
                 assert bool(
                     ((found[name].dense().values - expected).abs() <= allowed * largest).all()
                 ), name
-    everything = held.read(names, "values", np.arange(64)).forms
+    everything = held.read_rows(names, "values", np.arange(64)).forms
     together = side_by_side([everything[name] for name in names])
     assert (
         together is not None

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influence_cli.cache.store import Unit, UnitIndex
+from influence_cli.cache.unit_file import Unit
+from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.extraction.work_plan import WorkPlan
 
 COLUMNS, TOTAL = ("a", "b", "c"), 60
@@ -90,7 +91,7 @@ def test_what_is_missing(held, ids, size, level):
 )
 def test_where_names_the_first_unit_that_holds_each(held, ids, column, level):
     array = np.array(list(ids))
-    found = UnitIndex(held).where(column, level, array)
+    found = UnitIndex(held).locate(column, level, array)
     for i, number in zip(array, found, strict=True):
         assert number == next(
             (k for k, unit in enumerate(held) if holds(unit, column, level, i)), -1

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.identity import checkpoint_key, compare
-from influence_cli.cache.store import GradientRows, reading
+from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.cache.identity import check_rows_agree, checkpoint_key
+from influence_cli.cache.unit_file import open_tensor_file
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.extraction.machine import available_memory, check_fits
 from influence_cli.extraction.source import GradientSource
@@ -221,7 +222,7 @@ class Embeddings:
         }
         for part in reversed([part for part in self.parts if part[1] <= self.stop]):
             for path in sorted(self.place(part).glob("rows-*.safetensors"), reverse=True):
-                with reading(path) as file:
+                with open_tensor_file(path) as file:
                     content = file.read(["step", "example", "values"])
                 values = content["values"]
                 found = values @ state[:, : values.shape[1]].T
@@ -236,7 +237,7 @@ class Embeddings:
                         found[at[0] : at[-1] + 1],
                     )
                     advance(len(at), f"step {step}")
-            with reading(self.place(part) / "map.safetensors") as file:
+            with open_tensor_file(self.place(part) / "map.safetensors") as file:
                 turn = file.read(["map"])["map"]
             state = state[:, : len(turn)] @ turn
 
@@ -330,14 +331,14 @@ class Embeddings:
 
     def _compare(self) -> None:
         """The definition's text is another one now: the sample, taken again, must agree."""
-        with reading(self.folder / "sample.safetensors") as file:
+        with open_tensor_file(self.folder / "sample.safetensors") as file:
             content = file.read(list(file.entries))
         norms = {name: content[f"{name}:sqnorms"] for name in self.plan.columns}
         stored = GradientRows(
             content["ids"].numpy(), content["losses"], content["digests"], norms, {}
         )
         again = self._sample()
-        compare(
+        check_rows_agree(
             stored,
             again,
             self.gradients.settings.rounding,

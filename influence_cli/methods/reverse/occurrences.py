@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.id_blocks import Ids, cut
+from influence_cli.cache.id_blocks import Ids, cut_ids
 from influence_cli.errors import OutputError
 from influence_cli.methods.pairwise import RankingFactory
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
@@ -162,7 +162,7 @@ def score(
                 np.arange(sums.shape[1]), sums[0].T.numpy(), sums[1:].transpose(1, 2).numpy()
             )
         else:
-            for block in cut(question.train, BLOCK):
+            for block in cut_ids(question.train, BLOCK):
                 part = scores[:, torch.from_numpy(totals.place[block])].transpose(1, 2).numpy()
                 ranking.add(block, part[0], part[1:])
         split = by_step(totals.occurrences, question) if totals.occurrences else None

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import checkpoint_key
-from influence_cli.cache.store import GradientRows, reading
+from influence_cli.cache.unit_file import open_tensor_file
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import ValueOptions
 from influence_cli.methods.pairwise import QUERY_BYTES, mean_query_row, query_rows
@@ -186,13 +187,13 @@ class PassProgress:
         and the norms at the end of training; None where there is nothing."""
         if self.folder is None or not (self.folder / "carried.safetensors").is_file():
             return None
-        with reading(self.folder / "carried.safetensors") as file:
+        with open_tensor_file(self.folder / "carried.safetensors") as file:
             content = file.read(list(file.entries))
         stop = int(content["step"])
         for path in sorted(self.folder.glob("scores-*.safetensors"), reverse=True):
             if int(path.stem.split("-")[1]) < stop:
                 continue  # written, and then the job was killed
-            with reading(path) as file:
+            with open_tensor_file(path) as file:
                 found = file.read(list(file.entries))
             values = {
                 name.partition(":")[2]: value

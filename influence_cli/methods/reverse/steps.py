@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.store import GradientRows, concat_rows
+from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.errors import GradientError
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import distance
