@@ -26,7 +26,7 @@ from influence_cli.extraction.work_plan import WorkPlan
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 
 BATCHES = {
     "w1": (256, 1000),

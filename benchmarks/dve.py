@@ -19,7 +19,7 @@ from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.reverse.segments import plan
 from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
-from influence_cli.run.learning_rates import weigh
+from influence_cli.run.learning_rates import weigh_checkpoints
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         live = opened(run, str(run / ".influence"))
         for queries in flags.queries:
             question = ScoreRequest(
-                live.checkpoints, tuple(weigh(live.checkpoints, None, "none")), live.columns, range(len(work.xtr)), range(queries),
+                live.checkpoints, tuple(weigh_checkpoints(live.checkpoints, None, "none")), live.columns, range(len(work.xtr)), range(queries),
                 values=ValueOptions("fisher", form="query"),
             )  # fmt: skip
             score(live, question)

@@ -19,7 +19,7 @@ from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.table import METHODS
 from influence_cli.methods.unroll import Unroll
 from influence_cli.output.ranking import TopRanking
-from influence_cli.run.learning_rates import weigh
+from influence_cli.run.learning_rates import weigh_checkpoints
 
 JOBS = {"w1": (256, 16), "w2": (32, 4), "w3": (32, 4), "w4": (8, 3)}  # batch, steps
 
@@ -50,7 +50,7 @@ def main() -> None:
                     )
             live = opened(run, str(run / ".influence"))
             values = METHODS["unroll"].options(curvature=flags.curvature, replay=flags.replay)
-            weights = tuple(weigh(live.checkpoints, None, "none"))
+            weights = tuple(weigh_checkpoints(live.checkpoints, None, "none"))
 
             def floor(work=work, batches=batches) -> float:
                 started = time.perf_counter()

@@ -224,9 +224,9 @@ def test_the_defaults_of_an_optimizer_are_read_without_torchs_compiler():
 import sys
 from types import SimpleNamespace
 from pathlib import Path
-from influence_cli.run.optimizers import options_of
+from influence_cli.run.optimizers import read_options
 group = SimpleNamespace(options={"momentum": 0.9})
-options = options_of(SimpleNamespace(optimizer="sgd", path=Path("t"), groups=[group]), 0)
+options = read_options(SimpleNamespace(optimizer="sgd", path=Path("t"), groups=[group]), 0)
 print(options["momentum"], options["dampening"], "torch._dynamo" in sys.modules)
 """
     assert run(code).split() == ["0.9", "0", "False"]

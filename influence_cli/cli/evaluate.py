@@ -95,7 +95,7 @@ def evaluate(
     from influence_cli.evaluate import EvaluationRequest
     from influence_cli.methods.declaration import Method, WordOptions
     from influence_cli.methods.request import ScoreRequest
-    from influence_cli.run.learning_rates import weigh
+    from influence_cli.run.learning_rates import weigh_checkpoints
 
     opened = open_shared(shared, trajectory)
     query_ids = opened.ids("--queries", queries, "query")
@@ -106,7 +106,7 @@ def evaluate(
             checkpoints=selected,
             weights=opened.weights(lr, lr_weights)
             if asked.weighted
-            else tuple(weigh(selected, None, "none")),
+            else tuple(weigh_checkpoints(selected, None, "none")),
             columns=opened.embedding(None) if asked.words else opened.columns,
             train=range(0),
             queries=query_ids,

@@ -231,10 +231,10 @@ def unroll_rows(
     """What `--method unroll` would take, in trainings of the steps it goes back over."""
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.methods.unroll import cost
-    from influence_cli.run.learning_rates import weigh
+    from influence_cli.run.learning_rates import weigh_checkpoints
 
     values = METHODS["unroll"].options(curvature=curvature, replay=replay)
-    weights = tuple(weigh(opened.checkpoints, None, "none"))
+    weights = tuple(weigh_checkpoints(opened.checkpoints, None, "none"))
     question = ScoreRequest(
         opened.checkpoints, weights, opened.columns, range(0), queries, sum_queries, values=values
     )

@@ -20,9 +20,10 @@ from influence_cli.gradients.projection import Projection
 from influence_cli.methods.request import Groups
 from influence_cli.parallel import Place, Ranks, Shard, open_ranks, place_of
 from influence_cli.progress import Reporter
-from influence_cli.run import Checkpoint, Column, Run, at_steps, open_run
-from influence_cli.run.learning_rates import CHOICES, Weight, weigh
-from influence_cli.run.parameters import PRECISIONS, select
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.learning_rates import CHOICES, Weight, weigh_checkpoints
+from influence_cli.run.parameters import PRECISIONS, Column, select_columns
+from influence_cli.run.run import Run, open_run, select_steps
 
 PRECISION_NAMES, STORE_NAMES = (
     ("float32", "float64", "bfloat16"),
@@ -71,7 +72,9 @@ class Opened:
         trajectory = self.run.trajectory if needs_trajectory else None
         for note in trajectory.notes if trajectory else ():
             self.reporter.note(note)
-        found = tuple(weigh(self.checkpoints, trajectory, choice, lr, self.run.checkpoints))
+        found = tuple(
+            weigh_checkpoints(self.checkpoints, trajectory, choice, lr, self.run.checkpoints)
+        )
         zero = [str(weight.step) for weight in found if weight.is_zero]
         if zero:
             self.reporter.note(
@@ -157,8 +160,8 @@ def open_shared(
     keep_freed_memory()
     reporter = Reporter() if flags.quiet or place.rank else StderrReporter()
     run = open_run(flags.run, flags.definition, flags.checkpoints, trajectory, precision, device)
-    checkpoints = at_steps(run.checkpoints, flags.steps)
-    columns = select(run.columns, flags.layers)
+    checkpoints = select_steps(run.checkpoints, flags.steps)
+    columns = select_columns(run.columns, flags.layers)
     widest = max(
         (column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize
     )

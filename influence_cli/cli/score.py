@@ -64,7 +64,7 @@ def score(
     from influence_cli.methods.declaration import WordOptions
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
-    from influence_cli.run.learning_rates import weigh
+    from influence_cli.run.learning_rates import weigh_checkpoints
 
     opened = open_shared(shared, trajectory)
     selected = opened.checkpoints
@@ -83,7 +83,7 @@ def score(
         checkpoints=selected,
         weights=opened.weights(lr, lr_weights)
         if chosen.weighted
-        else tuple(weigh(selected, None, "none")),
+        else tuple(weigh_checkpoints(selected, None, "none")),
         columns=opened.embedding(words.embedding) if chosen.words else opened.columns,
         train=train_ids,
         queries=opened.ids("--queries", queries, "query"),

@@ -45,13 +45,13 @@ def trace(
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.methods.request import ScoreRequest
-    from influence_cli.run.learning_rates import weigh
+    from influence_cli.run.learning_rates import weigh_checkpoints
 
     opened = open_shared(shared, trajectory)
     examples = opened.ids("--train", train, "train") if train is not None else range(0)
     question = ScoreRequest(
         opened.checkpoints,
-        tuple(weigh(opened.checkpoints, None, "none")),
+        tuple(weigh_checkpoints(opened.checkpoints, None, "none")),
         opened.columns,
         examples,
         opened.ids("--queries", queries, "query"),

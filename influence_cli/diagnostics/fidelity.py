@@ -22,7 +22,7 @@ from influence_cli.evaluate.correlation import pearson, spearman
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.projection import Projection
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 
 TRAIN, QUERIES, CHECKPOINTS, TOP = 200, 20, 3, 10
 QUERY_BYTES = 1 << 30  # exact gradients of the sampled queries; at least two

@@ -29,7 +29,7 @@ from influence_cli.extraction import revalidate
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.capture import Capture, Captured, rounding
 from influence_cli.gradients.forms import Form, Projected
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 
 EXAMPLES, CHECKPOINTS = 8, 3  # looked at: of each split, of each run; evenly spread
 DENSE_BYTES = (

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.extraction.source import GradientSource
     from influence_cli.methods.request import ScoreRequest
-    from influence_cli.run import Checkpoint
+    from influence_cli.run.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ from influence_cli.evaluate.result_log import Results
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.table import METHODS
 from influence_cli.progress import Advance, Reporter
-from influence_cli.run import Checkpoint, Run
-from influence_cli.run.definition import failure
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.definition import describe_failure
 from influence_cli.run.replay import Drop, Replay
+from influence_cli.run.run import Run
 from influence_cli.run.trajectory import Trajectory
 
 VERSION = 1  # of the results on file
@@ -228,7 +229,7 @@ def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
                     f"out of memory in a batch of {len(ids)} queries",
                     "--batch-size N takes fewer at once",
                 ) from error
-            raise failure(definition, name, error) from error
+            raise describe_failure(definition, name, error) from error
         if not isinstance(values, Tensor) or values.shape != (len(ids),):
             raise GradientError(
                 f"{name}() did not return one number per query",

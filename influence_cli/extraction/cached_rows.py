@@ -13,8 +13,9 @@ from influence_cli.cache.unit_file import Unit
 from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.extraction import revalidate
 from influence_cli.progress import Reporter
-from influence_cli.run import Checkpoint, Run
-from influence_cli.run.datasets import digest
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.datasets import digest_item
+from influence_cli.run.run import Run
 
 # (split, checkpoint, columns, ids) -> the rows, computed again and rounded as stored
 Recompute = Callable[[str, Checkpoint, Sequence[str], np.ndarray], GradientRows]
@@ -94,5 +95,5 @@ class CachedRows:
 
     def _query_digest(self, index: int) -> int:
         if index not in self._query_digests:
-            self._query_digests[index] = digest(self.run.query.item(index))
+            self._query_digests[index] = digest_item(self.run.query.item(index))
         return self._query_digests[index]

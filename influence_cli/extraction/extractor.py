@@ -19,8 +19,9 @@ from influence_cli.gradients.embedding_capture import EmbeddingCapture
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 from influence_cli.progress import Advance, Reporter
-from influence_cli.run import Checkpoint, Run
-from influence_cli.run.definition import failure
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.definition import describe_failure
+from influence_cli.run.run import Run
 
 
 class GradientExtractor:
@@ -240,7 +241,7 @@ class GradientExtractor:
                 " finished units are kept",
             )
         measured = split == "query" and self.run.definition.has("measure")
-        return failure(self.run.definition, "measure" if measured else "loss", error)
+        return describe_failure(self.run.definition, "measure" if measured else "loss", error)
 
 
 def check_finite(

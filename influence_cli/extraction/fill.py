@@ -22,7 +22,7 @@ from influence_cli.extraction.memory_budget import SizeRecord
 from influence_cli.extraction.work_plan import CheckpointWork, WorkPlan, WorkUnit
 from influence_cli.parallel import Ranks
 from influence_cli.progress import Advance
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 
 VISIBLE_WITHIN = 60  # seconds until a network file system shows what another machine wrote
 

@@ -14,7 +14,8 @@ from influence_cli.cache.unit_file import Unit
 from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.errors import CacheError, listed
 from influence_cli.progress import Reporter
-from influence_cli.run import Checkpoint, Run
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.run import Run
 from influence_cli.storage.atomic import read_json, report_disk_errors, write_json
 
 GRADIENTS = 8  # examples to compute again, per checkpoint and older definition

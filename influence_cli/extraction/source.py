@@ -21,7 +21,8 @@ from influence_cli.extraction.fill import CacheFiller, FillRequest
 from influence_cli.gradients.forms import Form
 from influence_cli.parallel import Ranks
 from influence_cli.progress import Reporter
-from influence_cli.run import Checkpoint, Run
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.run import Run
 from influence_cli.storage.atomic import remove_stale_files
 
 IdsAt = tuple[Checkpoint, Ids]  # a checkpoint, and the examples whose rows are wanted there

@@ -11,7 +11,7 @@ import numpy as np
 from influence_cli.cache.id_blocks import Ids, cut_ids
 from influence_cli.cache.unit_file import Level, Unit
 from influence_cli.cache.unit_index import UnitIndex
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods.request import Groups, ScoreRequest
 from influence_cli.output.ranking import Ranking, Shareable
 from influence_cli.parallel import Ranks
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 
 QUERY_BYTES = (
     2 << 30

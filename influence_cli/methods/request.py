@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.output.ranking import Entry, Ranking
-    from influence_cli.run import Checkpoint, Column
+    from influence_cli.run.checkpoints import Checkpoint
     from influence_cli.run.learning_rates import Weight
+    from influence_cli.run.parameters import Column
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from influence_cli.methods.declaration import WordOptions
 from influence_cli.methods.pairwise import Advance, RankingFactory, Units, of_next, ranked
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.output.ranking import Entry, Ranking, TopRanking
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 
 SPECIAL = re.compile(
     r"\[[^\[\]\s]+\]|<(?!0x)[^<>\s]+>"

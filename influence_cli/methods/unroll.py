@@ -35,7 +35,7 @@ from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
 from influence_cli.methods.reverse.segments import plan
 from influence_cli.methods.reverse.steps import ReverseStep
 from influence_cli.progress import Advance
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.replay import Moments, Replay
 
 DIRECTION_BYTES = (

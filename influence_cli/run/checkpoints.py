@@ -45,7 +45,7 @@ class Header:
 
 
 # ---------------------------------------------------------------- finding
-def find(run: Path, folder: Path | None = None) -> list[Checkpoint]:
+def find_checkpoints(run: Path, folder: Path | None = None) -> list[Checkpoint]:
     """All checkpoints of a run by rising step: `checkpoints/`, or the run itself as an HF Trainer folder.
 
     Raises CheckpointError: none there; an unreadable file; no step to be read; two of one step.
@@ -76,7 +76,7 @@ def find(run: Path, folder: Path | None = None) -> list[Checkpoint]:
     found: list[Checkpoint] = []
     for path in paths:
         try:
-            found.append(describe(path))
+            found.append(describe_checkpoint(path))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -106,10 +106,10 @@ def is_checkpoint(path: Path, strict: bool) -> bool:
     return path.suffix == ".safetensors" and not strict
 
 
-def describe(path: Path) -> Checkpoint:
+def describe_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint's files, step and learning rate, from its name and headers alone."""
-    files = shards(path)
-    metadata = headers(files).metadata
+    files = list_shards(path)
+    metadata = read_header(files).metadata
     numbers = re.findall(r"\d+", path.stem if path.is_file() else path.name)
     named = int(numbers[-1]) if numbers else None
     step = named
@@ -139,7 +139,7 @@ def _number(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
         ) from None
 
 
-def shards(path: Path) -> tuple[Path, ...]:
+def list_shards(path: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint: itself, model.safetensors, or those that its index file names."""
     if path.is_file():
         return (path,)
@@ -159,7 +159,7 @@ def shards(path: Path) -> tuple[Path, ...]:
             f"{path.name}/{INDEX} names files that are not there: {listed(absent)}",
             "copy the missing shards",
         )
-    found = headers(tuple(path / name for name in names)).tensors
+    found = read_header(tuple(path / name for name in names)).tensors
     lost = [key for key in weights if key not in found or found[key][0].name != weights[key]]
     if lost:
         raise CheckpointError(
@@ -169,7 +169,7 @@ def shards(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in names)
 
 
-def headers(files: tuple[Path, ...]) -> Header:
+def read_header(files: tuple[Path, ...]) -> Header:
     """Raises CheckpointError for a truncated, empty, unreadable or non-safetensors file."""
     tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
@@ -195,7 +195,7 @@ def headers(files: tuple[Path, ...]) -> Header:
 
 
 # ---------------------------------------------------------------- fitting and loading
-def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def list_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint of the model holds: parameters and persistent buffers, tied ones under each of their names."""
     return {
         key: value
@@ -204,7 +204,7 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def key_map(header: Header, model: nn.Module) -> tuple[dict[str, str], list[str], dict[str, str]]:
+def map_keys(header: Header, model: nn.Module) -> tuple[dict[str, str], list[str], dict[str, str]]:
     """Model key -> file key, missing keys, unexpected key -> file key.
 
     Wrapper prefixes are stripped; one alias of a tied tensor is enough.
@@ -213,7 +213,7 @@ def key_map(header: Header, model: nn.Module) -> tuple[dict[str, str], list[str]
     for prefix in WRAPPERS * 2:
         if names and all(key.startswith(prefix) for key in names):
             names = {key.removeprefix(prefix): file_key for key, file_key in names.items()}
-    own = tensors(model)
+    own = list_tensors(model)
     by_tensor: dict[int, str] = {}
     for key, tensor in own.items():
         if key in names:
@@ -227,16 +227,16 @@ def key_map(header: Header, model: nn.Module) -> tuple[dict[str, str], list[str]
     return mapping, missing, {key: file_key for key, file_key in names.items() if key not in own}
 
 
-def check(checkpoints: list[Checkpoint], model: nn.Module, cast: bool) -> None:
+def check_fits_model(checkpoints: list[Checkpoint], model: nn.Module, cast: bool) -> None:
     """All checkpoints against the model, from their headers: keys, shapes and dtypes. One CheckpointError tells of all that do not fit.
 
     `cast`: a precision was asked for, so floating-point dtypes may differ.
     """
-    own = tensors(model)
+    own = list_tensors(model)
     problems: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
-        header = headers(checkpoint.files)
-        mapping, missing, unexpected = key_map(header, model)
+        header = read_header(checkpoint.files)
+        mapping, missing, unexpected = map_keys(header, model)
         lines = [f"missing:    {key} {tuple(own[key].shape)}" for key in missing]
         lines += [
             f"unexpected: {key} {header.tensors[file_key][2]}"
@@ -278,14 +278,14 @@ def check(checkpoints: list[Checkpoint], model: nn.Module, cast: bool) -> None:
     raise CheckpointError(f"{first} does not fit the model in definition.py", *details)
 
 
-def load(checkpoint: Checkpoint, model: nn.Module) -> None:
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Copy a checked checkpoint's values into the model, in the model's own dtype and on its device.
 
     Raises CheckpointError for values that are not finite, and where two names of a tied tensor hold different values.
     """
-    header = headers(checkpoint.files)
-    mapping, _, _ = key_map(header, model)
-    own = tensors(model)
+    header = read_header(checkpoint.files)
+    mapping, _, _ = map_keys(header, model)
+    own = list_tensors(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     seen: dict[int, tuple[str, torch.Tensor]] = {}
     broken, untied = [], []

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from influence_cli.errors import DataError
-from influence_cli.run.definition import Definition, failure
+from influence_cli.run.definition import Definition, describe_failure
 
 
 class Examples:
@@ -51,7 +51,7 @@ class Examples:
         try:
             return self._dataset[int(index)]
         except (Exception, SystemExit) as error:
-            why = failure(self._definition, self.source.removesuffix("()"), error)
+            why = describe_failure(self._definition, self.source.removesuffix("()"), error)
             raise DataError(
                 f"{self.source} raised {type(error).__name__} at example {index}: {error}",
                 *why.details,
@@ -83,7 +83,7 @@ class Examples:
         if self._tensors is None or not all(
             tensor.is_cpu and tensor.dtype != torch.bfloat16 for tensor in self._tensors
         ):
-            return torch.tensor([digest(self.item(index)) for index in ids], dtype=torch.int64)
+            return torch.tensor([digest_item(self.item(index)) for index in ids], dtype=torch.int64)
         values = [zlib.crc32(b"tuple")] * len(ids)
         for tensor in self._tensors:
             rows = tensor[torch.as_tensor(ids, dtype=torch.int64)].numpy()
@@ -97,7 +97,7 @@ class Examples:
     def check_stable(self, ids: Sequence[int] | np.ndarray) -> None:
         """Read each example twice. Raises DataError where the two differ (random augmentation, a moving file)."""
         for index in ids:
-            if digest(self.item(index)) != digest(self.item(index)):
+            if digest_item(self.item(index)) != digest_item(self.item(index)):
                 raise DataError(
                     f"{self.source} changes between reads: example {index} was different when read again",
                     "influence needs the same example at the same index each time",
@@ -122,7 +122,7 @@ class Examples:
         return "" if value is None else str(value)
 
 
-def digest(item: Any) -> int:
+def digest_item(item: Any) -> int:
     """A 32-bit digest of one example: numbers, text, bytes, tensors, arrays, pictures and nests of them; other objects by type."""
     value = 0
 

@@ -38,10 +38,10 @@ class Definition:
         try:
             return self.raw(name)(*args)
         except (Exception, SystemExit) as error:
-            raise failure(self, name, error) from error
+            raise describe_failure(self, name, error) from error
 
 
-def load(path: Path) -> Definition:
+def load_definition(path: Path) -> Definition:
     """Run a definition.py. Raises DefinitionError: no such file, syntax error, exception while loading, missing function."""
     path = path.absolute()
     if not path.is_file():
@@ -77,7 +77,7 @@ def load(path: Path) -> Definition:
     except (Exception, SystemExit) as error:
         raise DefinitionError(
             f"{path.name} raised {type(error).__name__} while it was loaded: {error}",
-            *frames(error, path.parent),
+            *list_user_frames(error, path.parent),
         ) from error
     missing = [name for name in REQUIRED if not callable(getattr(module, name, None))]
     if missing:
@@ -85,10 +85,10 @@ def load(path: Path) -> Definition:
             f"{path.name} lacks {' and '.join(f'{name}()' for name in missing)}",
             f"expected: {', '.join(REQUIRED)}; `influence init` writes a commented example",
         )
-    return Definition(path, source_digest(path, set(sys.modules) - before), module)
+    return Definition(path, digest_sources(path, set(sys.modules) - before), module)
 
 
-def source_digest(path: Path, imported: set[str]) -> str:
+def digest_sources(path: Path, imported: set[str]) -> str:
     """sha256 of the definition and of the user's own modules: those beside it, and those it `imported` that are not installed."""
     installed = {
         sysconfig.get_path("stdlib"),
@@ -119,15 +119,15 @@ def source_digest(path: Path, imported: set[str]) -> str:
     return digest.hexdigest()
 
 
-def failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:
+def describe_failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:
     """What a user function's exception becomes: type, text, and the last line of the user's own code."""
     return DefinitionError(
         f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}",
-        *frames(error, definition.path.parent),
+        *list_user_frames(error, definition.path.parent),
     )
 
 
-def frames(error: BaseException, folder: Path) -> list[str]:
+def list_user_frames(error: BaseException, folder: Path) -> list[str]:
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -46,7 +46,7 @@ class Weight:
         return ", ".join(f"{rate:.6g}" for rate in self.rates)
 
 
-def weigh(
+def weigh_checkpoints(
     checkpoints: Sequence[Checkpoint],
     trajectory: Trajectory | None,
     choice: str = "point",

@@ -28,7 +28,7 @@ class LoadedModel:
         not finite, or tied names with different values."""
         if self.checkpoint != checkpoint:
             self.checkpoint = self._base = None
-            checkpoint_files.load(checkpoint, self.module)
+            checkpoint_files.load_checkpoint(checkpoint, self.module)
             self.checkpoint = self._base = checkpoint
         return self.module
 

@@ -16,22 +16,22 @@ from influence_cli.storage.atomic import describe_disk_error
 from influence_cli.storage.safetensors_io import CODES, read_tensors, write_tensors
 
 
-def file_name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}.safetensors"
 
 
-def checkpoints_in(folder: Path) -> list[Checkpoint]:
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Those in checkpoints/ by rising step; there may be none."""
     place = folder / "checkpoints"
     there = place.is_dir() and any(
         checkpoints.is_checkpoint(path, strict=False) for path in place.iterdir()
     )
-    return checkpoints.find(folder, place) if there else []
+    return checkpoints.find_checkpoints(folder, place) if there else []
 
 
-def holds(checkpoint: Checkpoint, model: nn.Module) -> bool:
+def matches_parameters(checkpoint: Checkpoint, model: nn.Module) -> bool:
     """Whether the model's parameters are the checkpoint's, bit by bit. Not its buffers: a forward pass changes them."""
-    mapping, _, _ = checkpoints.key_map(checkpoints.headers(checkpoint.files), model)
+    mapping, _, _ = checkpoints.map_keys(checkpoints.read_header(checkpoint.files), model)
     values = {key: value for file in checkpoint.files for key, value in read_tensors(file).items()}
     return all(
         name in mapping
@@ -86,7 +86,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     }
     if strange:
         raise TrajectoryError(
-            f"{name_of(optimizer)} keeps {listed(sorted(strange))}, neither tensor nor number",
+            f"{optimizer_name(optimizer)} keeps {listed(sorted(strange))}, neither tensor nor number",
             "leave save_optimizer out",
         )
     numbers = {
@@ -98,20 +98,20 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         path,
         state | numbers,
         {
-            "optimizer": name_of(optimizer),
+            "optimizer": optimizer_name(optimizer),
             "numbers": json.dumps(sorted(numbers), separators=(",", ":")),
         },
     )
 
 
-def state_file(folder: Path, step: int) -> Path:
-    return folder / "optimizer" / file_name(step)
+def state_path(folder: Path, step: int) -> Path:
+    return folder / "optimizer" / checkpoint_name(step)
 
 
 def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
     """Per parameter its state, by torch's names of it. Raises TrajectoryError where the file is of another optimizer."""
     try:
-        about = checkpoints.headers((path,)).metadata
+        about = checkpoints.read_header((path,)).metadata
     except CheckpointError as error:
         raise TrajectoryError(
             f"optimizer/{path.name} can't be read: {error.headline}", *error.details
@@ -129,14 +129,14 @@ def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    names = names_of(model)
+    names = map_parameter_names(model)
     places = {
         names.get(id(own)): place
         for place, own in enumerate(
             own for group in optimizer.param_groups for own in group["params"]
         )
     }
-    saved = read_state(path, name_of(optimizer))
+    saved = read_state(path, optimizer_name(optimizer))
     if unknown := [name for name in saved if name not in places]:
         raise TrajectoryError(
             f"{path} is of another optimizer: it has the state of {listed(unknown)}"
@@ -147,9 +147,9 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     )
 
 
-def names_of(model: nn.Module) -> dict[int, str]:
+def map_parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def name_of(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
     return type(optimizer).__name__.lower()

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from influence_cli.errors import TrajectoryError
-from influence_cli.run import Checkpoint, Column
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.parameters import Column
 from influence_cli.run.trajectory import Trajectory
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -27,7 +28,7 @@ SPEED = (
 )  # lr is each line's; the others change no number
 
 
-def optimizer_of(trajectory: Trajectory) -> type[Optimizer]:
+def find_optimizer(trajectory: Trajectory) -> type[Optimizer]:
     if trajectory.optimizer not in OPTIMIZERS:
         what = (
             f"steps of {trajectory.optimizer} can't be run again"
@@ -48,7 +49,7 @@ def is_stateful(trajectory: Trajectory) -> bool:
     )
 
 
-def unknown_state(trajectory: Trajectory, start: Checkpoint) -> TrajectoryError:
+def describe_unknown_state(trajectory: Trajectory, start: Checkpoint) -> TrajectoryError:
     name = "sgd with momentum" if trajectory.optimizer == "sgd" else trajectory.optimizer
     return TrajectoryError(
         f"a replay can't start at {start.name}: {name} had a state there, which was not saved",
@@ -57,21 +58,21 @@ def unknown_state(trajectory: Trajectory, start: Checkpoint) -> TrajectoryError:
     )
 
 
-def options_of(trajectory: Trajectory, number: int) -> dict[str, Any]:
+def read_options(trajectory: Trajectory, number: int) -> dict[str, Any]:
     """A group's options, with torch's defaults where the header says nothing.
 
     The defaults come from the constructor's signature: building an optimizer would import torch's compiler, which takes 1.3 seconds.
     Raises TrajectoryError: options that the optimizer does not take, or values out of range.
     """
-    kind = optimizer_of(trajectory)
-    given = constructor_options(kind, trajectory, number)
+    kind = find_optimizer(trajectory)
+    given = list_constructor_options(kind, trajectory, number)
     try:
         bound = signature(kind).bind([], lr=0.0, **given)
         bound.apply_defaults()
         options = dict(bound.arguments)
         check_values(options)
     except (TypeError, ValueError) as error:
-        raise refused_options(kind, trajectory, number, error) from error
+        raise describe_refused_options(kind, trajectory, number, error) from error
     return options
 
 
@@ -92,14 +93,14 @@ def check_values(options: Mapping[str, Any]) -> None:
         raise ValueError("nesterov needs a momentum above 0 and a dampening of 0")
 
 
-def optimizers_of(
+def build_optimizers(
     model: nn.Module, columns: Mapping[str, Column], trajectory: Trajectory
 ) -> dict[int, Optimizer]:
     """One for each of the trajectory's groups that has parameters: torch checks the options of a constructor, not those of a group.
 
     Raises TrajectoryError: an optimizer that is unknown or takes other options; groups that name no parameter.
     """
-    kind = optimizer_of(trajectory)
+    kind = find_optimizer(trajectory)
     groups: dict[int, list[nn.Parameter]] = {}
     for name, column in columns.items():
         number = trajectory.group_of(column.names)
@@ -111,12 +112,12 @@ def optimizers_of(
             "the trajectory is of another model",
         )
     return {
-        number: build(kind, parameters, trajectory, number)
+        number: build_optimizer(kind, parameters, trajectory, number)
         for number, parameters in sorted(groups.items())
     }
 
 
-def constructor_options(
+def list_constructor_options(
     kind: type[Optimizer], trajectory: Trajectory, number: int
 ) -> dict[str, Any]:
     """A group's options in the form that torch's constructor takes."""
@@ -134,20 +135,20 @@ def constructor_options(
     }
 
 
-def refused_options(
+def describe_refused_options(
     kind: type[Optimizer], trajectory: Trajectory, number: int, error: Exception
 ) -> TrajectoryError:
-    options = constructor_options(kind, trajectory, number)
+    options = list_constructor_options(kind, trajectory, number)
     return TrajectoryError(
         f"{trajectory.path.name}: torch's {kind.__name__} refuses these options: {error}",
         f"group {number}: {options}",
     )
 
 
-def build(
+def build_optimizer(
     kind: type[Optimizer], parameters: list[nn.Parameter], trajectory: Trajectory, number: int
 ) -> Optimizer:
     try:
-        return kind(parameters, lr=0.0, **constructor_options(kind, trajectory, number))  # type: ignore[call-arg]
+        return kind(parameters, lr=0.0, **list_constructor_options(kind, trajectory, number))  # type: ignore[call-arg]
     except (TypeError, ValueError, IndexError) as error:
-        raise refused_options(kind, trajectory, number, error) from error
+        raise describe_refused_options(kind, trajectory, number, error) from error

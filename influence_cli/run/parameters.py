@@ -39,7 +39,7 @@ class Column:
         return int(torch.Size(self.shape).numel())
 
 
-def build(definition: Definition) -> nn.Module:
+def build_model(definition: Definition) -> nn.Module:
     """The user's model in eval mode, out of its wrappers. Raises DefinitionError for what has no per-example gradient."""
     model = definition.call("model")
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
@@ -72,7 +72,7 @@ def build(definition: Definition) -> nn.Module:
     return model.eval()
 
 
-def cast(model: nn.Module, precision: torch.dtype | None, device: torch.device) -> nn.Module:
+def cast_model(model: nn.Module, precision: torch.dtype | None, device: torch.device) -> nn.Module:
     """The model on its device, in the precision asked for. Raises GradientError where it does not fit into memory."""
     try:
         return (
@@ -88,7 +88,7 @@ def cast(model: nn.Module, precision: torch.dtype | None, device: torch.device) 
         ) from error
 
 
-def columns(model: nn.Module) -> dict[str, Column]:
+def list_columns(model: nn.Module) -> dict[str, Column]:
     """The trained parameters in the model's order. Raises DefinitionError where there are none."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -115,7 +115,7 @@ def columns(model: nn.Module) -> dict[str, Column]:
     return found
 
 
-def embeddings(model: nn.Module) -> dict[str, Column]:
+def list_embeddings(model: nn.Module) -> dict[str, Column]:
     """What each nn.Embedding returns, as a column `MODULE()`: the path of its input alone, also where its weight is tied to another layer.
 
     Raises DefinitionError for a padding_idx that is no token.
@@ -141,7 +141,7 @@ def embeddings(model: nn.Module) -> dict[str, Column]:
     return found
 
 
-def select(available: dict[str, Column], globs: list[str] | None) -> dict[str, Column]:
+def select_columns(available: dict[str, Column], globs: list[str] | None) -> dict[str, Column]:
     """`--layers`: the columns whose parameter or module names match. `!glob` leaves out. Raises UsageProblem for a glob without a match."""
     if not globs:
         return available

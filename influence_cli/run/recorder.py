@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from influence_cli.errors import TrajectoryError, listed
 from influence_cli.run import checkpoints, trajectory
 from influence_cli.run.optimizer_state import (
-    checkpoints_in,
-    file_name,
-    holds,
+    checkpoint_name,
+    list_checkpoints,
     load_state,
-    name_of,
-    names_of,
+    map_parameter_names,
+    matches_parameters,
+    optimizer_name,
     report_write_errors,
     save_state,
     write_state_file,
@@ -177,22 +177,22 @@ class TrajectoryRecorder:
 
         0 where there is no checkpoint: a training that begins. Learning rates stay as they are. Raises TrajectoryError, CheckpointError.
         """
-        saved, model = checkpoints_in(Path(dir)), _unwrapped(model)
+        saved, model = list_checkpoints(Path(dir)), _unwrapped(model)
         if not saved:
             return 0
         newest = saved[-1]
-        state = Path(dir) / "optimizer" / file_name(newest.step)
+        state = Path(dir) / "optimizer" / checkpoint_name(newest.step)
         stateless = isinstance(optimizer, torch.optim.SGD) and not any(
             group["momentum"] for group in optimizer.param_groups
         )
         if newest.step and not stateless and not state.is_file():
             raise TrajectoryError(
-                f"{newest.name} has no optimizer state beside it, and {name_of(optimizer)} can't go on without",
+                f"{newest.name} has no optimizer state beside it, and {optimizer_name(optimizer)} can't go on without",
                 f"expected: {state}",
                 "TrajectoryRecorder(..., save_optimizer=True) saves it",
             )
-        checkpoints.check([newest], model, cast=False)
-        checkpoints.load(newest, model)
+        checkpoints.check_fits_model([newest], model, cast=False)
+        checkpoints.load_checkpoint(newest, model)
         if state.is_file():
             load_state(state, model, optimizer)
         return newest.step
@@ -201,7 +201,7 @@ class TrajectoryRecorder:
         """The checkpoint of `steps`. Its lines come to the disk first, then optimizer state: a checkpoint that is there has both."""
         assert self._log is not None
         name, about = (
-            file_name(self.steps),
+            checkpoint_name(self.steps),
             {"step": str(self.steps), "learning_rate": repr(self._rates()[0])},
         )
         state = self.folder / "optimizer" / name
@@ -212,7 +212,7 @@ class TrajectoryRecorder:
             save_state(state, self.model, self.optimizer)
         once = {
             id(value): (key, value)
-            for key, value in reversed(checkpoints.tensors(self.model).items())
+            for key, value in reversed(checkpoints.list_tensors(self.model).items())
         }  # a tied tensor's first name
         write_state_file(self.folder / "checkpoints" / name, dict(once.values()), about)
         self._saved = self.steps
@@ -238,7 +238,11 @@ class TrajectoryRecorder:
 
     def _header(self) -> dict[str, Any]:
         """Groups are named where there are several, or where one leaves out trained parameters."""
-        names, groups, first = names_of(self.model), self.optimizer.param_groups, self._options[0]
+        names, groups, first = (
+            map_parameter_names(self.model),
+            self.optimizer.param_groups,
+            self._options[0],
+        )
         held = [
             [names[id(parameter)] for parameter in group["params"] if id(parameter) in names]
             for group in groups
@@ -250,7 +254,7 @@ class TrajectoryRecorder:
                 "give the module that holds all",
             )
         header = {"format": trajectory.FORMAT, "version": 1, "reduction": self.reduction}
-        header["optimizer"] = {"name": name_of(self.optimizer)} | first
+        header["optimizer"] = {"name": optimizer_name(self.optimizer)} | first
         if len(groups) > 1 or {
             name for name, own in self.model.named_parameters() if own.requires_grad
         } - set(held[0]):
@@ -264,10 +268,10 @@ class TrajectoryRecorder:
     def _kept(self, header: dict[str, Any]) -> list[bytes]:
         """The lines before `start`. Raises TrajectoryError where what is in the folder is not the beginning of this training."""
         lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        saved = checkpoints_in(self.folder)
+        saved = list_checkpoints(self.folder)
         here = next((checkpoint for checkpoint in saved if checkpoint.step == self.start), None)
         later = [checkpoint.name for checkpoint in saved if checkpoint.step > self.start]
-        same = here is not None and holds(here, self.model)
+        same = here is not None and matches_parameters(here, self.model)
         if not self.start and lines[1:] and (later or not same):
             raise TrajectoryError(
                 f"{self.path} records a training already, {len(lines) - 1:,} steps of it",
@@ -280,7 +284,7 @@ class TrajectoryRecorder:
             raise TrajectoryError(what, "delete them", RESUME)
         if not self.start:  # what is there came from these very parameters, and to no checkpoint
             return []
-        recorded = trajectory.read(self.path, None).steps if lines else 0
+        recorded = trajectory.read_trajectory(self.path, None).steps if lines else 0
         if recorded < self.start:
             raise TrajectoryError(
                 f"{self.path} lacks the steps {recorded} to {self.start - 1}, and start is {self.start}",

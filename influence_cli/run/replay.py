@@ -23,10 +23,11 @@ from influence_cli.errors import (
     listed,
 )
 from influence_cli.progress import Advance
-from influence_cli.run import Checkpoint, Run
-from influence_cli.run.definition import failure
-from influence_cli.run.optimizer_state import read_state, state_file
-from influence_cli.run.optimizers import is_stateful, optimizers_of, unknown_state
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.definition import describe_failure
+from influence_cli.run.optimizer_state import read_state, state_path
+from influence_cli.run.optimizers import build_optimizers, describe_unknown_state, is_stateful
+from influence_cli.run.run import Run
 
 Batch = Callable[
     [np.ndarray], Any
@@ -93,7 +94,7 @@ class Replay:
             batch,
             size,
         )
-        self._optimizers = optimizers_of(run.model.module, run.columns, self.trajectory)
+        self._optimizers = build_optimizers(run.model.module, run.columns, self.trajectory)
         self._parameters = [
             parameter
             for optimizer in self._optimizers.values()
@@ -109,18 +110,18 @@ class Replay:
         return (
             not checkpoint.step
             or not is_stateful(self.trajectory)
-            or state_file(self._folder, checkpoint.step).is_file()
+            or state_path(self._folder, checkpoint.step).is_file()
         )
 
     def begin(self, start: Checkpoint) -> None:
         """Stand at a checkpoint, with the optimizer state that was saved there. Raises TrajectoryError where there was one, unknown now."""
         if not self.starts_at(start):
-            raise unknown_state(self.trajectory, start)
+            raise describe_unknown_state(self.trajectory, start)
         for optimizer in self._optimizers.values():
             optimizer.state.clear()
             optimizer.zero_grad(set_to_none=True)
         if start.step and is_stateful(self.trajectory):
-            path = state_file(self._folder, start.step)
+            path = state_path(self._folder, start.step)
             saved = read_state(path, self.trajectory.optimizer or "")
             if unknown := saved.keys() - set(self.names):
                 raise TrajectoryError(
@@ -276,7 +277,7 @@ class Replay:
                         f"out of memory in a batch of {len(ids)} at step {step}",
                         "--batch-size N takes fewer",
                     ) from error
-                raise failure(self._definition, "loss", error) from error
+                raise describe_failure(self._definition, "loss", error) from error
 
     def _clip(self, step: int, recorded: float, max_norm: float | None) -> None:
         if recorded == 1 and max_norm is None:

@@ -78,7 +78,7 @@ class Trajectory:
         return None
 
 
-def read(path: Path, n_train: int | None) -> Trajectory:
+def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
     """Read and check a whole trajectory. `n_train`: size of the training set, to check the ids against.
 
     A last line without its end is dropped with a note (a crash costs one line); the later line of a step wins (a resume).

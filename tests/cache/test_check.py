@@ -89,7 +89,7 @@ def test_a_loss_that_changes_from_call_to_call_is_found(make_run, influence):
 
 
 def test_a_trained_parameter_without_gradients_is_found(make_run, influence, monkeypatch):
-    everything = parameters.columns
+    everything = parameters.list_columns
     monkeypatch.setattr(
         parameters,
         "columns",

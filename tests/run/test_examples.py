@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.run.datasets import digest
+from influence_cli.run.datasets import digest_item
 
 
 @dataclass
@@ -58,15 +58,15 @@ EXAMPLES = [
 
 
 def test_different_examples_have_different_digests():
-    found = [digest(example) for example in EXAMPLES]
+    found = [digest_item(example) for example in EXAMPLES]
     assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_the_same_example_has_the_same_digest(number):
-    assert digest(EXAMPLES[number]) == digest(EXAMPLES[number])
+    assert digest_item(EXAMPLES[number]) == digest_item(EXAMPLES[number])
 
 
 def test_strides_do_not_count():
     values = torch.arange(6.0).view(2, 3)
-    assert digest(values.t()) == digest(values.t().contiguous())
+    assert digest_item(values.t()) == digest_item(values.t().contiguous())

@@ -83,7 +83,7 @@ def recording(
 
 
 def read(folder) -> trajectory.Trajectory:
-    return trajectory.read(folder / "trajectory.jsonl", 20)
+    return trajectory.read_trajectory(folder / "trajectory.jsonl", 20)
 
 
 def header(folder) -> dict:
@@ -117,7 +117,7 @@ def test_every_step_is_read_back(tmp_path):
 
 def test_checkpoints_hold_the_parameters_after_their_step(tmp_path):
     model = train(tmp_path, 5, every=2)
-    found = checkpoints.find(tmp_path)
+    found = checkpoints.find_checkpoints(tmp_path)
     assert [checkpoint.step for checkpoint in found] == [0, 2, 4, 5]
     for checkpoint, steps in zip(found, (0, 2, 4, 5), strict=True):
         expected = train(tmp_path / str(steps), steps) if steps < 5 else model
@@ -464,7 +464,7 @@ def test_a_momentum_that_is_scheduled_is_refused(tmp_path):
     ):
         recorder.step([1])
         recorder.optimizer.param_groups[0]["momentum"] = 0.8
-    assert checkpoints.find(tmp_path)[-1].step == 1
+    assert checkpoints.find_checkpoints(tmp_path)[-1].step == 1
 
 
 def test_a_rank_other_than_0_is_refused(tmp_path, monkeypatch):
@@ -516,7 +516,7 @@ def test_pythons_numbers_in_an_optimizers_state_come_back_as_they_were(tmp_path)
 def test_an_exception_saves_nothing_and_keeps_the_lines(tmp_path):
     with pytest.raises(InterruptedError):
         train(tmp_path, 10, until=4)
-    assert [checkpoint.step for checkpoint in checkpoints.find(tmp_path)] == [0, 3]
+    assert [checkpoint.step for checkpoint in checkpoints.find_checkpoints(tmp_path)] == [0, 3]
     assert read(tmp_path).steps == 5
 
 
@@ -556,7 +556,12 @@ def test_a_resume_without_its_checkpoint_saves_it_where_one_is_due(tmp_path):
     (tmp_path / "checkpoints/step-000006.safetensors").unlink()
     with recording(tmp_path, model=model, checkpoint_every=3, start=6) as recorder:
         recorder.step([1])
-    assert [checkpoint.step for checkpoint in checkpoints.find(tmp_path)] == [0, 3, 6, 7]
+    assert [checkpoint.step for checkpoint in checkpoints.find_checkpoints(tmp_path)] == [
+        0,
+        3,
+        6,
+        7,
+    ]
 
 
 def test_restoring_an_empty_folder_is_a_beginning(tmp_path):

@@ -6,8 +6,8 @@ import torch
 
 from influence_cli import TrajectoryRecorder
 from influence_cli.errors import TrajectoryError
-from influence_cli.run import open_run
 from influence_cli.run.replay import Drop, Replay
+from influence_cli.run.run import open_run
 from tests.refusals import replaced
 from tests.training import definition_of, train
 

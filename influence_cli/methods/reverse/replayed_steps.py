@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from influence_cli.errors import TrajectoryError
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.reverse.segments import ReversePlan, Segment
-from influence_cli.run import Checkpoint
-from influence_cli.run.optimizers import unknown_state
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.optimizers import describe_unknown_state
 from influence_cli.run.replay import Moments, Replay, State
 
 STATE_BYTES = 1 << 30
@@ -30,7 +30,7 @@ class ReplayedSteps:
             gradients.budget.requested_batch_size,
         )
         if not self.replay.starts_at(plan.segments[0].checkpoint):
-            raise unknown_state(plan.trajectory, plan.segments[0].checkpoint)
+            raise describe_unknown_state(plan.trajectory, plan.segments[0].checkpoint)
         self.apart: dict[
             int, float
         ] = {}  # per checkpoint that a replay came to: how far it ended from it

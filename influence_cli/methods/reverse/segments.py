@@ -11,9 +11,11 @@ import numpy as np
 
 from influence_cli.errors import TrajectoryError, UsageProblem, listed
 from influence_cli.methods.reverse.optimizer_adjoint import AdamUpdate, AnyUpdate, Update
-from influence_cli.run import Checkpoint, Column, Run
-from influence_cli.run.optimizers import OPTIMIZERS, options_of
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.optimizers import OPTIMIZERS, read_options
+from influence_cli.run.parameters import Column
 from influence_cli.run.replay import Moments
+from influence_cli.run.run import Run
 from influence_cli.run.trajectory import Trajectory
 
 NO_TRAJECTORY = (
@@ -64,7 +66,7 @@ class ReversePlan:
                     bool(options.get("nesterov")),
                 )
             else:
-                options = options_of(self.trajectory, number)
+                options = read_options(self.trajectory, number)
                 decoupled = self.trajectory.optimizer == "adamw" or bool(
                     options.get("decoupled_weight_decay")
                 )
@@ -248,4 +250,4 @@ def check_optimizer(trajectory: Trajectory, replay: bool, method: str) -> None:
                 raise TrajectoryError(
                     f"{trajectory.path.name}: {name} is {value!r}", "expected: a number from 0"
                 )
-        options_of(trajectory, number)
+        read_options(trajectory, number)

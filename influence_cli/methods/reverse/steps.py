@@ -26,7 +26,7 @@ from influence_cli.methods.reverse.optimizer_adjoint import (
     total,
 )
 from influence_cli.methods.reverse.segments import ReversePlan, Segment
-from influence_cli.run import Checkpoint
+from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.trajectory import Trajectory
 
 ROWS_BYTES = 1 << 30  # gradients of training examples held at once

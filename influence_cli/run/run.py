@@ -1,0 +1,133 @@
+"""What the user has on disk: definition, checkpoints, trajectory; opened together and checked against each other."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from influence_cli.errors import UsageProblem, listed
+from influence_cli.run import checkpoints as _checkpoints
+from influence_cli.run import definition as _definition
+from influence_cli.run import parameters
+from influence_cli.run import trajectory as _trajectory
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.datasets import Examples
+from influence_cli.run.definition import Definition
+from influence_cli.run.loaded_model import LoadedModel
+from influence_cli.run.parameters import Column
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run. Datasets are built when they are first used."""
+
+    folder: Path
+    definition: Definition
+    model: LoadedModel
+    columns: dict[str, Column]
+    checkpoints: tuple[Checkpoint, ...]
+    trajectory_path: Path | None
+
+    @cached_property
+    def embeddings(self) -> dict[str, Column]:
+        """The embedding modules, by the columns of what they return."""
+        return parameters.list_embeddings(self.model.module)
+
+    def has(self, column: str) -> bool:
+        return column in self.columns or column in self.embeddings
+
+    @cached_property
+    def train(self) -> Examples:
+        return Examples(self.definition, "train")
+
+    @cached_property
+    def query(self) -> Examples:
+        return Examples(self.definition, "query")
+
+    def examples(self, split: str) -> Examples:
+        return self.train if split == "train" else self.query
+
+    @cached_property
+    def trajectory(self) -> _trajectory.Trajectory | None:
+        return (
+            _trajectory.read_trajectory(self.trajectory_path, len(self.train))
+            if self.trajectory_path
+            else None
+        )
+
+
+def open_run(
+    folder: Path,
+    definition: Path | None = None,
+    checkpoints: Path | None = None,
+    trajectory: Path | None = None,
+    precision: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Run:
+    """Open a run folder: load the definition, build the model, check every checkpoint's header against it.
+
+    `precision`: what model and floating batch tensors are cast to; None: the model's own.
+    Raises InfluenceError kinds for whatever does not fit.
+    """
+    if not folder.is_dir():
+        raise UsageProblem(
+            f"no run at {folder}",
+            "expected: a folder with definition.py and checkpoints/",
+            "`influence init DIR` starts one",
+        )
+    if definition is not None and not definition.is_file():
+        raise UsageProblem(
+            f"--definition {definition}: no such file",
+            "expected: a Python file like RUN/definition.py",
+        )
+    if checkpoints is not None and not checkpoints.is_dir():
+        raise UsageProblem(
+            f"--checkpoints {checkpoints}: no such folder",
+            "expected: a folder of checkpoints like RUN/checkpoints",
+        )
+    if trajectory is not None and not trajectory.is_file():
+        raise UsageProblem(
+            f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl"
+        )
+    loaded = _definition.load_definition(definition or folder / "definition.py")
+    found = _checkpoints.find_checkpoints(folder, checkpoints)
+    model = parameters.build_model(loaded)
+    _checkpoints.check_fits_model(found, model, cast=precision is not None)
+    model = parameters.cast_model(model, precision, device or torch.device("cpu"))
+    default = folder / "trajectory.jsonl"
+    return Run(
+        folder,
+        loaded,
+        LoadedModel(model),
+        parameters.list_columns(model),
+        tuple(found),
+        trajectory or (default if default.is_file() else None),
+    )
+
+
+def select_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple[Checkpoint, ...]:
+    """`--steps`: checkpoints by step: `100,200`, `100:`, `:500` (half-open). Raises UsageProblem for a step that is not there."""
+    if spec is None:
+        return checkpoints
+    kept: set[int] = set()
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    for part in spec.split(","):
+        low, colon, high = part.strip().partition(":")
+        try:
+            start, stop = int(low) if low else 0, int(high) if high else max(steps) + 1
+            if not colon:
+                start, stop = int(low), int(low) + 1
+        except ValueError:
+            raise UsageProblem(
+                f"--steps {spec!r} can't be read at {part!r}",
+                "expected: steps like 100,200 or a half-open range like 100:500",
+            ) from None
+        chosen = {step for step in steps if start <= step < stop}
+        if not chosen:
+            raise UsageProblem(
+                f"--steps {part.strip()}: no checkpoint there",
+                f"there are checkpoints of the steps {listed(steps, 20)}",
+            )
+        kept |= chosen
+    return tuple(checkpoint for checkpoint in checkpoints if checkpoint.step in kept)
