@@ -92,7 +92,7 @@ def test_a_trained_parameter_without_gradients_is_found(make_run, influence, mon
     everything = parameters.list_columns
     monkeypatch.setattr(
         parameters,
-        "columns",
+        "list_columns",
         lambda model: {name: c for name, c in everything(model).items() if name != "0.bias"},
     )
     result = influence("check", make_run())
