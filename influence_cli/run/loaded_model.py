@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from influence_cli.run import checkpoints as checkpoint_files
+from influence_cli.run.checkpoint_loading import load_checkpoint
 from influence_cli.run.checkpoints import Checkpoint
 
 
@@ -28,7 +28,7 @@ class LoadedModel:
         not finite, or tied names with different values."""
         if self.checkpoint != checkpoint:
             self.checkpoint = self._base = None
-            checkpoint_files.load_checkpoint(checkpoint, self.module)
+            load_checkpoint(checkpoint, self.module)
             self.checkpoint = self._base = checkpoint
         return self.module
 

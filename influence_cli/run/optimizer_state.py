@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import CheckpointError, TrajectoryError, listed
-from influence_cli.run import checkpoints
-from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.checkpoint_loading import map_keys
+from influence_cli.run.checkpoints import (
+    Checkpoint,
+    find_checkpoints,
+    is_checkpoint,
+    read_header,
+)
 from influence_cli.storage.atomic import describe_disk_error
 from influence_cli.storage.safetensors_io import CODES, read_tensors, write_tensors
 
@@ -23,20 +28,18 @@ def checkpoint_name(step: int) -> str:
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Those in checkpoints/ by rising step; there may be none."""
     place = folder / "checkpoints"
-    there = place.is_dir() and any(
-        checkpoints.is_checkpoint(path, strict=False) for path in place.iterdir()
-    )
-    return checkpoints.find_checkpoints(folder, place) if there else []
+    there = place.is_dir() and any(is_checkpoint(path, strict=False) for path in place.iterdir())
+    return find_checkpoints(folder, place) if there else []
 
 
 def matches_parameters(checkpoint: Checkpoint, model: nn.Module) -> bool:
     """Whether the model's parameters are the checkpoint's, bit by bit. Not its buffers: a forward pass changes them."""
-    mapping, _, _ = checkpoints.map_keys(checkpoints.read_header(checkpoint.files), model)
+    file_keys = map_keys(read_header(checkpoint.files), model).file_keys
     values = {key: value for file in checkpoint.files for key, value in read_tensors(file).items()}
     return all(
-        name in mapping
-        and values[mapping[name]].dtype == own.dtype
-        and torch.equal(values[mapping[name]], own.detach().cpu())
+        name in file_keys
+        and values[file_keys[name]].dtype == own.dtype
+        and torch.equal(values[file_keys[name]], own.detach().cpu())
         for name, own in model.named_parameters()
     )
 
@@ -111,7 +114,7 @@ def state_path(folder: Path, step: int) -> Path:
 def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
     """Per parameter its state, by torch's names of it. Raises TrajectoryError where the file is of another optimizer."""
     try:
-        about = checkpoints.read_header((path,)).metadata
+        about = read_header((path,)).metadata
     except CheckpointError as error:
         raise TrajectoryError(
             f"optimizer/{path.name} can't be read: {error.headline}", *error.details

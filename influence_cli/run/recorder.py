@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import TrajectoryError, listed
-from influence_cli.run import checkpoints, trajectory
+from influence_cli.run import trajectory
+from influence_cli.run.checkpoint_loading import check_fits_model, list_tensors, load_checkpoint
 from influence_cli.run.optimizer_state import (
     checkpoint_name,
     list_checkpoints,
@@ -191,8 +192,8 @@ class TrajectoryRecorder:
                 f"expected: {state}",
                 "TrajectoryRecorder(..., save_optimizer=True) saves it",
             )
-        checkpoints.check_fits_model([newest], model, cast=False)
-        checkpoints.load_checkpoint(newest, model)
+        check_fits_model([newest], model, cast=False)
+        load_checkpoint(newest, model)
         if state.is_file():
             load_state(state, model, optimizer)
         return newest.step
@@ -211,8 +212,7 @@ class TrajectoryRecorder:
         if self.save_optimizer:
             save_state(state, self.model, self.optimizer)
         once = {
-            id(value): (key, value)
-            for key, value in reversed(checkpoints.list_tensors(self.model).items())
+            id(value): (key, value) for key, value in reversed(list_tensors(self.model).items())
         }  # a tied tensor's first name
         write_state_file(self.folder / "checkpoints" / name, dict(once.values()), about)
         self._saved = self.steps

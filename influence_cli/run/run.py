@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from influence_cli.errors import UsageProblem, listed
-from influence_cli.run import checkpoints as _checkpoints
 from influence_cli.run import definition as _definition
 from influence_cli.run import parameters
 from influence_cli.run import trajectory as _trajectory
-from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.checkpoint_loading import check_fits_model
+from influence_cli.run.checkpoints import Checkpoint, find_checkpoints
 from influence_cli.run.datasets import Examples
 from influence_cli.run.definition import Definition
 from influence_cli.run.loaded_model import LoadedModel
@@ -91,9 +91,9 @@ def open_run(
             f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl"
         )
     loaded = _definition.load_definition(definition or folder / "definition.py")
-    found = _checkpoints.find_checkpoints(folder, checkpoints)
+    found = find_checkpoints(folder, checkpoints)
     model = parameters.build_model(loaded)
-    _checkpoints.check_fits_model(found, model, cast=precision is not None)
+    check_fits_model(found, model, cast=precision is not None)
     model = parameters.cast_model(model, precision, device or torch.device("cpu"))
     default = folder / "trajectory.jsonl"
     return Run(

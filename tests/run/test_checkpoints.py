@@ -10,6 +10,7 @@ from torch import nn
 
 from influence_cli.errors import CheckpointError, TrajectoryError, UsageProblem
 from influence_cli.run import checkpoints, trajectory
+from influence_cli.run.checkpoint_loading import check_fits_model, load_checkpoint
 from influence_cli.run.learning_rates import weigh_checkpoints
 from influence_cli.run.run import select_steps
 from tests.cases import TiedForm
@@ -95,8 +96,8 @@ def test_trainer_folders_are_read_as_they_are(sharded, tmp_path):
     assert [c.step for c in found] == [20, 100]
     assert [weight.rates for weight in weigh_checkpoints(found, None)] == [(1 / 20,), (1 / 100,)]
     model = nn.Linear(3, 2)
-    checkpoints.check_fits_model(found, model, cast=False)
-    checkpoints.load_checkpoint(found[1], model)
+    check_fits_model(found, model, cast=False)
+    load_checkpoint(found[1], model)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
 
 
@@ -106,8 +107,8 @@ def test_a_tied_tensor_saved_once_fills_all_its_names(tmp_path):
     save_model(saved, str(tmp_path / "step-1.safetensors"))
     assert len(load_file(tmp_path / "step-1.safetensors")) == len(saved.state_dict()) - 1
     found = checkpoints.find_checkpoints(tmp_path, tmp_path)
-    checkpoints.check_fits_model(found, model, cast=False)
-    checkpoints.load_checkpoint(found[0], model)
+    check_fits_model(found, model, cast=False)
+    load_checkpoint(found[0], model)
     assert torch.equal(model.head.weight, saved.embedding.weight)
     assert model.head.weight is model.embedding.weight
 
@@ -120,7 +121,7 @@ def test_two_values_of_one_tied_tensor_are_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"two values of one tied tensor\n  embedding.weight and head.weight"
     ):
-        checkpoints.load_checkpoint(found[0], TiedForm())
+        load_checkpoint(found[0], TiedForm())
 
 
 @pytest.mark.parametrize(
@@ -132,14 +133,14 @@ def test_wrapper_prefixes_are_taken_off(prefix, tmp_path):
         {prefix + key: value for key, value in state.items()}, tmp_path / "step-1.safetensors"
     )
     model, found = nn.Linear(3, 2), checkpoints.find_checkpoints(tmp_path, tmp_path)
-    checkpoints.check_fits_model(found, model, cast=False)
-    checkpoints.load_checkpoint(found[0], model)
+    check_fits_model(found, model, cast=False)
+    load_checkpoint(found[0], model)
     assert torch.equal(model.weight, state["weight"])
 
 
 def test_a_step_in_the_name_that_the_metadata_contradicts_is_refused(tmp_path):
     simple((10,), tmp_path, step=11)
-    with pytest.raises(CheckpointError, match="says step 10 in its name and 11 in its metadata"):
+    with pytest.raises(CheckpointError, match="has step 10 in its name and 11 in its metadata"):
         checkpoints.find_checkpoints(tmp_path, tmp_path)
 
 
