@@ -765,7 +765,7 @@ BAD_TRAJECTORIES = {
     "a negative example": (lines((7, '{"step": 5, "lr": 0.1, "examples": [-1]}')), ("line 7: examples is not a list of example ids",)),
     "unknown examples": (
         lines((7, '{"step": 5, "lr": 0.1, "examples": [1, 20, 99]}')),
-        ("line 7: names examples that are not there: 20, 99", "train_data() has 20 examples (0 to 19)", "another run"),
+        ("line 7: names unknown examples: 20, 99", "train_data() has 20 examples (0 to 19)", "another run"),
     ),
     "weights of another number": (
         lines((7, '{"step": 5, "lr": 0.1, "examples": [1, 2], "weights": [1]}')), ("line 7: weights do not fit examples", "list of 2"),

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import TrajectoryError, listed
-from influence_cli.run import trajectory
 from influence_cli.run.checkpoint_loading import check_fits_model, list_tensors, load_checkpoint
 from influence_cli.run.optimizer_state import (
     checkpoint_name,
@@ -27,6 +26,7 @@ from influence_cli.run.optimizer_state import (
     save_state,
     write_state_file,
 )
+from influence_cli.run.trajectory_reader import FORMAT, read_trajectory
 from influence_cli.storage.atomic import LineLog, remove_stale_files, write_bytes
 
 Numbers = Sequence[Any] | np.ndarray | Tensor
@@ -253,7 +253,7 @@ class TrajectoryRecorder:
                 f"the optimizer holds {foreign} parameters that are not the model's",
                 "give the module that holds all",
             )
-        header = {"format": trajectory.FORMAT, "version": 1, "reduction": self.reduction}
+        header = {"format": FORMAT, "version": 1, "reduction": self.reduction}
         header["optimizer"] = {"name": optimizer_name(self.optimizer)} | first
         if len(groups) > 1 or {
             name for name, own in self.model.named_parameters() if own.requires_grad
@@ -284,7 +284,7 @@ class TrajectoryRecorder:
             raise TrajectoryError(what, "delete them", RESUME)
         if not self.start:  # what is there came from these very parameters, and to no checkpoint
             return []
-        recorded = trajectory.read_trajectory(self.path, None).steps if lines else 0
+        recorded = read_trajectory(self.path, None).steps if lines else 0
         if recorded < self.start:
             raise TrajectoryError(
                 f"{self.path} lacks the steps {recorded} to {self.start - 1}, and start is {self.start}",

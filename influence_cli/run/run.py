@@ -9,13 +9,14 @@ import torch
 from influence_cli.errors import UsageProblem, listed
 from influence_cli.run import definition as _definition
 from influence_cli.run import parameters
-from influence_cli.run import trajectory as _trajectory
 from influence_cli.run.checkpoint_loading import check_fits_model
 from influence_cli.run.checkpoints import Checkpoint, find_checkpoints
 from influence_cli.run.datasets import Examples
 from influence_cli.run.definition import Definition
 from influence_cli.run.loaded_model import LoadedModel
 from influence_cli.run.parameters import Column
+from influence_cli.run.trajectory import Trajectory
+from influence_cli.run.trajectory_reader import read_trajectory
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,9 @@ class Run:
         return self.train if split == "train" else self.query
 
     @cached_property
-    def trajectory(self) -> _trajectory.Trajectory | None:
+    def trajectory(self) -> Trajectory | None:
         return (
-            _trajectory.read_trajectory(self.trajectory_path, len(self.train))
-            if self.trajectory_path
-            else None
+            read_trajectory(self.trajectory_path, len(self.train)) if self.trajectory_path else None
         )
 
 

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from influence_cli.errors import CheckpointError, TrajectoryError, UsageProblem
-from influence_cli.run import checkpoints, trajectory
+from influence_cli.run import checkpoints
 from influence_cli.run.checkpoint_loading import check_fits_model, load_checkpoint
 from influence_cli.run.learning_rates import weigh_checkpoints
 from influence_cli.run.run import select_steps
+from influence_cli.run.trajectory_reader import read_trajectory
 from tests.cases import TiedForm
 
 
@@ -188,7 +189,7 @@ HEADER = (
 def test_rates_of_a_trajectory_by_hand(tmp_path):
     """Four steps with the rates 1, 2, 4, 8; checkpoints at 0, 2, 3, 4."""
     (tmp_path / "t.jsonl").write_text(HEADER + "".join(line(step, 2.0**step) for step in range(4)))
-    read = trajectory.read_trajectory(tmp_path / "t.jsonl", 1)
+    read = read_trajectory(tmp_path / "t.jsonl", 1)
     found = checkpoints.find_checkpoints(
         tmp_path, simple((0, 2, 3, 4), tmp_path / "c", learning_rate=99)
     )
@@ -202,7 +203,7 @@ def test_a_checkpoint_past_the_trajectory_is_refused(tmp_path):
     (tmp_path / "t.jsonl").write_text(HEADER + line(0, 1.0) + line(1, 1.0))
     found = checkpoints.find_checkpoints(tmp_path, simple((1, 3), tmp_path / "c"))
     with pytest.raises(TrajectoryError, match="ends before c/step-000003"):
-        weigh_checkpoints(found, trajectory.read_trajectory(tmp_path / "t.jsonl", None))
+        weigh_checkpoints(found, read_trajectory(tmp_path / "t.jsonl", None))
 
 
 def test_the_later_line_of_a_step_wins_and_a_cut_off_end_costs_one_line(tmp_path):
@@ -215,7 +216,7 @@ def test_the_later_line_of_a_step_wins_and_a_cut_off_end_costs_one_line(tmp_path
         + line(1, 7.0)
         + '{"step": 3, "lr": 0.1, "exa'
     )
-    read = trajectory.read_trajectory(path, 1)
+    read = read_trajectory(path, 1)
     assert [line.lr for line in read.lines] == [1.0, 7.0, 3.0]
     assert read.steps == 3
     assert "line 6 is cut off" in read.notes[0]

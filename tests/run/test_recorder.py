@@ -17,7 +17,9 @@ from torch import nn
 
 from influence_cli import TrajectoryRecorder
 from influence_cli.errors import CheckpointError, TrajectoryError
-from influence_cli.run import checkpoints, trajectory
+from influence_cli.run import checkpoints
+from influence_cli.run.trajectory import Trajectory
+from influence_cli.run.trajectory_reader import read_trajectory
 from influence_cli.storage.atomic import LineLog
 from tests.cases import TiedForm
 
@@ -82,8 +84,8 @@ def recording(
     return TrajectoryRecorder(folder, model, make(model.parameters()), **options)
 
 
-def read(folder) -> trajectory.Trajectory:
-    return trajectory.read_trajectory(folder / "trajectory.jsonl", 20)
+def read(folder) -> Trajectory:
+    return read_trajectory(folder / "trajectory.jsonl", 20)
 
 
 def header(folder) -> dict:

@@ -1,0 +1,226 @@
+"""Reads and checks trajectory.jsonl. The format is in docs/trajectory-format.md.
+
+A training writes it as it goes, so its last line may be incomplete.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from influence_cli.errors import TrajectoryError, listed
+from influence_cli.run.trajectory import Group, Line, Trajectory
+
+FORMAT = "influence-trajectory"
+EXAMPLE_HEADER = (
+    f'{{"format": "{FORMAT}", "version": 1, "reduction": "mean", "optimizer": {{"name": "sgd"}}}}'
+)
+EXAMPLE_LINE = '{"step": 0, "lr": 0.1, "examples": [17, 4, 256]}'
+
+Refuse = Callable[..., TrajectoryError]  # (rest of the headline, *details)
+Json = dict[str, Any]  # Any: JSON values
+
+
+def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
+    """Reads and checks a trajectory. `n_train`: size of the training set, to check the ids.
+
+    Drops an incomplete last line, with a note: a killed training costs one line. The later of two
+    lines of one step counts: a resumed training repeats steps.
+    Raises TrajectoryError with the line's number: bad JSON, bad values, unknown examples; and for
+    missing steps.
+    """
+    lines: dict[int, Line] = {}
+    notes: list[str] = []
+    try:
+        with path.open("rb") as file:
+            header = read_header_line(path, next(file, b""))
+            for number, text in enumerate(file, start=2):
+                if not text.endswith(b"\n") and not is_json(text):
+                    notes.append(
+                        f"{path.name} line {number} is cut off "
+                        "(a crash while it was written); left out"
+                    )
+                    continue
+                step, line = read_line(path, number, text, n_train, len(header.named_groups))
+                lines[step] = line
+    except OSError as error:
+        raise TrajectoryError(f"{path} can't be read: {error.strerror}") from error
+    if not lines:
+        raise TrajectoryError(
+            f"{path.name} has a header and no step", "expected: one line per optimizer step"
+        )
+    missing = [step for step in range(max(lines) + 1) if step not in lines]
+    if missing:
+        raise TrajectoryError(
+            f"{path.name} lacks steps: {listed(missing)}",
+            f"it has {len(lines):,} of the steps 0 to {max(lines):,}",
+            "every step needs its line",
+        )
+    steps = tuple(lines[step] for step in range(len(lines)))
+    return Trajectory(path, steps, header.reduction, header.optimizer, header.groups, tuple(notes))
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- header
+class HeaderLine(NamedTuple):
+    reduction: str | None
+    optimizer: str | None
+    groups: tuple[Group, ...]
+
+    @property
+    def named_groups(self) -> list[Group]:
+        return [group for group in self.groups if group.names]
+
+
+def read_header_line(path: Path, text: bytes) -> HeaderLine:
+    def refuse(what: str, *details: str) -> TrajectoryError:
+        return TrajectoryError(f"{path.name} line 1{what}", *details)
+
+    expected = f"expected: {EXAMPLE_HEADER}"
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise refuse(f" is not a JSON object: {error}", expected) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise refuse(" is not a trajectory header", expected)
+    if header.get("version") != 1:
+        raise TrajectoryError(
+            f"{path.name} is a trajectory of version {header.get('version')!r}",
+            "this influence reads version 1",
+        )
+    reduction, optimizer = header.get("reduction"), header.get("optimizer", {})
+    if reduction not in (None, "mean", "sum"):
+        raise refuse(
+            f": reduction is {reduction!r}",
+            "expected: mean, sum, or none and weights in each line",
+        )
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("name", ""), str):
+        raise refuse(
+            f": optimizer is {optimizer!r}",
+            'expected: {"name": "sgd", "momentum": 0.9}, with torch\'s argument names',
+        )
+    options = {key: value for key, value in optimizer.items() if key != "name"}
+    groups = read_groups(header, options, refuse)
+    name = optimizer["name"].lower() if "name" in optimizer else None
+    return HeaderLine(reduction, name, groups or (Group((), options),))
+
+
+def read_groups(header: Json, options: Json, refuse: Refuse) -> tuple[Group, ...]:
+    """The header's parameter groups. `options`: those of the optimizer, which a group overrides."""
+    groups = []
+    try:
+        for group in header.get("groups", []):
+            names = tuple(str(name) for name in group["params"])
+            own = {key: value for key, value in group.items() if key != "params"}
+            groups.append(Group(names, options | own))
+    except (TypeError, KeyError):
+        raise refuse(
+            ": `groups` can't be read",
+            'expected: [{"params": ["head.weight", ...]}, ...], one per parameter group',
+        ) from None
+    counts = Counter(name for group in groups for name in set(group.names))
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise refuse(
+            f": {listed(sorted(repeated))} in two groups",
+            "expected: each trained parameter in one group",
+        )
+    if any(not group.names for group in groups):
+        raise refuse(": a group without params", "expected: each trained parameter in one group")
+    return tuple(groups)
+
+
+# ---------------------------------------------------------------- lines
+def read_line(
+    path: Path, number: int, text: bytes, n_train: int | None, groups: int
+) -> tuple[int, Line]:
+    """Step and content of a line. `groups`: the number of named groups in the header."""
+
+    def refuse(what: str, *details: str) -> TrajectoryError:
+        return TrajectoryError(f"{path.name} line {number}: {what}", *details)
+
+    try:
+        entry = json.loads(text)
+    except ValueError as error:
+        raise refuse(
+            f"not JSON ({error})", f"found: {text[:80].decode('utf-8', 'replace').rstrip()}"
+        ) from error
+    if not isinstance(entry, dict) or not {"step", "lr", "examples"} <= entry.keys():
+        raise refuse("lacks step, lr or examples", f"expected: {EXAMPLE_LINE}")
+    if not is_index(entry["step"]):
+        raise refuse(f"step is {entry['step']!r}", "expected: a whole number from 0")
+    rate = entry["lr"]
+    check_rates(rate, groups, refuse)
+    examples = entry["examples"]
+    check_examples(examples, n_train, refuse)
+    weights, clip, seed = entry.get("weights"), entry.get("clip", 1.0), entry.get("seed")
+    check_weights(weights, len(examples), refuse)
+    if not is_number(clip):
+        raise refuse(
+            f"clip is {clip!r}",
+            "expected: the number from 0 that the gradient was multiplied by",
+        )
+    if seed is not None and not isinstance(seed, int):
+        raise refuse(f"seed is {seed!r}", "expected: a whole number")
+    return entry["step"], Line(
+        tuple(map(float, rate)) if isinstance(rate, list) else float(rate),
+        np.array(examples, dtype=np.int64),
+        np.array(weights, dtype=np.float64) if weights is not None else None,
+        float(clip),
+        seed,
+    )
+
+
+def check_rates(rate: Any, groups: int, refuse: Refuse) -> None:  # Any: a JSON value
+    rates = rate if isinstance(rate, list) else [rate]
+    if not rates or not all(map(is_number, rates)):
+        raise refuse(
+            f"lr is {rate!r}",
+            "expected: a finite number from 0, or a list with one per parameter group",
+        )
+    if isinstance(rate, list) and len(rate) != groups:
+        raise refuse(
+            f"lr has {len(rate)} numbers, the header's `groups` {groups}",
+            "expected: as many, in the same order",
+        )
+
+
+def check_examples(examples: Any, n_train: int | None, refuse: Refuse) -> None:  # Any: JSON
+    if not isinstance(examples, list) or not all(map(is_index, examples)):
+        raise refuse("examples is not a list of example ids", f"expected: {EXAMPLE_LINE}")
+    if n_train is not None and examples and max(examples) >= n_train:
+        unknown = sorted({value for value in examples if value >= n_train})
+        raise refuse(
+            f"names unknown examples: {listed(unknown)}",
+            f"train_data() has {n_train:,} examples (0 to {n_train - 1:,})",
+            "the trajectory is of another run, or definition.py builds another training set",
+        )
+
+
+def check_weights(weights: Any, count: int, refuse: Refuse) -> None:  # Any: a JSON value
+    fits = weights is None or (
+        isinstance(weights, list) and len(weights) == count and all(map(is_number, weights))
+    )
+    if not fits:
+        raise refuse(
+            "weights do not fit examples", f"expected: a list of {count} finite numbers from 0"
+        )
+
+
+def is_index(value: Any) -> bool:  # Any: a JSON value
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: Any) -> bool:  # Any: a JSON value
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
