@@ -19,11 +19,11 @@ from workloads import Work, floor_seconds, write_run
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cli.opening import Opened, open_shared
 from influence_cli.cli.options import Shared
+from influence_cli.cli.requests import score_request
 from influence_cli.cli.specs import ids as parse_ids
 from influence_cli.extraction.fill import FillRequest
 from influence_cli.extraction.source import GradientSource
 from influence_cli.extraction.work_plan import WorkPlan
-from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.checkpoints import Checkpoint
@@ -75,14 +75,18 @@ def score(
     embedding: str | None = None,
 ) -> float:
     """Seconds from an opened run to the ranked top 10 of every query: capture, cache, products, ranking. `embedding`: for tracin-we."""
-    columns = like.embedding(embedding) if METHODS[method].words else like.columns
-    question = ScoreRequest(
-        like.checkpoints, like.weights(None, None), columns, range(len(like.run.train)),
-        parse_ids("--queries", f"0:{queries}" if queries else None, len(like.run.query), "query", sys.stdin),
-    )  # fmt: skip
+    chosen = METHODS[method]
+    spec = f"0:{queries}" if queries else None
+    request = score_request(
+        like,
+        chosen,
+        chosen.options(embedding=embedding) if embedding else chosen.options(),
+        train=range(len(like.run.train)),
+        queries=parse_ids("--queries", spec, len(like.run.query), "query", sys.stdin),
+    )
     started = time.perf_counter()
-    for answer in METHODS[method].score()(
-        gradients, question, lambda width, parts: TopRanking(width, parts, 10)
+    for answer in chosen.score(
+        gradients, request, lambda width, parts: TopRanking(width, parts, 10)
     ):
         for query in range(answer.ranking.queries):
             list(answer.ranking.entries(query))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from common import fresh, machine, opened, peak_mb, workload
 
-from influence_cli.methods.declaration import ValueOptions
+from influence_cli.methods.dve import DveOptions
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.reverse.segments import plan
 from influence_cli.methods.table import METHODS
@@ -40,7 +40,7 @@ def main() -> None:
         for queries in flags.queries:
             question = ScoreRequest(
                 live.checkpoints, tuple(weigh_checkpoints(live.checkpoints, None, "none")), live.columns, range(len(work.xtr)), range(queries),
-                values=ValueOptions("fisher", form="query"),
+                options=DveOptions(form="query"),
             )  # fmt: skip
             score(live, question)
             best = [
@@ -98,7 +98,7 @@ def trajectory(run: Path, examples: int, steps: int, batch: int) -> None:
 
 def score(live, question: ScoreRequest) -> float:
     started = time.perf_counter()
-    for answer in METHODS["dve"].score()(
+    for answer in METHODS["dve"].score(
         fresh(live, "kept"), question, lambda width, parts: TopRanking(width, parts, 10)
     ):
         for query in range(answer.ranking.queries):

@@ -16,8 +16,8 @@ import torch
 from common import fresh, interleaved, machine, opened, peak_mb, workload
 
 from influence_cli.methods.request import ScoreRequest
+from influence_cli.methods.reverse.unroll_scores import Unroll
 from influence_cli.methods.table import METHODS
-from influence_cli.methods.unroll import Unroll
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.learning_rates import weigh_checkpoints
 
@@ -67,13 +67,13 @@ def main() -> None:
                     live.columns,
                     range(len(work.xtr)),
                     range(queries),
-                    values=values,
+                    options=values,
                 )
 
                 def job(live=live, question=question) -> float:
                     gradients = fresh(live, "kept")
                     started = time.perf_counter()
-                    for answer in METHODS["unroll"].score()(
+                    for answer in METHODS["unroll"].score(
                         gradients, question, lambda width, parts: TopRanking(width, parts, 10)
                     ):
                         list(answer.ranking.entries(0))

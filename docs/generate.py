@@ -13,6 +13,11 @@ command line has; 130 or 143 interrupted, and resumable. stdout carries the tabl
 """
 
 
+def plain(text: str) -> str:
+    """Help as one line, without the escapes of rich's markup."""
+    return " ".join(text.split()).replace("\\[", "[")
+
+
 def reference() -> str:
     register()
     group = typer.main.get_command(app)
@@ -36,7 +41,7 @@ def reference() -> str:
                 )
                 if part
             )
-            parts.append(f"- `{shown}` {' '.join((parameter.help or '').split())}\n")
+            parts.append(f"- `{shown}` {plain(parameter.help or '')}\n")
     return "".join(parts)
 
 

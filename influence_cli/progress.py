@@ -22,3 +22,19 @@ class Reporter:
             pass
 
         yield silent
+
+
+def format_bytes(count: float) -> str:
+    """`1.5 MB`, in powers of 1,000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """`12.3 s`, `25 min` or `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -215,10 +215,13 @@ def test_an_empty_pipe_is_refused(run, influence):
 # ---------------------------------------------------------------- flags that contradict each other
 CONFLICTS = {
     "--lr 0.1 --lr-weights point": ("--lr and --lr-weights both", "give one"),
-    "--method grad-dot --lr 0.1": ("--method grad-dot has no learning-rate weights", "--lr"),
+    "--method grad-dot --lr 0.1": (
+        "--lr does not apply to --method grad-dot",
+        "no learning-rate weights",
+    ),
     "--method grad-cos --lr-weights none": (
-        "--method grad-cos has no learning-rate weights",
-        "--lr-weights",
+        "--lr-weights does not apply to --method grad-cos",
+        "no learning-rate weights",
     ),
     "--cache none --store float16": ("--cache none", "--store", "give one"),
     "--method grad-dot --steps 10,20": (

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import influence_cli
+from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
 
 ROOT = Path(influence_cli.__file__).parent
-COMMANDS = ("cache", "check", "evaluate", "init", "inspect", "merge", "score", "self", "trace")
+COMMANDS = (
+    "cache", "check", "evaluate", "init", "inspect", "merge", "methods", "score", "self", "trace",
+)  # fmt: skip
 
 # room -> what of ours it may use; `progress` and `errors` are everybody's (docs/architecture.md)
 FORMS = ("gradients.forms", "gradients.form_ops")
@@ -168,12 +171,31 @@ def test_only_storage_writes_files(module):
             assert not writes_a_file(node), f"{module} line {node.lineno}: {ast.unparse(node)}"
 
 
-@pytest.mark.parametrize("method", sorted({method.module for method in METHODS.values()}))
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_do_not_import_each_other(method):
-    others = {f"influence_cli.methods.{other.module}" for other in METHODS.values()} - {
-        f"influence_cli.methods.{method}"
-    }
-    assert not imports(f"methods.{method}") & others
+    names = {name.replace("-", "_") for name in METHODS}
+    own = method.replace("-", "_")
+    others = {f"influence_cli.methods.{name}" for name in names - {own}}
+    assert not imports(f"methods.{own}") & others
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.split(".")[0] == "cli"])
+def test_the_command_line_names_no_method_and_no_protocol(module):
+    """Methods and protocols own what is particular to them; cli/ reads their declarations."""
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    tree = ast.parse((path if path.exists() else path.with_suffix("") / "__init__.py").read_text())
+    names = {*METHODS, *PROTOCOLS}
+    words = names | {name.replace("-", "_") for name in names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for name in words - {"random"}:  # an English word, too
+                assert not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", node.value), name
+            assert node.value not in names
+        bound = {
+            ast.Name: "id", ast.Attribute: "attr", ast.alias: "name", ast.FunctionDef: "name",
+        }.get(type(node))  # fmt: skip
+        if bound and not (isinstance(node, ast.alias) and "." in node.name):
+            assert getattr(node, bound) not in words
 
 
 def run(code: str) -> str:

@@ -59,7 +59,7 @@ def tracin(keep, numbers=None):
 
         def run():
             scores = []
-            for answer in METHODS["tracin"].score()(opened.gradients, question, Kept):
+            for answer in METHODS["tracin"].score(opened.gradients, question, Kept):
                 for query in range(answer.ranking.queries):
                     list(answer.ranking.entries(query))
                 scores.append(np.concatenate(answer.ranking.blocks, axis=1))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args
 import typer
 
 from influence_cli import __version__
-from influence_cli.cli.options import HEADINGS, Debug
+from influence_cli.cli.options import NUMBERS, OUT, RANKED, RUN, Debug
 from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
 from influence_cli.parallel import place_of
 
@@ -25,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
+# Headings in the order of --help; the options of methods and protocols come between.
+HEADING_ORDER = {RUN: 1, RANKED: 2, NUMBERS: 4, OUT: 5}
 OUT_OF_MEMORY = (
     "fewer --queries or --layers at once need less; finished units are kept",
     "--debug shows where it happened",
@@ -75,20 +76,24 @@ def command(
 
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name, epilog=f"Example: {example}", help=getdoc(function))(run)
+        app.command(name, epilog=f"Example: {example}", help=help_text(function))(run)
         return function
 
     return add
 
 
+def help_text(function: Callable[..., None]) -> str:
+    """The docstring, each paragraph as one line, so that the terminal wraps it."""
+    return "\n\n".join(" ".join(part.split()) for part in (getdoc(function) or "").split("\n\n"))
+
+
 def heading_order(parameter: Parameter) -> int:
     """Sort key that keeps the flags of one heading together; what has no heading (arguments) comes first."""
-    heading = (
-        getattr(get_args(parameter.annotation)[1], "rich_help_panel", None)
-        if get_args(parameter.annotation)
-        else None
-    )
-    return HEADINGS.index(heading) if heading in HEADINGS else -1
+    arguments = get_args(parameter.annotation)
+    heading = getattr(arguments[1], "rich_help_panel", None) if arguments else None
+    if not isinstance(heading, str):
+        return 0
+    return HEADING_ORDER.get(heading, 3)
 
 
 def alone(name: str, work: Callable[[], None]) -> None:
@@ -179,6 +184,7 @@ def register() -> None:
         init,
         inspect,
         merge,
+        methods,
         score,
         self_influence,
         trace,

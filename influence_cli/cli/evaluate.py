@@ -1,18 +1,19 @@
-"""influence evaluate: are these scores any good, on this run?"""
+"""influence evaluate: how well do scores predict what retraining does, on this run?"""
 
 from typing import Annotated
 
 from typer import Argument
 
 from influence_cli.cli import command, options
-from influence_cli.evaluate import PROTOCOLS
+from influence_cli.cli.method_options import flags_group
+from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
 
 Protocol = Annotated[
     str,
     Argument(
         metavar="PROTOCOL",
-        help="; ".join(f"{name}: {p.about}" for name, p in PROTOCOLS.items()) + ".",
+        help="; ".join(f"{name}: {protocol.help}" for name, protocol in PROTOCOLS.items()) + ".",
     ),
 ]
 Methods = Annotated[
@@ -21,112 +22,81 @@ Methods = Annotated[
         "--method",
         metavar="NAME",
         panel=options.RANKED,
-        help=f"{', '.join(METHODS)}; may be repeated (default dve, at the same removals).",
+        help=f"Method to evaluate: {', '.join(METHODS)}. Repeatable.",
     ),
 ]
-Removals = Annotated[
-    int,
-    options.option(
-        "--removals",
-        metavar="N",
-        panel=options.NUMBERS,
-        help="How many are left out, each in a training of its own.",
-    ),
-]
-
-
-@command(
-    "evaluate",
-    example="influence evaluate my_run tsloo --method dve --method tracin --queries 0:50",
+ProtocolFlags = flags_group(
+    f"Options of {' and '.join(PROTOCOLS)}",
+    {name: protocol.options for name, protocol in PROTOCOLS.items()}
+    | {name: method.options for name, method in METHODS.items()},
+    only=dict.fromkeys(name for protocol in PROTOCOLS.values() for name in protocol.flags),
 )
+
+
+@command("evaluate", example=next(iter(PROTOCOLS.values())).example)
 def evaluate(
     shared: options.Shared,
+    protocol_flags: ProtocolFlags,  # type: ignore[valid-type]  # made from PROTOCOLS
     protocol: Protocol,
     method: Methods = None,
     queries: options.Queries = None,
-    removals: Removals = 100,
-    curvature: options.Curvature = None,
-    replay: options.Replay = False,
-    renormalize: options.Renormalize = False,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
     format: options.Format = None,
     output: options.Output = None,
 ) -> None:
-    """Are these scores any good, on this run? Measured by training again, for real.
+    """How well do scores predict what retraining does, on this run? It really retrains.
 
-    tsloo: single examples are left out of single steps of the recorded training; a row per method and query says how well its scores told
-    what that did. Finished trainings are kept; a stopped command goes on where it was, and more --removals add to those there.
+    One row per method and query says how well the scores predicted the measured effects. Finished
+    retrainings are stored. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
+    from influence_cli.cli.method_options import build_options, given_flags
     from influence_cli.errors import UsageProblem
+    from influence_cli.methods.declaration import option_texts
     from influence_cli.output import tables
 
     chosen = PROTOCOLS[specs.one_of("PROTOCOL", protocol, PROTOCOLS)]
-    methods = {name: METHODS[specs.one_of("--method", name, METHODS)] for name in method or ["dve"]}
+    names = method or list(chosen.default_methods)
+    methods = [METHODS[specs.one_of("--method", name, METHODS)] for name in names]
     sink = tables.TableWriter.open(format, output)
-    if removals < 2:
-        raise UsageProblem(
-            f"--removals {removals}", "expected: a number from 2; a correlation needs some"
-        )
-    if shared.seed is not None and shared.seed < 0:
-        raise UsageProblem(f"--seed {shared.seed}", "expected: a number from 0")
-    if (lr is not None or lr_weights is not None) and not any(
-        asked.weighted for asked in methods.values()
-    ):
-        raise UsageProblem(
-            f"--method {', '.join(methods)} has no learning-rate weights",
-            "leave out --lr and --lr-weights",
-        )
-    known = {name for asked in methods.values() for name in asked.curvatures}
-    if (curvature or replay) and not known:
-        raise UsageProblem(
-            f"--curvature, --replay: --method {', '.join(methods)} does not go by the order of training",
-            "dve and unroll do",
-        )
-    if curvature is not None:
-        specs.one_of("--curvature", curvature, known)
-    for name, asked in methods.items():
-        specs.check_words(name, asked.words, options.Words(), shared.layers)
-        specs.check_projected(name, asked, shared.project)
+    given = given_flags(protocol_flags)
+    own_options = build_options(
+        chosen.options,
+        {name: given[name] for name in option_texts(chosen.options) if name in given},
+    )
+    specs.check_seed(shared.seed)
+    specs.check_rates(methods, lr, lr_weights)
+    options_of = specs.options_of_methods(methods, given, chosen.options)
+    for evaluated in methods:
+        for flag, value in (("--project", shared.project), ("--layers", shared.layers)):
+            reason = evaluated.reason_against(flag)
+            if value and reason is not None:
+                raise UsageProblem(
+                    f"{flag} does not apply to --method {evaluated.name}: {reason}",
+                    f"leave out {flag}",
+                )
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.evaluate import EvaluationRequest
-    from influence_cli.methods.declaration import Method, WordOptions
-    from influence_cli.methods.request import ScoreRequest
-    from influence_cli.run.learning_rates import weigh_checkpoints
+    from influence_cli.cli.requests import score_request
+    from influence_cli.evaluate.declaration import EvaluationRequest
 
     opened = open_shared(shared, trajectory)
     query_ids = opened.ids("--queries", queries, "query")
-
-    def question(asked: Method) -> ScoreRequest:
-        selected = opened.checkpoints if asked.checkpoints == "all" else opened.checkpoints[-1:]
-        return ScoreRequest(
-            checkpoints=selected,
-            weights=opened.weights(lr, lr_weights)
-            if asked.weighted
-            else tuple(weigh_checkpoints(selected, None, "none")),
-            columns=opened.embedding(None) if asked.words else opened.columns,
+    requests = {
+        evaluated.name: score_request(
+            opened,
+            evaluated,
+            options_of[evaluated.name],
             train=range(0),
             queries=query_ids,
-            normalize=asked.normalized,
-            words=WordOptions() if asked.words else None,
-            values=asked.options(
-                curvature=curvature if curvature in asked.curvatures else None,
-                renormalize=renormalize,
-                replay=replay,
-            ),
+            rates=(lr, lr_weights),
+            last_checkpoint=True,
         )
-
-    questions = {name: question(asked) for name, asked in methods.items()}
+        for evaluated in methods
+    }
     work = EvaluationRequest(
-        questions,
-        opened.checkpoints,
-        query_ids,
-        removals,
-        shared.seed or 0,
-        renormalize,
-        opened.folder,
+        requests, opened.checkpoints, query_ids, own_options, shared.seed or 0, opened.folder
     )
-    sink.write(chosen.run()(opened.gradients, work), chosen.columns)
+    sink.write(chosen.evaluate(opened.gradients, work), chosen.columns)

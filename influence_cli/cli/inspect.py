@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
+from influence_cli.cli.method_options import MethodFlags
 from influence_cli.methods.table import METHODS
+from influence_cli.progress import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
@@ -20,42 +22,41 @@ SECONDS = 1.5  # how long gradients are taken to measure their time
 @command("inspect", example="influence inspect my_run --layers head --store float16")
 def inspect(
     shared: options.Shared,
-    method: options.Method = "tracin",
+    method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
+    method: options.Method = options.DEFAULT_METHOD,
     queries: options.Queries = None,
     train: options.Train = None,
     sum_queries: options.SumQueries = False,
-    curvature: options.Curvature = None,
-    replay: options.Replay = False,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
     target_correlation: options.TargetCorrelation = None,
 ) -> None:
-    """A dry run: checkpoints and their weights, layers and their sizes, what is cached, what the rest would cost.
+    """Dry run: show checkpoints, weights, layers, what the cache has, and what the rest would cost.
 
-    Takes gradients for about two seconds to measure, and keeps none. Ends with an error where disk or memory would not do. --method unroll
-    adds its cost, in trainings of the recorded steps; it keeps no gradients of training examples. --project and a narrow --store add what
-    they do to the scores of a sample of pairs.
+    It computes gradients for about two seconds to measure time and size, and stores none. It ends
+    with an error where disk or memory is too small. With --method it adds the cost of that method.
+    With --project or a narrow --store it compares the scores of a sample of pairs with exact ones.
     """
     from influence_cli.cli import specs
+    from influence_cli.cli.method_options import method_options, refuse_flags
     from influence_cli.cli.opening import open_shared
+    from influence_cli.cli.requests import score_request
     from influence_cli.extraction import machine
     from influence_cli.output.tables import to_stdout
 
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    specs.check_values(
-        method, chosen.curvatures, options.Values(curvature=curvature, replay=replay), False
-    )
-    specs.check_projected(method, chosen, shared.project)
+    own_options = method_options(chosen, method_flags)
+    refuse_flags(chosen, {"--project": shared.project is not None})
     opened = open_shared(shared, trajectory, create=False, searched=target is not None)
     ids = {
         "train": opened.ids("--train", train, "train"),
         "query": opened.ids("--queries", queries, "query"),
     }
     weights = checkpoint_rows(opened, lr, lr_weights)
-    if method == "unroll":  # which takes no gradients of training examples
+    if not chosen.caches_train:
         del ids["train"]
     lacking = {
         split: opened.gradients.count_uncached(
@@ -90,13 +91,14 @@ def inspect(
                 "top-10 overlap",
             )
             show("scores of a sample of pairs, against exact ones", heads, kept)
-        unrolled = (
-            unroll_rows(opened, ids["query"], sum_queries, curvature, replay)
-            if method == "unroll"
-            else []
-        )
-        show("", ("setting", "value"), setting_rows(opened, lacking, measured) + unrolled)
-    if method == "unroll":
+        settings = setting_rows(opened, lacking, measured)
+        if chosen.estimate_cost is not None:
+            request = score_request(
+                opened, chosen, own_options, range(0), ids["query"], sum_queries=sum_queries
+            )
+            settings.append((method, chosen.estimate_cost(opened.gradients, request)))
+        show("", ("setting", "value"), settings)
+    if not chosen.caches_train:
         return
     stored, memory = needs(opened, lacking)
     machine.check_fits(opened.folder, stored, memory)
@@ -112,7 +114,9 @@ def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) 
         }
     except NoLearningRate as error:  # without rates a dry run still shows the rest
         opened.reporter.note(str(error).replace("\n  ", "; "))
-    return [(str(c.step), c.name, size(c.bytes), *weights[c.step]) for c in opened.checkpoints]
+    return [
+        (str(c.step), c.name, format_bytes(c.bytes), *weights[c.step]) for c in opened.checkpoints
+    ]
 
 
 def parameter_rows(opened: "Opened") -> list[Row]:
@@ -127,7 +131,7 @@ def parameter_rows(opened: "Opened") -> list[Row]:
             " x ".join(map(str, column.shape)) or "1",
             ways[name],
             known[name][0],
-            size(known[name][1]),
+            format_bytes(known[name][1]),
         )
         for name, column in opened.columns.items()
     ]
@@ -145,43 +149,37 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
                 f"{total:,}",
                 f"{total - missing:,}",
                 f"{missing:,}",
-                size(stored),
+                format_bytes(stored),
             )
         )
-    return rows + (dve_rows(opened) if "train" in ids else [])
+    return rows + (method_rows(opened) if "train" in ids else [])
 
 
-def dve_rows(opened: "Opened") -> list[Row]:
-    """What `--method dve` would take in place of every example at every checkpoint, where the run has a trajectory it can go back over."""
+def method_rows(opened: "Opened") -> list[Row]:
+    """Of methods that read some rows only: what they would read, where the run has what they need."""
+    from influence_cli.cli.requests import score_request
     from influence_cli.errors import InfluenceError
-    from influence_cli.methods.reverse.segments import plan
 
     if opened.run.trajectory_path is None:
         return []
+    rows: list[Row] = []
     columns = list(opened.columns)
-    try:
-        going = plan(opened.run, opened.checkpoints, opened.columns)
-        going.trajectory.weights(going.steps[-1])
-    except InfluenceError as error:
-        opened.reporter.note(f"for --method dve: {error.headline}")
-        return []
-    total = sum(len(ids) for _, ids in going.wanted)
-    missing = opened.gradients.count_uncached("train", going.wanted, columns)
-    stored, _ = opened.gradients.budget.needs("train", columns, missing)
-    opened.reporter.note(
-        f"trajectory: {len(going.steps):,} steps of {going.trajectory.optimizer}, {going.occurrences():,} occurrences"
-    )
-    examples = len({int(index) for _, ids in going.wanted for index in ids})
-    return [
-        (
-            "train, for dve",
-            f"{examples:,}",
-            f"{total:,}",
-            f"{total - missing:,}",
-            f"{missing:,}",
-            size(stored),
-        )
-    ]
+    for name, method in METHODS.items():
+        if method.list_rows is None:
+            continue
+        request = score_request(opened, method, method.options(), range(0), range(0))
+        try:
+            ids_at = method.list_rows(opened.gradients, request)
+        except InfluenceError as error:
+            opened.reporter.note(f"for --method {name}: {error.headline}")
+            continue
+        total = sum(len(ids) for _, ids in ids_at)
+        missing = opened.gradients.count_uncached("train", ids_at, columns)
+        stored, _ = opened.gradients.budget.needs("train", columns, missing)
+        examples = len({int(index) for _, ids in ids_at for index in ids})
+        counts = f"{examples:,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}"
+        rows.append((f"train, for {name}", *counts, format_bytes(stored)))
+    return rows
 
 
 def fidelity_rows(
@@ -225,31 +223,6 @@ def fidelity_rows(
     ]
 
 
-def unroll_rows(
-    opened: "Opened", queries: "Ids", sum_queries: bool, curvature: str | None, replay: bool
-) -> list[Row]:
-    """What `--method unroll` would take, in trainings of the steps it goes back over."""
-    from influence_cli.methods.request import ScoreRequest
-    from influence_cli.methods.unroll import cost
-    from influence_cli.run.learning_rates import weigh_checkpoints
-
-    values = METHODS["unroll"].options(curvature=curvature, replay=replay)
-    weights = tuple(weigh_checkpoints(opened.checkpoints, None, "none"))
-    question = ScoreRequest(
-        opened.checkpoints, weights, opened.columns, range(0), queries, sum_queries, values=values
-    )
-    found = cost(opened.gradients, question)
-    asked = "queries as one" if sum_queries else f"{len(queries):,} queries"
-    again = f", {found.passes} of them to run the steps again" if replay else ""
-    return [
-        (
-            "unroll",
-            f"about {found.runs:.1f} trainings of its {found.steps:,} steps for {asked}{again}: {duration(found.seconds)} "
-            f"({found.step * 1e3:.3g} ms a step, {found.back * 1e3:.3g} ms back), {size(found.held)} carried",
-        )
-    ]
-
-
 def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured") -> list[Row]:
     import shutil
 
@@ -261,7 +234,7 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
     if folder is not None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         stored, _ = needs(opened, lacking)
-        place = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {size(stored)} to store, {size(shutil.disk_usage(there).free)} free"
+        place = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {format_bytes(stored)} to store, {format_bytes(shutil.disk_usage(there).free)} free"
     seconds = sum(lacking.values()) * measured.seconds
     if (
         measured.disk
@@ -288,10 +261,13 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
             f"{name(gradients.settings.precision)}, stored as {name(gradients.settings.store)}",
         ),
         ("device", f"{gradients.device}, batches of {batch}, units of {unit}"),
-        ("memory", f"about {size(measured.peak + units)} at most while gradients are computed"),
+        (
+            "memory",
+            f"about {format_bytes(measured.peak + units)} at most while gradients are computed",
+        ),
         (
             "time to compute",
-            f"about {duration(seconds)} ({measured.seconds * 1e3:.3g} ms per gradient{measured.disk_speed})",
+            f"about {format_duration(seconds)} ({measured.seconds * 1e3:.3g} ms per gradient{measured.disk_speed})",
         ),
     ]
 
@@ -317,7 +293,7 @@ class Measured:
 
     @property
     def disk_speed(self) -> str:
-        return f", {size(self.disk)}/s to disk" if self.disk else ""
+        return f", {format_bytes(self.disk)}/s to disk" if self.disk else ""
 
 
 def measure(opened: "Opened", stored: int) -> Measured:
@@ -380,17 +356,3 @@ def show(title: str, heads: Row, rows: Sequence[Row]) -> None:
         ]
         print("  ".join(cells).rstrip() if row == (title,) else "  " + "  ".join(cells).rstrip())
     print()
-
-
-def size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

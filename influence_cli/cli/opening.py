@@ -41,6 +41,8 @@ class Opened:
     gradients: GradientSource
     folder: Path | None  # the cache's; None: --cache none
     reporter: Reporter
+    steps: str | None = None  # --steps, as given
+    seed: int = 0
 
     @property
     def ranks(self) -> Ranks:
@@ -105,28 +107,6 @@ class Opened:
         of[list(names)] = [number[name] for name in names.values()]
         return Groups(of, distinct)
 
-    def embedding(self, name: str | None) -> dict[str, Column]:
-        """`--embedding`: the column of the embedding module that words go through. Raises UsageProblem where it is not settled."""
-        known = {column.module or "": column for column in self.run.embeddings.values()}
-        listing = [
-            f"{module or 'the model itself'} {column.shape}" for module, column in known.items()
-        ]
-        if not known:
-            raise UsageProblem(
-                "the model has no nn.Embedding",
-                "expected: one over token ids; --method tracin needs none",
-            )
-        if name is None and len(known) > 1:
-            raise UsageProblem(
-                f"the model has {len(known)} embeddings",
-                *listing,
-                "--embedding NAME chooses the one over token ids",
-            )
-        if name is not None and name not in known:
-            raise UsageProblem(f"--embedding {name}: no such embedding", *listing)
-        found = known[name] if name is not None else next(iter(known.values()))
-        return {found.name: found}
-
     def describe(self, split: str, index: int) -> tuple[str, str]:
         examples = self.run.examples(split)
         return examples.label(index), examples.text(index)
@@ -183,7 +163,9 @@ def open_shared(
     gradients = GradientSource(
         run, settings, opened, device, batch_size, precision, reporter, open_ranks(place)
     )
-    return Opened(run, checkpoints, columns, gradients, folder, reporter)
+    return Opened(
+        run, checkpoints, columns, gradients, folder, reporter, flags.steps, flags.seed or 0
+    )
 
 
 def find_device(name: str, place: Place) -> torch.device:

@@ -8,37 +8,61 @@ from typer import Argument, Option
 
 from influence_cli.methods.table import METHODS
 
-RUN, RANKED, WORDS, VALUES = (
-    "The run",
-    "What is scored",
-    "Words (tracin-we)",
-    "Order of training (dve, unroll)",
-)
-NUMBERS, OUT = "Numbers", "Output"
-HEADINGS = (RUN, RANKED, WORDS, VALUES, NUMBERS, OUT)  # in the order of --help
+DEFAULT_METHOD = next(iter(METHODS))
+
+RUN, RANKED, NUMBERS, OUT = "The run", "What is scored", "Numbers", "Output"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None):
-    return Option(*names, help=help, rich_help_panel=panel, metavar=metavar)
+    """A flag. `[default: x]` in its help is text, not rich's markup."""
+    text = help.replace("[default", r"\[default")
+    return Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
+
+
+def parts_of_methods() -> str:
+    """The parts of scores, each with the methods that have it: `word (METHOD)`."""
+    parts = dict.fromkeys(part for method in METHODS.values() for part in method.parts)
+    owners = {part: [n for n, method in METHODS.items() if part in method.parts] for part in parts}
+    return ", ".join(
+        part if len(names) == len(METHODS) else f"{part} ({', '.join(names)})"
+        for part, names in owners.items()
+    )
 
 
 Run = Annotated[
     Path,
     Argument(
-        metavar="RUN", help="The run's folder. Loading its definition.py runs it.", show_default="."
+        metavar="RUN",
+        help="Folder of the run. influence runs the Python code of its definition.py.",
+        show_default=".",
     ),
 ]
 Definition = Annotated[
     Path | None,
-    option("--definition", metavar="FILE", panel=RUN, help="In place of RUN/definition.py."),
+    option(
+        "--definition",
+        metavar="FILE",
+        panel=RUN,
+        help="Definition to use instead of RUN/definition.py.",
+    ),
 ]
 Checkpoints = Annotated[
     Path | None,
-    option("--checkpoints", metavar="DIR", panel=RUN, help="In place of RUN/checkpoints."),
+    option(
+        "--checkpoints",
+        metavar="DIR",
+        panel=RUN,
+        help="Checkpoint folder to use instead of RUN/checkpoints.",
+    ),
 ]
 Trajectory = Annotated[
     Path | None,
-    option("--trajectory", metavar="FILE", panel=RUN, help="In place of RUN/trajectory.jsonl."),
+    option(
+        "--trajectory",
+        metavar="FILE",
+        panel=RUN,
+        help="Trajectory to use instead of RUN/trajectory.jsonl.",
+    ),
 ]
 Cache = Annotated[
     str | None,
@@ -46,7 +70,7 @@ Cache = Annotated[
         "--cache",
         metavar="DIR|none",
         panel=RUN,
-        help="In place of RUN/.influence; none: keep nothing.",
+        help="Cache folder to use instead of RUN/.influence. none: store nothing.",
     ),
 ]
 Shard = Annotated[
@@ -55,7 +79,8 @@ Shard = Annotated[
         "--shard",
         metavar="i/n|auto",
         panel=RUN,
-        help="Only shard i of n of the training examples; auto or auto/n: as the job array says.",
+        help="Score only shard i of n of the training examples. auto, auto/n: take i "
+        "and n from the job array.",
     ),
 ]
 Steps = Annotated[
@@ -64,7 +89,7 @@ Steps = Annotated[
         "--steps",
         metavar="SPEC",
         panel=RANKED,
-        help="Checkpoints by step: 100,200 or 100: (default all).",
+        help="Steps of the checkpoints to use: 100,200 or 100: [default: all]",
     ),
 ]
 Layers = Annotated[
@@ -73,7 +98,7 @@ Layers = Annotated[
         "--layers",
         metavar="GLOB",
         panel=RANKED,
-        help="Parameters or modules, may be repeated; '!glob' leaves out (default all).",
+        help="Parameters or modules to use; '!GLOB' leaves out. Repeatable. [default: all]",
     ),
 ]
 Train = Annotated[
@@ -82,7 +107,7 @@ Train = Annotated[
         "--train",
         metavar="SPEC",
         panel=RANKED,
-        help="Training examples to rank: 0,5,10:20, @ids.txt or - (default all).",
+        help="Training examples to rank: 0,5,10:20, @ids.txt or - (stdin). [default: all]",
     ),
 ]
 Queries = Annotated[
@@ -91,7 +116,7 @@ Queries = Annotated[
         "--queries",
         metavar="SPEC",
         panel=RANKED,
-        help="Queries: 0,5,10:20, @ids.txt or - (default all).",
+        help="Queries to explain: 0,5,10:20, @ids.txt or - (stdin). [default: all]",
     ),
 ]
 Method = Annotated[
@@ -100,11 +125,11 @@ Method = Annotated[
         "--method",
         metavar="NAME",
         panel=RANKED,
-        help="; ".join(f"{n}: {m.about}" for n, m in METHODS.items()) + ".",
+        help="; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + ".",
     ),
 ]
 SumQueries = Annotated[
-    bool, option("--sum-queries", panel=RANKED, help="All queries as one: their mean.")
+    bool, option("--sum-queries", panel=RANKED, help="Score the mean of all queries, as one query.")
 ]
 GroupBy = Annotated[
     str | None,
@@ -112,7 +137,7 @@ GroupBy = Annotated[
         "--group-by",
         metavar="label|FILE",
         panel=RANKED,
-        help="Sum the scores per group: by label, or by a file with a name per line.",
+        help="Sum scores per group: by label, or by a file with one group name per line.",
     ),
 ]
 By = Annotated[
@@ -121,123 +146,34 @@ By = Annotated[
         "--by",
         metavar="PART",
         panel=RANKED,
-        help="checkpoint, layer, (tracin-we) word or (dve, unroll) step: a row per part of each score; parts sum to it.",
+        help=f"One row per part of each score; parts sum to it. {parts_of_methods()}.",
     ),
 ]
 Normalize = Annotated[
     bool,
-    option("--normalize", panel=NUMBERS, help="Cosine instead of dot product at each checkpoint."),
-]
-Embedding = Annotated[
-    str | None,
     option(
-        "--embedding",
-        metavar="NAME",
-        panel=WORDS,
-        help="The embedding module, where there are several.",
-    ),
-]
-SpecialTokens = Annotated[
-    str,
-    option(
-        "--special-tokens",
-        metavar="HOW",
-        panel=WORDS,
-        help="keep, drop or only: tokens that token(id) writes like [CLS] or <s>.",
-    ),
-]
-PadId = Annotated[
-    int | None,
-    option(
-        "--pad-id",
-        metavar="ID",
-        panel=WORDS,
-        help="A token that never counts (padding_idx never does).",
-    ),
-]
-TopWords = Annotated[
-    int | None,
-    option(
-        "--top-words",
-        metavar="K",
-        panel=WORDS,
-        help="Only the K words of each text with the largest gradient.",
-    ),
-]
-Synonyms = Annotated[
-    int | None,
-    option(
-        "--synonyms",
-        metavar="K",
-        panel=WORDS,
-        help="Also the K tokens nearest to each of the query's, in embedding space.",
-    ),
-]
-At = Annotated[
-    int | None,
-    option(
-        "--at",
-        metavar="STEP",
-        panel=VALUES,
-        help="Explain the checkpoint of this step (default the last).",
-    ),
-]
-Curvature = Annotated[
-    str | None,
-    option(
-        "--curvature",
-        metavar="HOW",
-        panel=VALUES,
-        help="dve: fisher (default), the batch's empirical Fisher, or none. unroll: hessian (default), exact, or gauss-newton.",
-    ),
-]
-Replay = Annotated[
-    bool,
-    option(
-        "--replay",
-        panel=VALUES,
-        help="Run the recorded steps again; gradients are taken where each step was. Adam needs it.",
-    ),
-]
-Form = Annotated[
-    str | None,
-    option(
-        "--form",
-        metavar="HOW",
-        panel=VALUES,
-        help="dve: query or embedding, the same scores (default the one of fewer operations).",
-    ),
-]
-EmbeddingsDir = Annotated[
-    Path | None,
-    option(
-        "--embeddings",
-        metavar="DIR",
-        panel=VALUES,
-        help="dve: keep data value embeddings there; later queries read nothing else.",
-    ),
-]
-Renormalize = Annotated[
-    bool,
-    option(
-        "--renormalize",
-        panel=VALUES,
-        help="The others of a batch take over the weight of the example left out.",
+        "--normalize",
+        panel=NUMBERS,
+        help="Use the cosine instead of the inner product at each checkpoint.",
     ),
 ]
 Lr = Annotated[
     float | None,
-    option("--lr", metavar="X", panel=NUMBERS, help="One learning rate for all checkpoints."),
+    option("--lr", metavar="X", panel=NUMBERS, help="Learning rate of all checkpoints."),
 ]
 LrWeights = Annotated[
     str | None,
     option(
         "--lr-weights", metavar="HOW", panel=NUMBERS,
-        help="point (default): the rate at the checkpoint; segment: the sum of rates since the checkpoint before; none: 1.",
+        help="Weight of a checkpoint. point: its learning rate; segment: the sum of "
+"rates since the previous checkpoint; none: 1. [default: point]",
     ),
 ]  # fmt: skip
 Device = Annotated[
-    str, option("--device", panel=NUMBERS, metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+    str,
+    option(
+        "--device", panel=NUMBERS, metavar="NAME", help="Device: auto, cpu, cuda, cuda:N or mps."
+    ),
 ]
 BatchSize = Annotated[
     str,
@@ -245,7 +181,7 @@ BatchSize = Annotated[
         "--batch-size",
         panel=NUMBERS,
         metavar="N",
-        help="Examples captured at once: auto or a number.",
+        help="Examples per batch: a number, or auto.",
     ),
 ]
 Precision = Annotated[
@@ -254,7 +190,7 @@ Precision = Annotated[
         "--precision",
         panel=NUMBERS,
         metavar="DTYPE",
-        help="float32, float64 or bfloat16: cast model and batches (default the model's).",
+        help="Cast model and batches to float32, float64 or bfloat16. [default: the model's]",
     ),
 ]
 StoreAs = Annotated[
@@ -263,7 +199,8 @@ StoreAs = Annotated[
         "--store",
         panel=NUMBERS,
         metavar="DTYPE",
-        help="float64, float32, float16, bfloat16 or int8 on disk (default the precision).",
+        help="Number format on disk: float64, float32, float16, bfloat16 or int8. "
+        "[default: the precision]",
     ),
 ]
 Project = Annotated[
@@ -272,7 +209,7 @@ Project = Annotated[
         "--project",
         panel=NUMBERS,
         metavar="K",
-        help="Keep K numbers per parameter, in place of exact gradients.",
+        help="Store K numbers per parameter instead of exact gradients.",
     ),
 ]
 ProjectionKind = Annotated[
@@ -281,7 +218,8 @@ ProjectionKind = Annotated[
         "--projection",
         panel=NUMBERS,
         metavar="KIND",
-        help="tensor-sketch (default), sparse, khatri-rao or kronecker; with --project.",
+        help="Projection for --project: tensor-sketch, sparse, khatri-rao or "
+        "kronecker. [default: tensor-sketch]",
     ),
 ]
 TargetCorrelation = Annotated[
@@ -290,7 +228,8 @@ TargetCorrelation = Annotated[
         "--target-correlation",
         metavar="R",
         panel=NUMBERS,
-        help="Find the smallest --project K whose scores correlate so with exact ones (Spearman and Pearson), by doubling.",
+        help="Find the smallest --project K whose scores reach this correlation with "
+        "exact scores (Spearman and Pearson). K is doubled until it does.",
     ),
 ]
 ProjectionSeed = Annotated[
@@ -299,11 +238,17 @@ ProjectionSeed = Annotated[
         "--seed",
         panel=NUMBERS,
         metavar="N",
-        help="Of what is drawn at random: projections, what evaluate leaves out (default 0).",
+        help="Random seed for projections and for sampling removals. [default: 0]",
     ),
 ]
 Top = Annotated[
-    str, option("--top", panel=OUT, metavar="N|all", help="Rows of each kind and query.")
+    str,
+    option(
+        "--top",
+        panel=OUT,
+        metavar="N|all",
+        help="Number of proponents and of opponents per query, or all.",
+    ),
 ]
 Traced = Annotated[
     str | None,
@@ -311,7 +256,8 @@ Traced = Annotated[
         "--train",
         metavar="SPEC",
         panel=RANKED,
-        help="Training examples to trace beside the whole steps: 0,5,10:20, @ids.txt or -.",
+        help="Training examples to trace, in addition to whole steps: 0,5,10:20, "
+        "@ids.txt or - (stdin).",
     ),
 ]
 PlotFormat = Annotated[
@@ -320,7 +266,8 @@ PlotFormat = Annotated[
         "--format",
         panel=OUT,
         metavar="NAME",
-        help="plot, table, csv, tsv, jsonl or parquet (default: plot in a terminal, csv in a pipe).",
+        help="Output format: plot, table, csv, tsv, jsonl or parquet. [default: plot "
+        "in a terminal, csv in a pipe]",
     ),
 ]
 Format = Annotated[
@@ -329,7 +276,8 @@ Format = Annotated[
         "--format",
         panel=OUT,
         metavar="NAME",
-        help="table, csv, tsv, jsonl or parquet (default: table in a terminal, csv in a pipe).",
+        help="Output format: table, csv, tsv, jsonl or parquet. [default: table in a "
+        "terminal, csv in a pipe]",
     ),
 ]
 Output = Annotated[
@@ -339,10 +287,10 @@ Output = Annotated[
         "--output",
         panel=OUT,
         metavar="FILE",
-        help="Write to a file, whole or not at all, instead of stdout.",
+        help="Write to FILE instead of stdout. FILE appears only when it is complete.",
     ),
 ]
-Quiet = Annotated[bool, option("--quiet", panel=OUT, help="No progress and no notes on stderr.")]
+Quiet = Annotated[bool, option("--quiet", panel=OUT, help="Print no progress and no notes.")]
 Debug = Annotated[bool, option("--debug", panel=OUT, help="Show the stack trace of an error.")]
 
 
@@ -364,29 +312,6 @@ class Shared:
     checkpoints: Checkpoints = None
     cache: Cache = None
     quiet: Quiet = False
-
-
-@dataclass(frozen=True)
-class Words:
-    """The flags of tracin-we."""
-
-    embedding: Embedding = None
-    special_tokens: SpecialTokens = "keep"
-    pad_id: PadId = None
-    top_words: TopWords = None
-    synonyms: Synonyms = None
-
-
-@dataclass(frozen=True)
-class Values:
-    """The flags of methods that go by the order of training."""
-
-    at: At = None
-    curvature: Curvature = None
-    replay: Replay = False
-    form: Form = None
-    embeddings: EmbeddingsDir = None
-    renormalize: Renormalize = False
 
 
 @dataclass(frozen=True)

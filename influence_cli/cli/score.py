@@ -1,10 +1,18 @@
 """influence score: ranked proponents and opponents per query."""
 
-import dataclasses
 from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
+from influence_cli.cli.method_options import MethodFlags
 from influence_cli.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from influence_cli.cli.opening import Opened
+    from influence_cli.methods.declaration import Method
+    from influence_cli.methods.request import ScoreRequest
+    from influence_cli.output.tables import TableWriter
 
 
 @command(
@@ -13,9 +21,8 @@ from influence_cli.methods.table import METHODS
 def score(
     shared: options.Shared,
     shown: options.Shown,
-    words: options.Words,
-    values: options.Values,
-    method: options.Method = "tracin",
+    method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
+    method: options.Method = options.DEFAULT_METHOD,
     queries: options.Queries = None,
     train: options.Train = None,
     shard: options.Shard = None,
@@ -27,97 +34,101 @@ def score(
     normalize: options.Normalize = False,
     trajectory: options.Trajectory = None,
 ) -> None:
-    """Which training examples lowered each query's loss (proponents), and which raised it (opponents)?
+    """Which training examples lowered each query's loss (proponents), and which raised it?
 
-    Missing gradients are computed and cached first; a stopped run goes on where it was. Score above 0: proponent.
+    A score above 0 is a proponent, below 0 an opponent. score first computes and caches the
+    gradients that the cache lacks. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
-    from influence_cli.errors import UsageProblem
+    from influence_cli.cli.method_options import method_options, refuse_flags
     from influence_cli.output import tables
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     sink = tables.TableWriter.open(shown.format, shown.output)
-    k = specs.top(shown.top)
+    top = specs.top(shown.top)
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
-    if by is not None and by not in chosen.parts:
-        raise UsageProblem(
-            f"--by {by}: the scores of {method} have no such parts",
-            f"expected: {', '.join(chosen.parts)}",
-        )
-    if not chosen.weighted and (lr is not None or lr_weights is not None):
-        raise UsageProblem(
-            f"--method {method} has no learning-rate weights",
-            "leave out --lr and --lr-weights, or use --method tracin",
-        )
-
-    specs.check_words(method, chosen.words, words, shared.layers)
-    specs.check_values(method, chosen.curvatures, values, normalize)
-    specs.check_projected(method, chosen, shared.project)
-    specs.check_shard(part, method, chosen, group_by)
-    if by == "word" and group_by:
-        raise UsageProblem(
-            "--by word splits pairs of texts, --group-by sums over them", "give one of them"
-        )
+    specs.check_by(by, chosen, group_by)
+    own_options = method_options(chosen, method_flags)
+    refuse_flags(
+        chosen,
+        {
+            "--layers": bool(shared.layers),
+            "--project": shared.project is not None,
+            "--lr": lr is not None,
+            "--lr-weights": lr_weights is not None,
+            "--normalize": normalize,
+            "--shard": part is not None,
+        },
+    )
+    specs.check_shard(part, group_by)
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods.declaration import WordOptions
-    from influence_cli.methods.request import ScoreRequest
-    from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
-    from influence_cli.run.learning_rates import weigh_checkpoints
+    from influence_cli.cli.requests import score_request
 
     opened = open_shared(shared, trajectory)
-    selected = opened.checkpoints
-    if chosen.checkpoints == "one":
-        if shared.steps is not None and len(selected) > 1:
-            raise UsageProblem(
-                f"--method {method} reads one checkpoint, --steps {shared.steps} selects {len(selected)}",
-                "name one step",
-            )
-        selected = selected[-1:]
     train_ids = opened.train_ids(train, part)
     if not len(train_ids):  # an empty shard
         sink.write([], tables.score_columns(by))
         return
-    question = ScoreRequest(
-        checkpoints=selected,
-        weights=opened.weights(lr, lr_weights)
-        if chosen.weighted
-        else tuple(weigh_checkpoints(selected, None, "none")),
-        columns=opened.embedding(words.embedding) if chosen.words else opened.columns,
+    request = score_request(
+        opened,
+        chosen,
+        own_options,
         train=train_ids,
         queries=opened.ids("--queries", queries, "query"),
+        rates=(lr, lr_weights),
         sum_queries=sum_queries,
-        normalize=normalize or chosen.normalized,
+        normalize=normalize,
         by=by,
-        groups=opened.groups(group_by, train_ids) if group_by else None,
-        words=WordOptions(words.special_tokens, words.pad_id, words.top_words, words.synonyms or 0)
-        if chosen.words
-        else None,
-        values=chosen.options(**dataclasses.asdict(values)),
+        group_by=group_by,
     )
-    names = question.groups.names if question.groups else None
+    write_scores(opened, chosen, score_rows(opened, chosen, request, top), sink, by)
 
-    def new_ranking(width: int, parts: int) -> Ranking:
-        return TopRanking(width, parts, k) if k is not None else FullRanking(width, parts)
 
-    rows = (
-        row
-        for answer in chosen.score()(opened.gradients, question, new_ranking)
-        for row in tables.score_rows(
-            answer.ranking, answer.queries, by, answer.parts, names, opened.describe, answer.split
+def score_rows(
+    opened: "Opened", method: "Method", request: "ScoreRequest", top: int | None
+) -> Iterator[Sequence[object]]:
+    """The rows of the table, query by query. `top`: rows of each kind and query, None: all."""
+    from influence_cli.output import tables
+    from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
+
+    def new_ranking(queries: int, parts: int) -> Ranking:
+        return FullRanking(queries, parts) if top is None else TopRanking(queries, parts, top)
+
+    names = request.groups.names if request.groups else None
+    for scored in method.score(opened.gradients, request, new_ranking):
+        yield from tables.score_rows(
+            scored.ranking,
+            scored.queries,
+            request.by,
+            scored.parts,
+            names,
+            opened.describe,
+            scored.split,
         )
-    )
+
+
+def write_scores(
+    opened: "Opened",
+    method: "Method",
+    rows: Iterator[Sequence[object]],
+    sink: "TableWriter",
+    by: str | None,
+) -> None:
+    """Compute the rows and write them. Every rank calls it; rank 0 writes."""
+    from influence_cli.output import tables
+
     ranks = opened.ranks
-    if not chosen.ordered and ranks.rank:
-        deque(rows, maxlen=0)  # do this rank's share of the work; rank 0 has the rows
-    elif not chosen.ordered or ranks.count == 1:
+    if ranks.count == 1 or (method.ranks_share == "scores" and not ranks.rank):
         sink.write(rows, tables.score_columns(by))
+    elif method.ranks_share == "scores":
+        deque(rows, maxlen=0)  # computes this rank's share; rank 0 receives the scores
     elif ranks.rank:
         opened.gradients.serve()
     else:
         opened.reporter.note(
-            f"{method}: what is cached is captured by all {ranks.count} ranks; training is gone back over by rank 0 alone"
+            f"all {ranks.count} ranks compute gradients for {method.name}; rank 0 computes scores"
         )
         with opened.gradients.serving():
             sink.write(rows, tables.score_columns(by))

@@ -13,20 +13,21 @@ def self_influence(
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
 ) -> None:
-    """Which training examples influence their own prediction most? Wrong labels and odd examples come first.
+    """Which training examples influence their own prediction most? Wrong labels come first.
 
-    The score is TracIn's of an example on itself; it needs gradient norms only, which are small to keep.
+    The score is the influence of an example on itself, summed over checkpoints. It needs gradient
+    norms only, which take little disk space.
     """
     from influence_cli.cli import specs
     from influence_cli.output import tables
 
     sink = tables.TableWriter.open(shown.format, shown.output)
-    k = specs.top(shown.top)
+    top = specs.top(shown.top)
     part = specs.shard(shard)
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.methods.request import ScoreRequest
-    from influence_cli.methods.tracin import self_influence
+    from influence_cli.methods.self_influence import rank_self_influence
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
 
     opened = open_shared(shared, trajectory)
@@ -34,11 +35,10 @@ def self_influence(
     if not len(train_ids):  # an empty shard
         sink.write([], tables.SELF_COLUMNS)
         return
-    question = ScoreRequest(
-        opened.checkpoints, opened.weights(lr, lr_weights), opened.columns, train_ids
-    )
-    ranking: Ranking = TopRanking(1, 0, k, signed=False) if k is not None else FullRanking(1, 0)
-    self_influence(opened.gradients, question, ranking)
+    weights = opened.weights(lr, lr_weights)
+    request = ScoreRequest(opened.checkpoints, weights, opened.columns, train_ids)
+    ranking: Ranking = FullRanking(1, 0) if top is None else TopRanking(1, 0, top, signed=False)
+    rank_self_influence(opened.gradients, request, ranking)
     if opened.ranks.rank == 0:
         sink.write(tables.self_rows(ranking.entries(0), opened.describe), tables.SELF_COLUMNS)
     opened.ranks.close()

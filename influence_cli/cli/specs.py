@@ -1,18 +1,16 @@
 """What flags say, read into values: example ids, tops, group names. A problem names the flag."""
 
-import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from influence_cli.cli.options import Values, Words
 from influence_cli.errors import UsageProblem, listed
-from influence_cli.methods.declaration import Method
+from influence_cli.methods.declaration import Method, OptionText, flag_of, option_texts
 from influence_cli.methods.table import METHODS
 from influence_cli.parallel import Shard, parse_shard, place_of
 
@@ -96,17 +94,12 @@ def shard(spec: str | None) -> Shard | None:
     return parse_shard(spec, os.environ) if spec is not None else None
 
 
-def check_shard(part: Shard | None, name: str, method: Method, group_by: str | None) -> None:
-    """Scores of a shard must be parts of a whole that can be merged."""
+def check_shard(part: Shard | None, group_by: str | None) -> None:
+    """The tables of shards can be merged: a shard can't sum over groups of all examples."""
     if part and group_by:
         raise UsageProblem(
-            "--group-by sums over all training examples, --shard has some of them",
-            "torchrun shares such work between ranks",
-        )
-    if part and method.ordered:
-        raise UsageProblem(
-            f"--shard: --method {name} goes back over whole steps, not over a part of the examples",
-            "--queries splits its work: tables of different queries simply follow one another",
+            "--group-by sums over all training examples, --shard scores some of them",
+            "torchrun divides such work between ranks",
         )
 
 
@@ -134,21 +127,72 @@ def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
-def check_words(method: str, reads_words: bool, words: Words, layers: list[str] | None) -> None:
-    """The flags of tracin-we: only there, and what they can be."""
-    if (given := flags_given(words)) and not reads_words:
+def check_by(by: str | None, method: Method, group_by: str | None) -> None:
+    """`--by`: one of the method's parts, and one that groups have where scores are summed."""
+    if by is not None and by not in method.parts:
         raise UsageProblem(
-            f"{given}: --method {method} does not read words", "--method tracin-we does"
+            f"--by {by}: the scores of {method.name} have no such parts",
+            f"expected: {', '.join(method.parts)}",
         )
-    if reads_words and layers:
+    if by in method.pair_parts and group_by:
         raise UsageProblem(
-            f"--layers with --method {method}, which reads one embedding and nothing else",
-            "--embedding NAME chooses it",
+            f"--by {by} splits the scores of pairs, --group-by sums them over groups",
+            "give one of them",
         )
-    one_of("--special-tokens", words.special_tokens, ("keep", "drop", "only"))
-    for flag, value in (("--top-words", words.top_words), ("--synonyms", words.synonyms)):
-        if value is not None and value < 1:
-            raise UsageProblem(f"{flag} {value}", "expected: a number from 1")
+
+
+def check_rates(methods: Sequence[Method], lr: float | None, lr_weights: str | None) -> None:
+    """`--lr`, `--lr-weights`: at least one of several methods must have learning-rate weights."""
+    if (lr is not None or lr_weights is not None) and not any(m.weighted for m in methods):
+        raise UsageProblem(
+            f"--method {', '.join(method.name for method in methods)} has no learning-rate weights",
+            "leave out --lr and --lr-weights",
+        )
+
+
+def check_seed(seed: int | None) -> None:
+    """`--seed`."""
+    if seed is not None and seed < 0:
+        raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
+
+
+def options_of_methods(
+    methods: Sequence[Method], given: Mapping[str, Any], protocol_options: type
+) -> dict[str, Any]:
+    """The options of several methods from one set of flags: each gets those that it has.
+
+    A flag must fit at least one of them, or be one of `protocol_options`.
+    """
+    fitting = {
+        method.name: {
+            name: value
+            for name, value in given.items()
+            if (text := option_texts(method.options).get(name)) is not None
+            and (not text.choices or value in text.choices)
+        }
+        for method in methods
+    }
+    names = ", ".join(method.name for method in methods)
+    for name, value in given.items():
+        if name in option_texts(protocol_options) or any(
+            name in values for values in fitting.values()
+        ):
+            continue
+        choices = dict.fromkeys(
+            choice
+            for method in methods
+            for choice in option_texts(method.options).get(name, OptionText("")).choices
+        )
+        if choices:
+            raise UsageProblem(
+                f"{flag_of(name)} {value}: unknown", f"expected: {', '.join(choices)}"
+            )
+        owners = [m.name for m in METHODS.values() if name in option_texts(m.options)]
+        raise UsageProblem(
+            f"{flag_of(name)}: --method {names} has no such option",
+            f"{' and '.join(owners)} {'has' if len(owners) == 1 else 'have'}",
+        )
+    return {method.name: method.options(**fitting[method.name]) for method in methods}
 
 
 def projection(
@@ -190,72 +234,6 @@ def target(value: float | None) -> float | None:
             f"--target-correlation {value}", "expected: a number between 0 and 1, such as 0.95"
         )
     return value
-
-
-def check_projected(name: str, method: Method, numbers: int | None) -> None:
-    """Methods that read what a projection does not keep."""
-    if numbers is not None and (method.words or method.module == "unroll"):
-        why = (
-            "reads the rows of single words"
-            if method.words
-            else "asks the model itself, and keeps no gradients of training examples"
-        )
-        raise UsageProblem(f"--project with --method {name}, which {why}", "leave out --project")
-
-
-def check_values(method: str, curvatures: Sequence[str], values: Values, normalize: bool) -> None:
-    """The flags of methods that go by the order of training: only there, and what they can be."""
-    if (given := flags_given(values)) and not curvatures:
-        raise UsageProblem(
-            f"{given}: --method {method} does not go by the order of training",
-            "--method dve and unroll do",
-        )
-    if curvatures and normalize:
-        raise UsageProblem(
-            f"--normalize: scores of {method} are changes of a loss, not products that could be cosines",
-            "leave it out",
-        )
-    if values.curvature is not None and values.curvature not in curvatures:
-        known = "; ".join(
-            f"{name}: {', '.join(other.curvatures)}"
-            for name, other in METHODS.items()
-            if other.curvatures
-        )
-        raise UsageProblem(
-            f"--curvature {values.curvature} with --method {method}", f"expected: {known}"
-        )
-    embedding = values.form is not None or values.embeddings is not None
-    if embedding and method != "dve":
-        raise UsageProblem(
-            f"--form, --embeddings: {method} has no embedding form, the model is asked itself",
-            "--method dve has",
-        )
-    if values.form is not None:
-        one_of("--form", values.form, ("query", "embedding"))
-    if values.replay and (values.form == "embedding" or values.embeddings is not None):
-        raise UsageProblem(
-            "--replay gives query form: embeddings are made from cached gradients, side by side",
-            "leave one of them out",
-        )
-    if values.form == "query" and values.embeddings is not None:
-        raise UsageProblem(
-            "--form query keeps no embeddings, --embeddings says where", "give one of them"
-        )
-    if values.embeddings is not None and values.embeddings.is_file():
-        raise UsageProblem(
-            f"--embeddings {values.embeddings}: a file is there",
-            "expected: a folder, or a name for a new one",
-        )
-
-
-def flags_given(group: Words | Values) -> str:
-    """`--top-words, --synonyms`: those flags of a group that are not as they are by default."""
-    fields = dataclasses.fields(group)
-    return ", ".join(
-        f"--{field.name.replace('_', '-')}"
-        for field in fields
-        if getattr(group, field.name) != field.default
-    )
 
 
 def group_file(path: Path, size: int) -> list[str]:

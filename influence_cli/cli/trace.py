@@ -1,15 +1,28 @@
 """influence trace: influence over training time."""
 
-import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
 
 from influence_cli.cli import command, options
+from influence_cli.cli.method_options import MethodFlags
+from influence_cli.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from influence_cli.cli.opening import Opened
+    from influence_cli.methods.declaration import Method
+    from influence_cli.methods.request import ScoreRequest
+    from influence_cli.methods.reverse.occurrences import Trace
+    from influence_cli.output.tables import TableWriter
+
+TRACED = tuple(name for name, method in METHODS.items() if method.trace is not None)
 
 
 @command("trace", example="influence trace my_run --queries 3 --train 17")
 def trace(
     shared: options.Shared,
-    values: options.Values,
-    method: options.Method = "dve",
+    method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
+    method: options.Method = TRACED[0],
     queries: options.Queries = None,
     train: options.Traced = None,
     sum_queries: options.SumQueries = False,
@@ -17,22 +30,23 @@ def trace(
     format: options.PlotFormat = None,
     output: options.Output = None,
 ) -> None:
-    """When in training was a query's loss made what it is? Scores by step: of each step's whole batch, and of single examples.
+    """When during training did a query's loss change? Shows scores by step.
 
-    In a terminal a plot, in a pipe csv: train is `all` for a whole step; running is the sum of score up to that step.
+    Rows with train = all show a step's whole batch; --train adds rows for single examples.
+    running is the sum of scores up to the step. The output is a plot in a terminal, CSV in a pipe.
     """
     import sys
 
     from influence_cli.cli import specs
+    from influence_cli.cli.method_options import method_options, refuse_flags
     from influence_cli.errors import UsageProblem
-    from influence_cli.methods.table import METHODS
     from influence_cli.output import tables
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    if not chosen.ordered:
-        known = ", ".join(name for name, other in METHODS.items() if other.ordered)
+    if chosen.trace is None:
         raise UsageProblem(
-            f"--method {method}: its scores have no place in training time", f"expected: {known}"
+            f"--method {method} has no scores by step of training",
+            f"expected: {', '.join(TRACED)}",
         )
     stdout = sys.__stdout__ or sys.stdout
     plotted = format == "plot" or (format is None and output is None and stdout.isatty())
@@ -40,70 +54,86 @@ def trace(
         raise UsageProblem("--format plot is for a terminal, -o is a file", "give one of them")
     sink = tables.TableWriter.open("csv" if plotted else format, output)
     specs.check_stdin(queries, train)
-    specs.check_values(method, chosen.curvatures, values, False)
-    specs.check_projected(method, chosen, shared.project)
+    own_options = method_options(chosen, method_flags)
+    refuse_flags(chosen, {"--project": shared.project is not None, "--layers": bool(shared.layers)})
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.methods.request import ScoreRequest
-    from influence_cli.run.learning_rates import weigh_checkpoints
+    from influence_cli.cli.requests import score_request
 
     opened = open_shared(shared, trajectory)
-    examples = opened.ids("--train", train, "train") if train is not None else range(0)
-    question = ScoreRequest(
-        opened.checkpoints,
-        tuple(weigh_checkpoints(opened.checkpoints, None, "none")),
-        opened.columns,
-        examples,
-        opened.ids("--queries", queries, "query"),
-        sum_queries,
-        values=chosen.options(**dataclasses.asdict(values)),
+    request = score_request(
+        opened,
+        chosen,
+        own_options,
+        train=opened.ids("--train", train, "train") if train is not None else range(0),
+        queries=opened.ids("--queries", queries, "query"),
+        sum_queries=sum_queries,
     )
-    found = (
-        (
-            None if sum_queries else int(ids[position]),
-            None if example is None else int(example),
-            traced,
-            position,
-        )
-        for ids, traced in chosen.trace()(opened.gradients, question)
-        for position in range(1 if sum_queries else len(ids))
-        for example in (None, *examples)
-    )
+    write_trace(opened, traced_scores(opened, chosen, request), sink, stdout if plotted else None)
 
-    def named(split: str, index: int) -> str:
-        label = opened.describe(split, index)[0]
-        return f"{split} {index} ({label})" if label else f"{split} {index}"
 
-    if plotted:
-        from influence_cli.output.trace_plot import trace_plot
+@dataclass(frozen=True)
+class TracedPair:
+    """Scores over training time. `query` None: all queries; `example` None: each step's batch."""
 
-        with tables.to_stdout(stdout):
-            for query, example, traced, position in found:
-                about = "all queries" if query is None else named("query", query)
-                of = "every step" if example is None else named("train", example)
-                series = traced.series(position, example)
-                title = f"{about}, {of}: {sum(score for _, score in series):.4g}"
-                trace_plot(
-                    title, series, range(traced.first, traced.first + len(traced.sums)), stdout
-                )
+    query: int | None
+    example: int | None
+    position: int  # of the query in `trace`
+    trace: "Trace"
+
+
+def traced_scores(
+    opened: "Opened", method: "Method", request: "ScoreRequest"
+) -> Iterator[TracedPair]:
+    """Query by query: first of whole steps, then of each requested training example."""
+    assert method.trace is not None
+    for ids, traced in method.trace(opened.gradients, request):
+        for position in range(1 if request.sum_queries else len(ids)):
+            query = None if request.sum_queries else int(ids[position])
+            for example in (None, *request.train):
+                number = None if example is None else int(example)
+                yield TracedPair(query, number, position, traced)
+
+
+def write_trace(
+    opened: "Opened",
+    pairs: Iterator[TracedPair],
+    sink: "TableWriter",
+    terminal: IO[str] | None,
+) -> None:
+    """Plots in a terminal, else rows."""
+    from influence_cli.output import tables
+
+    if terminal is None:
+        sink.write(trace_rows(opened, pairs), tables.TRACE_COLUMNS)
         return
+    from influence_cli.output.trace_plot import trace_plot
 
-    def rows():
-        for query, example, traced, position in found:
-            labels = [
-                opened.describe(s, i)[0] if i is not None else ""
-                for s, i in (("query", query), ("train", example))
-            ]
-            running = 0.0
-            for step, score in traced.series(position, example):
-                running += score
-                yield (
-                    "all" if query is None else query,
-                    "all" if example is None else example,
-                    step,
-                    score,
-                    running,
-                    *labels,
-                )
+    with tables.to_stdout(terminal):
+        for pair in pairs:
+            query = "all queries" if pair.query is None else named(opened, "query", pair.query)
+            example = "every step" if pair.example is None else named(opened, "train", pair.example)
+            series = pair.trace.series(pair.position, pair.example)
+            title = f"{query}, {example}: {sum(score for _, score in series):.4g}"
+            first = pair.trace.first
+            trace_plot(title, series, range(first, first + len(pair.trace.sums)), terminal)
 
-    sink.write(rows(), tables.TRACE_COLUMNS)
+
+def named(opened: "Opened", split: str, index: int) -> str:
+    """`query 57 (8)`: an example with its label."""
+    label = opened.describe(split, index)[0]
+    return f"{split} {index} ({label})" if label else f"{split} {index}"
+
+
+def trace_rows(opened: "Opened", pairs: Iterator[TracedPair]) -> Iterator[Sequence[object]]:
+    """One row per pair and step, with the running sum."""
+    for pair in pairs:
+        labels = [
+            opened.describe(split, index)[0] if index is not None else ""
+            for split, index in (("query", pair.query), ("train", pair.example))
+        ]
+        ids = ["all" if index is None else index for index in (pair.query, pair.example)]
+        running = 0.0
+        for step, score in pair.trace.series(pair.position, pair.example):
+            running += score
+            yield (*ids, step, score, running, *labels)

@@ -68,7 +68,7 @@ def scores(
     return np.concatenate(
         [
             of_answer(answer, removals, names)
-            for answer in method.score()(gradients, question, PredictedEffects)
+            for answer in method.score(gradients, question, PredictedEffects)
         ],
         axis=1,
     )

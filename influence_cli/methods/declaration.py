@@ -1,66 +1,111 @@
-"""What a method declares to the command line before it runs."""
+"""What a method declares about itself. The command line makes flags, help and refusals from it.
+
+This module and the file of each method import no torch, so that `--help` answers at once.
+"""
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from influence_cli.cache.id_blocks import Ids
+    from influence_cli.extraction.source import GradientSource, IdsAt
+    from influence_cli.methods.pairwise import RankingFactory
+    from influence_cli.methods.request import ScoredQueries, ScoreRequest
+    from influence_cli.methods.reverse.occurrences import Trace
+    from influence_cli.run.parameters import Column
+    from influence_cli.run.run import Run
+
+# The values of options are typed by each method's own dataclass; here they are any object.
+Score = Callable[["GradientSource", "ScoreRequest", "RankingFactory"], "Iterator[ScoredQueries]"]
+TraceScores = Callable[["GradientSource", "ScoreRequest"], "Iterator[tuple[Ids, Trace]]"]
+EstimateCost = Callable[["GradientSource", "ScoreRequest"], str]
+ListRows = Callable[["GradientSource", "ScoreRequest"], "list[IdsAt]"]
+SelectColumns = Callable[["Run", Any], "dict[str, Column]"]  # Any: the method's options
+
+
+@dataclass(frozen=True)
+class OptionText:
+    """How an option appears in help, and which values it allows."""
+
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    minimum: int | None = None
+
+
+def option(
+    default: Any,  # of the field's own type
+    help: str,
+    metavar: str | None = None,
+    choices: tuple[str, ...] = (),
+    minimum: int | None = None,
+) -> Any:  # dataclasses.field, which type checkers read as the field's type
+    """A field of an options dataclass: `top_words` becomes the flag --top-words."""
+    return field(default=default, metadata={"option": OptionText(help, metavar, choices, minimum)})
+
+
+def flag_of(name: str) -> str:
+    """`top_words` -> `--top-words`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def option_texts(options: type) -> dict[str, OptionText]:
+    """Field name -> text, of an options dataclass."""
+    return {entry.name: entry.metadata["option"] for entry in fields(options)}
+
+
+def deferred(path: str) -> Callable[..., Any]:  # Any: what the function takes and returns
+    """`package.module:function`, imported when it is called: a method's heavy half."""
+    module, _, function = path.partition(":")
+
+    def call(*arguments: Any) -> Any:  # as above
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    return call
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a method that has none."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What the command line needs to know of a method before it runs."""
+    """One method: what it answers, what it needs and costs, and its entry points.
 
-    module: str
-    about: str
-    weighted: bool = True  # by learning rates
-    checkpoints: str = "all"  # or "one"
-    normalized: bool = False  # is a cosine already
-    parts: tuple[str, ...] = ("checkpoint", "layer")  # what --by can split its scores into
-    words: bool = False  # reads an embedding's words, not parameters
-    curvatures: tuple[
-        str, ...
-    ] = ()  # of methods that go by the recorded order of training; the first is the default
+    `question`: what a score answers, as a question. `help`: a few words for --method.
+    `parts`: what --by splits its scores into; `pair_parts`: those that only pairs of examples
+    have, not groups. `refuses`: flag -> why this method does not have it. `checkpoints`: "one"
+    reads the last selected checkpoint. `weighted`: scores are weighted by learning rates.
+    `ranks_share`: what the ranks of a torchrun job divide, the scores or only the gradients.
+    `caches_train`: it reads gradients of training examples from the cache.
+    """
 
-    @property
-    def ordered(self) -> bool:
-        return bool(self.curvatures)
+    name: str
+    help: str
+    question: str
+    needs: str
+    cost: str
+    source: str
+    score: Score
+    trace: TraceScores | None = None
+    estimate_cost: EstimateCost | None = None  # one line for `inspect`
+    list_rows: ListRows | None = None  # the gradients it reads, where that is not all of them
+    select_columns: SelectColumns | None = None  # None: the columns that --layers selects
+    options: type = NoOptions
+    parts: tuple[str, ...] = ("checkpoint", "layer")
+    pair_parts: tuple[str, ...] = ()
+    checkpoints: Literal["all", "one"] = "all"
+    weighted: bool = True
+    normalized: bool = False  # its scores are cosines already
+    ranks_share: Literal["scores", "gradients"] = "scores"
+    caches_train: bool = True
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
-    def options(self, **given: Any) -> "ValueOptions | None":
-        """Flags of methods that go by the order of training; None for others."""
-        return (
-            ValueOptions(**(given | {"curvature": given.get("curvature") or self.curvatures[0]}))
-            if self.ordered
-            else None
-        )
-
-    def score(self) -> Callable[..., Any]:
-        return importlib.import_module(f"influence_cli.methods.{self.module}").score
-
-    def trace(self) -> Callable[..., Any]:
-        """Scores over training time; of `ordered` methods."""
-        return importlib.import_module(f"influence_cli.methods.{self.module}").trace
-
-
-@dataclass(frozen=True)
-class WordOptions:
-    """Which words count: `special` keep, drop or only; `top` words of each text by gradient norm; words near the query's."""
-
-    special: str = "keep"
-    pad_id: int | None = None
-    top: int | None = None
-    synonyms: int = 0
-
-
-@dataclass(frozen=True)
-class ValueOptions:
-    """How training is gone back over. `curvature`: one of the method's; `form`: query, embedding, or None for the cheaper; `embeddings`:
-    where they are kept; `at`: step of the checkpoint that is explained, None for the last; `renormalize`: the others of a step share the
-    weight of the example left out; `replay`: the recorded steps are run again, and each gradient taken where its step was."""
-
-    curvature: str
-    form: str | None = None
-    embeddings: Path | None = None
-    at: int | None = None
-    renormalize: bool = False
-    replay: bool = False
+    def reason_against(self, flag: str) -> str | None:
+        """Why the method does not have this flag; None where it has."""
+        if not self.weighted and flag in ("--lr", "--lr-weights"):
+            return "it has no learning-rate weights"
+        return self.refuses.get(flag)

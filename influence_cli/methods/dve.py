@@ -1,180 +1,83 @@
-"""DVE: data value embedding (Wang et al. 2024, arXiv:2412.09538), trajectory-specific leave-one-out from saved checkpoints.
+"""DVE: data value embedding (Wang et al. 2024, arXiv:2412.09538).
 
-score(z, q) sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t the derivative of the query's loss at the end by
-the gradient of step t (adjoint.py). For plain SGD this is the paper's w eta g_t(z)^T prod_k (I - eta H_k) grad m(theta_T, q). Score > 0:
-proponent, without z at that step the query's loss had ended higher, by about the score.
+It is trajectory-specific leave-one-out, from saved checkpoints:
 
-Query form: the queries' gradients are carried back, nothing of size p x p. Embedding form: every coordinate of the end is carried back,
-which gives the data value embedding of each occurrence; kept on disk it answers any later query (embeddings.py).
+score(z, q) = sum over the steps t at which z was trained on of -w * u_t . g_t(z)
 
-N train, Q query, M occurrences, P parts of a score, p numbers of all parameters.
+w is the weight of z in the loss of step t, and u_t the derivative of the query's loss at the end by
+the gradient of step t (reverse/optimizer_adjoint.py). For plain SGD this is the paper's
+w eta g_t(z)^T prod_k (I - eta H_k) grad m(theta_T, q), with H the batch's empirical Fisher. Score
+> 0: proponent, without z at that step the query's loss would end higher, by about the score.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from influence_cli.cache.gradient_rows import GradientRows
-from influence_cli.cache.id_blocks import Ids
 from influence_cli.errors import UsageProblem
-from influence_cli.extraction.source import GradientSource
-from influence_cli.methods.declaration import ValueOptions
-from influence_cli.methods.pairwise import RankingFactory
-from influence_cli.methods.request import ScoredQueries, ScoreRequest
-from influence_cli.methods.reverse import occurrences, reverse_pass
-from influence_cli.methods.reverse.embedding_store import STATE_BYTES, Embeddings
-from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
-from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
-from influence_cli.methods.reverse.segments import ReversePlan, plan
-from influence_cli.methods.reverse.steps import Fisher, ReverseStep, Stability, prepare
-from influence_cli.progress import Advance
+from influence_cli.methods.declaration import Method, deferred, option
+from influence_cli.methods.reverse.options import ReverseOptions
 
 
-def score(
-    gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
-) -> Iterator[ScoredQueries]:
-    """Scores of every training example asked for, ranked per query."""
-    going = Dve(gradients, question)
-    yield from occurrences.score(question, new_ranking, going.plan, going.passes)
+@dataclass(frozen=True)
+class DveOptions(ReverseOptions):
+    """`form`: query or embedding, None chooses the one of fewer operations.
 
+    `embeddings`: folder that keeps data value embeddings. Raises UsageProblem for options that
+    exclude each other.
+    """
 
-def trace(
-    gradients: GradientSource, question: ScoreRequest
-) -> Iterator[tuple[Ids, occurrences.Trace]]:
-    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
-    going = Dve(gradients, question)
-    yield from occurrences.trace(question, going.plan, going.passes)
+    curvature: str = option(
+        "fisher",
+        "fisher, the batch's empirical Fisher, or none.",
+        "NAME",
+        choices=("fisher", "none"),
+    )
+    form: str | None = option(
+        None,
+        "query or embedding; both give the same scores. [default: the faster one]",
+        "NAME",
+        choices=("query", "embedding"),
+    )
+    embeddings: Path | None = option(
+        None,
+        "Folder that keeps data value embeddings. Later queries read nothing else.",
+        "DIR",
+    )
 
-
-class Dve:
-    """One question to data value embedding: what is gone back over, and in which form."""
-
-    def __init__(self, gradients: GradientSource, question: ScoreRequest) -> None:
-        """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags)."""
-        self.gradients, self.question = gradients, question
-        self.options = question.values or ValueOptions("fisher")
-        self.plan = self._plan(self.options.at)
-        self.stability = Stability()
-        if gradients.settings.projection and self.plan.adam:
+    def __post_init__(self) -> None:
+        if self.replay and (self.form == "embedding" or self.embeddings is not None):
             raise UsageProblem(
-                f"--project with {self.plan.trajectory.optimizer}: its steps are taken number by number, which a projection has not",
-                "leave out --project, or use --method tracin",
+                "--replay does not combine with --form embedding or --embeddings",
+                "embeddings are built from cached gradients, not from replayed steps",
+                "leave one of them out",
             )
-        if gradients.settings.projection and self.options.curvature != "none":
-            gradients.reporter.note(
-                "the curvature of projected gradients is biased, the less the larger --project K is (docs/methods.md); "
-                "--curvature none is not"
-            )
-
-    def _plan(self, at: int | None) -> ReversePlan:
-        return plan(
-            self.gradients.run,
-            self.question.checkpoints,
-            self.question.columns,
-            at,
-            self.options.replay,
-        )
-
-    def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
-        """Raises CacheError (embeddings of something else), GradientError (what is carried back runs away)."""
-        return reverse_pass.passes(self.gradients, self.question, self.plan, new, self.work)
-
-    def work(self, folder: Path) -> reverse_pass.Work:
-        if self.embedded():
-            whole = self.plan if self.options.at is None else self._plan(None)
-            kept = Embeddings(
-                self.options.embeddings or folder / "embeddings",
-                self.gradients,
-                whole,
-                self.plan.end.step,
-                self.options,
-            )
-            kept.ensure()
-            return lambda rows, totals, advance: self.read(kept, rows, totals, advance)
-        take = self.cached
-        if self.options.replay:
-            self.gradients.budget.sizes(
-                "train", list(self.plan.columns)
-            )  # probed before the model is moved
-            take = self.replayed
-        else:
-            prepare(self.gradients, self.plan)
-        return lambda rows, totals, advance: self.carry(rows, totals, take, advance)
-
-    def read(
-        self, kept: Embeddings, rows: GradientRows, totals: Totals | Trace, advance: Advance
-    ) -> None:
-        for step, checkpoint, examples, found in kept.scores(
-            reverse_pass.dense(rows, self.plan, self.gradients.device), advance
-        ):
-            totals.add(step, str(checkpoint), examples, {"": found})
-
-    def carry(
-        self, rows: GradientRows, totals: Totals | Trace, take: reverse_pass.Take, advance: Advance
-    ) -> None:
-        kept = reverse_pass.PassProgress(
-            self.gradients if self.options.replay else None, self.plan, self.options, "dve"
-        )
-        try:
-            reverse_pass.carry(
-                self.gradients, self.plan, self.options, rows, totals, take, kept, advance
-            )
-        finally:
-            if self.stability.note():
-                self.gradients.reporter.note(str(self.stability.note()))
-
-    def fisher(self, width: int, wide: torch.dtype) -> Fisher:
-        return Fisher(
-            self.gradients, self.plan, width, wide, self.options.curvature != "none", self.stability
-        )
-
-    def cached(
-        self, width: int, wide: torch.dtype, stop: int, apart: bool
-    ) -> Iterator[ReverseStep]:
-        return self.fisher(width, wide).cached(self.plan.between(self.plan.steps.start, stop))
-
-    def replayed(
-        self, width: int, wide: torch.dtype, stop: int, apart: bool
-    ) -> Iterator[ReverseStep]:
-        """The gradients of each step's batch are taken when the replay stands there, and not kept."""
-        fisher, replayed = self.fisher(width, wide), ReplayedSteps(self.gradients, self.plan)
-        for number, checkpoint, moments in replayed.back(stop):
-            ids = np.unique(self.plan.trajectory.lines[number].examples)
-            if len(ids) or moments:
-                rows = fisher.held(
-                    self.gradients.extractor.rows(
-                        f"step {number}", "train", list(self.plan.columns), ids
-                    )
-                )
-                yield fisher.step(number, checkpoint, rows, self.plan.updates(number, moments))
-        self.gradients.reporter.note(replayed.note())
-
-    def embedded(self) -> bool:
-        """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and query, or coordinate of the end."""
-        question, options = self.question, self.options
-        queries, size = (
-            1 if question.sum_queries else len(question.queries),
-            reverse_pass.numbers(self.gradients, self.plan),
-        )
-        if options.replay:
-            cheaper = False
-        elif options.form is None and options.embeddings is None:
-            cheaper = queries > size and size * size * 8 <= STATE_BYTES
-        else:
-            cheaper = options.form == "embedding" or options.embeddings is not None
-        if cheaper and question.by == "layer":
+        if self.form == "query" and self.embeddings is not None:
             raise UsageProblem(
-                "--by layer: embeddings are sums over the layers",
-                "--form query splits scores by layer",
+                "--form query does not combine with --embeddings: it makes no embeddings",
+                "give one of them",
             )
-        why = (
-            f"{queries:,} {'query' if queries == 1 else 'queries'}, {size:,} numbers of parameters"
-            if options.embeddings is None
-            else f"kept in {options.embeddings}"
-        )
-        self.gradients.reporter.note(
-            f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature {options.curvature}"
-        )
-        return cheaper
+        if self.embeddings is not None and self.embeddings.is_file():
+            raise UsageProblem(
+                f"--embeddings {self.embeddings} is a file", "expected: a folder, or a new name"
+            )
+
+
+METHOD = Method(
+    name="dve",
+    help="data value embedding: effect of leaving the example out of a step",
+    question="What would leaving this example out of one training step have changed at the end?",
+    needs="checkpoints and trajectory.jsonl; for Adam also --replay",
+    cost="one gradient per example and segment, then one reverse pass over all steps",
+    source="Wang et al. 2024, arXiv:2412.09538",
+    score=deferred("influence_cli.methods.reverse.dve_scores:score"),
+    trace=deferred("influence_cli.methods.reverse.dve_scores:trace"),
+    list_rows=deferred("influence_cli.methods.reverse.dve_scores:list_rows"),
+    options=DveOptions,
+    parts=("step", "checkpoint", "layer"),
+    weighted=False,
+    ranks_share="gradients",
+    refuses={
+        "--normalize": "its scores are loss changes, not inner products",
+        "--shard": "it needs whole steps of training; --queries divides its work instead",
+    },
+)

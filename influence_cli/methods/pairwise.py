@@ -1,7 +1,9 @@
-"""What methods on cached rows share: the gradients of queries, and the loop: queries in passes, blocks of examples outside, checkpoints
-inside, ranked as they come.
+"""What methods on pairs of rows share: query gradients, and the loop that ranks.
 
-N train, Q query, P parts of a score.
+The loop: queries in passes, blocks of training examples outside, checkpoints inside. Each block is
+ranked as soon as it is scored, so memory is flat in the number of training examples.
+
+Letters: N train, Q query, P parts of a score, G groups, D gradient.
 """
 
 import dataclasses
@@ -24,78 +26,95 @@ from influence_cli.output.ranking import Ranking, Shareable
 from influence_cli.parallel import Ranks
 from influence_cli.run.checkpoints import Checkpoint
 
-QUERY_BYTES = (
-    2 << 30
-)  # gradients of queries held at once, over all checkpoints; more queries go in several passes
+QUERY_BYTES = 2 << 30  # query gradients in memory, over all checkpoints; more queries: more passes
 TOTAL_BYTES = 16 << 20  # scores of a block of training examples
 RankingFactory = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
 Advance = Callable[..., None]
 Units = Iterator[GradientRows]
+# Any: what a method keeps of the queries of a pass
+LoadQueries = Callable[[Ids], Any]
+# (queries, blocks of ids, advance) -> of each block its scores and parts (1 + P, Q, N), float64
+ScoreBlocks = Callable[[Any, Iterator[np.ndarray], Advance], Iterator[np.ndarray]]
+# (queries, ids of a block, its rows unit by unit, advance) -> the same of one block
+ScoreBlock = Callable[[Any, np.ndarray, Units, Advance], np.ndarray]
 
 
-def ranked(
-    gradients: GradientSource,
-    question: ScoreRequest,
+def rank_by_gradients(
+    source: GradientSource,
+    request: ScoreRequest,
     new_ranking: RankingFactory,
     query_bytes: int,
-    load: Callable[[Ids], Any],
-    scores: Callable[[Any, np.ndarray, Units, Advance], np.ndarray],
+    load_queries: LoadQueries,
+    score_block: ScoreBlock,
 ) -> Iterator[tuple[Ids, Any, Ranking]]:
-    """Per pass its query ids, what `load` made of them, and their ranking. Memory: a block of scores, and the gradients of some queries.
-    Of several ranks each takes its blocks, and rank 0 has what comes out.
+    """Rank by scores that are made from the gradients of both sides, block by block.
 
-    `query_bytes`: of one query at one checkpoint. `scores(queries, ids, units, advance)`: (1 + P, Q, N) float64, the scores and their
-    parts, from the units of these ids at one checkpoint after the other.
+    `query_bytes`: of one query at one checkpoint. Yields as `rank_blocks` does. The rows of a
+    block come unit by unit, at one checkpoint after the other; the next unit is prefetched.
     """
-    gradients.ensure("query", question.checkpoints, list(question.columns), question.queries)
-    gradients.ensure("train", question.checkpoints, list(question.columns), question.train)
-    ranks, passes = gradients.ranks, query_passes(question, query_bytes)
+    columns = list(request.columns)
+    source.ensure("query", request.checkpoints, columns, request.queries)
+    source.ensure("train", request.checkpoints, columns, request.train)
+
+    def score_blocks(
+        queries: Any, blocks: Iterator[np.ndarray], advance: Advance
+    ) -> Iterator[np.ndarray]:
+        to_read, to_score = itertools.tee(blocks)
+        ids_at = ((checkpoint, ids) for ids in to_read for checkpoint in request.checkpoints)
+        units = source.read_each("train", ids_at, columns)
+        for ids in to_score:
+            yield score_block(queries, ids, units, advance)
+
+    def size_for(width: int) -> int:
+        return block_size(source, request, width)
+
+    passes = query_passes(request, query_bytes)
+    return rank_blocks(source, request, new_ranking, passes, size_for, load_queries, score_blocks)
+
+
+def rank_blocks(
+    source: GradientSource,
+    request: ScoreRequest,
+    new_ranking: RankingFactory,
+    passes: list[Ids],
+    size_for: Callable[[int], int],
+    load_queries: LoadQueries,
+    score_blocks: ScoreBlocks,
+) -> Iterator[tuple[Ids, Any, Ranking]]:
+    """Per pass its query ids, what `load_queries` made of them, and their ranking.
+
+    `size_for(Q)`: training examples of a block. The ranks of a job take turns with the blocks, and rank 0
+    has the rankings; the others yield nothing.
+    """
+    ranks, parts = source.ranks, request.parts
+    total = len(request.train) * len(request.checkpoints) // ranks.count
     for number, ids in enumerate(passes, start=1):
-        of = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
-        with gradients.reporter.progress(
-            f"scores{of}", len(question.train) * len(question.checkpoints) // ranks.count
-        ) as advance:
-            queries = load(ids)
-            width, parts = 1 if question.sum_queries else len(ids), question.parts
+        label = f"scores, queries {number} of {len(passes)}" if len(passes) > 1 else "scores"
+        with source.reporter.progress(label, total) as advance:
+            queries = load_queries(ids)
+            width = 1 if request.sum_queries else len(ids)
             ranking = new_ranking(width, len(parts))
-            groups = (
-                np.zeros((len(parts) + 1, width, len(question.groups.names)))
-                if question.groups
-                else None
-            )
-            turns = in_turns(question.train, block_size(gradients, question, width), ranks.count)
-            wanted = (
-                (checkpoint, turn[ranks.rank])
-                for turn in turns()
-                if ranks.rank < len(turn)
-                for checkpoint in question.checkpoints
-            )
-            units = gradients.read_each("train", wanted, list(question.columns))
-            for turn in turns():
-                block = turn[ranks.rank] if ranks.rank < len(turn) else None
-                totals = scores(queries, block, units, advance) if block is not None else None
-                if groups is not None and question.groups is not None:
-                    sums = (
-                        group_sums(question.groups, block, totals)
-                        if block is not None and totals is not None
-                        else None
-                    )
-                    for found in ranks.gather(
-                        sums
-                    ):  # block by block, so that sums do not depend on the number of ranks
-                        if found is not None:
-                            groups[:, :, found[0]] += found[1]
-                elif block is not None and totals is not None:
-                    ranking.add(block, totals[0], totals[1:])
-            if groups is not None:
-                ranking.add(np.arange(groups.shape[2]), groups[0], groups[1:])
+            size = size_for(width)
+            totals = score_blocks(queries, blocks_of_rank(request.train, size, ranks), advance)
+            scored = zip(blocks_of_rank(request.train, size, ranks), totals, strict=True)
+            if request.groups:
+                turns = -(-sum(1 for _ in cut_ids(request.train, size)) // ranks.count)
+                sums = sum_groups(request.groups, scored, turns, ranks, (len(parts), width))
+                ranking.add(np.arange(sums.shape[2]), sums[0], sums[1:])
             else:
-                unite(ranks, ranking)
+                for block, total_PQN in scored:
+                    ranking.add(block, total_PQN[0], total_PQN[1:])
+                merge_rankings(ranks, ranking)
         if ranks.rank == 0:
             yield ids, queries, ranking
 
 
-def unite(ranks: Ranks, ranking: Ranking) -> None:
+def blocks_of_rank(ids: Ids, size: int, ranks: Ranks) -> Iterator[np.ndarray]:
+    """Every `ranks.count`-th block of the ids, from the rank's own number on."""
+    return itertools.islice(cut_ids(ids, size), ranks.rank, None, ranks.count)
+
+
+def merge_rankings(ranks: Ranks, ranking: Ranking) -> None:
     """Rank 0's ranking takes in those of the others."""
     if ranks.count > 1:
         assert isinstance(ranking, Shareable)
@@ -103,28 +122,38 @@ def unite(ranks: Ranks, ranking: Ranking) -> None:
             ranking.take(parcel)
 
 
-def in_turns(ids: Ids, size: int, count: int) -> Callable[[], Iterator[list[np.ndarray]]]:
-    """Walks over the blocks of the ids, `count` at a time: one for each rank, in the last turn maybe fewer."""
-
-    def turns() -> Iterator[list[np.ndarray]]:
-        every = cut_ids(ids, size)
-        while turn := list(itertools.islice(every, count)):
-            yield turn
-
-    return turns
+def sum_groups(
+    groups: Groups,
+    scored: Iterator[tuple[np.ndarray, np.ndarray]],
+    turns: int,
+    ranks: Ranks,
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """(1 + P, Q, G) sums of all blocks. They are added block by block in the order of the ids, so
+    that sums do not depend on the number of ranks. `turns`: blocks of the
+    rank that has the most. `shape`: P, Q."""
+    parts, width = shape
+    sums = np.zeros((parts + 1, width, len(groups.names)))
+    for _ in range(turns):
+        block = next(scored, None)
+        for block_sums in ranks.gather(group_sums(groups, *block) if block else None):
+            if block_sums is not None:
+                numbers, values = block_sums
+                sums[:, :, numbers] += values
+    return sums
 
 
 def group_sums(
-    groups: Groups, block: np.ndarray, totals: np.ndarray
+    groups: Groups, ids: np.ndarray, totals: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The groups (G,) that a block has, and their sums (1 + P, Q, G) of its scores (1 + P, Q, N)."""
-    there, number = np.unique(groups.of[block], return_inverse=True)
-    sums = np.zeros((*totals.shape[:2], len(there)))
-    np.add.at(sums.transpose(2, 0, 1), number, totals.transpose(2, 0, 1))
-    return there, sums
+    """The groups (G,) of a block, and the sums (1 + P, Q, G) of its scores (1 + P, Q, N)."""
+    numbers, inverse = np.unique(groups.of[ids], return_inverse=True)
+    sums = np.zeros((*totals.shape[:2], len(numbers)))
+    np.add.at(sums.transpose(2, 0, 1), inverse, totals.transpose(2, 0, 1))
+    return numbers, sums
 
 
-def of_next(units: Units, count: int) -> Units:
+def next_units(units: Units, count: int) -> Units:
     """The units of the next `count` examples."""
     done = 0
     while done < count:
@@ -133,67 +162,61 @@ def of_next(units: Units, count: int) -> Units:
         yield rows
 
 
-def query_passes(question: ScoreRequest, query_bytes: int) -> list[Ids]:
-    """The queries, cut so that the gradients of each cut fit into QUERY_BYTES over all checkpoints, and its scores of the smallest block
-    into 8 TOTAL_BYTES; uncut with --sum-queries."""
-    fit = min(
-        QUERY_BYTES // (query_bytes * len(question.checkpoints)),
-        8 * TOTAL_BYTES // (4096 * 8 * (1 + len(question.parts))),
+def query_passes(request: ScoreRequest, query_bytes: int) -> list[Ids]:
+    """The queries, cut into passes; one pass with --sum-queries.
+
+    The gradients of a pass fit into QUERY_BYTES over all checkpoints, and its scores of the
+    smallest block into 8 TOTAL_BYTES.
+    """
+    most = min(
+        QUERY_BYTES // (query_bytes * len(request.checkpoints)),
+        8 * TOTAL_BYTES // (4096 * 8 * (1 + len(request.parts))),
     )
-    most = len(question.queries) if question.sum_queries else max(1, fit)
-    return [
-        question.queries[first : first + most] for first in range(0, len(question.queries), most)
-    ]
+    count = len(request.queries)
+    size = count if request.sum_queries else max(1, most)
+    return [request.queries[first : first + size] for first in range(0, count, size)]
 
 
 def block_size(
-    gradients: GradientSource, question: ScoreRequest, queries: int, level: Level = "values"
+    source: GradientSource, request: ScoreRequest, queries: int, level: Level = "values"
 ) -> int:
-    """Training examples whose scores are held at once: some for each query, whole units, and few enough that several ranks have work."""
-    held = TOTAL_BYTES // (8 * queries * (1 + len(question.parts)))
-    shared = min(floor_power_of_two(held), floor_power_of_two(len(question.train) // 64))
-    return max(
-        min(4096, floor_power_of_two(4 * queries)),
-        256,
-        gradients.budget.unit_size("train", list(question.columns), level),
-        shared,
-    )
+    """Training examples of a block: some for each query, whole units, and work for several ranks."""
+    most = TOTAL_BYTES // (8 * queries * (1 + len(request.parts)))
+    shared = min(floor_power_of_two(most), floor_power_of_two(len(request.train) // 64))
+    unit = source.budget.unit_size("train", list(request.columns), level)
+    return max(min(4096, floor_power_of_two(4 * queries)), 256, unit, shared)
 
 
 def query_rows(
-    gradients: GradientSource, question: ScoreRequest, checkpoint: Checkpoint, ids: Ids
+    source: GradientSource, request: ScoreRequest, checkpoint: Checkpoint, ids: Ids
 ) -> GradientRows:
-    """The queries' gradients at one checkpoint, all in memory, each in the form in which products cost least."""
-    rows = concat_rows(list(gradients.read("query", checkpoint, list(question.columns), ids)))
-    return dataclasses.replace(
-        rows, forms={name: form.ready() for name, form in rows.forms.items()}
-    )
+    """Query gradients at one checkpoint, in memory, each in the form whose products cost least."""
+    rows = concat_rows(list(source.read("query", checkpoint, list(request.columns), ids)))
+    forms = {name: form.ready() for name, form in rows.forms.items()}
+    return dataclasses.replace(rows, forms=forms)
 
 
 def mean_query_row(
-    gradients: GradientSource, question: ScoreRequest, checkpoint: Checkpoint, ids: Ids
+    source: GradientSource, request: ScoreRequest, checkpoint: Checkpoint, ids: Ids
 ) -> GradientRows:
-    """--sum-queries: the mean of the queries' gradients at one checkpoint as one row, summed in float64 as they are read."""
+    """--sum-queries: the mean query gradient at one checkpoint as one row, summed in float64."""
     sums: dict[str, Tensor] = {}
-    kept: dict[str, torch.dtype] = {}
-    for rows in gradients.read("query", checkpoint, list(question.columns), ids):
+    dtypes: dict[str, torch.dtype] = {}
+    for rows in source.read("query", checkpoint, list(request.columns), ids):
         ones = torch.ones(len(rows.ids), 1, dtype=torch.float64)
         for name, form in rows.forms.items():
-            part, kept[name] = form.to(form.device, torch.float64).rmatvec(ones).T, dtype_of(form)
+            part = form.to(form.device, torch.float64).rmatvec(ones).T
+            dtypes[name] = dtype_of(form)
             sums[name] = sums[name] + part if name in sums else part
     forms: dict[str, Form] = {
-        name: Dense(question.columns[name].shape, (value / len(ids)).to(kept[name]))
-        for name, value in sums.items()
+        name: Dense(request.columns[name].shape, (total / len(ids)).to(dtypes[name]))
+        for name, total in sums.items()
     }
+    squares = {name: form.sqnorm() for name, form in forms.items()}
     one = torch.zeros(1, dtype=torch.float64)
-    return GradientRows(
-        np.zeros(1, np.int64),
-        one,
-        one,
-        {name: form.sqnorm() for name, form in forms.items()},
-        forms,
-    )
+    return GradientRows(np.zeros(1, np.int64), one, one, squares, forms)
 
 
 def dtype_of(form: Form) -> torch.dtype:
+    """The floating dtype of a form's tensors."""
     return next(value.dtype for value in form.tensors().values() if value.is_floating_point())

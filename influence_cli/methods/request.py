@@ -1,10 +1,10 @@
-"""What a method receives and what it returns."""
+"""What a method receives, and what it returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from influence_cli.methods.declaration import ValueOptions, WordOptions
+from influence_cli.methods.declaration import NoOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What is asked of a method: which examples, over which checkpoints, with which weights, and how the answer is split."""
+    """Which examples to score, over which checkpoints, with which weights, and split by what.
+
+    `sum_queries`: all queries count as one, by their mean. `options`: of the method's own class.
+    `seed`: of everything that is drawn at random.
+    """
 
     checkpoints: "tuple[Checkpoint, ...]"
     weights: "tuple[Weight, ...]"
@@ -29,24 +33,22 @@ class ScoreRequest:
     normalize: bool = False
     by: str | None = None
     groups: "Groups | None" = None
-    words: WordOptions | None = None
-    values: ValueOptions | None = None
+    options: object = NoOptions()
+    seed: int = 0
 
     @property
     def parts(self) -> list[str]:
-        """Names of the parts of a score: steps, or layers in the model's order; one unnamed part without `by`."""
+        """Names of the parts of a score: steps, or layers in the model's order; [] without `by`."""
         if self.by == "checkpoint":
             return [str(checkpoint.step) for checkpoint in self.checkpoints]
-        return (
-            list(dict.fromkeys(column.layer for column in self.columns.values()))
-            if self.by == "layer"
-            else []
-        )
+        if self.by == "layer":
+            return list(dict.fromkeys(column.layer for column in self.columns.values()))
+        return []
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`--group-by`: group number of each training example (-1: not ranked), and the groups' names."""
+    """`--group-by`: group number of each training example (-1: not ranked), and group names."""
 
     of: "np.ndarray"
     names: list[str]
@@ -54,9 +56,11 @@ class Groups:
 
 @dataclass(frozen=True)
 class ScoredQueries:
-    """Scores of some queries, ranked. `queries`: their ids, or None for all as one; `parts`: names of the parts of each score.
+    """Ranked scores of some queries.
 
-    `split`: where each pair has parts of its own, (query position, entries) -> per entry its (part, score).
+    `queries`: their ids, or None for all as one. `parts`: names of the parts of each score.
+    `split`: where each pair has parts of its own, a function from a query's position and its
+    entries to a list of (part, score) for each entry.
     """
 
     queries: "list[int] | None"

@@ -37,6 +37,7 @@ SCORE_COLUMNS = (
 TRACE_COLUMNS = ("query", "train", "step", "score", "running", "query_label", "train_label")
 SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
 CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
+METHOD_COLUMNS = ("method", "question", "needs", "cost", "source")
 WHOLE_NUMBERS, FLOATS = {"rank"}, {"score", "running", "error", "allowed"}
 SPLIT = 256  # ranked pairs divided at once
 CHUNK = 1000  # rows of a terminal table, or of a parquet row group, held at once

@@ -300,11 +300,11 @@ def test_parts_that_are_not_there_are_refused(tmp_path, influence):
         (["--group-by", "label"], ("--group-by sums over all training examples", "torchrun")),
         (
             ["--method", "dve"],
-            ("--method dve goes back over whole steps", "--queries splits its work"),
+            ("--shard does not apply to --method dve", "--queries divides its work"),
         ),
         (
             ["--method", "unroll"],
-            ("--method unroll goes back over whole steps", "--queries splits its work"),
+            ("--shard does not apply to --method unroll", "--queries divides its work"),
         ),
     ],
     ids=lambda value: " ".join(value),

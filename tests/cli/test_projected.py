@@ -422,8 +422,14 @@ def test_dve_with_replay_projects_what_it_takes_on_the_way(tmp_path, influence):
 
 # ---------------------------------------------------------------- refused
 REFUSED = {
-    "--method unroll --project 8": ("--project with --method unroll", "asks the model itself"),
-    "--method tracin-we --project 8": ("--project with --method tracin-we", "single words"),
+    "--method unroll --project 8": (
+        "--project does not apply to --method unroll",
+        "runs the model itself",
+    ),
+    "--method tracin-we --project 8": (
+        "--project does not apply to --method tracin-we",
+        "single words",
+    ),
     "--projection sparse": ("--projection sparse without --project", "--project K"),
     "--project 0": ("--project 0", "a number from 1"),
     "--project -4": ("--project -4", "a number from 1"),

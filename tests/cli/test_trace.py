@@ -72,7 +72,7 @@ def test_what_has_no_place_in_training_time_is_refused(run, influence, tmp_path)
     refused(
         influence("trace", run, "--method", "tracin"),
         2,
-        "--method tracin: its scores have no place in training time",
+        "--method tracin has no scores by step of training",
         "dve",
     )
     refused(

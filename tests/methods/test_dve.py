@@ -474,16 +474,16 @@ def test_no_trajectory_shows_the_lines_that_record_one(tmp_path, influence):
 BAD_FLAGS = {
     "--at 5": ("--at 5: no checkpoint there", "0, 4, 8, 12"),
     "--at 0": ("from before the first step",),
-    "--normalize": ("--normalize: scores of dve are changes of a loss",),
-    "--lr 1": ("--method dve has no learning-rate weights",),
-    "--curvature hessian": ("--curvature hessian with --method dve", "fisher, none"),
+    "--normalize": ("--normalize does not apply to --method dve", "loss changes"),
+    "--lr 1": ("--lr does not apply to --method dve", "no learning-rate weights"),
+    "--curvature hessian": ("--curvature hessian: unknown", "fisher, none"),
     "--form both": ("--form both: unknown", "query, embedding"),
-    "--form query --embeddings DIR": ("--form query keeps no embeddings",),
+    "--form query --embeddings DIR": ("--form query does not combine with --embeddings",),
     "--form embedding --by layer": ("--by layer: embeddings are sums over the layers",),
     "--by word": ("--by word: the scores of dve have no such parts", "step, checkpoint, layer"),
     "--method tracin --at 4": (
-        "--at: --method tracin does not go by the order of training",
-        "--method dve",
+        "--at: --method tracin has no such option",
+        "dve and unroll have",
     ),
 }
 

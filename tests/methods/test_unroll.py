@@ -279,10 +279,10 @@ def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, m
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--form", "query"), "has no embedding form"),
-        (("--embeddings", "there"), "has no embedding form"),
-        (("--curvature", "fisher"), "unroll: hessian, gauss-newton"),
-        (("--normalize",), "could be cosines"),
+        (("--form", "query"), "--method unroll has no such option"),
+        (("--embeddings", "there"), "--method unroll has no such option"),
+        (("--curvature", "fisher"), "expected: hessian, gauss-newton"),
+        (("--normalize",), "not inner products"),
     ],
 )
 def test_flags_of_other_methods_are_refused(flags, says, tmp_path, influence):
@@ -338,7 +338,7 @@ def test_inspect_says_what_it_costs_in_trainings_and_no_gradients_of_training_ex
     run = train(tmp_path / "run", kind=ADAMW, rate=0.05, every=4)
     result = influence("inspect", run, "--method", "unroll", "--replay", "--lr", "1")
     assert result.code == 0
-    assert "trainings of its 12 steps for 5 queries, 1 of them to run the steps again" in result.out
+    assert "trainings of its 12 steps for 5 queries, 1 of them to re-run the steps" in result.out
     assert "both its moments" not in result.err
     assert "  train" not in result.out.split("gradients")[1].split("setting")[0]
     assert "up to 4 steps" in unroll(influence, train(tmp_path / "sgd", every=4)).err

@@ -28,7 +28,7 @@ from influence_cli.cache.unit_file import open_tensor_file
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.extraction.machine import available_memory, check_fits
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods.declaration import ValueOptions
+from influence_cli.methods.dve import DveOptions
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import Fisher, Stability, back, prepare, sizes, spread
@@ -52,7 +52,7 @@ class Embeddings:
         gradients: GradientSource,
         whole: ReversePlan,
         stop: int,
-        options: ValueOptions,
+        options: DveOptions,
     ) -> None:
         """Of the `whole` training, read up to the step `stop`. Raises CacheError where the folder holds something else, UsageProblem where
         `stop` is inside of a part."""

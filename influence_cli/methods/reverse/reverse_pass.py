@@ -21,11 +21,11 @@ from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import checkpoint_key
 from influence_cli.cache.unit_file import open_tensor_file
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods.declaration import ValueOptions
 from influence_cli.methods.pairwise import QUERY_BYTES, mean_query_row, query_rows
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
+from influence_cli.methods.reverse.options import ReverseOptions
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import ReverseStep, back, sizes, working_dtype
 from influence_cli.progress import Advance
@@ -83,7 +83,7 @@ def queries_of_a_pass(gradients: GradientSource, plan: ReversePlan, question: Sc
 def carry(
     gradients: GradientSource,
     plan: ReversePlan,
-    options: ValueOptions,
+    options: ReverseOptions,
     rows: GradientRows,
     totals: Totals | Trace,
     take: Take,
@@ -149,7 +149,7 @@ class PassProgress:
         self,
         gradients: GradientSource | None,
         plan: ReversePlan,
-        options: ValueOptions,
+        options: ReverseOptions,
         method: str,
     ) -> None:
         """`gradients` None, or without a cache: nothing is kept."""

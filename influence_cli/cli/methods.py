@@ -1,0 +1,17 @@
+"""influence methods: what each method answers, needs and costs."""
+
+from influence_cli.cli import command, options
+
+
+@command("methods", example="influence methods")
+def methods(format: options.Format = None, output: options.Output = None) -> None:
+    """List the methods: the question that each one answers, its needs, its cost and its source."""
+    from influence_cli.methods.table import METHODS
+    from influence_cli.output import tables
+
+    rows = [
+        (name, method.question, method.needs, method.cost, method.source)
+        for name, method in METHODS.items()
+    ]
+    sink = tables.TableWriter.open(format, output)
+    sink.write(rows, tables.METHOD_COLUMNS)

@@ -1,0 +1,37 @@
+"""Self-influence: the score of TracIn of an example on itself (arXiv:2002.08484, section 4.1)."""
+
+import itertools
+
+import numpy as np
+
+from influence_cli.cache.id_blocks import cut_ids
+from influence_cli.extraction.source import GradientSource
+from influence_cli.methods.pairwise import block_size, merge_rankings
+from influence_cli.methods.request import ScoreRequest
+from influence_cli.output.ranking import Ranking
+
+
+def rank_self_influence(source: GradientSource, request: ScoreRequest, ranking: Ranking) -> None:
+    """Add sum over checkpoints of eta_i |g_i(z)|^2 of each training example to `ranking`.
+
+    It reads exact norms alone. High scores: mislabelled and atypical examples. Of several ranks,
+    rank 0 has the whole ranking.
+    """
+    source.ensure("train", request.checkpoints, list(request.columns), request.train, "norms")
+    ranks = source.ranks
+    total = len(request.train) * len(request.checkpoints) // ranks.count
+    with source.reporter.progress("self-influence", total) as advance:
+        blocks = cut_ids(request.train, block_size(source, request, 1, "norms"))
+        for block in itertools.islice(blocks, ranks.rank, None, ranks.count):
+            scores_N = np.zeros(len(block))
+            for checkpoint, weight in zip(request.checkpoints, request.weights, strict=True):
+                first = 0
+                for rows in source.read("train", checkpoint, list(request.columns), block, "norms"):
+                    last = first + len(rows.ids)
+                    for name, column in request.columns.items():
+                        squares = rows.sqnorms[name].numpy()
+                        scores_N[first:last] += weight.of(column.names) * squares
+                    first = last
+                    advance(len(rows.ids))
+            ranking.add(block, scores_N[None])
+        merge_rankings(ranks, ranking)
