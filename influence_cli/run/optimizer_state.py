@@ -66,11 +66,15 @@ def report_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrajectoryError(
-            describe_disk_error(path, error, path.parent),
-            "free some space, or record into another folder",
-            "a resumed training starts at the newest checkpoint",
-        ) from error
+        raise describe_write_error(path, error) from error
+
+
+def describe_write_error(path: Path, error: OSError) -> TrajectoryError:
+    return TrajectoryError(
+        describe_disk_error(path, error, path.parent),
+        "free some space, or record into another folder",
+        "a resumed training starts at the newest checkpoint",
+    )
 
 
 # ---------------------------------------------------------------- optimizer state

@@ -2,6 +2,7 @@
 
 import fnmatch
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,13 +40,18 @@ class Column:
         return int(torch.Size(self.shape).numel())
 
 
-def build_model(definition: Definition) -> nn.Module:
-    """The user's model in eval mode, out of its wrappers. Raises DefinitionError for what has no per-example gradient."""
-    model = definition.call("model")
+def unwrap_model(model: Any) -> Any:  # Any: whatever the user's model() returns
+    """The model without DataParallel, DistributedDataParallel and torch.compile."""
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
         model, "_orig_mod"
     ):
         model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def build_model(definition: Definition) -> nn.Module:
+    """The user's model in eval mode, out of its wrappers. Raises DefinitionError for what has no per-example gradient."""
+    model = unwrap_model(definition.call("model"))
     if not isinstance(model, nn.Module):
         raise DefinitionError(
             f"model() returned a {type(model).__name__}", "expected: a torch.nn.Module"
