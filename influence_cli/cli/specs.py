@@ -132,7 +132,7 @@ def check_by(by: str | None, method: Method, group_by: str | None) -> None:
     if by is not None and by not in method.parts:
         raise UsageProblem(
             f"--by {by}: the scores of {method.name} have no such parts",
-            f"expected: {', '.join(method.parts)}",
+            f"expected: {', '.join(method.parts)}" if method.parts else "leave out --by",
         )
     if by in method.pair_parts and group_by:
         raise UsageProblem(

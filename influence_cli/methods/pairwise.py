@@ -21,12 +21,13 @@ from influence_cli.cache.unit_file import Level
 from influence_cli.extraction.memory_budget import floor_power_of_two
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
-from influence_cli.methods.request import Groups, ScoreRequest
+from influence_cli.methods.request import Groups, ScoredQueries, ScoreRequest
 from influence_cli.output.ranking import Ranking, Shareable
 from influence_cli.parallel import Ranks
 from influence_cli.run.checkpoints import Checkpoint
 
 QUERY_BYTES = 2 << 30  # query gradients in memory, over all checkpoints; more queries: more passes
+BLOCK, MOST_QUERIES = 4096, 512  # of a block and a pass, where no gradients are read
 TOTAL_BYTES = 16 << 20  # scores of a block of training examples
 RankingFactory = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
 Advance = Callable[..., None]
@@ -70,6 +71,24 @@ def rank_by_gradients(
 
     passes = query_passes(request, query_bytes)
     return rank_blocks(source, request, new_ranking, passes, size_for, load_queries, score_blocks)
+
+
+def score_without_gradients(
+    source: GradientSource,
+    request: ScoreRequest,
+    new_ranking: RankingFactory,
+    load_queries: LoadQueries,
+    score_blocks: ScoreBlocks,
+) -> Iterator[ScoredQueries]:
+    """Rank by scores that need no cached gradients, in blocks of a fixed size."""
+    count = len(request.queries)
+    size = count if request.sum_queries else MOST_QUERIES
+    passes = [request.queries[first : first + size] for first in range(0, count, size)]
+    for ids, _, ranking in rank_blocks(
+        source, request, new_ranking, passes, lambda width: BLOCK, load_queries, score_blocks
+    ):
+        names = None if request.sum_queries else [int(query) for query in ids]
+        yield ScoredQueries(names, ranking, request.parts)
 
 
 def rank_blocks(
