@@ -1,0 +1,75 @@
+"""The baseline RepSim: similarity of representations (Hanawa et al. 2021, arXiv:2006.04528).
+
+score(z, q) = h(z) . h(q) / (|h(z)| |h(q)|), and 0 where a feature vector is 0
+
+h(x) is `features(model, batch)` of the definition at one checkpoint; by default the input of the
+model's last Linear layer, averaged over positions. Score > 0: the model represents both examples
+alike. It uses no labels and no gradients, so a proponent is similar, but did not necessarily lower
+the query's loss. With --sum-queries the score is the mean of the cosines.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from influence_cli.methods.declaration import Method
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from influence_cli.cache.id_blocks import Ids
+    from influence_cli.extraction.source import GradientSource
+    from influence_cli.methods.pairwise import Advance, RankingFactory
+    from influence_cli.methods.request import ScoredQueries, ScoreRequest
+
+
+def score(
+    source: "GradientSource", request: "ScoreRequest", new_ranking: "RankingFactory"
+) -> "Iterator[ScoredQueries]":
+    """Cosines of every requested training example, ranked per query.
+
+    Raises DefinitionError where the model has no Linear layer and the definition no `features`.
+    """
+    from torch.nn.functional import normalize
+
+    from influence_cli.extraction.features import FeatureExtractor
+    from influence_cli.methods.pairwise import score_without_gradients
+
+    extractor = FeatureExtractor(source)
+    (checkpoint,) = request.checkpoints
+
+    def unit_vectors(split: str, ids: "Ids") -> "Tensor":
+        return normalize(extractor.features(split, checkpoint, ids), dim=1)
+
+    def load_queries(ids: "Ids") -> "Tensor":
+        units_QF = unit_vectors("query", ids)
+        return units_QF.mean(0, keepdim=True) if request.sum_queries else units_QF
+
+    def score_blocks(
+        units_QF: "Tensor", blocks: "Iterator[np.ndarray]", advance: "Advance"
+    ) -> "Iterator[np.ndarray]":
+        for ids in blocks:
+            yield (units_QF @ unit_vectors("train", ids).T)[None].numpy()
+            advance(len(ids))
+
+    return score_without_gradients(source, request, new_ranking, load_queries, score_blocks)
+
+
+METHOD = Method(
+    name="repsim",
+    help="baseline: cosine of the model's features",
+    question="Does the model represent this example like the query?",
+    needs="one checkpoint; features(model, batch), or a model with a Linear layer",
+    cost="one forward pass per example",
+    source="Hanawa et al. 2021, arXiv:2006.04528",
+    score=score,
+    parts=(),
+    checkpoints="one",
+    weighted=False,
+    normalized=True,
+    caches_train=False,
+    refuses={
+        "--layers": "it reads features, not gradients",
+        "--project": "it reads features, not gradients",
+    },
+)
