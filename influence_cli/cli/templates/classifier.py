@@ -1,6 +1,6 @@
-"""What `influence` needs to know of a training run. Plain functions; loading this file runs it.
+"""Describes a training run to `influence`, in plain functions. influence runs this file.
 
-The parts marked CHANGE build a stand-in, so that the file runs as it is.
+The lines marked CHANGE use random data, so that this file runs unchanged. Replace them.
 """
 
 import torch
@@ -9,12 +9,15 @@ from torch.nn import functional as F
 
 
 def model():
-    """The architecture. Weights are loaded from checkpoints/*.safetensors, so their initial values don't matter."""
+    """The architecture. influence loads the weights from checkpoints/*.safetensors."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))  # CHANGE
 
 
 def train_data():
-    """The examples to be ranked: len(dataset) and dataset[i], the same example at the same index each time (no augmentation)."""
+    """The examples to rank: a dataset with len(dataset) and dataset[i].
+
+    An index gives the same example each time: no random augmentation.
+    """
     generator = torch.Generator().manual_seed(0)  # CHANGE: numpy.load, your own Dataset, ...
     images, labels = (
         torch.rand(200, 8, 8, generator=generator),
@@ -24,7 +27,7 @@ def train_data():
 
 
 def query_data():
-    """The predictions to explain, in the same form."""
+    """The predictions to explain: a dataset like train_data()."""
     generator = torch.Generator().manual_seed(1)  # CHANGE
     images, labels = (
         torch.rand(20, 8, 8, generator=generator),
@@ -34,27 +37,27 @@ def query_data():
 
 
 def loss(model, batch):
-    """One loss per example, shape (B,): what training minimised, before it was averaged. Hence reduction="none"."""
+    """One loss per example, shape (B,): the training loss before the mean (reduction="none")."""
     images, labels = batch
     return F.cross_entropy(model(images), labels, reduction="none")
 
 
-# Optional ---------------------------------------------------------------------------------------------------------------
+# Optional ----------------------------------------------------------------------------------------
 # def measure(model, batch):
-#     """(B,), larger = better: what a query's score is about, where that is not -loss. For example the logit of the label."""
+#     """What scores explain, shape (B,), larger = better: here the label's logit; default -loss."""
 #     images, labels = batch
 #     return model(images).gather(1, labels[:, None])[:, 0]
 
 
 def label(example):
-    """Text for the columns query_label and train_label, and for --group-by label."""
+    """Text for the table's columns query_label and train_label, and for --group-by label."""
     return int(example[1])
 
 
 # def describe(example):
-#     """Text for the columns query_text and train_text."""
+#     """Text for the columns query_text and train_text of the table."""
 #     return ...
 
 # def collate(items):
-#     """A list of examples -> a batch, where torch's default does not do."""
+#     """Makes a batch of a list of examples. Default: torch's default_collate."""
 #     return ...

@@ -1,6 +1,7 @@
-"""What `influence` needs to know of the training run of a causal language model. Plain functions; loading this file runs it.
+"""Describes the training run of a causal language model to `influence`, in plain functions.
 
-The parts marked CHANGE build a stand-in, so that the file runs as it is.
+influence runs this file. The lines marked CHANGE use random data and a small model, so that this
+file runs unchanged. Replace them.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 PADDING = 0
 
 
-class Model(nn.Module):  # CHANGE: import yours
+class Model(nn.Module):  # CHANGE: import your model
     def __init__(self, vocabulary=128, width=32):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
@@ -24,7 +25,7 @@ class Model(nn.Module):  # CHANGE: import yours
 
 
 def model():
-    """The architecture. Weights are loaded from checkpoints/*.safetensors, so their initial values don't matter."""
+    """The architecture. influence loads the weights from checkpoints/*.safetensors."""
     return Model()
 
 
@@ -35,31 +36,35 @@ def texts(seed, number):  # CHANGE: token ids of your texts
 
 
 def train_data():
-    """The examples to be ranked: len(dataset) and dataset[i], the same example at the same index each time."""
+    """The examples to rank: a dataset with len(dataset) and dataset[i].
+
+    An index gives the same example each time.
+    """
     return texts(0, 100)
 
 
 def query_data():
-    """The predictions to explain, in the same form."""
+    """The predictions to explain: a dataset like train_data()."""
     return texts(1, 10)
 
 
 def collate(items):
-    """Texts of different lengths -> one padded batch; pad to one length, so that an example never depends on its neighbours."""
+    """Makes a batch of texts of different lengths.
+
+    It pads all texts to one length, so that no example depends on others in its batch.
+    """
     return {"ids": torch.stack([F.pad(item, (0, 16 - len(item)), value=PADDING) for item in items])}
 
 
 def loss(model, batch):
-    """One loss per example, shape (B,): the mean over its own tokens. Padding never counts."""
+    """One loss per example, shape (B,): the mean over its own tokens, without padding."""
     ids = batch["ids"]
     logits, targets = model(ids)[:, :-1], ids[:, 1:]
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
-        targets.shape
-    )
-    kept = targets != PADDING
-    return (each * kept).sum(1) / kept.sum(1)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    is_token = targets != PADDING
+    return (losses.view(targets.shape) * is_token).sum(1) / is_token.sum(1)
 
 
 def describe(example):
-    """Text for the columns query_text and train_text. CHANGE: decode with your tokenizer."""
+    """Text for the columns query_text and train_text. CHANGE: decode it with your tokenizer."""
     return " ".join(map(str, example.tolist()))

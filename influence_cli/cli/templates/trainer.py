@@ -1,7 +1,8 @@
-"""What `influence` needs to know of a Hugging Face Trainer run. Plain functions; loading this file runs it.
+"""Describes a Hugging Face Trainer run to `influence`, in plain functions.
 
-Lay it beside the Trainer's output: checkpoint-500/model.safetensors, checkpoint-1000/..., each with its trainer_state.json, from which
-the learning rates are read. CHANGE the names of model and data.
+influence runs this file. Put it into the Trainer's output folder, beside checkpoint-500/,
+checkpoint-1000/, ... influence reads the learning rates from each trainer_state.json. Replace the
+lines marked CHANGE.
 """
 
 import torch
@@ -19,24 +20,27 @@ pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
 
 
 def model():
-    """The architecture, from its config alone; weights are loaded from the checkpoints."""
+    """The architecture, from its config. influence loads the weights from the checkpoints."""
     return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(NAME))
 
 
 def train_data():
-    """The tokenised examples that Trainer was given, in the same order: input_ids, attention_mask, label."""
+    """The tokenised examples, in the order in which Trainer got them.
+
+    Each has input_ids, attention_mask and label.
+    """
     return load_from_disk("train")  # CHANGE
 
 
 def query_data():
-    """The predictions to explain, in the same form."""
+    """The predictions to explain: a dataset like train_data()."""
     return load_from_disk("validation")  # CHANGE
 
 
 def collate(items):
-    """Pad to one length, so that an example never depends on its neighbours."""
-    kept = ("input_ids", "attention_mask", "label")
-    return dict(pad([{name: item[name] for name in kept} for item in items]))
+    """Pads all texts to one length, so that no example depends on others in its batch."""
+    names = ("input_ids", "attention_mask", "label")
+    return dict(pad([{name: item[name] for name in names} for item in items]))
 
 
 def loss(model, batch):
@@ -46,10 +50,10 @@ def loss(model, batch):
 
 
 def label(example):
-    """Text for the columns query_label and train_label."""
+    """Text for the columns query_label and train_label of the table."""
     return example["label"]
 
 
 def describe(example):
-    """Text for the columns query_text and train_text."""
+    """Text for the columns query_text and train_text of the table."""
     return tokenizer.decode(example["input_ids"], skip_special_tokens=True)
