@@ -1,6 +1,13 @@
-# make demo: the first table. make test: lint, types, tests. Both make .venv and install what they need.
-# On Linux without a GPU, name PyTorch's index of CPU builds (pytorch.org, "Get started") to avoid gigabytes of CUDA libraries:
-#   make demo TORCH_INDEX=https://...
+# make demo          print a first table
+# make test          run lint, types and tests; the same as make check
+# make mislabelled   count the wrong labels among the 40 highest scores of `influence self`
+# make sample-runs   train the sample runs again
+# make bench-peers   compare with public libraries, each in its own environment
+# make clean         remove environments and caches
+#
+# Every target installs what it needs into .venv. On Linux without a GPU, set TORCH_INDEX to
+# PyTorch's index of CPU builds (pytorch.org, "Get started"). This avoids gigabytes of CUDA
+# libraries: make demo TORCH_INDEX=https://...
 PYTHON ?= python3
 TORCH_INDEX ?=
 VENV ?= .venv
@@ -26,7 +33,8 @@ tests: $(VENV)/dev
 	$(VENV)/bin/python -m pytest
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/core: $(VENV)/bin/python $(CORE)
@@ -45,7 +53,7 @@ sample-runs: $(VENV)/core
 	$(VENV)/bin/python $(RUN)/train.py
 	$(VENV)/bin/python sample_runs/words/train.py
 
-# Our whole job beside public peers', each in an environment of its own. WORKLOADS="w1 w3" takes some.
+# Compares whole jobs with those of public libraries. WORKLOADS="w1 w3" selects workloads.
 PEERS = captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 traker==0.3.2 bergson==2.5.1
 PEER_PIP = .venv-peers/$*/bin/pip --disable-pip-version-check
 WORKLOADS ?=
@@ -53,8 +61,8 @@ WORKLOADS ?=
 bench-peers: $(VENV)/core $(foreach peer,$(PEERS),.venv-peers/$(firstword $(subst ==, ,$(peer)))/installed)
 	$(VENV)/bin/python benchmarks/peers.py $(WORKLOADS)
 
-# A peer that does not install is left out. kronfluence and bergson ask for torchvision and torchaudio but import neither, and their builds
-# for CUDA break a torch without it.
+# bench-peers skips a library that pip cannot install. kronfluence and bergson require torchvision
+# and torchaudio but import neither. CUDA builds of these two break a CPU torch: remove them.
 .venv-peers/%/installed: constraints.txt
 	$(PYTHON) -m venv .venv-peers/$*
 	$(if $(TORCH_INDEX),$(PEER_PIP) install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
