@@ -90,8 +90,8 @@ def describe_missing_checkpoints(place: Path) -> CheckpointError:
     ]
     return CheckpointError(
         f"no checkpoints in {place}",
-        "expected: step-000100.safetensors ..., or Trainer folders checkpoint-100/model.safetensors "
-        "(or its index file)",
+        "expected: step-000100.safetensors ..., "
+        "or Trainer folders checkpoint-100/model.safetensors (or its index file)",
         *([f"found: {listed(pickled)}; pickled files are never opened"] if pickled else []),
         "save them with safetensors.torch.save_model(model, 'checkpoints/step-000100.safetensors')",
     )

@@ -1,4 +1,4 @@
-"""The user's datasets: read as fixed sequences of examples, batched, described, and digested so that a change is noticed."""
+"""The user's datasets as fixed sequences of examples: reads, batches and digests them."""
 
 import dataclasses
 import zlib
@@ -15,7 +15,7 @@ from influence_cli.run.definition import Definition, describe_failure
 
 
 class Examples:
-    """One split of a run: `train` (the examples to be ranked) or `query` (the predictions to explain)."""
+    """One split of a run: `train` (the examples to rank) or `query` (predictions to explain)."""
 
     def __init__(self, definition: Definition, split: str) -> None:
         self.split, self.source = split, f"{split}_data()"
@@ -23,16 +23,15 @@ class Examples:
         self._dataset = definition.call(f"{split}_data")
         plain = type(self._dataset) is TensorDataset and not definition.has("collate")
         self._tensors = self._dataset.tensors if plain else None
-        self._described = lru_cache(maxsize=65_536)(
-            self._describe
-        )  # bounded, so that memory stays flat
+        # bounded, so that memory stays flat
+        self._cached_description = lru_cache(maxsize=65_536)(self._describe)
         kind = type(self._dataset).__name__
         indexed = hasattr(self._dataset, "__getitem__") and hasattr(self._dataset, "__len__")
         if not indexed or isinstance(self._dataset, IterableDataset):
             raise DataError(
                 f"{self.source} returned a {kind}, which can't be read by index",
                 "expected: a map-style dataset, with len(dataset) and dataset[i]",
-                "an iterable can be made one with list(...), or written to disk once and indexed",
+                "convert an iterable with list(...), or write it to disk once and index that",
             )
         try:
             self._length = len(self._dataset)
@@ -73,7 +72,7 @@ class Examples:
             ) from error
 
     def batch(self, ids: Sequence[int] | np.ndarray) -> Any:
-        """These examples, collated. A plain TensorDataset is indexed, which gives what reading one by one would."""
+        """These examples, collated. Indexes a plain TensorDataset, with the same result."""
         if self._tensors is None:
             return self.collate(self.items(ids))
         return [tensor[torch.as_tensor(ids, dtype=torch.int64)] for tensor in self._tensors]
@@ -95,20 +94,20 @@ class Examples:
         return torch.tensor(values, dtype=torch.int64)
 
     def check_stable(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Read each example twice. Raises DataError where the two differ (random augmentation, a moving file)."""
+        """Reads each example twice. Raises DataError where the two differ."""
         for index in ids:
             if digest_item(self.item(index)) != digest_item(self.item(index)):
                 raise DataError(
-                    f"{self.source} changes between reads: example {index} was different when read again",
-                    "influence needs the same example at the same index each time",
+                    f"{self.source} changes between reads: two reads of example {index} differ",
+                    "expected: the same example at the same index each time",
                     "switch random augmentation off in definition.py",
                 )
 
     def label(self, index: int) -> str:
-        return self._described("label", int(index))
+        return self._cached_description("label", int(index))
 
     def text(self, index: int) -> str:
-        return self._described("describe", int(index))
+        return self._cached_description("describe", int(index))
 
     def _describe(self, function: str, index: int) -> str:
         if not self._definition.has(function):
@@ -123,22 +122,23 @@ class Examples:
 
 
 def digest_item(item: Any) -> int:
-    """A 32-bit digest of one example: numbers, text, bytes, tensors, arrays, pictures and nests of them; other objects by type."""
+    """A 32-bit digest of one example: numbers, text, bytes, tensors, arrays, images, and nested
+    containers of them. Of other objects only the type counts."""
     value = 0
 
     def add(part: Any) -> None:
         nonlocal value
-        name, content = _bytes(part)
+        name, content = _encode_part(part)
         value = zlib.crc32(content, zlib.crc32(name.encode(), value))
-        for child in _children(part):
+        for child in _list_children(part):
             add(child)
 
     add(item)
     return value
 
 
-def _bytes(part: Any) -> tuple[str, Any]:
-    """What an example's part is, and its content as a buffer."""
+def _encode_part(part: Any) -> tuple[str, Any]:
+    """The type and shape of an example's part, and its content as a buffer."""
     if isinstance(part, torch.Tensor):
         part = part.to_dense() if part.layout != torch.strided else part
         flat = part.detach().cpu().contiguous().reshape(-1)
@@ -162,7 +162,7 @@ def _bytes(part: Any) -> tuple[str, Any]:
     ) else b""
 
 
-def _children(part: Any) -> list[Any]:
+def _list_children(part: Any) -> list[Any]:
     if isinstance(part, Mapping):
         return [child for key, value in part.items() for child in (key, value)]
     if isinstance(part, list | tuple):

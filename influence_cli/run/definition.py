@@ -1,4 +1,4 @@
-"""The user's definition.py: loading it (which runs it), calling its functions, and saying where they fail."""
+"""Loads the user's definition.py (which runs it), calls its functions, reports where they fail."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ REQUIRED = ("model", "train_data", "query_data", "loss")
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A loaded definition.py. `digest` covers its text and that of the modules of the user's own that it imports."""
+    """A loaded definition.py. `digest` covers it and the user's own modules that it imports."""
 
     path: Path
     digest: str
@@ -30,7 +30,7 @@ class Definition:
         return callable(getattr(self.module, name, None))
 
     def raw(self, name: str) -> Callable[..., Any]:
-        """The user's function itself; errors come out as they are."""
+        """The user's function itself; its exceptions pass through."""
         return getattr(self.module, name)
 
     def call(self, name: str, *args: Any) -> Any:
@@ -42,12 +42,15 @@ class Definition:
 
 
 def load_definition(path: Path) -> Definition:
-    """Run a definition.py. Raises DefinitionError: no such file, syntax error, exception while loading, missing function."""
+    """Runs a definition.py.
+
+    Raises DefinitionError: no such file, syntax error, exception while loading, missing function.
+    """
     path = path.absolute()
     if not path.is_file():
         raise DefinitionError(
             f"no definition at {path}",
-            "`influence init` writes one to start from; --definition FILE names another place",
+            "`influence init` writes one to start from; --definition FILE names another file",
         )
     try:
         code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
@@ -89,7 +92,8 @@ def load_definition(path: Path) -> Definition:
 
 
 def digest_sources(path: Path, imported: set[str]) -> str:
-    """sha256 of the definition and of the user's own modules: those beside it, and those it `imported` that are not installed."""
+    """sha256 of the definition and the user's own modules: those beside it, and those that it
+    `imported` from elsewhere and that are not installed packages."""
     installed = {
         sysconfig.get_path("stdlib"),
         sysconfig.get_path("platstdlib"),
@@ -102,10 +106,8 @@ def digest_sources(path: Path, imported: set[str]) -> str:
         str(Path(__file__).parents[1]),
     }
     roots, beside = tuple(root + os.sep for root in installed), str(path.parent) + os.sep
-    sources = {
-        path,
-        *path.parent.glob("*.py"),
-    }  # those beside it may be imported later, inside a function
+    # a function may import the modules beside it later
+    sources = {path, *path.parent.glob("*.py")}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         own = (file.startswith(beside) and "site-packages" not in file) or (
@@ -120,7 +122,7 @@ def digest_sources(path: Path, imported: set[str]) -> str:
 
 
 def describe_failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:
-    """What a user function's exception becomes: type, text, and the last line of the user's own code."""
+    """An exception of a user's function as an error: type, text, last line of the user's code."""
     return DefinitionError(
         f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}",
         *list_user_frames(error, definition.path.parent),

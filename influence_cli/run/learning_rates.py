@@ -1,4 +1,4 @@
-"""Which step size weighs a checkpoint in TracIn: a line of the trajectory, a sum of lines, the file's own, or the user's."""
+"""The learning-rate weight of each checkpoint in TracIn."""
 
 import json
 import math
@@ -14,12 +14,13 @@ CHOICES = ("point", "segment", "none")
 
 
 class NoLearningRate(UsageProblem):
-    """A checkpoint's learning rate is found nowhere."""
+    """No source has the learning rate of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """η of one checkpoint: the same for every parameter, or one per parameter group. `source` says where it was found."""
+    """η of one checkpoint: one for all parameters, or one per parameter group. `source` names its
+    origin, for people."""
 
     step: int
     rates: tuple[float, ...]
@@ -53,9 +54,10 @@ def weigh_checkpoints(
     override: float | None = None,
     every: Sequence[Checkpoint] | None = None,
 ) -> list[Weight]:
-    """One weight per checkpoint, in order. Segments reach back to the previous checkpoint of `every` one of the run.
+    """One weight per checkpoint, in order.
 
-    Raises NoLearningRate naming the flag where a weight is found nowhere.
+    `every`: all checkpoints of the run; a segment starts at the previous one of them.
+    Raises NoLearningRate where no source has a weight.
     """
     if override is not None:
         return [Weight(checkpoint.step, (override,), "--lr") for checkpoint in checkpoints]
@@ -64,7 +66,7 @@ def weigh_checkpoints(
     if trajectory is not None:
         steps = [checkpoint.step for checkpoint in every or checkpoints]
         return [
-            _of_trajectory(
+            _weigh_by_trajectory(
                 trajectory, checkpoint, max([0, *(s for s in steps if s < checkpoint.step)]), choice
             )
             for checkpoint in checkpoints
@@ -76,19 +78,21 @@ def weigh_checkpoints(
         )
     weights, missing = [], []
     for checkpoint in checkpoints:
-        found = _own(checkpoint)
-        weights += [found] if found else []
-        missing += [] if found else [checkpoint.name]
+        if weight := _read_saved_rate(checkpoint):
+            weights.append(weight)
+        else:
+            missing.append(checkpoint.name)
     if missing:
         raise NoLearningRate(
             f"no learning rate for {listed(missing)}",
-            "looked in: trajectory.jsonl, the checkpoint's metadata (learning_rate), trainer_state.json",
+            "looked in: trajectory.jsonl, the checkpoint's metadata (learning_rate), "
+            "trainer_state.json",
             "--lr X gives one for all checkpoints; --lr-weights none weighs them alike",
         )
     return weights
 
 
-def _of_trajectory(
+def _weigh_by_trajectory(
     trajectory: Trajectory, checkpoint: Checkpoint, previous: int, choice: str
 ) -> Weight:
     step, last = checkpoint.step, trajectory.steps
@@ -96,8 +100,8 @@ def _of_trajectory(
     if step > last:
         raise TrajectoryError(
             f"{trajectory.path.name} ends before {checkpoint.name}",
-            f"it has the steps 0 to {last - 1:,}; a checkpoint of step {last:,} is the last it can explain",
-            "the trajectory is of another run, or lines are missing at its end; --lr X weighs without it",
+            f"it has the steps 0 to {last - 1:,}; it can weigh checkpoints up to step {last:,}",
+            "it is of another run, or lines are missing at its end; --lr X weighs without it",
         )
     if choice == "segment":
         lines = [trajectory.rates(line) for line in range(previous, step)]
@@ -109,21 +113,21 @@ def _of_trajectory(
     return Weight(step, trajectory.rates(line), f"line {line}", names)
 
 
-def _own(checkpoint: Checkpoint) -> Weight | None:
+def _read_saved_rate(checkpoint: Checkpoint) -> Weight | None:
     if checkpoint.learning_rate is not None:
-        found: Weight | None = Weight(checkpoint.step, (checkpoint.learning_rate,), "metadata")
+        weight: Weight | None = Weight(checkpoint.step, (checkpoint.learning_rate,), "metadata")
     else:
-        found = _of_trainer(checkpoint, checkpoint.state) if checkpoint.state else None
-    if found and not 0 <= found.rates[0] < math.inf:
+        weight = _read_trainer_rate(checkpoint, checkpoint.state) if checkpoint.state else None
+    if weight and not 0 <= weight.rates[0] < math.inf:
         raise CheckpointError(
-            f"{checkpoint.name} has the learning rate {found} ({found.source})",
+            f"{checkpoint.name} has the learning rate {weight} ({weight.source})",
             "expected: 0 or more; --lr X overrides",
         )
-    return found
+    return weight
 
 
-def _of_trainer(checkpoint: Checkpoint, state: Path) -> Weight | None:
-    """HF Trainer logs the rate now and then: the entry of this step, or the last before it."""
+def _read_trainer_rate(checkpoint: Checkpoint, state: Path) -> Weight | None:
+    """A Hugging Face Trainer logs the rate at some steps: the last entry up to this step."""
     try:
         log = json.loads(state.read_text()).get("log_history", [])
         logged = {

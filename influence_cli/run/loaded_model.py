@@ -33,13 +33,13 @@ class LoadedModel:
         return self.module
 
     def at_any(self, default: Checkpoint) -> nn.Module:
-        """The model with whatever weights it holds; with those of `default` before the first load."""
+        """The model with its current weights; before the first load with those of `default`."""
         return self.module if self._base is not None else self.at(default)
 
     def restore(
         self, base: Checkpoint, parameters: Sequence[Tensor], values: Sequence[Tensor]
     ) -> None:
-        """Put saved values into these parameters. All other weights and buffers are those of `base`."""
+        """Puts saved values into these parameters. Everything else has the values of `base`."""
         if self._base != base:
             self.at(base)
         self.checkpoint = None
@@ -48,7 +48,7 @@ class LoadedModel:
                 parameter.copy_(value)
 
     def step(self, optimizers: Iterable[Optimizer]) -> None:
-        """One training step: each optimizer moves its parameters by the gradients that they hold."""
+        """One training step: each optimizer updates its parameters by their gradients."""
         self.checkpoint = None
         for optimizer in optimizers:
             optimizer.step()

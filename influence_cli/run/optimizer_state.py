@@ -1,4 +1,4 @@
-"""What a recorded training leaves on the disk beside its lines: checkpoints and optimizer state, each whole or not at all."""
+"""Checkpoints and optimizer state that a recorded training saves."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -26,14 +26,17 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Those in checkpoints/ by rising step; there may be none."""
+    """The checkpoints in checkpoints/ by rising step; possibly none."""
     place = folder / "checkpoints"
-    there = place.is_dir() and any(is_checkpoint(path, strict=False) for path in place.iterdir())
-    return find_checkpoints(folder, place) if there else []
+    has_any = place.is_dir() and any(is_checkpoint(path, strict=False) for path in place.iterdir())
+    return find_checkpoints(folder, place) if has_any else []
 
 
 def matches_parameters(checkpoint: Checkpoint, model: nn.Module) -> bool:
-    """Whether the model's parameters are the checkpoint's, bit by bit. Not its buffers: a forward pass changes them."""
+    """Whether the model's parameters equal the checkpoint's, bit by bit.
+
+    Buffers do not count: a forward pass changes them.
+    """
     file_keys = map_keys(read_header(checkpoint.files), model).file_keys
     values = {key: value for file in checkpoint.files for key, value in read_tensors(file).items()}
     return all(
@@ -79,7 +82,8 @@ def describe_write_error(path: Path, error: OSError) -> TrajectoryError:
 
 # ---------------------------------------------------------------- optimizer state
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's state as tensors `STATE/PARAMETER NAME`; the metadata names those that are Python's numbers."""
+    """Saves the optimizer's state as tensors `STATE/PARAMETER NAME`. The metadata lists those that
+    are Python numbers."""
     state = {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -93,7 +97,8 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     }
     if strange:
         raise TrajectoryError(
-            f"{optimizer_name(optimizer)} keeps {listed(sorted(strange))}, neither tensor nor number",
+            f"the state of {optimizer_name(optimizer)} can't be saved",
+            f"found: {listed(sorted(strange))}; expected: tensors and numbers",
             "leave save_optimizer out",
         )
     numbers = {
@@ -116,23 +121,25 @@ def state_path(folder: Path, step: int) -> Path:
 
 
 def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
-    """Per parameter its state, by torch's names of it. Raises TrajectoryError where the file is of another optimizer."""
+    """The state of each parameter, by torch's names. Raises TrajectoryError where the file is of
+    another optimizer."""
     try:
-        about = read_header((path,)).metadata
+        metadata = read_header((path,)).metadata
     except CheckpointError as error:
         raise TrajectoryError(
             f"optimizer/{path.name} can't be read: {error.headline}", *error.details
         ) from error
-    if about.get("optimizer") != optimizer:
+    if metadata.get("optimizer") != optimizer:
         raise TrajectoryError(
-            f"{path} is of another optimizer: {about.get('optimizer', 'it names none')}",
+            f"{path} is of another optimizer: {metadata.get('optimizer', 'it names none')}",
             f"expected: {optimizer}",
         )
-    numbers, found = json.loads(about["numbers"]), dict[str, dict[str, Any]]()
+    numbers = json.loads(metadata["numbers"])
+    state: dict[str, dict[str, Any]] = {}  # Any: tensors and numbers
     for label, value in read_tensors(path).items():
         key, _, name = label.partition("/")
-        found.setdefault(name, {})[key] = value.item() if label in numbers else value
-    return found
+        state.setdefault(name, {})[key] = value.item() if label in numbers else value
+    return state
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Torch's own optimizers, as a trajectory's header names them."""
+"""Torch's optimizers, by their name in a trajectory's header."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -18,14 +18,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-SPEED = (
-    "lr",
-    "initial_lr",
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-)  # lr is each line's; the others change no number
+# lr is in each line; the others change no number
+NOT_OPTIONS = ("lr", "initial_lr", "foreach", "fused", "capturable", "differentiable")
 
 
 def find_optimizer(trajectory: Trajectory) -> type[Optimizer]:
@@ -53,7 +47,8 @@ def describe_unknown_state(trajectory: Trajectory, start: Checkpoint) -> Traject
     name = "sgd with momentum" if trajectory.optimizer == "sgd" else trajectory.optimizer
     return TrajectoryError(
         f"a replay can't start at {start.name}: {name} had a state there, which was not saved",
-        "expected: a checkpoint of step 0, where the state is fresh; or RUN/optimizer/, from TrajectoryRecorder(save_optimizer=True)",
+        "expected: a checkpoint of step 0, where the state is fresh; "
+        "or RUN/optimizer/, from TrajectoryRecorder(save_optimizer=True)",
         "plain sgd can start anywhere",
     )
 
@@ -61,7 +56,8 @@ def describe_unknown_state(trajectory: Trajectory, start: Checkpoint) -> Traject
 def read_options(trajectory: Trajectory, number: int) -> dict[str, Any]:
     """A group's options, with torch's defaults where the header says nothing.
 
-    The defaults come from the constructor's signature: building an optimizer would import torch's compiler, which takes 1.3 seconds.
+    The defaults come from the constructor's signature: building an optimizer would import torch's
+    compiler, which takes 1.3 seconds.
     Raises TrajectoryError: options that the optimizer does not take, or values out of range.
     """
     kind = find_optimizer(trajectory)
@@ -96,9 +92,10 @@ def check_values(options: Mapping[str, Any]) -> None:
 def build_optimizers(
     model: nn.Module, columns: Mapping[str, Column], trajectory: Trajectory
 ) -> dict[int, Optimizer]:
-    """One for each of the trajectory's groups that has parameters: torch checks the options of a constructor, not those of a group.
+    """One optimizer per group of the trajectory that has parameters: torch checks the options of a
+    constructor, but not those of a group.
 
-    Raises TrajectoryError: an optimizer that is unknown or takes other options; groups that name no parameter.
+    Raises TrajectoryError: an unknown optimizer, unknown options, groups that name no parameter.
     """
     kind = find_optimizer(trajectory)
     groups: dict[int, list[nn.Parameter]] = {}
@@ -124,7 +121,7 @@ def list_constructor_options(
     given = {
         name: value
         for name, value in trajectory.groups[number].options.items()
-        if name not in SPEED
+        if name not in NOT_OPTIONS
     }
     if given.get("decoupled_weight_decay") == (
         kind is torch.optim.AdamW
@@ -149,6 +146,7 @@ def build_optimizer(
     kind: type[Optimizer], parameters: list[nn.Parameter], trajectory: Trajectory, number: int
 ) -> Optimizer:
     try:
-        return kind(parameters, lr=0.0, **list_constructor_options(kind, trajectory, number))  # type: ignore[call-arg]
+        options = list_constructor_options(kind, trajectory, number)
+        return kind(parameters, lr=0.0, **options)  # type: ignore[call-arg]  # of a subclass
     except (TypeError, ValueError, IndexError) as error:
         raise describe_refused_options(kind, trajectory, number, error) from error

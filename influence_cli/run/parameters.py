@@ -1,4 +1,4 @@
-"""The user's model: which parameters are trained, by which names, and what a checkpoint must hold to fit it."""
+"""The user's model: builds it, and lists its trained parameters by their names."""
 
 import fnmatch
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel
 
 @dataclass(frozen=True)
 class Column:
-    """One trained parameter. Tied names are one parameter: `name` is the first, `names` all of them."""
+    """One trained parameter. Tied names are one parameter: `name` is the first, `names` are all."""
 
     name: str
     names: tuple[str, ...]
@@ -50,7 +50,10 @@ def unwrap_model(model: Any) -> Any:  # Any: whatever the user's model() returns
 
 
 def build_model(definition: Definition) -> nn.Module:
-    """The user's model in eval mode, out of its wrappers. Raises DefinitionError for what has no per-example gradient."""
+    """The user's model in eval mode, without wrappers.
+
+    Raises DefinitionError for a model without per-example gradients.
+    """
     model = unwrap_model(definition.call("model"))
     if not isinstance(model, nn.Module):
         raise DefinitionError(
@@ -66,7 +69,8 @@ def build_model(definition: Definition) -> nn.Module:
         raise DefinitionError(
             "an embedding has an option under which an example has no gradient of its own",
             *refused,
-            "max_norm changes the weights while they are read, scale_grad_by_freq couples the examples of a batch",
+            "max_norm changes the weights in the forward pass; "
+            "scale_grad_by_freq couples the examples of a batch",
             "build the model without it in definition.py, if training would have been the same",
         )
     meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -79,7 +83,7 @@ def build_model(definition: Definition) -> nn.Module:
 
 
 def cast_model(model: nn.Module, precision: torch.dtype | None, device: torch.device) -> nn.Module:
-    """The model on its device, in the precision asked for. Raises GradientError where it does not fit into memory."""
+    """The model on its device, in this precision. Raises GradientError if memory is too small."""
     try:
         return (
             model.to(device=device, dtype=precision)
@@ -102,7 +106,7 @@ def list_columns(model: nn.Module) -> dict[str, Column]:
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
-    found = {
+    trained = {
         name: Column(
             name,
             tuple(names[id(parameter)]),
@@ -113,23 +117,24 @@ def list_columns(model: nn.Module) -> dict[str, Column]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    if not found:
+    if not trained:
         raise DefinitionError(
             "the model has no trained parameter",
             "every parameter is frozen (requires_grad=False), or there is none",
         )
-    return found
+    return trained
 
 
 def list_embeddings(model: nn.Module) -> dict[str, Column]:
-    """What each nn.Embedding returns, as a column `MODULE()`: the path of its input alone, also where its weight is tied to another layer.
+    """The output of each nn.Embedding as a column `MODULE()`: the gradient through its input
+    alone, even if its weight is tied to another layer.
 
     Raises DefinitionError for a padding_idx that is no token.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = {}
+    outputs = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             if (
@@ -137,36 +142,40 @@ def list_embeddings(model: nn.Module) -> dict[str, Column]:
                 and not 0 <= module.padding_idx < module.num_embeddings
             ):
                 raise DefinitionError(
-                    f"the embedding {name or 'that is the model'} has padding_idx {module.padding_idx}",
+                    f"the embedding {name or 'that is the model'} "
+                    f"has padding_idx {module.padding_idx}",
                     f"expected: a token id from 0 to {module.num_embeddings - 1:,}",
                 )
             weight = module.weight
-            found[f"{name}()"] = Column(
+            outputs[f"{name}()"] = Column(
                 f"{name}()", tuple(names[id(weight)]), tuple(weight.shape), weight.dtype, True, name
             )
-    return found
+    return outputs
 
 
 def select_columns(available: dict[str, Column], globs: list[str] | None) -> dict[str, Column]:
-    """`--layers`: the columns whose parameter or module names match. `!glob` leaves out. Raises UsageProblem for a glob without a match."""
+    """`--layers`: the columns whose parameter or module names match; `!glob` excludes.
+
+    Raises UsageProblem for a glob without a match.
+    """
     if not globs:
         return available
 
     def matches(glob: str) -> set[str]:
-        found = set()
+        matching = set()
         for column in available.values():
             for name in column.names:
                 parts = name.split(".")
                 prefixes = [".".join(parts[: end + 1]) for end in range(len(parts))]
                 if any(fnmatch.fnmatchcase(prefix, glob) for prefix in prefixes):
-                    found.add(column.name)
-        if not found:
+                    matching.add(column.name)
+        if not matching:
             raise UsageProblem(
                 f"--layers {glob!r} matches no trained parameter or module",
                 f"parameters: {listed(available, 20)}",
                 "`influence inspect` lists them all",
             )
-        return found
+        return matching
 
     wanted = [glob for glob in globs if not glob.startswith("!")]
     kept = set().union(*(matches(glob) for glob in wanted)) if wanted else set(available)

@@ -1,4 +1,4 @@
-"""What the user has on disk: definition, checkpoints, trajectory; opened together and checked against each other."""
+"""Opens a run: definition, checkpoints and trajectory, checked against each other."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 
 from influence_cli.errors import UsageProblem, listed
-from influence_cli.run import definition as _definition
 from influence_cli.run import parameters
 from influence_cli.run.checkpoint_loading import check_fits_model
 from influence_cli.run.checkpoints import Checkpoint, find_checkpoints
 from influence_cli.run.datasets import Examples
-from influence_cli.run.definition import Definition
+from influence_cli.run.definition import Definition, load_definition
 from influence_cli.run.loaded_model import LoadedModel
 from influence_cli.run.parameters import Column
 from influence_cli.run.trajectory import Trajectory
@@ -21,7 +20,7 @@ from influence_cli.run.trajectory_reader import read_trajectory
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run. Datasets are built when they are first used."""
+    """An opened run. Builds its datasets at their first use."""
 
     folder: Path
     definition: Definition
@@ -32,7 +31,7 @@ class Run:
 
     @cached_property
     def embeddings(self) -> dict[str, Column]:
-        """The embedding modules, by the columns of what they return."""
+        """The outputs of the embedding modules, as columns."""
         return parameters.list_embeddings(self.model.module)
 
     def has(self, column: str) -> bool:
@@ -64,9 +63,10 @@ def open_run(
     precision: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Run:
-    """Open a run folder: load the definition, build the model, check every checkpoint's header against it.
+    """Opens a run folder: loads the definition, builds the model, and checks the header of every
+    checkpoint against it.
 
-    `precision`: what model and floating batch tensors are cast to; None: the model's own.
+    `precision`: of the model and of floating-point batch tensors; None: the model's own.
     Raises InfluenceError kinds for whatever does not fit.
     """
     if not folder.is_dir():
@@ -89,10 +89,10 @@ def open_run(
         raise UsageProblem(
             f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl"
         )
-    loaded = _definition.load_definition(definition or folder / "definition.py")
-    found = find_checkpoints(folder, checkpoints)
+    loaded = load_definition(definition or folder / "definition.py")
+    saved = find_checkpoints(folder, checkpoints)
     model = parameters.build_model(loaded)
-    check_fits_model(found, model, cast=precision is not None)
+    check_fits_model(saved, model, cast=precision is not None)
     model = parameters.cast_model(model, precision, device or torch.device("cpu"))
     default = folder / "trajectory.jsonl"
     return Run(
@@ -100,13 +100,16 @@ def open_run(
         loaded,
         LoadedModel(model),
         parameters.list_columns(model),
-        tuple(found),
+        tuple(saved),
         trajectory or (default if default.is_file() else None),
     )
 
 
 def select_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple[Checkpoint, ...]:
-    """`--steps`: checkpoints by step: `100,200`, `100:`, `:500` (half-open). Raises UsageProblem for a step that is not there."""
+    """`--steps`: checkpoints by step: `100,200`, `100:`, `:500` (half-open).
+
+    Raises UsageProblem for a step without a checkpoint.
+    """
     if spec is None:
         return checkpoints
     kept: set[int] = set()
