@@ -1,7 +1,7 @@
 """The one owner of the model's weights.
 
-Every change of the weights goes through this class: a checkpoint, a training step of a replay, a saved
-state of a replay. So the class always knows which checkpoint the model holds, if any.
+Every change of the weights goes through this class: a checkpoint, a step of a replay, a saved state
+of a replay. So the class always knows which checkpoint the model holds, if any.
 """
 
 from collections.abc import Iterable, Sequence
