@@ -157,12 +157,12 @@ class Place:
 
 def place_of(environ: Mapping[str, str]) -> Place:
     """From what torchrun sets; a process without it is alone."""
-    found = [
+    places = [
         environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     ]
-    if not all(text.isdecimal() for text in found) or int(found[1]) == 1:
+    if not all(text.isdecimal() for text in places) or int(places[1]) == 1:
         return Place()
-    return Place(*map(int, found))
+    return Place(*map(int, places))
 
 
 class Ranks:
@@ -278,16 +278,16 @@ class TorchRanks(Ranks):
         key = self._turn()
         while True:
             with self._lost():
-                mine = self._store.add(key, 1) - 1
-            if mine >= number:
+                own_number = self._store.add(key, 1) - 1
+            if own_number >= number:
                 return
-            yield mine
+            yield own_number
 
     def gather(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.count
         with self._lost():
-            self._dist.gather_object(value, found if self.rank == 0 else None)
-        return found if self.rank == 0 else []
+            self._dist.gather_object(value, values if self.rank == 0 else None)
+        return values if self.rank == 0 else []
 
     def collect(self, parts: Iterable[T]) -> Iterator[T]:
         for source in range(1, self.count) if self.rank == 0 else ():

@@ -157,8 +157,8 @@ def silence_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def version(asked: bool) -> None:
-    if asked:
+def version(show: bool) -> None:
+    if show:
         print(__version__)
         raise typer.Exit
 

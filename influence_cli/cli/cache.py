@@ -34,8 +34,8 @@ def cache(
         ("train", opened.train_ids(train, part)),
     ):
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
-        there = len(ids) * len(opened.checkpoints) - new
+        cached = len(ids) * len(opened.checkpoints) - new
         opened.reporter.note(
-            f"{split}: {new:,} gradients computed, {there:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
+            f"{split}: {new:,} gradients computed, {cached:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
         )
     opened.ranks.close()

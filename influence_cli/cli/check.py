@@ -36,13 +36,13 @@ def check(
         "query": opened.ids("--queries", queries, "query"),
     }
     columns = list(opened.columns)
-    found = findings(opened.gradients, opened.checkpoints, columns, ids)
-    found += fidelity_findings(
+    results = findings(opened.gradients, opened.checkpoints, columns, ids)
+    results += fidelity_findings(
         opened.gradients, opened.checkpoints, columns, ids, shared.projection, target
     )
     rows = [
         (f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note)
-        for f in found
+        for f in results
     ]
     sink.write(rows, tables.CHECK_COLUMNS)
     frozen = [
@@ -54,10 +54,10 @@ def check(
         opened.reporter.note(
             f"{len(frozen)} frozen parameters have no gradients: {', '.join(frozen[:8])}{', ...' if len(frozen) > 8 else ''}"
         )
-    failed = [f for f in found if not f.passed]
+    failed = [f for f in results if not f.passed]
     if failed:
         raise InfluenceError(
-            f"{len(failed)} of {len(found)} checks failed",
+            f"{len(failed)} of {len(results)} checks failed",
             *(
                 f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}"
                 for f in failed[:8]

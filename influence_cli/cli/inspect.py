@@ -189,7 +189,7 @@ def fidelity_rows(
     from influence_cli.diagnostics.fidelity import chosen_kind, fidelity, search
 
     columns = list(opened.columns)
-    found = fidelity(opened.gradients, opened.checkpoints, columns, ids)
+    results = fidelity(opened.gradients, opened.checkpoints, columns, ids)
     if target is not None:
         tried = search(
             opened.gradients,
@@ -203,11 +203,11 @@ def fidelity_rows(
         opened.reporter.note(
             f"{tried[-1].kept} {'is the first to reach' if reached else 'is the last tried, and does not reach'} {target}"
         )
-        found += tried
+        results += tried
     exact = opened.gradients.exact().budget.sizes("train", columns).example_bytes(columns)
-    if found and found[-1].numbers * opened.gradients.settings.store.itemsize > exact:
+    if results and results[-1].numbers * opened.gradients.settings.store.itemsize > exact:
         opened.reporter.note(
-            f"{found[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} bytes an example, do"
+            f"{results[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} bytes an example, do"
         )
     return [
         (
@@ -219,7 +219,7 @@ def fidelity_rows(
             f"{f.spearman:.4f}",
             f"{f.overlap:.2f}",
         )
-        for f in found
+        for f in results
     ]
 
 
@@ -232,9 +232,9 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
     gradients, folder, columns = opened.gradients, opened.folder, list(opened.columns)
     place, stored = "none: nothing is kept", 0
     if folder is not None:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         stored, _ = needs(opened, lacking)
-        place = f"{folder}{'' if folder.exists() else ' (not there yet)'}, {format_bytes(stored)} to store, {format_bytes(shutil.disk_usage(there).free)} free"
+        place = f"{folder}{'' if folder.exists() else ' (not existing yet)'}, {format_bytes(stored)} to store, {format_bytes(shutil.disk_usage(existing).free)} free"
     seconds = sum(lacking.values()) * measured.seconds
     if (
         measured.disk

@@ -56,10 +56,14 @@ class Opened:
         ids = self.ids("--train", spec, "train")
         if shard is None:
             return ids
-        mine = shard.of(ids)
-        where = f"{mine[0]:,} to {mine[-1]:,}" if len(mine) else "none are left for it"
-        self.reporter.note(f"{shard}: {len(mine):,} of {len(ids):,} training examples, {where}")
-        return mine
+        shard_ids = shard.of(ids)
+        where = (
+            f"{shard_ids[0]:,} to {shard_ids[-1]:,}" if len(shard_ids) else "none are left for it"
+        )
+        self.reporter.note(
+            f"{shard}: {len(shard_ids):,} of {len(ids):,} training examples, {where}"
+        )
+        return shard_ids
 
     def weights(self, lr: float | None, lr_weights: str | None) -> tuple[Weight, ...]:
         """The learning-rate weights of the selected checkpoints. Weights of zero are named on stderr."""
@@ -74,15 +78,15 @@ class Opened:
         trajectory = self.run.trajectory if needs_trajectory else None
         for note in trajectory.notes if trajectory else ():
             self.reporter.note(note)
-        found = tuple(
+        weights = tuple(
             weigh_checkpoints(self.checkpoints, trajectory, choice, lr, self.run.checkpoints)
         )
-        zero = [str(weight.step) for weight in found if weight.is_zero]
+        zero = [str(weight.step) for weight in weights if weight.is_zero]
         if zero:
             self.reporter.note(
                 f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for nothing in the scores"
             )
-        return found
+        return weights
 
     def groups(self, group_by: str, train: Ids) -> Groups:
         """`--group-by`: groups in the order of their names, over the training examples asked for."""
@@ -179,13 +183,13 @@ def find_device(name: str, place: Place) -> torch.device:
             else "cpu"
         )
     if name == "cuda" and place.count > 1:
-        there = torch.cuda.device_count()
-        if there not in (0, 1) and place.local >= there:
+        device_count = torch.cuda.device_count()
+        if device_count not in (0, 1) and place.local >= device_count:
             raise UsageProblem(
-                f"{place.beside} ranks on this machine, which has {there} CUDA devices",
-                f"--nproc-per-node {there}, one a device",
+                f"{place.beside} ranks on this machine, which has {device_count} CUDA devices",
+                f"--nproc-per-node {device_count}, one a device",
             )
-        name = f"cuda:{place.local if there > 1 else 0}"  # where each rank is shown one device, that is 0
+        name = f"cuda:{place.local if device_count > 1 else 0}"  # where each rank is shown one device, that is 0
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -42,11 +42,11 @@ def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> r
     ranges = [_range(flag, part, size, split) for part in parts]
     if len(ranges) == 1:
         return ranges[0]
-    found = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
+    distinct = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
     return (
-        range(int(found[0]), int(found[-1]) + 1)
-        if len(found) == found[-1] - found[0] + 1
-        else found
+        range(int(distinct[0]), int(distinct[-1]) + 1)
+        if len(distinct) == distinct[-1] - distinct[0] + 1
+        else distinct
     )
 
 

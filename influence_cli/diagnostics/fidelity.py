@@ -94,7 +94,7 @@ class Sample:
 
     def scores(self, ways: Mapping[str, Way]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Of each way (Q, N) float64 scores; and for each column (columns, Q, N) the products of the norms, summed over checkpoints."""
-        found = {way: np.zeros((len(self.queries), len(self.train))) for way in ways}
+        scores = {way: np.zeros((len(self.queries), len(self.train))) for way in ways}
         norms = np.zeros((len(self.columns), len(self.queries), len(self.train)))
         with self.gradients.reporter.progress(
             "exact gradients to compare with", len(self.checkpoints) * len(self.train)
@@ -110,7 +110,7 @@ class Sample:
                     rows = concat_rows(list(self.read("train", checkpoint, self.train[at])))
                     for way, keep in ways.items():
                         for name in self.columns:
-                            found[way][:, at] += (
+                            scores[way][:, at] += (
                                 keep(name, rows.forms[name]).dot(kept[way][name]).double().T.numpy()
                             )
                     for k, name in enumerate(self.columns):
@@ -118,7 +118,7 @@ class Sample:
                             np.outer(queries.sqnorms[name], rows.sqnorms[name])
                         )
                     advance(len(rows.ids))
-        return found, norms
+        return scores, norms
 
     def read(self, split: str, checkpoint: Checkpoint, ids: np.ndarray) -> Iterator[GradientRows]:
         for first in range(0, len(ids), STEP):
@@ -129,7 +129,7 @@ class Sample:
     def compare(
         self,
         kept: str,
-        found: np.ndarray,
+        approximate: np.ndarray,
         exact: np.ndarray,
         expected: float,
         projection: Projection | None,
@@ -141,13 +141,13 @@ class Sample:
         top = min(TOP, exact.shape[1])
         shared = [
             len(set(np.argsort(-a)[:top]) & set(np.argsort(-b)[:top])) / top
-            for a, b in zip(found, exact, strict=True)
+            for a, b in zip(approximate, exact, strict=True)
         ]
         linear, ranked = (
-            mean([of(a, b) for a, b in zip(found, exact, strict=True)])
+            mean([of(a, b) for a, b in zip(approximate, exact, strict=True)])
             for of in (pearson, spearman)
         )
-        error = float(np.linalg.norm(found - exact)) / scale
+        error = float(np.linalg.norm(approximate - exact)) / scale
         return Fidelity(
             kept,
             error,
@@ -182,10 +182,10 @@ def fidelity(
         "stored": lambda name, form: as_stored(project(name, form), settings.store),
     }
     scores, norms = sample.scores(ways)
-    found = []
+    results = []
     if projection:
         expected = spread_of(projection, sample, norms)
-        found.append(
+        results.append(
             sample.compare(
                 f"{projection.kind} {projection.numbers}",
                 scores["projected"],
@@ -198,8 +198,10 @@ def fidelity(
         expected = 8 * STORE_EPS[settings.store] * float(np.linalg.norm(norms.sum(0)))
         expected += spread_of(projection, sample, norms) if projection else 0.0
         kept = f"{f'{projection.kind} {projection.numbers} in ' if projection else ''}{str(settings.store).removeprefix('torch.')}"
-        found.append(sample.compare(kept, scores["stored"], scores["exact"], expected, projection))
-    return found
+        results.append(
+            sample.compare(kept, scores["stored"], scores["exact"], expected, projection)
+        )
+    return results
 
 
 def fidelity_findings(
@@ -256,7 +258,7 @@ def search(
     target: float,
 ) -> list[Fidelity]:
     """Projections of rising K, up to the first whose Spearman and Pearson correlations both reach the target, or to the last tried."""
-    sample, found = Sample.of(gradients, checkpoints, columns, ids), []
+    sample, results = Sample.of(gradients, checkpoints, columns, ids), []
     seed = gradients.settings.projection.seed if gradients.settings.projection else 0
     for ladder in SQUARES if kind == "kronecker" else LADDERS:
         maps = [Projection(kind, numbers, seed) for numbers in ladder]
@@ -266,12 +268,12 @@ def search(
         scores, norms = sample.scores(ways)
         for projection in maps:
             kept, expected = f"{kind} {projection.numbers}", spread_of(projection, sample, norms)
-            found.append(
+            results.append(
                 sample.compare(kept, scores[projection.key], scores["exact"], expected, projection)
             )
-            if found[-1].reached >= target:
-                return found
-    return found
+            if results[-1].reached >= target:
+                return results
+    return results
 
 
 def exactly(name: str, form: Form) -> Form:
@@ -286,11 +288,13 @@ def spread_of(projection: Projection, sample: Sample, norms: np.ndarray) -> floa
     """Twice the standard deviation that theory allows the differences of all pairs together, and rounding: what is kept exactly is
     multiplied in another form."""
     shapes = [sample.gradients.run.columns[name].shape for name in sample.columns]
-    each = np.array([projection.spread(shape) for shape in shapes])[:, None, None] * norms
+    spreads = np.array([projection.spread(shape) for shape in shapes])[:, None, None] * norms
     eps = STORE_EPS[
         torch.float64 if sample.gradients.settings.precision == torch.float64 else torch.float32
     ]
-    return 2 * float(np.sqrt(np.square(each).sum())) + 8 * eps * float(np.linalg.norm(norms.sum(0)))
+    return 2 * float(np.sqrt(np.square(spreads).sum())) + 8 * eps * float(
+        np.linalg.norm(norms.sum(0))
+    )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -116,11 +116,11 @@ def check_gradients(
 
     def compared(
         check: str,
-        found: tuple[Tensor, Mapping[str, Tensor]],
+        computed: tuple[Tensor, Mapping[str, Tensor]],
         wanted: tuple[Tensor, Mapping[str, Tensor]],
         note: Callable[[str], str],
     ) -> Iterator[Finding]:
-        off = (found[0] - wanted[0]).abs() / losses.abs().max().clamp(min=1e-30)
+        off = (computed[0] - wanted[0]).abs() / losses.abs().max().clamp(min=1e-30)
         yield Finding(
             check,
             split,
@@ -130,7 +130,9 @@ def check_gradients(
             place(off),
         )
         for name in columns:
-            off = (found[1][name] - wanted[1][name]).double().norm(dim=1).cpu() / sizes.scale(name)
+            off = (computed[1][name] - wanted[1][name]).double().norm(dim=1).cpu() / sizes.scale(
+                name
+            )
             text = "; ".join(part for part in (note(name), place(off)) if part)
             yield Finding(
                 check, split, name, float(off.max()), rounding(expected[name].dtype), text
@@ -146,37 +148,41 @@ def check_gradients(
         )
 
     def way(name: str) -> str:
-        told = (
+        description = (
             "by its rule"
             if name in capture.hooked
             else f"by torch.func: {capture.why_not_hooked.get(name, 'no rule')}"
         )
-        told = told if capture.at_once else "one example at a time"
-        return told if reached[name] else f"{told}; zero at all of these examples"
+        description = description if capture.at_once else "one example at a time"
+        return description if reached[name] else f"{description}; zero at all of these examples"
 
-    ours = fast.losses, dense(fast.forms)
-    yield from compared("gradients", ours, (losses, expected), way)
+    fast_values = fast.losses, dense(fast.forms)
+    yield from compared("gradients", fast_values, (losses, expected), way)
     for order in (np.arange(size)[::-1].copy(), np.arange(1)):
         other, other_single = gradients.extractor.batch(split, ids[order])
         again = capture(other, other_single, len(order))
-        yield from compared("batches", placed(ours, order, again), ours, lambda name: "")
+        yield from compared(
+            "batches", placed(fast_values, order, again), fast_values, lambda name: ""
+        )
     again = capture(batch, single, size)
-    same = all(torch.equal(value, ours[1][name]) for name, value in dense(again.forms).items())
+    same = all(
+        torch.equal(value, fast_values[1][name]) for name, value in dense(again.forms).items()
+    )
     yield from compared(
         "repeats",
         (again.losses, dense(again.forms)),
-        ours,
+        fast_values,
         lambda name: "the same bits" if same else "other bits",
     )
-    yield from check_coverage(gradients, capture, split, batch, size, ours[1], sizes)
+    yield from check_coverage(gradients, capture, split, batch, size, fast_values[1], sizes)
     yield from check_outputs(gradients, split, batch, losses)
 
 
 def placed(
-    ours: tuple[Tensor, Mapping[str, Tensor]], order: np.ndarray, again: Captured
+    first: tuple[Tensor, Mapping[str, Tensor]], order: np.ndarray, again: Captured
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and gradients as they were, those of `order` as they came out again."""
-    losses, grads = ours[0].clone(), {name: value.clone() for name, value in ours[1].items()}
+    losses, grads = first[0].clone(), {name: value.clone() for name, value in first[1].items()}
     losses[order] = again.losses
     for name, value in dense(again.forms).items():
         grads[name][order] = value
@@ -197,13 +203,13 @@ class Scales:
     @classmethod
     def of(cls, expected: Mapping[str, Tensor]) -> "Scales":
         norms = {name: value.double().norm(dim=1) for name, value in expected.items()}
-        whole = float(
+        norm = float(
             sum((value.square() for value in norms.values()), torch.zeros(())).max().sqrt()
         )
         dtype = next(iter(expected.values())).dtype
         return cls(
             {name: float(value.max()) for name, value in norms.items()},
-            torch.finfo(dtype).eps ** 0.75 / rounding(dtype) * whole,
+            torch.finfo(dtype).eps ** 0.75 / rounding(dtype) * norm,
         )
 
     def scale(self, name: str) -> float:
@@ -216,7 +222,7 @@ def check_coverage(
     split: str,
     batch: Any,
     size: int,
-    found: Mapping[str, Tensor],
+    computed: Mapping[str, Tensor],
     sizes: Scales,
 ) -> Iterator[Finding]:
     """Every parameter that training moves is accounted for: asked of the model, not of what was selected from it."""
@@ -236,15 +242,15 @@ def check_coverage(
                 rounding(parameter.dtype),
                 "trained, but no gradients are taken of it",
             )
-        elif name in found:
-            whole = (
+        elif name in computed:
+            total_norm = (
                 torch.zeros_like(parameter)
                 if grad is None
                 else grad.to_dense()
                 if grad.is_sparse
                 else grad
             )
-            off = (found[name].double().sum(0) - whole.double().flatten()).norm() / (
+            off = (computed[name].double().sum(0) - total_norm.double().flatten()).norm() / (
                 size * sizes.scale(name)
             )
             yield Finding("coverage", split, name, float(off), rounding(parameter.dtype))
@@ -260,13 +266,13 @@ def check_outputs(
         and not (split == "query" and definition.has("measure"))
     ):
         with torch.no_grad():
-            found = definition.call(
+            from_outputs = definition.call(
                 "loss_from_outputs",
                 definition.call("outputs", gradients.run.model.module, batch),
                 batch,
             )
-        if not isinstance(found, Tensor) or found.shape != losses.shape:
-            shape = tuple(getattr(found, "shape", ()))
+        if not isinstance(from_outputs, Tensor) or from_outputs.shape != losses.shape:
+            shape = tuple(getattr(from_outputs, "shape", ()))
             yield Finding(
                 "outputs",
                 split,
@@ -276,8 +282,12 @@ def check_outputs(
                 f"shape {shape}, expected {tuple(losses.shape)}",
             )
             return
-        off = (found.double().cpu() - losses).abs().max() / losses.abs().max().clamp(min=1e-30)
-        yield Finding("outputs", split, "loss_from_outputs()", float(off), rounding(found.dtype))
+        off = (from_outputs.double().cpu() - losses).abs().max() / losses.abs().max().clamp(
+            min=1e-30
+        )
+        yield Finding(
+            "outputs", split, "loss_from_outputs()", float(off), rounding(from_outputs.dtype)
+        )
 
 
 # ---------------------------------------------------------------- cache
@@ -345,7 +355,7 @@ def is_exact(form: Form) -> bool:
 
 
 def taken_again(
-    gradients: GradientSource, checkpoint: Checkpoint, place: Path, held: UnitIndex
+    gradients: GradientSource, checkpoint: Checkpoint, place: Path, index: UnitIndex
 ) -> Finding:
     """Some of what is cached, against the same taken now; all items behind it, against the dataset."""
     assert gradients.cache is not None
@@ -355,12 +365,12 @@ def taken_again(
         revalidate.check_items(
             gradients.run,
             "train",
-            {place: held},
+            {place: index},
             store,
             gradients.reporter,
             all_items=True,
         )
-        for unit, ids in revalidate.sample_rows(held.units, EXAMPLES, len(gradients.run.train)):
+        for unit, ids in revalidate.sample_rows(index.units, EXAMPLES, len(gradients.run.train)):
             stored = UnitIndex([unit]).read_rows(unit.columns, unit.level, ids)
             now = gradients.recompute("train", checkpoint, unit.columns, ids)
             check_rows_agree(

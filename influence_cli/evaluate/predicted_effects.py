@@ -31,25 +31,25 @@ class PredictedEffects(Ranking):
         self._all = np.empty((1 + parts, queries, 0))  # scores, then their parts
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
-        whole = (
+        totals = (
             scores[None]
             if parts is None or not self.parts
             else np.concatenate([scores[None], parts])
         )
         self._ids, self._all = (
             np.concatenate([self._ids, ids]),
-            np.concatenate([self._all, whole], axis=2),
+            np.concatenate([self._all, totals], axis=2),
         )
 
     def entries(self, query: int) -> Iterator[Entry]:
         for at in np.argsort(self._ids, kind="stable"):
-            whole = self._all[:, query, at].tolist()
+            scores = self._all[:, query, at].tolist()
             yield Entry(
-                "opponent" if whole[0] < 0 else "proponent",
+                "opponent" if scores[0] < 0 else "proponent",
                 1 + int(at),
                 int(self._ids[at]),
-                whole[0],
-                tuple(whole[1:]),
+                scores[0],
+                tuple(scores[1:]),
             )
 
     def of(self, example: int, part: int) -> np.ndarray:
@@ -96,15 +96,15 @@ def of_answer(
                 for removal, part in zip(removals, parts, strict=True)
             ]
         )
-    found = np.zeros((len(removals), ranking.queries))
+    effects = np.zeros((len(removals), ranking.queries))
     for query in range(ranking.queries):
         entries = list(ranking.entries(query))
         sums: dict[tuple[int, str], float] = {}
         for entry, pieces in zip(entries, answer.split(query, entries), strict=True):
             for part, score in pieces:
                 sums[entry.train, part] = sums.get((entry.train, part), 0.0) + score
-        found[:, query] = [
+        effects[:, query] = [
             sums.get((removal.example, name or ""), 0.0)
             for removal, name in zip(removals, names, strict=True)
         ]
-    return found
+    return effects

@@ -20,10 +20,10 @@ class Results:
             return
         with report_disk_errors(path.parent):
             content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(path, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+            complete = content[: content.rfind(b"\n") + 1]
+            if len(complete) < len(content):
+                os.truncate(path, len(complete))
+        for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 record = json.loads(line)
             except ValueError as error:

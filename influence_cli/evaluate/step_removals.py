@@ -44,42 +44,42 @@ FAR = 0.01  # a replay that ends so far from the saved checkpoint, of the way th
 ABOVE_NOISE = 10  # effects smaller than so many times the noise are rounding in part
 
 
-def options_of(asked: EvaluationRequest) -> TslooOptions:
-    assert isinstance(asked.options, TslooOptions)
-    return asked.options
+def options_of(request: EvaluationRequest) -> TslooOptions:
+    assert isinstance(request.options, TslooOptions)
+    return request.options
 
 
-def evaluate(gradients: GradientSource, asked: EvaluationRequest) -> Iterator[tuple[Any, ...]]:
+def evaluate(gradients: GradientSource, request: EvaluationRequest) -> Iterator[tuple[Any, ...]]:
     """A row per method and query, then its `mean` over queries and all pairs `pooled`. Notes say the intervals of the means."""
-    run, reporter, options = gradients.run, gradients.reporter, options_of(asked)
-    start, end = run.checkpoints[0], asked.checkpoints[-1]
+    run, reporter, options = gradients.run, gradients.reporter, options_of(request)
+    start, end = run.checkpoints[0], request.checkpoints[-1]
     trajectory = check(run, start, end)
     size = gradients.budget.batch_size("train", list(run.columns))
     replay = Replay(run, lambda ids: gradients.extractor.batch("train", ids)[0], size)
     replay.begin(start)
     for note in trajectory.notes:
         reporter.note(note)
-    removals = sample(trajectory, range(start.step, end.step), options.removals, asked.seed)
+    removals = sample(trajectory, range(start.step, end.step), options.removals, request.seed)
     if len(removals) < options.removals:
         reporter.note(
             f"--removals {options.removals}: examples and steps make {len(removals)}, all of them are removed"
         )
     predicted = {
         name: scores(gradients, METHODS[name], question, removals)
-        for name, question in asked.requests.items()
+        for name, question in request.requests.items()
     }
     results = Results(
-        asked.folder / "evaluate" / f"tsloo-{digest(gradients, asked, start, end)}.jsonl"
-        if asked.folder
+        request.folder / "evaluate" / f"tsloo-{digest(gradients, request, start, end)}.jsonl"
+        if request.folder
         else None
     )
-    retrain(gradients, replay, end, removals, asked, results)
+    retrain(gradients, replay, end, removals, request, results)
     base = next(record for record in results.records if "values" in record)
     done = truths(results)
     truth = np.array([done[removal] for removal in removals])
     noise = np.abs(np.array(base["again"]) - np.array(base["values"]))
     say(reporter, base, end, truth, noise)
-    return rows(gradients, asked, predicted, truth, noise)
+    return rows(gradients, request, predicted, truth, noise)
 
 
 def check(run: Run, start: Checkpoint, end: Checkpoint) -> Trajectory:
@@ -114,32 +114,32 @@ def sample(trajectory: Trajectory, steps: range, number: int, seed: int) -> list
             f"{trajectory.path.name}: steps {steps.start} to {steps.stop - 1} have no examples",
             "nothing can be left out",
         )
-    found = []
+    removals = []
     for at in np.random.default_rng(seed).permutation(ends[-1])[:number]:
         line = int(np.searchsorted(ends, at, side="right"))
-        found.append(Removal(steps[line], int(members[line][at - ends[line]])))
-    return found
+        removals.append(Removal(steps[line], int(members[line][at - ends[line]])))
+    return removals
 
 
 # ---------------------------------------------------------------- the truth
 def digest(
-    gradients: GradientSource, asked: EvaluationRequest, start: Checkpoint, end: Checkpoint
+    gradients: GradientSource, request: EvaluationRequest, start: Checkpoint, end: Checkpoint
 ) -> str:
     """What the truth depends on: of the training set only what the definition says of it."""
     run, settings = gradients.run, gradients.settings
     assert run.trajectory is not None
-    assert asked.folder is not None
+    assert request.folder is not None
     parts = [
         VERSION,
         run.definition.digest,
         hashlib.sha256(run.trajectory.path.read_bytes()).hexdigest(),
-        checkpoint_key(start, asked.folder / "checkpoints.json"),
+        checkpoint_key(start, request.folder / "checkpoints.json"),
         end.step,
         f"{settings.precision} {settings.mixed}",
-        asked.seed,
-        options_of(asked).renormalize,
-        [int(query) for query in asked.queries],
-        run.query.digests(asked.queries).tolist(),
+        request.seed,
+        options_of(request).renormalize,
+        [int(query) for query in request.queries],
+        run.query.digests(request.queries).tolist(),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -158,34 +158,37 @@ def retrain(
     replay: Replay,
     end: Checkpoint,
     removals: Sequence[Removal],
-    asked: EvaluationRequest,
+    request: EvaluationRequest,
     results: Results,
 ) -> None:
     """Adds to `results` what is missing: the whole run twice, then one run per removal, from its step on."""
     known = truths(results)
     todo = sorted(removal for removal in removals if removal not in known)
     base = next((record for record in results.records if "values" in record), None)
-    whole = end.step - gradients.run.checkpoints[0].step
+    step_count = end.step - gradients.run.checkpoints[0].step
     steps = (
         sum(end.step - removal.step for removal in todo)
         + (todo[-1].step if todo else 0)
-        + (0 if base else 2 * whole)
+        + (0 if base else 2 * step_count)
     )
     with gradients.reporter.progress("training again", steps) as advance:
         if base is None:
-            base = baseline(gradients, replay, end, asked, advance)
+            base = baseline(gradients, replay, end, request, advance)
             results.add(base)
         replay.begin(gradients.run.checkpoints[0])
         here = replay.state()
         for number, removal in enumerate(todo, start=1):
-            each = partial(advance, where=f"removal {number} of {len(todo)}")
+            report_step = partial(advance, where=f"removal {number} of {len(todo)}")
             replay.go_to(here)
-            replay.advance(removal.step, each=each)
+            replay.advance(removal.step, each=report_step)
             here = replay.state()
             replay.advance(
-                end.step, Drop(*removal, options_of(asked).renormalize), base["max_norm"], each=each
+                end.step,
+                Drop(*removal, options_of(request).renormalize),
+                base["max_norm"],
+                each=report_step,
             )
-            truth = query_values(gradients, asked.queries) - np.array(base["values"])
+            truth = query_values(gradients, request.queries) - np.array(base["values"])
             results.add({"step": removal.step, "example": removal.example, "truth": truth.tolist()})
 
 
@@ -193,14 +196,14 @@ def baseline(
     gradients: GradientSource,
     replay: Replay,
     end: Checkpoint,
-    asked: EvaluationRequest,
+    request: EvaluationRequest,
     advance: Advance,
 ) -> dict[str, Any]:
     """The recorded run; `again`: the same with each batch backwards, clipped as removals are: apart by what is no effect."""
     start = gradients.run.checkpoints[0]
     replay.begin(start)
     replay.advance(end.step, each=partial(advance, where="the whole run"))
-    values, apart = query_values(gradients, asked.queries), replay.relative_distance(end)
+    values, distance = query_values(gradients, request.queries), replay.relative_distance(end)
     max_norm = float(np.median(list(replay.clipped.values()))) if replay.clipped else None
     replay.begin(start)
     replay.advance(
@@ -209,11 +212,11 @@ def baseline(
         reverse=True,
         each=partial(advance, where="the whole run again"),
     )
-    again = query_values(gradients, asked.queries)
+    again = query_values(gradients, request.queries)
     return {
         "values": values.tolist(),
         "again": again.tolist(),
-        "apart": apart,
+        "apart": distance,
         "max_norm": max_norm,
     }
 
@@ -225,7 +228,7 @@ def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
         gradients.budget.batch_size("train", list(gradients.run.columns)),
     )
     name = "measure" if definition.has("measure") else "loss"
-    found = []
+    parts = []
     for first in range(0, len(queries), size):
         ids = np.array(queries[first : first + size])
         batch, _ = gradients.extractor.batch("query", ids)
@@ -243,27 +246,27 @@ def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
                 f"{name}() did not return one number per query",
                 f"expected: a tensor of shape ({len(ids)},)",
             )
-        found.append(values.detach().cpu().double().numpy())
-    whole = np.concatenate(found)
-    if not np.isfinite(whole).all():
-        query = int(np.asarray(queries)[~np.isfinite(whole)][0])
+        parts.append(values.detach().cpu().double().numpy())
+    all_values = np.concatenate(parts)
+    if not np.isfinite(all_values).all():
+        query = int(np.asarray(queries)[~np.isfinite(all_values)][0])
         raise GradientError(
             f"training diverged when it was run again: {name}() of query {query} is not finite at its end",
             "look at the trajectory's lr, weights and clip: are they those of the run?",
         )
-    return -whole if name == "measure" else whole
+    return -all_values if name == "measure" else all_values
 
 
 # ---------------------------------------------------------------- the table
 def rows(
     gradients: GradientSource,
-    asked: EvaluationRequest,
+    request: EvaluationRequest,
     predicted: dict[str, np.ndarray],
     truth: np.ndarray,
     noise: np.ndarray,
 ) -> Iterator[tuple[Any, ...]]:
     """`mean`: of the rows above it. `pooled`: over all pairs at once; its noise is the root mean square."""
-    queries, effects = [int(query) for query in asked.queries], truth.std(axis=0)
+    queries, effects = [int(query) for query in request.queries], truth.std(axis=0)
     for method, scored in predicted.items():
         pairs_Q2 = np.array(
             [[spearman(a, b), pearson(a, b)] for a, b in zip(scored.T, truth.T, strict=True)]
@@ -277,7 +280,7 @@ def rows(
             )
         if len(good):
             spans = [f"{word} {mean:.3f} [{low:.3f}, {high:.3f}]" for word, mean, (low, high) in zip(
-                ("Spearman", "Pearson"), means, (interval(column, asked.seed) for column in good.T), strict=True)]  # fmt: skip
+                ("Spearman", "Pearson"), means, (interval(column, request.seed) for column in good.T), strict=True)]  # fmt: skip
             gradients.reporter.note(
                 f"{method}: {', '.join(spans)}: mean over {len(good)} queries and its 95 % interval (bootstrap over queries)"
             )
@@ -329,10 +332,12 @@ def say(
     noise: np.ndarray,
 ) -> None:
     """What of the truth should not be taken at its word."""
-    apart = f"the replay ends {base['apart']:.2g} of the way that training went from {end.name}"
+    distance_note = (
+        f"the replay ends {base['apart']:.2g} of the way that training went from {end.name}"
+    )
     if base["apart"] > FAR:
-        apart += ": it ran otherwise (dropout, BatchNorm, another machine or precision), and the truth is that of the replay"
-    reporter.note(apart)
+        distance_note += ": it ran otherwise (dropout, BatchNorm, another machine or precision), and the truth is that of the replay"
+    reporter.note(distance_note)
     if base["max_norm"] is not None:
         reporter.note(
             f"clipped steps: from a removal on, gradients are clipped at a norm of {base['max_norm']:.4g}, the median of those recorded"

@@ -50,9 +50,9 @@ class FeatureExtractor:
         except (Exception, SystemExit) as error:
             raise describe_failure(definition, "features", error) from error
         if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != count:
-            found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            returned = tuple(features.shape) if isinstance(features, Tensor) else type(features)
             raise DefinitionError(
-                f"features() in {definition.path.name} returned {found} for {count} examples",
+                f"features() in {definition.path.name} returned {returned} for {count} examples",
                 f"expected: a tensor ({count}, F)",
             )
         return features

@@ -45,14 +45,14 @@ def to(batch: Any, device: torch.device, precision: torch.dtype | None) -> Any:
 
 def leaves(batch: Any) -> list[torch.Tensor]:
     """Every tensor of the batch, in the order in which `map_tensors` meets them."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
 
     def collect(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     map_tensors(collect, batch)
-    return found
+    return tensors
 
 
 def without_tensors(batch: Any) -> Any:

@@ -46,7 +46,7 @@ class FormBuffer:
 
     def _begin(self, form: Form, shared: dict[tuple[int, int], tuple[int, int]]) -> Form:
         """An empty buffer like `form`, of other parameters' tensors where they hold the same."""
-        mine = {}
+        tensors = {}
         known = {
             identity(value): value
             for other in self._buffers.values()
@@ -56,12 +56,12 @@ class FormBuffer:
             shape = (self._count, *value.shape[1:])
             same = known.get(shared.get(identity(value), (0, 0)))
             shared_one = same if value.numel() else None
-            mine[part] = (
+            tensors[part] = (
                 torch.empty(shape, dtype=value.dtype, pin_memory=value.is_cuda)
                 if shared_one is None
                 else shared_one.view(shape)
             )
-        return from_tensors(form.kind, form.shape, mine)
+        return from_tensors(form.kind, form.shape, tensors)
 
     def done(self) -> dict[str, Form]:
         if torch.cuda.is_initialized():
@@ -74,7 +74,7 @@ def identity(value: Tensor) -> tuple[int, int]:
 
 
 def fits(form: Form, buffer: Form) -> bool:
-    theirs = buffer.tensors()
+    buffers = buffer.tensors()
     return form.kind == buffer.kind and all(
-        value.shape[1:] == theirs[part].shape[1:] for part, value in form.tensors().items()
+        value.shape[1:] == buffers[part].shape[1:] for part, value in form.tensors().items()
     )

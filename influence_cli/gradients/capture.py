@@ -93,11 +93,11 @@ class Capture:
             together = checked(self.name, self.quantity(self.model, batch), size).detach()
         alone = [self.single(single) for single in singles]
         self._check_repeats(singles, alone)
-        apart = torch.cat([loss for loss, _ in alone])
-        if not close(together, apart):
-            worst = int((together - apart).abs().argmax())
+        single_losses = torch.cat([loss for loss, _ in alone])
+        if not close(together, single_losses):
+            worst = int((together - single_losses).abs().argmax())
             self._note(
-                f"{self.name} of example {worst} is {apart[worst]:.6g} alone and {together[worst]:.6g} in a batch: examples influence "
+                f"{self.name} of example {worst} is {single_losses[worst]:.6g} alone and {together[worst]:.6g} in a batch: examples influence "
                 "each other (batch statistics? padding that is not masked?), so gradients depend on how examples are batched"
             )
         self.sample = {
@@ -167,10 +167,10 @@ class Capture:
         if not self.others:
             return ""
         try:
-            found, grads = self._at_once(batch, self.others)
+            batch_losses, grads = self._at_once(batch, self.others)
         except Exception as error:  # whatever a model does that vmap can't; the user hears of it, and the other way is right
             return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        if close(found, losses) and not differing(grads, expected):
+        if close(batch_losses, losses) and not differing(grads, expected):
             return ""
         return "its batched gradients differ from those of single examples"
 
@@ -180,7 +180,9 @@ class Capture:
         while self.hooked:
             try:
                 self._plan = self._make_plan(batch, len(losses))
-                found, forms = self._by_hooks(batch, len(losses), lambda name, form: cheapest(form))
+                hooked_losses, forms = self._by_hooks(
+                    batch, len(losses), lambda name, form: cheapest(form)
+                )
             except Past as past:
                 wrong = dict.fromkeys(past.names, "it is used where no layer rule knows")
             except (
@@ -194,7 +196,7 @@ class Capture:
                     name: form.dense().values.view_as(expected[name])
                     for name, form in forms.items()
                 }
-                unlike = differing(grads, expected) if close(found, losses) else self.hooked
+                unlike = differing(grads, expected) if close(hooked_losses, losses) else self.hooked
                 wrong = dict.fromkeys(unlike, "its rule disagrees with autograd")
                 if not wrong:
                     self.sample |= forms
@@ -204,32 +206,34 @@ class Capture:
 
     def _make_plan(self, batch: Any, size: int) -> AxisPlan:
         """From at most two examples of a batch, and the same twice."""
-        few = min(2, size)
+        sample_size = min(2, size)
         flags = iter(self._batched * 2)
-        two = map_tensors(lambda tensor: tensor[:few] if next(flags) else tensor, batch)
+        two = map_tensors(lambda tensor: tensor[:sample_size] if next(flags) else tensor, batch)
         twice = map_tensors(
             lambda tensor: torch.cat([tensor, tensor]) if next(flags) else tensor, two
         )
         with frozen(self.model, self.names), torch.enable_grad():
-            return make_plan(lambda examples: self.quantity(self.model, examples), two, twice, few)
+            return make_plan(
+                lambda examples: self.quantity(self.model, examples), two, twice, sample_size
+            )
 
     # ------------------------------------------------------------ capturing
     def __call__(
         self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
     ) -> Captured:
         """Gradients of a batch of `size`. `singles(i)`: example i collated alone. `values` False: norms and losses only."""
-        taken = self._batch(batch, size, values) if self.at_once else None
-        if taken is None:
+        batched = self._batch(batch, size, values) if self.at_once else None
+        if batched is None:
             parts = [self.single(singles(i)) for i in range(size)]
             grads = {name: torch.stack([part[name] for _, part in parts]) for name in self.names}
-            taken = torch.cat([loss for loss, _ in parts]), self._measured(grads, values)
-        losses, found = taken
+            batched = torch.cat([loss for loss, _ in parts]), self._measured(grads, values)
+        losses, forms = batched
         losses = losses.cpu().double() if losses.device.type == "mps" else losses.double()
-        sqnorms = {name: found[name][0] for name in self.names}
+        sqnorms = {name: forms[name][0] for name in self.names}
         return Captured(
             losses,
             sqnorms,
-            {name: form for name in self.names if (form := found[name][1]) is not None},
+            {name: form for name in self.names if (form := forms[name][1]) is not None},
         )
 
     def _measured(self, grads: dict[str, Tensor], values: bool) -> dict[str, "Measured"]:
@@ -254,12 +258,12 @@ class Capture:
     ) -> tuple[Tensor, dict[str, "Measured"]] | None:
         """Losses and gradients of all examples at once; None where this batch can't be taken so, which is said."""
         try:
-            losses, found = self._hooked_batch(batch, size, values)
-            others = [name for name in self.names if name not in found]
+            losses, forms = self._hooked_batch(batch, size, values)
+            others = [name for name in self.names if name not in forms]
             if others or losses is None:
                 losses, grads = self._at_once(batch, others)
-                found |= self._measured(grads, values)
-            return losses, found
+                forms |= self._measured(grads, values)
+            return losses, forms
         except Exception as error:  # a batch unlike the first: another length, another branch
             if is_out_of_memory(error):
                 raise
@@ -295,7 +299,7 @@ class Capture:
             with hooks:
                 losses = self.quantity(self.model, batch)
             hooks.finish(checked(self.name, losses, size, traced=True))
-        return losses.detach(), hooks.found
+        return losses.detach(), hooks.captured
 
     def _at_once(self, batch: Any, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """vmap over the examples of the gradient at a batch of one; tensors without an axis of examples are shared."""
@@ -417,13 +421,13 @@ def rounding(dtype: torch.dtype) -> float:
     return eps**0.5 if eps < 1e-6 else 8 * eps
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def close(computed: Tensor, expected: Tensor) -> bool:
     """Equal within the rounding between two ways to compute one number."""
     eps = rounding(expected.dtype)
-    return torch.allclose(found, expected, rtol=eps, atol=eps)
+    return torch.allclose(computed, expected, rtol=eps, atol=eps)
 
 
-def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def differing(computed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """The parameters of `found` whose gradients are not those expected within rounding, relative to the largest of the parameter.
 
     Where a gradient is zero but for rounding (an attention key's bias) that is noise: as much of the largest of all parameters is allowed.
@@ -436,11 +440,11 @@ def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
         name: max(
             rounding(value.dtype) * scales[name], torch.finfo(value.dtype).eps ** 0.75 * largest
         )
-        for name, value in found.items()
+        for name, value in computed.items()
     }
     return [
         name
-        for name, value in found.items()
+        for name, value in computed.items()
         if not bool(((value - expected[name]).abs() <= allowed[name]).all())
     ]
 

@@ -54,19 +54,19 @@ class Curvature:
                 if functions.outputs is None
                 else _GaussNewton(functions, model, batch, weights, theta)
             )
-        there = zip(names, self._way.grads, strict=True)
+        pairs = zip(names, self._way.grads, strict=True)
         self.names = [
-            name for name, grad in there if grad is not None
+            name for name, grad in pairs if grad is not None
         ]  # those that the batch's loss depends on
         self._weights = self._way.v.detach()
 
     def gradient(self) -> dict[str, Tensor]:
         """(D,) the sum over the batch of w g, of the parameters that the loss depends on."""
-        found = zip(self.names, (grad for grad in self._way.grads if grad is not None), strict=True)
-        return {name: grad.detach().reshape(-1) for name, grad in found}
+        pairs = zip(self.names, (grad for grad in self._way.grads if grad is not None), strict=True)
+        return {name: grad.detach().reshape(-1) for name, grad in pairs}
 
     def through(
-        self, u: Mapping[str, Tensor], apart: bool = False
+        self, u: Mapping[str, Tensor], by_parameter: bool = False
     ) -> tuple[dict[str, Tensor], Directions]:
         """(B, K) products g(z).u, as one (named "") or `apart` by parameter, which takes a pass for each; and H u."""
         width = len(next(iter(u.values())))
@@ -75,23 +75,25 @@ class Curvature:
         for first in range(0, width, self.most):
             some = [u[name][first : first + self.most] for name in self.names]
             try:
-                found, pull = self._through(some, apart)
+                part, pull = self._through(some, by_parameter)
             except RuntimeError as error:
                 if self.most == 1 or is_out_of_memory(error):
                     raise explained(error) from error
                 self.most = 1
                 self._alone(" ".join(str(error).split())[:100])
-                return self.through(u, apart)
-            products.append(found)
+                return self.through(u, by_parameter)
+            products.append(part)
             pulls.append(pull)
         if len(products) == 1:
             return products[0], pulls[0]
         return (
-            {name: torch.cat([found[name] for found in products], dim=1) for name in products[0]},
+            {name: torch.cat([part[name] for part in products], dim=1) for name in products[0]},
             {name: torch.cat([pull[name] for pull in pulls]) for name in self.names},
         )
 
-    def _through(self, some: list[Tensor], apart: bool) -> tuple[dict[str, Tensor], Directions]:
+    def _through(
+        self, some: list[Tensor], by_parameter: bool
+    ) -> tuple[dict[str, Tensor], Directions]:
         grads = [grad for grad in self._way.grads if grad is not None]
         shaped = [
             value.to(grad.dtype).view(-1, *grad.shape)
@@ -102,20 +104,20 @@ class Curvature:
                 grads, shaped, [self.model.get_parameter(name) for name in self.names]
             )
             self._check(products, grads, shaped)
-            found = {"": products.T}
-            if apart:
-                found = {
+            by_name = {"": products.T}
+            if by_parameter:
+                by_name = {
                     name: self._way.products([grad], [direction]).T
                     for name, grad, direction in zip(self.names, grads, shaped, strict=True)
                 }
-        return found, {
+        return by_name, {
             name: value.reshape(len(value), -1)
             for name, value in zip(self.names, pull, strict=True)
         }
 
     def _check(self, products: Tensor, grads: list[Tensor], u: list[Tensor]) -> None:
         """The sum of w g(z).u is G.u, unless a backward left torch's tape, so that nothing could be differentiated through it."""
-        whole = torch.stack(
+        total = torch.stack(
             [d.reshape(len(d), -1) @ g.detach().flatten() for d, g in zip(u, grads, strict=True)]
         ).sum(0)
         sizes = torch.stack(
@@ -125,8 +127,11 @@ class Curvature:
             ]
         ).sum(0)
         parts = products * self._weights
-        apart, scale = (parts.sum(1) - whole).abs(), torch.maximum(parts.abs().sum(1), whole.abs())
-        if bool((apart > 0.01 * scale + rounding(whole.dtype) * sizes).any()):
+        difference, scale = (
+            (parts.sum(1) - total).abs(),
+            torch.maximum(parts.abs().sum(1), total.abs()),
+        )
+        if bool((difference > 0.01 * scale + rounding(total.dtype) * sizes).any()):
             raise no_second_derivative("a layer or loss whose backward can be taken only once")
 
 
@@ -209,38 +214,43 @@ def differentiated(
 ) -> list[Tensor | None]:
     """The gradient with its own tape; None of what is not reached."""
     try:
-        found = torch.autograd.grad(total, theta, along, create_graph=True, allow_unused=True)
+        derivatives = torch.autograd.grad(total, theta, along, create_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise explained(error) from error
-    return [grad if grad is None or not grad.is_sparse else grad.to_dense() for grad in found]
+    return [grad if grad is None or not grad.is_sparse else grad.to_dense() for grad in derivatives]
 
 
 def derivatives(of: list[Tensor], by: Sequence[Tensor], along: list[Tensor]) -> list[Tensor]:
     """The derivatives of sum of `of` x `along`, for each of K `along`: (K, *shape). Zeros of what is not reached."""
     width = len(along[0])
-    there = [
+    present = [
         (value, direction)
         for value, direction in zip(of, along, strict=True)
         if value.requires_grad
     ]
-    if not there:  # a loss that is linear in the parameters
+    if not present:  # a loss that is linear in the parameters
         return [value.new_zeros(width, *value.shape) for value in by]
-    values, directions = zip(*there, strict=True)
-    taken = [value for value in by if value.requires_grad]
+    values, directions = zip(*present, strict=True)
+    differentiable = [value for value in by if value.requires_grad]
     if width > 1:
-        found = torch.autograd.grad(
-            values, taken, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
+        results = torch.autograd.grad(
+            values,
+            differentiable,
+            directions,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
         )
     else:
         one = torch.autograd.grad(
             values,
-            taken,
+            differentiable,
             [direction[0] for direction in directions],
             retain_graph=True,
             allow_unused=True,
         )
-        found = tuple(value if value is None else value[None] for value in one)
-    by_id = {id(value): grad for value, grad in zip(taken, found, strict=True)}
+        results = tuple(value if value is None else value[None] for value in one)
+    by_id = {id(value): grad for value, grad in zip(differentiable, results, strict=True)}
     grads = [by_id.get(id(value)) for value in by]
     return [
         value.new_zeros(width, *value.shape) if grad is None else grad.detach()
@@ -335,21 +345,23 @@ def verify(
     if functions.outputs is not None:
         return
     before = {name: value.detach().clone() for name, value in theta.items()}
-    apart = []
+    errors = []
     for by in (1e-6, 1e-8):  # the smaller one crosses fewer kinks
         with torch.no_grad():
             for name, value in theta.items():
                 value.copy_(before[name] + by * u[name])
-        there = gradient()
+        moved_gradient = gradient()
         with torch.no_grad():
             for name, value in theta.items():
                 value.copy_(before[name])
-        off = torch.cat([(there[name] - here[name]) / by - pull[name][0] for name in theta]).norm()
+        off = torch.cat(
+            [(moved_gradient[name] - here[name]) / by - pull[name][0] for name in theta]
+        ).norm()
         size_of = torch.cat([pull[name][0] for name in theta]).norm()
-        apart.append(
+        errors.append(
             float(off / (size_of + 1e-9 * torch.cat(list(here.values())).norm() / by))
         )  # rounding
-    if min(apart) > 0.02:
+    if min(errors) > 0.02:
         raise no_second_derivative(
-            f"second derivatives are {min(apart):.0%} apart from differences of first ones"
+            f"second derivatives are {min(errors):.0%} apart from differences of first ones"
         )

@@ -63,7 +63,7 @@ class TiedForm(DeferredForm):
 
     def sqnorm(self) -> Tensor:
         """|F|^2 + |R|^2 + 2 <F, R>; a token's row meets only its own column of the left factors. Cost S i for each row."""
-        found = self.factors.sqnorm() + self.rows.sqnorm()
+        squares = self.factors.sqnorm() + self.rows.sqnorm()
         counts = self.rows.offsets.diff()
         N, S, _, i = self.factors.sizes
         most = int(counts.max()) if N else 0
@@ -79,9 +79,9 @@ class TiedForm(DeferredForm):
             torch.bmm(self.factors.right, values.transpose(1, 2))
             .mul_(left)
             .sum(2)
-            .sum(1, dtype=found.dtype)
+            .sum(1, dtype=squares.dtype)
         )
-        return (found + 2 * both).clamp_min_(0)
+        return (squares + 2 * both).clamp_min_(0)
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ class ConvolutionForm(DeferredForm):
         return self.x.dtype
 
     def dense(self) -> Dense:
-        found = self.gradients(self.x, self.g)
+        values = self.gradients(self.x, self.g)
         return Dense(
             self.shape,
-            found if self.rows == 1 else found.view(-1, self.rows, found.shape[1]).sum(1),
+            values if self.rows == 1 else values.view(-1, self.rows, values.shape[1]).sum(1),
         )
 
     def sqnorm(self) -> Tensor:

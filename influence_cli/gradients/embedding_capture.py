@@ -34,13 +34,13 @@ class EmbeddingCapture:
         name: str = "loss()",
         note: Callable[[str], None] = lambda message: None,
     ) -> None:
-        found = model.get_submodule(module)
-        assert isinstance(found, nn.Embedding)
+        embedding = model.get_submodule(module)
+        assert isinstance(embedding, nn.Embedding)
         self.model, self.quantity, self.column, self.module, self.name = (
             model,
             quantity,
             column,
-            found,
+            embedding,
             name,
         )
         self._place, self._note = module or "the model", note
@@ -71,14 +71,14 @@ class EmbeddingCapture:
         )
         for self._axis in (0, 1):
             try:
-                found, rows = self._taken(batch, size)
+                batched, rows = self._taken(batch, size)
             except GradientError:
                 raise
             except Exception as error:  # whatever a model does with a batch; one by one is right
                 if is_out_of_memory(error):
                     raise
                 continue
-            self.at_once = close(found, losses) and alike(rows, expected)
+            self.at_once = close(batched, losses) and alike(rows, expected)
             if self.at_once:
                 self.sample = {self.column: Postings.of(rows)}
                 return
@@ -91,11 +91,11 @@ class EmbeddingCapture:
         self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
     ) -> Captured:
         """A batch of `size`; `singles(i)`: example i collated alone. `values` False: norms and losses only."""
-        taken = self._batch(batch, size) if self.at_once else None
-        if taken is None:
+        batched = self._batch(batch, size) if self.at_once else None
+        if batched is None:
             parts = [self._taken(singles(i), 1) for i in range(size)]
-            taken = torch.cat([loss for loss, _ in parts]), concat([part for _, part in parts])
-        losses, rows = taken
+            batched = torch.cat([loss for loss, _ in parts]), concat([part for _, part in parts])
+        losses, rows = batched
         return Captured(
             losses.double(), {self.column: rows.sqnorm()}, {self.column: rows} if values else {}
         )
@@ -175,13 +175,13 @@ class EmbeddingCapture:
     def _checked(self, args: tuple[Any, ...]) -> None:
         ids, tokens = args[0] if args else None, self.module.num_embeddings
         if not isinstance(ids, Tensor) or ids.is_floating_point():
-            found = (
+            difference = (
                 f"{ids.dtype} of shape {tuple(ids.shape)}"
                 if isinstance(ids, Tensor)
                 else type(ids).__name__
             )
             raise GradientError(
-                f"the embedding {self._place} is given {found}",
+                f"the embedding {self._place} is given {difference}",
                 "expected: token ids, whole numbers",
                 "look at the batch's ids: .long()",
             )
@@ -229,12 +229,12 @@ def without_zeros(rows: EmbeddingRows) -> EmbeddingRows:
     )
 
 
-def alike(found: Form, expected: Form) -> bool:
+def alike(computed: Form, expected: Form) -> bool:
     """The same gradients within rounding, relative to the largest."""
     largest = float(expected.sqnorm().max().sqrt())
     return bool(
         (
-            distance(found, expected)
+            distance(computed, expected)
             <= rounding(torch.float32 if largest == 0 else dtype_of(expected)) * largest
         ).all()
     )

@@ -144,18 +144,20 @@ class Recorder(Watcher):
                 for value, shape in zip(given, sizes, strict=False)
             ]
         result = function(*args, **kwargs)
-        found = [value.detach() for value in tensors_in((result,))][:1]
-        if found and found[0].data_ptr() not in {
+        outputs = [value.detach() for value in tensors_in((result,))][:1]
+        if outputs and outputs[0].data_ptr() not in {
             value.data_ptr() for value in given
         }:  # neither a view nor in place
-            self.bytes += found[0].numel() * found[0].element_size()
+            self.bytes += outputs[0].numel() * outputs[0].element_size()
         if self.other is not None:
             sizes = self.other[len(self.calls)][1][len(given) :]
             grown = (
-                find_axis(found[0], sizes[0], self.size, self.untold) if found and sizes else None
+                find_axis(outputs[0], sizes[0], self.size, self.untold)
+                if outputs and sizes
+                else None
             )
             self.steps.append(TensorCall(function, tuple(axes), grown))
-        self.calls.append((function, shapes + [value.shape for value in found]))
+        self.calls.append((function, shapes + [value.shape for value in outputs]))
         return result
 
 

@@ -67,12 +67,16 @@ def distance(first: Form, second: Form) -> Tensor:
     """(N,) float64: the norm of the difference of two gradients of each example."""
     pair = [form.rows() if isinstance(form, Postings) else form for form in (first, second)]
     if all(isinstance(form, EmbeddingRows) for form in pair):
-        ours, theirs = (
+        first_values, second_values = (
             dataclasses.replace(form, values=form.values.double())
             for form in pair
             if isinstance(form, EmbeddingRows)
         )
-        return merged(ours, dataclasses.replace(theirs, values=-theirs.values)).sqnorm().sqrt()
+        return (
+            merged(first_values, dataclasses.replace(second_values, values=-second_values.values))
+            .sqnorm()
+            .sqrt()
+        )
     return (first.dense().values.double() - second.dense().values.double()).norm(dim=1)
 
 

@@ -54,14 +54,14 @@ class Form(ABC):
             yield at, self.part(at).dense().values
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Form":
-        mine = self.tensors()
+        tensors = self.tensors()
         moved = {
             name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in mine.items()
+            for name, value in tensors.items()
         }
         return (
             self
-            if all(moved[name] is mine[name] for name in mine)
+            if all(moved[name] is tensors[name] for name in tensors)
             else type(self)(self.shape, **moved)
         )
 
@@ -243,18 +243,18 @@ class Factors(Form):
         traces = [
             grams.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) for grams in (lefts, rights)
         ]
-        found = lefts.mul_(rights).sum(2).sum(1, dtype=torch.float64)
+        square_sums = lefts.mul_(rights).sum(2).sum(1, dtype=torch.float64)
         if (
             self.left.dtype == torch.float32
         ):  # where that under- or overflows, or positions cancel, once more in float64
-            sound = found > 1e-6 * traces[0] * traces[1]
-            for value in (found, *traces):
+            sound = square_sums > 1e-6 * traces[0] * traces[1]
+            for value in (square_sums, *traces):
                 sound &= in_range(value, torch.float32)
             if not sound.all():
-                found[~sound] = (
+                square_sums[~sound] = (
                     self.take(~sound).to(self.device, torch.float64).sqnorm().clamp_min(0)
                 )
-        return found
+        return square_sums
 
 
 Memo = dict[
@@ -272,23 +272,23 @@ FAST = (
 )
 
 
-def products(ours: Tensor, theirs: Tensor, memo: Memo | None = None) -> Tensor:
+def products(left: Tensor, right: Tensor, memo: Memo | None = None) -> Tensor:
     """(N, Q) inner products of the rows of (N, K) and (Q, K). `memo`: of the same tensors they are taken once."""
-    key = tuple((value.data_ptr(), value.shape, value.stride()) for value in (ours, theirs))
+    key = tuple((value.data_ptr(), value.shape, value.stride()) for value in (left, right))
     if memo is not None and key in memo and not any(storage.expired() for storage in memo[key][1:]):
         return memo[key][0]
-    found = (
-        FAST(theirs, ours, None, "none", [], "").T
-        if FAST and ours.is_cpu and ours.dtype == torch.float32
-        else ours @ theirs.T
+    result = (
+        FAST(right, left, None, "none", [], "").T
+        if FAST and left.is_cpu and left.dtype == torch.float32
+        else left @ right.T
     )
     if memo is not None:
         memo[key] = (
-            found,
-            StorageWeakRef(ours.untyped_storage()),
-            StorageWeakRef(theirs.untyped_storage()),
+            result,
+            StorageWeakRef(left.untyped_storage()),
+            StorageWeakRef(right.untyped_storage()),
         )
-    return found
+    return result
 
 
 def squares(values: Tensor) -> Tensor:
@@ -303,17 +303,17 @@ def squares(values: Tensor) -> Tensor:
     if values.dtype in HALVES:
         values = values.float()
     size, width = values.shape
-    whole = width // 1024 * 1024 if width > 2048 else 0
-    norms = torch.linalg.vector_norm(values[:, whole:], dim=1)
-    found = norms.double().square()
-    if whole:
-        stretches = torch.linalg.vector_norm(values[:, :whole].view(size, -1, 1024), dim=2)
-        found += stretches.double().square().sum(1)
+    even_width = width // 1024 * 1024 if width > 2048 else 0
+    norms = torch.linalg.vector_norm(values[:, even_width:], dim=1)
+    squares = norms.double().square()
+    if even_width:
+        stretches = torch.linalg.vector_norm(values[:, :even_width].view(size, -1, 1024), dim=2)
+        squares += stretches.double().square().sum(1)
     if values.dtype != torch.float64:
-        odd = ~in_range(found, values.dtype)
+        odd = ~in_range(squares, values.dtype)
         if odd.any():
-            found[odd] = values[odd].double().square().sum(1)
-    return found
+            squares[odd] = values[odd].double().square().sum(1)
+    return squares
 
 
 def in_range(sums: Tensor, dtype: torch.dtype) -> Tensor:

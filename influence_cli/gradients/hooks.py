@@ -53,7 +53,7 @@ class Hooks(Watcher):
         self.pulls: list[
             tuple[Tensor, Tensor]
         ] = []  # a shared tensor that is computed, and the gradients (B, ...) at it
-        self.found: dict[str, Any] = {}
+        self.captured: dict[str, Any] = {}
         self._sums: dict[str, Form] = {}
         self._waiting: Counter[str] = Counter()
         self._at, self._problem = 0, ""
@@ -69,8 +69,8 @@ class Hooks(Watcher):
         if self._problem or step is None or not torch.is_grad_enabled():
             return function(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
-        ours = [value for value in given if self._is_shared(value)]
-        if not ours:
+        shared = [value for value in given if self._is_shared(value)]
+        if not shared:
             return function(*args, **kwargs)
         axis_of = {id(value): axis for value, axis in zip(given, step.axes, strict=False)}
         if step.result is None:
@@ -86,7 +86,7 @@ class Hooks(Watcher):
             if rule and (axis := self._fits(rule, call, step.result, axis_of)):
                 return self._hooked(rule, function, args, kwargs, call, axis)
             if function in BROADCAST or function in EXPAND:
-                return self._cut(function, args, kwargs, ours, step.result)
+                return self._cut(function, args, kwargs, shared, step.result)
         return function(
             *args, **kwargs
         )  # no rule: the gradient arrives at the parameter, and is noticed there
@@ -129,11 +129,11 @@ class Hooks(Watcher):
         if axis.dim != result.dim or {axis.inner, result.inner} == {False, True}:
             return None
         axis = axis if axis.inner is not None else result  # a layer leaves its positions in place
-        told = axis.tells(x.shape[axis.dim], self.size)
+        is_certain = axis.tells(x.shape[axis.dim], self.size)
         return (
             axis
             if (leading or lookup)
-            and told
+            and is_certain
             and all(axis_of.get(id(value)) is None for value in roles)
             else None
         )
@@ -178,15 +178,15 @@ class Hooks(Watcher):
         function: Any,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        ours: Sequence[Tensor],
+        shared: Sequence[Tensor],
         grown: Axis,
     ) -> Any:
         """Give each shared tensor an axis of examples; where it can't have one the call stays as it is, and is noticed."""
         if function in EXPAND:
-            copies = function(ours[0].detach(), *args[1:], **kwargs).requires_grad_()
+            copies = function(shared[0].detach(), *args[1:], **kwargs).requires_grad_()
             if not grown.tells(copies.shape[grown.dim], self.size):
                 return function(*args, **kwargs)
-            self._remember(ours[0], copies, grown)
+            self._remember(shared[0], copies, grown)
             return copies
         shapes = [value.shape for value in tensors_in((args, kwargs))]
         dims = max(map(len, shapes))
@@ -194,14 +194,14 @@ class Hooks(Watcher):
         if not grown.tells(rows, self.size):
             return function(*args, **kwargs)
         swapped = {}
-        for value in ours:
+        for value in shared:
             shape = [1] * (dims - value.ndim) + list(value.shape)
             if shape[grown.dim] != 1:
                 return function(*args, **kwargs)
             wide = [rows if dim == grown.dim else n for dim, n in enumerate(shape)]
             swapped[id(value)] = value.detach().view(shape).expand(wide).requires_grad_()
         result = function(*replaced(args, swapped), **replaced(dict(kwargs), swapped))
-        for value in ours:
+        for value in shared:
             self._remember(value, swapped[id(value)], grown)
         return result
 
@@ -213,15 +213,15 @@ class Hooks(Watcher):
         """The parameters that a shared tensor is, or was computed from."""
         if id(value) in self.name_of:
             return {self.name_of[id(value)]}
-        found, todo, seen = set(), [value.grad_fn], set()
+        owners, todo, seen = set(), [value.grad_fn], set()
         while todo:
             node = todo.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            found.add(self.name_of.get(id(getattr(node, "variable", None)), ""))
+            owners.add(self.name_of.get(id(getattr(node, "variable", None)), ""))
             todo += [following for following, _ in node.next_functions]
-        return found - {""}
+        return owners - {""}
 
     # ------------------------------------------------------------ backward
     def finish(self, losses: Tensor) -> None:
@@ -255,9 +255,9 @@ class Hooks(Watcher):
             self._pull(value, gradient)
         for name, parameter in self.parameters.items():
             if name in self._sums:
-                self.found[name] = self.keep(name, self._sums.pop(name))
-            elif name not in self.found:
-                self.found[name] = self.keep(
+                self.captured[name] = self.keep(name, self._sums.pop(name))
+            elif name not in self.captured:
+                self.captured[name] = self.keep(
                     name,
                     Dense(
                         tuple(parameter.shape), parameter.new_zeros(self.size, parameter.numel())
@@ -272,7 +272,7 @@ class Hooks(Watcher):
         self._waiting[name] -= 1
         form = merged(self._sums.pop(name), form) if name in self._sums else form
         if self._waiting[name] == 0:
-            self.found[name] = self.keep(name, form)
+            self.captured[name] = self.keep(name, form)
         else:
             self._sums[name] = form
 

@@ -184,17 +184,23 @@ class Sided(Map):
         sums = []
         for first in range(0, N, step):
             at = slice(first * S, min(first + step, N) * S)
-            mine, theirs = products(left[at], self.left.T), products(right[at], self.right)
+            left_sketch, right_sketch = (
+                products(left[at], self.left.T),
+                products(right[at], self.right),
+            )
             sums.append(
-                self.meet(mine.view(-1, S, mine.shape[1]), theirs.view(-1, S, theirs.shape[1]))
+                self.meet(
+                    left_sketch.view(-1, S, left_sketch.shape[1]),
+                    right_sketch.view(-1, S, right_sketch.shape[1]),
+                )
             )
         return torch.cat(sums)
 
     def dense(self, part: Tensor) -> Tensor:
         """Of (n, o i) gradients, whose rows are positions: cost o i F' for each example."""
         n, (o, i) = len(part), (len(self.left), self.right.shape[1])
-        theirs = products(part.reshape(n * o, i), self.right).view(n, o, -1)
-        return self.meet(self.left.expand(n, *self.left.shape), theirs)
+        right_side = products(part.reshape(n * o, i), self.right).view(n, o, -1)
+        return self.meet(self.left.expand(n, *self.left.shape), right_side)
 
     def rows(self, form: EmbeddingRows) -> Tensor:
         """Of an embedding's rows: the left side is a token."""
@@ -248,14 +254,17 @@ class TensorSketch(Map):
     def factors(self, form: Factors) -> Tensor:
         """Cost S (o + i) and the smaller of K^2 and S K log K for each example."""
         N, S, o, i = form.sizes
-        entries, each = self.left.width * self.right.width, S * self.numbers
-        by_matrix = ADDING * entries <= each * math.log2(2 * self.numbers)
+        entries, sketch_cost = self.left.width * self.right.width, S * self.numbers
+        by_matrix = ADDING * entries <= sketch_cost * math.log2(2 * self.numbers)
         step = max(
             1,
             PART_BYTES
-            // ((S * (o + i) + (entries if by_matrix else 4 * each)) * form.left.element_size()),
+            // (
+                (S * (o + i) + (entries if by_matrix else 4 * sketch_cost))
+                * form.left.element_size()
+            ),
         )
-        found = []
+        parts = []
         for first in range(0, N, step):
             at = slice(first, first + step)
             left, right = (
@@ -264,13 +273,13 @@ class TensorSketch(Map):
             )
             if by_matrix:
                 left, right = left.view(-1, S, self.left.width), right.view(-1, S, self.right.width)
-                found.append(self.sums(torch.bmm(left.transpose(1, 2), right).flatten(1)))
+                parts.append(self.sums(torch.bmm(left.transpose(1, 2), right).flatten(1)))
             else:
                 met = torch.fft.rfft(self.left.placed(left)).mul_(
                     torch.fft.rfft(self.right.placed(right))
                 )
-                found.append(torch.fft.irfft(met.view(-1, S, met.shape[1]).sum(1), self.numbers))
-        return torch.cat(found)
+                parts.append(torch.fft.irfft(met.view(-1, S, met.shape[1]).sum(1), self.numbers))
+        return torch.cat(parts)
 
     def dense(self, part: Tensor) -> Tensor:
         """Of (n, o i) gradients: cost o i for each."""

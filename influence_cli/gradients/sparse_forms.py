@@ -151,16 +151,16 @@ class Postings(Form):
         if not len(self.tokens):
             return out
         place = torch.searchsorted(self.tokens, queries.tokens).clamp(max=len(self.tokens) - 1)
-        theirs = (
+        other_rows = (
             (self.tokens[place] == queries.tokens).nonzero().flatten()
         )  # of the tokens that both have
-        ours = place[theirs]
+        own_rows = place[other_rows]
         meeting = torch.stack(
             [
-                self.starts[:-1][ours],
-                self.starts.diff()[ours],
-                queries.starts[:-1][theirs],
-                queries.starts.diff()[theirs],
+                self.starts[:-1][own_rows],
+                self.starts.diff()[own_rows],
+                queries.starts[:-1][other_rows],
+                queries.starts.diff()[other_rows],
             ]
         )
         often = meeting[1] * meeting[3] > PAIRS
@@ -171,11 +171,11 @@ class Postings(Form):
                 at.flatten(),
                 products(queries.values[b : b + m], self.values[a : a + n]).T.flatten(),
             )
-        for mine, yours in pairs(
+        for row, yours in pairs(
             meeting[:, ~often], max(1, PART_BYTES // (2 * self.values[:1].nbytes))
         ):
-            at = self.example[mine] * Q + queries.example[yours]
-            out.view(-1).index_add_(0, at, (self.values[mine] * queries.values[yours]).sum(1))
+            at = self.example[row] * Q + queries.example[yours]
+            out.view(-1).index_add_(0, at, (self.values[row] * queries.values[yours]).sum(1))
         return out
 
     def select(self, kept: Tensor) -> "Postings":
@@ -186,12 +186,12 @@ class Postings(Form):
             torch.arange(len(self.tokens), device=kept.device), self.starts.diff()
         )
         counts = torch.bincount(token[kept], minlength=len(self.tokens))
-        there = counts > 0
-        starts = torch.cat([counts.new_zeros(1), counts[there].cumsum(0)])
+        present = counts > 0
+        starts = torch.cat([counts.new_zeros(1), counts[present].cumsum(0)])
         example = self.example[kept]
         return Postings(
             self.shape,
-            self.tokens[there],
+            self.tokens[present],
             starts,
             example,
             self.values[kept],
@@ -211,8 +211,11 @@ class Postings(Form):
 
 def pairs(meeting: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each column (a, n, b, m) all pairs (a + i, b + j) with i < n and j < m; at most `most` at once."""
-    (ours, _, theirs, columns), counts = meeting, meeting[1] * meeting[3]
+    (own_rows, _, other_rows, columns), counts = meeting, meeting[1] * meeting[3]
     entry = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     within = torch.arange(len(entry), device=counts.device) - (counts.cumsum(0) - counts)[entry]
-    first, second = ours[entry] + within // columns[entry], theirs[entry] + within % columns[entry]
+    first, second = (
+        own_rows[entry] + within // columns[entry],
+        other_rows[entry] + within % columns[entry],
+    )
     yield from zip(first.split(most), second.split(most), strict=True) if len(entry) else ()

@@ -40,7 +40,7 @@ class Part:
 
     def __init__(self, name: str, stdin: IO[str]) -> None:
         """Raises UsageProblem (can't be opened), TableError (no table)."""
-        self.name, self.line, self.longest, self.whole = name, 0, 0, False
+        self.name, self.line, self.longest, self.has_all_pairs = name, 0, 0, False
         self.ends: set[int] = set()
         self._lines = self._guarded(lines_of(name, stdin))
         _, self.columns = next(self._lines, (0, []))
@@ -65,15 +65,15 @@ class Part:
             past = f" past line {self.line}" if self.line else ""
             raise TableError(f"{self.name} can't be read{past}: {error}", AGAIN) from error
 
-    def broken(self, line: int, found: str, remedy: str = AGAIN) -> TableError:
-        return TableError(f"{self.name}, line {line}: {found}", remedy)
+    def broken(self, line: int, problem: str, remedy: str = AGAIN) -> TableError:
+        return TableError(f"{self.name}, line {line}: {problem}", remedy)
 
     def pairs(self) -> Iterator[Pair]:
         """Its pairs. Raises TableError for a row that can't be one, and for one out of order."""
         columns, before = self.columns, (-2, 0, 0)
         score, divided = columns.index("score"), len(columns) > len(SCORE_COLUMNS)
-        for identity, found in itertools.groupby(self._rows(), key=lambda row: row[1]):
-            rows, (query, kind, _, train) = list(found), identity
+        for identity, group in itertools.groupby(self._rows(), key=lambda row: row[1]):
+            rows, (query, kind, _, train) = list(group), identity
             line = rows[0][0]
             if identity[:3] <= before or (len(rows) > 1 and not divided):
                 raise self.broken(
@@ -85,7 +85,7 @@ class Part:
                 self._stretch(before)
             before = identity[:3]
             total = math.fsum(values[score] for _, _, values in rows)
-            self.whole |= total == 0
+            self.has_all_pairs |= total == 0
             yield Pair(
                 (query, kind, total if kind else -total, train), [values for _, _, values in rows]
             )
@@ -172,10 +172,10 @@ def merged(parts: Sequence[Part], columns: Sequence[str], k: int | None) -> Iter
         return ((pair, number) for pair in part.pairs())
 
     streams = [numbered(number, part) for number, part in enumerate(parts, start=1) if part.columns]
-    everything = heapq.merge(*streams, key=lambda found: found[0].key)
-    for _, of_query in itertools.groupby(everything, key=lambda found: found[0].key[0]):
+    everything = heapq.merge(*streams, key=lambda item: item[0].key)
+    for _, of_query in itertools.groupby(everything, key=lambda item: item[0].key[0]):
         pages: dict[int, np.ndarray] = {}
-        for _, of_kind in itertools.groupby(of_query, key=lambda found: found[0].key[1]):
+        for _, of_kind in itertools.groupby(of_query, key=lambda item: item[0].key[1]):
             rank = 0
             for (key, rows), number in of_kind:
                 page, at = divmod(key[3], PAGE)
@@ -200,7 +200,7 @@ def merged(parts: Sequence[Part], columns: Sequence[str], k: int | None) -> Iter
 def shortened(parts: Sequence[Part], k: int | None) -> int | None:
     """Once all is read: how many rows of each query and kind the parts seem to have been cut to, where that is less than `k`; else None."""
     longest = max((part.longest for part in parts), default=0)
-    cut = any(part.longest == longest and len(part.ends) > 1 and not part.whole for part in parts)
+    cut = any(part.longest == longest and len(part.ends) > 1 and not part.has_all_pairs for part in parts)
     return longest if cut and longest and (k is None or k > longest) else None
 
 

@@ -104,14 +104,14 @@ class TableWriter:
 
     @classmethod
     def open(
-        cls, asked: str | None, output: Path | None, stdout: IO[str] | None = None
+        cls, requested: str | None, output: Path | None, stdout: IO[str] | None = None
     ) -> "TableWriter":
         """From `--format` and `-o`: what is asked, else the ending of the file, else a table for a terminal and csv for a pipe.
 
         Raises UsageProblem for what can be known before the work: an unknown format, a missing folder or library.
         """
         stdout = stdout or sys.__stdout__ or sys.stdout
-        format = asked or (
+        format = requested or (
             SUFFIXES.get(output.suffix.lower(), "csv")
             if output
             else "table"
@@ -253,10 +253,10 @@ def word_shares(rows: Sequence[Row], columns: Sequence[str]) -> list[float]:
     if "word" not in columns:
         return []
     score = columns.index("score")
-    whole: dict[Row, float] = {}
+    sums: dict[Row, float] = {}
     for row in rows:
-        whole[row[:4]] = whole.get(row[:4], 0.0) + abs(row[score])
-    return [row[score] / whole[row[:4]] if whole[row[:4]] else 0.0 for row in rows]
+        sums[row[:4]] = sums.get(row[:4], 0.0) + abs(row[score])
+    return [row[score] / sums[row[:4]] if sums[row[:4]] else 0.0 for row in rows]
 
 
 def _shade(share: float) -> str:

@@ -249,7 +249,7 @@ def test_products_and_gradients_equal_autograd_one_by_one(name):
         found, along = curvature.through(u)
         assert_near(found, {"": sum(products.values())})
         assert_near(along, {name: pull[name] for name in there})
-        apart, again = curvature.through(u, apart=True)
+        apart, again = curvature.through(u, by_parameter=True)
         assert_near(apart, products)
         assert_near({"": sum(apart.values())}, found)
         assert_near(again, along)
@@ -289,7 +289,7 @@ def test_gauss_newton_equals_its_explicit_matrix(name):
     for most in (1, 2, 3):
         curvature = curved(model, names, Functions(case.loss, outputs, after), batch, most)
         assert_near(curvature.gradient(), {name: WEIGHTS @ g[name] for name in names})
-        found, along = curvature.through(u, apart=True)
+        found, along = curvature.through(u, by_parameter=True)
         assert_near(found, {name: g[name] @ u[name].T for name in names})
         assert_near(along, pull)
         assert_near(curvature.through(u)[0], {"": sum(found.values())})
@@ -305,7 +305,7 @@ def test_a_subset_of_the_parameters_has_its_block_of_the_hessian(freeze):
     slow, u = Reference(model, names, case.loss, singles), directions(model, names)
     curvature = curved(model, names, Functions(case.loss), batch, 3)
     assert curvature.names == chosen
-    found, pull = curvature.through(u, apart=True)
+    found, pull = curvature.through(u, by_parameter=True)
     assert_near(found, {name: g @ u[name].T for name, g in slow.gradients().items()})
     assert_near(pull, slow.hessian(u))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before

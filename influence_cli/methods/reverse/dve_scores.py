@@ -36,16 +36,16 @@ def score(
     gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
 ) -> Iterator[ScoredQueries]:
     """Scores of every training example asked for, ranked per query."""
-    going = Dve(gradients, question)
-    yield from occurrences.score(question, new_ranking, going.plan, going.passes)
+    work = Dve(gradients, question)
+    yield from occurrences.score(question, new_ranking, work.plan, work.passes)
 
 
 def trace(
     gradients: GradientSource, question: ScoreRequest
 ) -> Iterator[tuple[Ids, occurrences.Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
-    going = Dve(gradients, question)
-    yield from occurrences.trace(question, going.plan, going.passes)
+    work = Dve(gradients, question)
+    yield from occurrences.trace(question, work.plan, work.passes)
 
 
 def list_rows(gradients: GradientSource, question: ScoreRequest) -> list[IdsAt]:
@@ -98,11 +98,11 @@ class Dve:
 
     def work(self, folder: Path) -> reverse_pass.Work:
         if self.embedded():
-            whole = self.plan if self.options.at is None else self._plan(None)
+            full_plan = self.plan if self.options.at is None else self._plan(None)
             kept = Embeddings(
                 self.options.embeddings or folder / "embeddings",
                 self.gradients,
-                whole,
+                full_plan,
                 self.plan.end.step,
                 self.options,
             )
@@ -121,10 +121,10 @@ class Dve:
     def read(
         self, kept: Embeddings, rows: GradientRows, totals: Totals | Trace, advance: Advance
     ) -> None:
-        for step, checkpoint, examples, found in kept.scores(
+        for step, checkpoint, examples, effects in kept.scores(
             reverse_pass.dense(rows, self.plan, self.gradients.device), advance
         ):
-            totals.add(step, str(checkpoint), examples, {"": found})
+            totals.add(step, str(checkpoint), examples, {"": effects})
 
     def carry(
         self, rows: GradientRows, totals: Totals | Trace, take: reverse_pass.Take, advance: Advance
@@ -146,19 +146,19 @@ class Dve:
         )
 
     def cached(
-        self, width: int, wide: torch.dtype, stop: int, apart: bool
+        self, width: int, wide: torch.dtype, stop: int, by_parameter: bool
     ) -> Iterator[ReverseStep]:
         return self.fisher(width, wide).cached(self.plan.between(self.plan.steps.start, stop))
 
     def replayed(
-        self, width: int, wide: torch.dtype, stop: int, apart: bool
+        self, width: int, wide: torch.dtype, stop: int, by_parameter: bool
     ) -> Iterator[ReverseStep]:
         """The gradients of each step's batch are taken when the replay stands there, and not kept."""
         fisher, replayed = self.fisher(width, wide), ReplayedSteps(self.gradients, self.plan)
         for number, checkpoint, moments in replayed.back(stop):
             ids = np.unique(self.plan.trajectory.lines[number].examples)
             if len(ids) or moments:
-                rows = fisher.held(
+                rows = fisher.keep_on_device(
                     self.gradients.extractor.rows(
                         f"step {number}", "train", list(self.plan.columns), ids
                     )

@@ -50,7 +50,7 @@ class Embeddings:
         self,
         folder: Path,
         gradients: GradientSource,
-        whole: ReversePlan,
+        full_plan: ReversePlan,
         stop: int,
         options: DveOptions,
     ) -> None:
@@ -59,18 +59,18 @@ class Embeddings:
         self.folder, self.gradients, self.plan, self.stop, self.options = (
             folder,
             gradients,
-            whole,
+            full_plan,
             stop,
             options,
         )
-        self.moments = whole.with_momentum
-        self.names = [*whole.columns, *(f"momentum of {name}" for name in self.moments)]
+        self.moments = full_plan.with_momentum
+        self.names = [*full_plan.columns, *(f"momentum of {name}" for name in self.moments)]
         self.widths = [
-            gradients.settings.width(whole.columns[name])
-            for name in (*whole.columns, *self.moments)
+            gradients.settings.width(full_plan.columns[name])
+            for name in (*full_plan.columns, *self.moments)
         ]
         self.size = sum(self.widths)
-        self.parts = cut(whole, self.size)
+        self.parts = cut(full_plan, self.size)
         if self.stop not in [stop for _, stop in self.parts]:
             steps = [stop for _, stop in self.parts]
             raise UsageProblem(
@@ -84,7 +84,7 @@ class Embeddings:
         with report_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._identify()
-        todo = [part for part in self.parts if not self.whole(part)]
+        todo = [part for part in self.parts if not self.is_complete(part)]
         if not todo:
             return
         prepare(self.gradients, self.plan)
@@ -134,7 +134,7 @@ class Embeddings:
                 if stability.note():
                     self.gradients.reporter.note(str(stability.note()))
 
-    def whole(self, part: Part) -> bool:
+    def is_complete(self, part: Part) -> bool:
         """Whether a part has its map, and files of rows for all of its occurrences."""
         place = self.place(part)
         spans = [
@@ -168,9 +168,9 @@ class Embeddings:
             fisher.cached(self.plan.between(*part)), self.plan, adjoint, sizes(adjoint)
         ):
             advance(len(step.examples), f"step {step.number}")
-            found = step.effects(self.options.renormalize).cpu()
-            waiting.append((step.number, step.examples, found))
-            size += found.nbytes
+            effects = step.effects(self.options.renormalize).cpu()
+            waiting.append((step.number, step.examples, effects))
+            size += effects.nbytes
             if size >= ROWS_BYTES:
                 self.write_rows(place, waiting)
                 waiting, size = [], 0
@@ -201,7 +201,7 @@ class Embeddings:
         content = {
             "step": torch.from_numpy(steps),
             "example": torch.from_numpy(np.concatenate([examples for _, examples, _ in waiting])),
-            "values": torch.cat([found for _, _, found in waiting]),
+            "values": torch.cat([effects for _, _, effects in waiting]),
         }
         self.write(place / f"rows-{steps.min():06d}-{steps.max() + 1:06d}.safetensors", content)
 
@@ -225,7 +225,7 @@ class Embeddings:
                 with open_tensor_file(path) as file:
                     content = file.read(["step", "example", "values"])
                 values = content["values"]
-                found = values @ state[:, : values.shape[1]].T
+                effects = values @ state[:, : values.shape[1]].T
                 steps, starts = np.unique(-content["step"].numpy(), return_index=True)
                 for step, at in zip(
                     -steps, np.split(np.arange(len(values)), starts[1:]), strict=True
@@ -234,7 +234,7 @@ class Embeddings:
                         int(step),
                         checkpoint_of[int(step)],
                         content["example"].numpy()[at],
-                        found[at[0] : at[-1] + 1],
+                        effects[at[0] : at[-1] + 1],
                     )
                     advance(len(at), f"step {step}")
             with open_tensor_file(self.place(part) / "map.safetensors") as file:
@@ -287,14 +287,14 @@ class Embeddings:
         }
         head = self.folder / "embeddings.json"
         if head.is_file():
-            found = read_json(head)
-            definition = found.pop("definition", "")
-            differs = [key for key in now if found.get(key) != now[key]]
+            stored = read_json(head)
+            definition = stored.pop("definition", "")
+            differs = [key for key in now if stored.get(key) != now[key]]
             if differs:
                 raise CacheError(
                     f"{self.folder} holds embeddings of something else: {listed(differs)} differ",
                     *(
-                        f"{key}: {short(found.get(key))} there, {short(now[key])} now"
+                        f"{key}: {short(stored.get(key))} there, {short(now[key])} now"
                         for key in differs[:3]
                     ),
                     "--embeddings DIR names another folder; deleting this one starts afresh",
@@ -351,17 +351,17 @@ class Embeddings:
         )
 
 
-def cut(going: ReversePlan, size: int) -> list[Part]:
+def cut(plan: ReversePlan, size: int) -> list[Part]:
     """Steps in parts that can be made side by side: of at least 2 n occurrences where they end with a segment, 4 n anywhere, so that maps
     take at most a half of the rows' disk."""
-    ends = {segment.stop for segment in going.segments}
-    parts, first, count = [], going.steps.start, 0
-    for step in going.steps:
-        count += len(going.trajectory.lines[step].examples)
+    ends = {segment.stop for segment in plan.segments}
+    parts, first, count = [], plan.steps.start, 0
+    for step in plan.steps:
+        count += len(plan.trajectory.lines[step].examples)
         if count >= 4 * size or (count >= 2 * size and step + 1 in ends):
             parts.append((first, step + 1))
             first, count = step + 1, 0
-    return [*parts, (first, going.steps.stop)] if first < going.steps.stop else parts
+    return [*parts, (first, plan.steps.stop)] if first < plan.steps.stop else parts
 
 
 def short(value: object) -> str:

@@ -42,14 +42,14 @@ class Occurrences:
 
     def by_step(self, at: np.ndarray, query: int) -> dict[int, float]:
         """Step -> score of the occurrences at these positions, in their order; those of one step summed."""
-        found: dict[int, float] = {}
+        sums: dict[int, float] = {}
         for step, value in zip(
             self.steps[at].tolist(),
             self.scores[torch.from_numpy(at.copy()), query].tolist(),
             strict=True,
         ):
-            found[step] = found.get(step, 0.0) + value
-        return found
+            sums[step] = sums.get(step, 0.0) + value
+        return sums
 
 
 @dataclass
@@ -61,9 +61,9 @@ class Trace:
     totals: "Totals"
     by: None = None
 
-    def add(self, step: int, part: str, examples: np.ndarray, found: dict[str, Tensor]) -> None:
-        self.sums[step - self.first] += total(found).cpu().double().sum(0)
-        self.totals.add(step, part, examples, found)
+    def add(self, step: int, part: str, examples: np.ndarray, effects: dict[str, Tensor]) -> None:
+        self.sums[step - self.first] += total(effects).cpu().double().sum(0)
+        self.totals.add(step, part, examples, effects)
 
     def series(self, query: int, example: int | None) -> list[tuple[int, float]]:
         """(step, score) of a query, rising: of every step, or of those that an example was trained on."""
@@ -99,7 +99,7 @@ class Totals:
         self.place = np.full(last, -1)
         self.place[np.asarray(self.ids, np.int64)] = np.arange(len(self.ids))
 
-    def add(self, step: int, part: str, examples: np.ndarray, found: dict[str, Tensor]) -> None:
+    def add(self, step: int, part: str, examples: np.ndarray, effects: dict[str, Tensor]) -> None:
         """(B, Q) scores of a step's entries, by part of the model or all as one."""
         ranked = examples < len(self.place)
         ranked[ranked] = self.place[examples[ranked]] >= 0
@@ -107,19 +107,19 @@ class Totals:
             return
         keep = torch.from_numpy(ranked)
         at = torch.from_numpy(self.place[examples[ranked]])
-        mine = {name: value.cpu()[keep].double() for name, value in found.items()}
-        whole = total(mine)
-        self.scores[0].index_add_(0, at, whole)
+        selected = {name: value.cpu()[keep].double() for name, value in effects.items()}
+        totals = total(selected)
+        self.scores[0].index_add_(0, at, totals)
         for name, value in (
-            mine.items()
+            selected.items()
             if self.by == "layer"
-            else [(part, whole)]
+            else [(part, totals)]
             if self.by == "checkpoint"
             else []
         ):
             self.scores[1 + self.parts.index(name)].index_add_(0, at, value)
         if self.occurrences is not None:
-            self.occurrences.add(step, examples[ranked], whole)
+            self.occurrences.add(step, examples[ranked], totals)
 
 
 Sums = TypeVar("Sums", Totals, Trace)
@@ -215,12 +215,12 @@ def by_step(
     return split
 
 
-def empty_occurrences(going: ReversePlan, ids: Ids, queries: int, folder: Path) -> Occurrences:
+def empty_occurrences(plan: ReversePlan, ids: Ids, queries: int, folder: Path) -> Occurrences:
     ranked = np.zeros(int(ids[-1]) + 1 if len(ids) else 0, dtype=bool)
     ranked[np.asarray(ids, np.int64)] = True
     count = 0
-    for step in going.steps:
-        examples = going.trajectory.lines[step].examples
+    for step in plan.steps:
+        examples = plan.trajectory.lines[step].examples
         count += int(ranked[examples[examples < len(ranked)]].sum())
     return Occurrences(
         np.empty(count, np.int64),

@@ -220,10 +220,10 @@ def unclipped(
 def total(products: Mapping[str, Tensor]) -> Tensor:
     """(B, K): the sum over the parameters."""
     first, *others = products.values()
-    found = first.clone() if others else first
+    result = first.clone() if others else first
     for value in others:
-        found += value
-    return found
+        result += value
+    return result
 
 
 def effects(products: Tensor, weights: Tensor, entry_of: Tensor | None = None) -> Tensor:
@@ -238,30 +238,34 @@ def effects(products: Tensor, weights: Tensor, entry_of: Tensor | None = None) -
     shares = torch.zeros(
         int(entry_of.max()) + 1, dtype=weights.dtype, device=weights.device
     ).index_add_(0, entry_of, weights)
-    whole = weights.sum()
+    weight_sum = weights.sum()
     rest = (
-        whole - shares[entry_of][:, None]
+        weight_sum - shares[entry_of][:, None]
     )  # 0 where the example is the whole batch: then the step itself is dropped
     return torch.where(
-        rest > 1e-6 * whole, (lost * whole + weights[:, None] * (weights @ products)) / rest, lost
+        rest > 1e-6 * weight_sum,
+        (lost * weight_sum + weights[:, None] * (weights @ products)) / rest,
+        lost,
     )
 
 
 def gram(gradients: Mapping[str, Form], weights: Tensor, updates: Mapping[str, Update]) -> Tensor:
     """(B, B) float64: sqrt(w w') times the inner products over all parameters, each times its rate: the eigenvalues of rate x H."""
-    whole = None
+    result = None
     for name, update in updates.items():
-        ours = gradients[name]
-        found = update.rate * ours.dot(ours.ready()).cpu().double()  # not every device has float64
-        whole = found if whole is None else whole + found
-    assert whole is not None
+        form = gradients[name]
+        product = (
+            update.rate * form.dot(form.ready()).cpu().double()
+        )  # not every device has float64
+        result = product if result is None else result + product
+    assert result is not None
     root = weights.cpu().double().sqrt()
-    return root[:, None] * whole * root[None, :]
+    return root[:, None] * result * root[None, :]
 
 
 def densely(gradients: Mapping[str, Form], vectors: int) -> dict[str, Form]:
     """The same gradients in the form in which products with so many vectors, and sums of that many, are fastest."""
-    found = dict(gradients)
+    dense_forms = dict(gradients)
     room = DENSE_BYTES
     for name, form in gradients.items():
         if form.kind == "factors" and vectors > 1:
@@ -271,5 +275,5 @@ def densely(gradients: Mapping[str, Form], vectors: int) -> dict[str, Form]:
                 * next(iter(form.tensors().values())).element_size()
             )
             if size <= room:
-                found[name], room = form.dense(), room - size
-    return found
+                dense_forms[name], room = form.dense(), room - size
+    return dense_forms

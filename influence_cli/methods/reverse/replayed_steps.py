@@ -31,7 +31,7 @@ class ReplayedSteps:
         )
         if not self.replay.starts_at(plan.segments[0].checkpoint):
             raise describe_unknown_state(plan.trajectory, plan.segments[0].checkpoint)
-        self.apart: dict[
+        self.distances: dict[
             int, float
         ] = {}  # per checkpoint that a replay came to: how far it ended from it
 
@@ -59,10 +59,10 @@ class ReplayedSteps:
 
     def _states(self, first: State, stop: int) -> Iterator[State]:
         """Before each step from `first` on, the last first."""
-        each = sum(value.nbytes for value in first.parameters) * (
+        state_bytes = sum(value.nbytes for value in first.parameters) * (
             1 + bool(self.plan.with_momentum) + self.plan.adam
         )
-        room = max(2, STATE_BYTES // max(1, each))
+        room = max(2, STATE_BYTES // max(1, state_bytes))
         count = stop - first.step
         stride = -(-count // room)
         kept = []
@@ -88,16 +88,16 @@ class ReplayedSteps:
                 (other for other in self.plan.segments if other.first == segment.stop), None
             )
             checkpoint = following.checkpoint if following else self.plan.end
-            if checkpoint.step == step + 1 and checkpoint.step not in self.apart:
-                self.apart[checkpoint.step] = self._compare(checkpoint)
+            if checkpoint.step == step + 1 and checkpoint.step not in self.distances:
+                self.distances[checkpoint.step] = self._compare(checkpoint)
             if following:
                 self.replay.anchor(following.checkpoint)
 
     def _compare(self, checkpoint: Checkpoint) -> float:
-        apart = self.replay.relative_distance(checkpoint)
-        if not apart <= FAR:
+        distance = self.replay.relative_distance(checkpoint)
+        if not distance <= FAR:
             raise TrajectoryError(
-                f"run again, training does not come to {checkpoint.name}: it ends {apart:.2g} of the way there apart from it",
+                f"run again, training does not come to {checkpoint.name}: it ends {distance:.2g} of the way there apart from it",
                 "a replay runs in eval mode, on the batches and step sizes of the trajectory; training may have differed by",
                 "dropout, BatchNorm's batch statistics, data augmentation, another precision, the state in optimizer/,",
                 "or steps that were not recorded as they were",
@@ -109,7 +109,7 @@ class ReplayedSteps:
                     ]
                 ),
             )
-        return apart
+        return distance
 
     def segment(self, step: int) -> Segment:
         return next(
@@ -118,9 +118,9 @@ class ReplayedSteps:
 
     def note(self) -> str:
         """How well training that was run again agrees with the saved checkpoints."""
-        worst = max(self.apart, key=lambda step: self.apart[step])
-        off = self.apart[worst]
-        many = f"{len(self.apart)} saved checkpoint{'s' * (len(self.apart) != 1)}"
+        worst = max(self.distances, key=lambda step: self.distances[step])
+        off = self.distances[worst]
+        many = f"{len(self.distances)} saved checkpoint{'s' * (len(self.distances) != 1)}"
         if not off:
             return f"replay: training that was run again came to {many} bit by bit"
         said = f"replay: training that was run again came to {many}, each within {off:.2g} of the way since the one before (step {worst:,})"

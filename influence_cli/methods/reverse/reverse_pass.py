@@ -102,25 +102,25 @@ def carry(
         layers.setdefault(column.layer, []).append(name)  # type: ignore[union-attr]
     width, wide = len(rows.ids), next(iter(theta.values())).dtype
 
-    def add(step: int, part: str, examples: np.ndarray, found: dict[str, Tensor]) -> None:
-        totals.add(step, part, examples, found)
+    def add(step: int, part: str, examples: np.ndarray, effects: dict[str, Tensor]) -> None:
+        totals.add(step, part, examples, effects)
         advance(len(examples), f"step {step}")
 
     kept.open(rows, totals.by)
     start, stop = sizes(adjoint), plan.steps.stop
-    if (there := kept.restore(adjoint, add)) is not None:
-        stop, start = there
+    if (resumed := kept.restore(adjoint, add)) is not None:
+        stop, start = resumed
         gradients.reporter.note(
             f"going on below step {stop:,}: what comes after was kept by a run that ended"
         )
     kept.start = start
     for step in back(take(width, wide, stop, totals.by == "layer"), plan, adjoint, start):
-        found = {
+        effects = {
             layer: step.effects(options.renormalize, names)
             for layer, names in (layers or {"": None}).items()
         }
-        add(step.number, str(step.checkpoint.step), step.examples, found)
-        kept.add(adjoint, step.number, step.checkpoint.step, step.examples, found)
+        add(step.number, str(step.checkpoint.step), step.examples, effects)
+        kept.add(adjoint, step.number, step.checkpoint.step, step.examples, effects)
     kept.done()
 
 
@@ -194,22 +194,22 @@ class PassProgress:
             if int(path.stem.split("-")[1]) < stop:
                 continue  # written, and then the job was killed
             with open_tensor_file(path) as file:
-                found = file.read(list(file.entries))
+                tensors = file.read(list(file.entries))
             values = {
                 name.partition(":")[2]: value
-                for name, value in found.items()
+                for name, value in tensors.items()
                 if name.startswith("values:")
             }
-            steps, starts = np.unique(-found["step"].numpy(), return_index=True)
+            steps, starts = np.unique(-tensors["step"].numpy(), return_index=True)
             for step, at in zip(
-                -steps, np.split(np.arange(len(found["step"])), starts[1:]), strict=True
+                -steps, np.split(np.arange(len(tensors["step"])), starts[1:]), strict=True
             ):
                 span = slice(int(at[0]), int(at[-1]) + 1)
                 some = {name: value[span] for name, value in values.items()}
                 add(
                     int(step),
-                    str(int(found["checkpoint"][span.start])),
-                    found["example"].numpy()[span],
+                    str(int(tensors["checkpoint"][span.start])),
+                    tensors["example"].numpy()[span],
                     some,
                 )
         for kind, state in (
@@ -227,12 +227,12 @@ class PassProgress:
         step: int,
         checkpoint: int,
         examples: np.ndarray,
-        found: dict[str, Tensor],
+        effects: dict[str, Tensor],
     ) -> None:
         if self.folder is None:
             return
         self._waiting.append(
-            (step, checkpoint, examples, {name: value.cpu() for name, value in found.items()})
+            (step, checkpoint, examples, {name: value.cpu() for name, value in effects.items()})
         )
         if time.monotonic() - self._last >= KEEP_EVERY:
             self._keep(adjoint)

@@ -54,12 +54,12 @@ class ReversePlan:
         self, step: int, moments: Mapping[str, Moments] | None = None
     ) -> dict[str, AnyUpdate]:
         """How the step changed each parameter. `moments`: where Adam stood."""
-        rates, found = self.trajectory.rates(step), dict[str, AnyUpdate]()
+        rates, updates = self.trajectory.rates(step), dict[str, AnyUpdate]()
         for name, column in self.columns.items():
             number = self.group_of(column)
             options = self.trajectory.groups[number].options
             if moments is None:
-                found[name] = Update(
+                updates[name] = Update(
                     rates[number],
                     momentum(options),
                     float(options.get("weight_decay", 0)),
@@ -71,10 +71,10 @@ class ReversePlan:
                     options.get("decoupled_weight_decay")
                 )
                 decay = float(options["weight_decay"])
-                found[name] = AdamUpdate(
+                updates[name] = AdamUpdate(
                     rates[number], options["betas"], options["eps"], decay, decoupled, moments[name]
                 )
-        return found
+        return updates
 
     def group_of(self, column: Column) -> int:
         number = self.trajectory.group_of(column.names)

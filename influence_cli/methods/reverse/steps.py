@@ -37,8 +37,8 @@ DRIFT_SEGMENTS, DRIFT_EXAMPLES = 16, 8
 def prepare(gradients: GradientSource, plan: ReversePlan) -> None:
     """Take and keep the gradients that are missing, each segment's of its own examples; say how far its frozen ones can be trusted."""
     gradients.ensure_each("train", plan.wanted, list(plan.columns))
-    if (found := drift(gradients, plan)) is not None:
-        gradients.reporter.note(found)
+    if (cosines := drift(gradients, plan)) is not None:
+        gradients.reporter.note(cosines)
 
 
 # ---------------------------------------------------------------- the way back
@@ -64,8 +64,8 @@ class StepProducts:
         nothing = torch.zeros_like(
             next(iter(self.products.values()))
         )  # of a parameter that the step's loss did not depend on
-        whole = total({name: self.products.get(name, nothing) for name in names or self.products})
-        return effects(whole, self.weights, entry_of)
+        totals = total({name: self.products.get(name, nothing) for name in names or self.products})
+        return effects(totals, self.weights, entry_of)
 
 
 class Stability:
@@ -104,16 +104,16 @@ class Stability:
 def top_eigenvalue(matrix: Tensor) -> float:
     """Of a symmetric matrix without negative eigenvalues, by power iteration."""
     vector = matrix.sum(1) + matrix.diagonal()
-    found = 0.0
+    eigenvalue = 0.0
     for _ in range(1000):
         size = float(vector.norm())
         if not 0 < size < float("inf"):
             return size
-        last, vector = found, matrix @ (vector / size)
-        found = float(vector.norm())
-        if abs(found - last) < 1e-6 * found:
+        last, vector = eigenvalue, matrix @ (vector / size)
+        eigenvalue = float(vector.norm())
+        if abs(eigenvalue - last) < 1e-6 * eigenvalue:
             break
-    return found
+    return eigenvalue
 
 
 @dataclass
@@ -129,13 +129,13 @@ class ReverseStep:
 
 
 def back(
-    taken: Iterable[ReverseStep], plan: ReversePlan, adjoint: Adjoint, start: Tensor
+    steps: Iterable[ReverseStep], plan: ReversePlan, adjoint: Adjoint, start: Tensor
 ) -> Iterator[StepProducts]:
     """The steps, last first. `start` (K,): the norms of what is carried at the end of training.
 
     Raises GradientError where what is carried back runs away.
     """
-    for step in taken:
+    for step in steps:
         products = adjoint.step(step.batch, step.updates, plan.trajectory.lines[step.number].clip)
         yield StepProducts(step.number, step.checkpoint, step.examples, step.weights, products)
         check_growth(start, sizes(adjoint), step.number)
@@ -155,18 +155,18 @@ class Fisher:
     def cached(self, segments: tuple[Segment, ...]) -> Iterator[ReverseStep]:
         """The steps of these segments, last first, with the cached gradients of each one's checkpoint. Memory: ROWS_BYTES of gradients."""
         columns, trajectory = list(self.plan.columns), self.plan.trajectory
-        each = (
+        row_bytes = (
             sum(map(self.gradients.settings.width, self.plan.columns.values())) * self.wide.itemsize
         )
         stored = self.gradients.budget.sizes("train", columns).example_bytes(columns)
         for segment in reversed(segments):
             for steps in reversed(
-                list(chunks(trajectory, segment, max(1, ROWS_BYTES // min(each, 2 * stored))))
+                list(chunks(trajectory, segment, max(1, ROWS_BYTES // min(row_bytes, 2 * stored))))
             ):
                 ids = np.unique(np.concatenate([trajectory.lines[step].examples for step in steps]))
                 if not len(ids):
                     continue
-                rows = self.held(
+                rows = self.keep_on_device(
                     concat_rows(
                         list(self.gradients.read("train", segment.checkpoint, columns, ids))
                     )
@@ -175,7 +175,7 @@ class Fisher:
                     if len(trajectory.lines[number].examples):
                         yield self.step(number, segment.checkpoint, rows, self.plan.updates(number))
 
-    def held(self, rows: GradientRows) -> GradientRows:
+    def keep_on_device(self, rows: GradientRows) -> GradientRows:
         """On the device, in the precision of what is carried."""
         return dataclasses.replace(
             rows,
@@ -193,9 +193,11 @@ class Fisher:
         examples = line.examples[order]
         place = np.searchsorted(rows.ids, examples)
         at = torch.from_numpy(place).to(self.gradients.device)
-        whole = len(place) == len(rows.ids) and (place == np.arange(len(place))).all()
+        is_complete = len(place) == len(rows.ids) and (place == np.arange(len(place))).all()
         batch = densely(
-            rows.forms if whole else {name: form.take(at) for name, form in rows.forms.items()},
+            rows.forms
+            if is_complete
+            else {name: form.take(at) for name, form in rows.forms.items()},
             self.width,
         )
         weights = torch.from_numpy(self.plan.trajectory.weights(number)[order]).to(
@@ -282,13 +284,15 @@ def drift(gradients: GradientSource, plan: ReversePlan) -> str | None:
             concat_rows(list(gradients.read("train", c, columns, ids)))
             for c in (segment.checkpoint, after)
         )
-        ours, theirs = (
+        first_values, second_values = (
             torch.stack([rows.sqnorms[name] for name in columns]).sum(0) for rows in (before, then)
         )
-        apart = torch.stack(
+        angles = torch.stack(
             [distance(before.forms[name], then.forms[name]).square() for name in columns]
         ).sum(0)
-        cosine = (ours + theirs - apart) / (2 * (ours * theirs).sqrt())
+        cosine = (first_values + second_values - angles) / (
+            2 * (first_values * second_values).sqrt()
+        )
         cosines += [
             (float(value), segment) for value in cosine if value == value
         ]  # a zero gradient has no direction

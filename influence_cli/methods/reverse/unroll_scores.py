@@ -48,27 +48,27 @@ def score(
     gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
 ) -> Iterator[ScoredQueries]:
     """Scores of every training example asked for, ranked per query."""
-    going = Unroll(gradients, question)
-    yield from occurrences.score(question, new_ranking, going.plan, going.passes)
+    work = Unroll(gradients, question)
+    yield from occurrences.score(question, new_ranking, work.plan, work.passes)
 
 
 def trace(gradients: GradientSource, question: ScoreRequest) -> Iterator[tuple[Ids, Trace]]:
     """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
-    going = Unroll(gradients, question)
-    yield from occurrences.trace(question, going.plan, going.passes)
+    work = Unroll(gradients, question)
+    yield from occurrences.trace(question, work.plan, work.passes)
 
 
 @dataclass(frozen=True)
 class Cost:
     """Of one question, measured on one of its steps. `step`: seconds of the plain training step, `back`: of the same step back, with the
-    queries of one pass; `held`: bytes that are carried."""
+    queries of one pass; `memory`: bytes of the query gradients."""
 
     steps: int
     passes: int
     step: float
     back: float
     replay: bool
-    held: int
+    memory: int
 
     @property
     def runs(self) -> float:
@@ -82,8 +82,8 @@ class Cost:
 
 def cost(gradients: GradientSource, question: ScoreRequest) -> Cost:
     """What `score` would take, from a few runs of the step in the middle at the first checkpoint."""
-    going = Unroll(gradients, question)
-    plan, columns = going.plan, list(going.plan.columns)
+    unroll = Unroll(gradients, question)
+    plan, columns = unroll.plan, list(unroll.plan.columns)
     gradients.run.model.at(plan.segments[0].checkpoint)
     gradients.budget.sizes("train", columns)
     number = plan.steps[len(plan.steps) // 2]
@@ -115,7 +115,7 @@ def cost(gradients: GradientSource, question: ScoreRequest) -> Cost:
         return min(times)
 
     def back() -> None:
-        parts = going.curvature(examples, weights, width)
+        parts = unroll.curvature(examples, weights, width)
         ExactBatch(parts, wide, question.by == "layer").through(u, dict.fromkeys(u, 1.0))
 
     return Cost(
@@ -123,7 +123,7 @@ def cost(gradients: GradientSource, question: ScoreRequest) -> Cost:
         1 if question.sum_queries else -(-len(question.queries) // most),
         timed(lambda: replay.gradient(number)),
         timed(back),
-        going.options.replay,
+        unroll.options.replay,
         3 * width * reverse_pass.numbers(gradients, plan) * wide.itemsize,
     )
 
@@ -136,7 +136,7 @@ def estimate_cost(gradients: GradientSource, question: ScoreRequest) -> str:
     return (
         f"about {measured.runs:.1f} trainings of its {measured.steps:,} steps for {queries}"
         f"{replays}: {format_duration(measured.seconds)} ({measured.step * 1e3:.3g} ms a step, "
-        f"{measured.back * 1e3:.3g} ms back), {format_bytes(measured.held)} in memory"
+        f"{measured.back * 1e3:.3g} ms back), {format_bytes(measured.memory)} in memory"
     )
 
 
@@ -144,12 +144,12 @@ class ExactBatch:
     """A step's batch by the derivatives of its own loss (adjoint.Batch). `apart`: products by parameter, a pass for each; else as one."""
 
     def __init__(
-        self, parts: Sequence[Callable[[], Curvature]], wide: torch.dtype, apart: bool
+        self, parts: Sequence[Callable[[], Curvature]], wide: torch.dtype, by_parameter: bool
     ) -> None:
         """`parts` make the curvature of each part of the batch, in order; a single one is made once, more are made each time."""
         only = parts[0]() if len(parts) == 1 else None
         self._parts = parts if only is None else [lambda: only]
-        self._wide, self._apart = wide, apart
+        self._wide, self._apart = wide, by_parameter
         self._gradient: dict[str, Tensor] = {}
         for make in self._parts:
             for name, value in make().gradient().items():
@@ -172,22 +172,22 @@ class ExactBatch:
         scaled = {
             name: value if scale[name] == 1 else value * scale[name] for name, value in u.items()
         }
-        found: list[dict[str, Tensor]] = []
+        parts: list[dict[str, Tensor]] = []
         sums: dict[str, Tensor] = {}
         for make in self._parts:
             products, pull = make().through(scaled, self._apart)
-            found.append(products)
+            parts.append(products)
             for name, value in pull.items():
                 sums[name] = (
                     sums[name] + value.to(self._wide) if name in sums else value.to(self._wide)
                 )
-        zero = torch.zeros_like(next(iter(found[0].values())))
-        names = dict.fromkeys(name for products in found for name in products)
+        zero = torch.zeros_like(next(iter(parts[0].values())))
+        names = dict.fromkeys(name for products in parts for name in products)
         joined = {
             name: torch.cat(
                 [
                     products.get(name, zero[: len(next(iter(products.values())))])
-                    for products in found
+                    for products in parts
                 ]
             )
             for name in names
@@ -251,7 +251,9 @@ class Unroll:
             self.gradients, self.plan, self.options, rows, totals, self.take, kept, advance
         )
 
-    def take(self, width: int, wide: torch.dtype, stop: int, apart: bool) -> Iterator[ReverseStep]:
+    def take(
+        self, width: int, wide: torch.dtype, stop: int, by_parameter: bool
+    ) -> Iterator[ReverseStep]:
         for number, checkpoint, moments in self.places(stop):
             line = self.plan.trajectory.lines[number]
             order = np.argsort(line.examples, kind="stable")
@@ -267,7 +269,7 @@ class Unroll:
                 checkpoint,
                 line.examples[order],
                 weights,
-                ExactBatch(parts, wide, apart),
+                ExactBatch(parts, wide, by_parameter),
                 updates,
             )
 
@@ -276,14 +278,14 @@ class Unroll:
     ) -> list[Callable[[], Curvature]]:
         """What makes the curvature of a batch's loss with the parameters that the model has, part by part of the batch."""
         gradients, columns = self.gradients, list(self.plan.columns)
-        size, each = (
+        size, example_bytes = (
             gradients.budget.batch_size("train", columns),
             gradients.budget.sizes("train", columns).working_bytes(columns),
         )
         most = (
             1
             if not self.together
-            else max(1, min(width, DIRECTION_BYTES // max(1, each * min(size, len(ids)))))
+            else max(1, min(width, DIRECTION_BYTES // max(1, example_bytes * min(size, len(ids)))))
         )
 
         def make(some: slice) -> Curvature:
