@@ -1,8 +1,11 @@
-"""The kinds of failure a user can meet. The command line prints each once: what, where, found and expected, what to do."""
+"""The kinds of failure a user can meet. The command line prints each once: what, where, found and
+expected, what to do.
+"""
 
 
 class InfluenceError(Exception):
-    """A known mistake: a headline (subject and finding), then detail lines, the last of which says what to do.
+    """A known mistake: a headline (subject and finding), then detail lines, the last of which says
+    what to do.
 
     `exit_code` 1: the run or the cache has a problem; 2: the command line has.
     """
@@ -24,7 +27,9 @@ class UsageProblem(InfluenceError):
 
 
 class DefinitionError(InfluenceError):
-    """definition.py can't be loaded, lacks a function, or a function of it fails or returns the wrong thing."""
+    """definition.py can't be loaded, lacks a function, or a function of it fails or returns the
+    wrong thing.
+    """
 
 
 class DataError(InfluenceError):
@@ -40,7 +45,9 @@ class TrajectoryError(InfluenceError):
 
 
 class GradientError(InfluenceError):
-    """A loss without a usable gradient: not per example, not differentiable, not finite, or too large for memory."""
+    """A loss without a usable gradient: not per example, not differentiable, not finite, or too
+    large for memory.
+    """
 
 
 class CacheError(InfluenceError):
@@ -60,7 +67,9 @@ class TableError(InfluenceError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's, a device's, or torch's on a CPU, which is a plain RuntimeError."""
+    """Whether an exception says that memory ran out: Python's, a device's, or torch's on a CPU,
+    which is a plain RuntimeError.
+    """
     text = str(error)
     return (
         isinstance(error, MemoryError)

@@ -1,4 +1,5 @@
-"""Which part of the work is mine: `--shard i/n`, a stretch of the training examples; torchrun's ranks, which share one job.
+"""Which part of the work is mine: `--shard i/n`, a stretch of the training examples; torchrun's
+ranks, which share one job.
 
 Importing it imports nothing heavy: the command line asks for its place before any work.
 """
@@ -25,8 +26,13 @@ T = TypeVar("T")
 COARSE, FINE = (
     4096,
     64,
-)  # shards are cut at multiples of these: units of the cache begin at powers of two, COARSE is their most
-EXPECTED = "expected: i/n (shard i of n, counted from 1), or auto or auto/n in a job array of Slurm or Kubernetes"
+    # shards are cut at multiples of these: units of the cache begin at powers of two, COARSE is their
+    # most
+)
+EXPECTED = (
+    "expected: i/n (shard i of n, counted from 1), or auto or auto/n in a job array of Slurm or "
+    "Kubernetes"
+)
 
 
 # ---------------------------------------------------------------- shards
@@ -41,10 +47,11 @@ class Shard:
         return f"shard {self.index} of {self.count}"
 
     def of(self, ids: "Ids") -> "Ids":
-        """Those of the rising ids that are this shard's: a stretch, maybe empty. All shards together have each id once.
+        """Those of the rising ids that are this shard's: a stretch, maybe empty. All shards
+        together have each id once.
 
-        Cut where units and batches begin (multiples of 4096), so that a shard gives the bits of the whole; where that would be uneven,
-        at a smaller power of two, at least 64.
+        Cut where units and batches begin (multiples of 4096), so that a shard gives the bits of the
+        whole; where that would be uneven, at a smaller power of two, at least 64.
         """
         size = COARSE
         while size > FINE and len(ids) < 4 * self.count * size:
@@ -57,7 +64,9 @@ class Shard:
 
 
 def _cut(ids: "Ids", position: int, size: int) -> int:
-    """The position nearest to this one at which a multiple of `size` lies between two ids; both ends are cuts."""
+    """The position nearest to this one at which a multiple of `size` lies between two ids; both
+    ends are cuts.
+    """
     if position in (0, len(ids)):
         return position
     line = int(ids[position]) // size * size
@@ -66,7 +75,9 @@ def _cut(ids: "Ids", position: int, size: int) -> int:
 
 
 def parse_shard(spec: str, environ: Mapping[str, str]) -> Shard:
-    """`--shard i/n`, `auto`, or `auto/n`. Raises UsageProblem: not that, or no job array to be found."""
+    """`--shard i/n`, `auto`, or `auto/n`. Raises UsageProblem: not that, or no job array to be
+    found.
+    """
     match = re.fullmatch(r"(\d+|auto)(?:/(\d+))?", spec)
     if not match or (match[1] != "auto" and match[2] is None):
         raise UsageProblem(f"--shard {spec}", EXPECTED)
@@ -86,7 +97,8 @@ def parse_shard(spec: str, environ: Mapping[str, str]) -> Shard:
 def _of_array(spec: str, count: int | None, environ: Mapping[str, str]) -> Shard:
     """The place in a job array of Slurm or Kubernetes.
 
-    With `count` the array's places are 1 to n (Kubernetes: 0 to n - 1), so that a single job of it can be re-run.
+    With `count` the array's places are 1 to n (Kubernetes: 0 to n - 1), so that a single job of it
+    can be re-run.
     """
     if environ.get("SLURM_ARRAY_TASK_ID"):
         name, lowest = "SLURM_ARRAY_TASK_ID", 1
@@ -124,13 +136,16 @@ def _number(spec: str, name: str, environ: Mapping[str, str], default: int | Non
 
 def _count_unknown(spec: str, place: int) -> NoReturn:
     raise UsageProblem(
-        f"--shard {spec}: JOB_COMPLETION_INDEX is {place}, and Kubernetes does not give the number of jobs",
+        f"--shard {spec}: JOB_COMPLETION_INDEX is {place}, and Kubernetes does not give the number "
+        "of jobs",
         "give the number: --shard auto/n, for an array from 0 to n - 1",
     )
 
 
 def _slurm_shard(spec: str, place: int, environ: Mapping[str, str]) -> Shard:
-    """Slurm sets the first place, the last one, their step and (from version 19) the number of jobs."""
+    """Slurm sets the first place, the last one, their step and (from version 19) the number of
+    jobs.
+    """
     first, last = (_number(spec, f"SLURM_ARRAY_TASK_{name}", environ) for name in ("MIN", "MAX"))
     step = _number(spec, "SLURM_ARRAY_TASK_STEP", environ, default=1)
     total = (last - first) // step + 1
@@ -139,7 +154,8 @@ def _slurm_shard(spec: str, place: int, environ: Mapping[str, str]) -> Shard:
         raise UsageProblem(
             f"--shard {spec}: the Slurm array has gaps, or does not start at 0 or 1",
             f"found: place {place} in {first} to {last}, step {step}, {count} jobs",
-            "give the number of shards to re-run some jobs of an array 1-n: --shard auto/n; or name the shard: --shard $INDEX/$COUNT",
+            "give the number of shards to re-run some jobs of an array 1-n: --shard auto/n; or "
+            "name the shard: --shard $INDEX/$COUNT",
         )
     return Shard((place - first) // step + 1, total)
 
@@ -147,7 +163,9 @@ def _slurm_shard(spec: str, place: int, environ: Mapping[str, str]) -> Shard:
 # ---------------------------------------------------------------- ranks
 @dataclass(frozen=True)
 class Place:
-    """Which of torchrun's processes this is: `rank` of `count`, and `local` of the `beside` ones on this machine."""
+    """Which of torchrun's processes this is: `rank` of `count`, and `local` of the `beside` ones on
+    this machine.
+    """
 
     rank: int = 0
     count: int = 1
@@ -183,7 +201,9 @@ class Ranks:
         """Until every rank is here."""
 
     def deal(self, number: int) -> Iterator[int]:
-        """Of 0, 1, ... `number` - 1 the ones that this rank gets: the next one each time it asks, until all are taken. Rising."""
+        """Of 0, 1, ... `number` - 1 the ones that this rank gets: the next one each time it asks,
+        until all are taken. Rising.
+        """
         yield from range(number)
 
     def gather(self, value: T) -> list[T]:
@@ -191,7 +211,9 @@ class Ranks:
         return [value]
 
     def collect(self, parts: Iterable[T]) -> Iterator[T]:
-        """At rank 0 the parts of all others, one at a time; elsewhere nothing, once the own ones are sent."""
+        """At rank 0 the parts of all others, one at a time; elsewhere nothing, once the own ones
+        are sent.
+        """
         return iter(())
 
     def close(self) -> None:
@@ -199,15 +221,18 @@ class Ranks:
 
 
 class TorchRanks(Ranks):
-    """torchrun's: numbers, short messages and waiting go through its store, what is gathered through gloo. Nothing that lies on a GPU is
-    sent, so that this serves on any device. Messages are pickled, as torch's own are: between the ranks of one job, never from a file."""
+    """torchrun's: numbers, short messages and waiting go through its store, what is gathered
+    through gloo. Nothing that lies on a GPU is sent, so that this serves on any device. Messages
+    are pickled, as torch's own are: between the ranks of one job, never from a file.
+    """
 
     EVER = datetime.timedelta(days=30)  # ranks wait for the slowest one's work
     POLL = 0.02  # seconds
 
     def __init__(self, place: Place) -> None:
-        """Raises UsageProblem: this torch can't, the ranks are not told where they meet, or torchrun started them again, in which case the
-        store holds what the first ones said."""
+        """Raises UsageProblem: this torch can't, the ranks are not told where they meet, or
+        torchrun started them again, in which case the store holds what the first ones said.
+        """
         super().__init__(place)
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             raise UsageProblem(
@@ -251,7 +276,9 @@ class TorchRanks(Ranks):
         return f"influence-{self._turns}"
 
     def _until(self, key: str) -> None:
-        """Until some rank has set this key. Not by the store's own wait, in which signals are not heard."""
+        """Until some rank has set this key. Not by the store's own wait, in which signals are not
+        heard.
+        """
         with self._lost():
             while not self._store.check([key]):
                 time.sleep(self.POLL)

@@ -1,4 +1,6 @@
-"""How long work speaks to whoever waits for it. The base class is silent; the command line has one that writes to stderr."""
+"""How long work speaks to whoever waits for it. The base class is silent; the command line has one
+that writes to stderr.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,9 @@ class Reporter:
 
     @contextmanager
     def progress(self, doing: str, total: int) -> Iterator[Advance]:
-        """A stretch of work over `total` (checkpoint, example) pairs; yields the function that advances it."""
+        """A stretch of work over `total` (checkpoint, example) pairs; yields the function that
+        advances it.
+        """
 
         def silent(examples: int, where: str = "") -> None:
             pass

@@ -1,4 +1,6 @@
-"""The commands: words and flags only. Each imports what it needs when it runs, so that --help is instant."""
+"""The commands: words and flags only. Each imports what it needs when it runs, so that --help is
+instant.
+"""
 
 import dataclasses
 import os
@@ -40,10 +42,12 @@ class Terminated(BaseException):
 def command(
     name: str, example: str, ranks: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function to the command line. A parameter that is a group of flags (a dataclass of options.py) stands for each of them.
-    `ranks`: torchrun may run it in several processes, which share its work.
+    """Add a function to the command line. A parameter that is a group of flags (a dataclass of
+    options.py) stands for each of them. `ranks`: torchrun may run it in several processes, which
+    share its work.
 
-    Everything a command can end with is mapped to its message and exit code here. stdout is kept for the table.
+    Everything a command can end with is mapped to its message and exit code here. stdout is kept
+    for the table.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -88,7 +92,9 @@ def help_text(function: Callable[..., None]) -> str:
 
 
 def heading_order(parameter: Parameter) -> int:
-    """Sort key that keeps the flags of one heading together; what has no heading (arguments) comes first."""
+    """Sort key that keeps the flags of one heading together; what has no heading (arguments) comes
+    first.
+    """
     arguments = get_args(parameter.annotation)
     heading = getattr(arguments[1], "rich_help_panel", None) if arguments else None
     if not isinstance(heading, str):
@@ -108,8 +114,9 @@ def alone(name: str, work: Callable[[], None]) -> None:
 
 
 def report(work: Callable[[], None], debug: bool) -> None:
-    """Run a command's work; raises typer.Exit with the code that its end means. Of several ranks the first speaks; another one only of an
-    error of its own."""
+    """Run a command's work; raises typer.Exit with the code that its end means. Of several ranks
+    the first speaks; another one only of an error of its own.
+    """
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated
@@ -150,7 +157,9 @@ def report(work: Callable[[], None], debug: bool) -> None:
 
 
 def silence_stdout() -> None:
-    """What is left in stdout's buffer has nowhere to go: let the interpreter's last flush write it to nothing."""
+    """What is left in stdout's buffer has nowhere to go: let the interpreter's last flush write it
+    to nothing.
+    """
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -171,7 +180,8 @@ def influence(
 ) -> None:
     """Which training examples made the model predict this, and which worked against it?
 
-    Works on a folder with a definition.py and safetensors checkpoints. Begin with [bold]influence init[/bold].
+    Works on a folder with a definition.py and safetensors checkpoints. Begin with [bold]influence
+    init[/bold].
     """
 
 

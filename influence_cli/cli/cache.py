@@ -36,6 +36,7 @@ def cache(
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
         cached = len(ids) * len(opened.checkpoints) - new
         opened.reporter.note(
-            f"{split}: {new:,} gradients computed, {cached:,} were there ({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
+            f"{split}: {new:,} gradients computed, {cached:,} were there ({len(ids):,} examples, "
+            f"{len(opened.checkpoints)} checkpoints)"
         )
     opened.ranks.close()

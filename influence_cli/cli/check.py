@@ -14,9 +14,11 @@ def check(
 ) -> None:
     """Are the gradients right on this model, and is the cache whole? Exit code 1 where not.
 
-    Takes gradients of a few examples by the fast way and by plain autograd, in other batches, again, and summed; reads every file of the
-    cache. One row per check and parameter: the worst error, relative, and the rounding that is allowed. With --project, or with a --store
-    narrower than the precision, scores of a sample of pairs are compared with exact ones: the error, and what theory allows.
+    Takes gradients of a few examples by the fast way and by plain autograd, in other batches,
+    again, and summed; reads every file of the cache. One row per check and parameter: the worst
+    error, relative, and the rounding that is allowed. With --project, or with a --store narrower
+    than the precision, scores of a sample of pairs are compared with exact ones: the error, and
+    what theory allows.
     """
     from influence_cli.cli import specs
     from influence_cli.errors import InfluenceError
@@ -52,7 +54,8 @@ def check(
     ]
     if frozen:
         opened.reporter.note(
-            f"{len(frozen)} frozen parameters have no gradients: {', '.join(frozen[:8])}{', ...' if len(frozen) > 8 else ''}"
+            f"{len(frozen)} frozen parameters have no gradients: "
+            f"{', '.join(frozen[:8])}{', ...' if len(frozen) > 8 else ''}"
         )
     failed = [f for f in results if not f.passed]
     if failed:
@@ -70,7 +73,8 @@ def check(
             ),
             *(
                 [
-                    "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; a damaged cache file may be deleted"
+                    "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; "
+                    "a damaged cache file may be deleted"
                 ]
                 if any(f.check != "target" for f in failed)
                 else []

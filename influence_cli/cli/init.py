@@ -23,7 +23,9 @@ def init(
         str, Option(metavar="NAME", help=f"What to start from: {', '.join(TEMPLATES)}.")
     ] = "classifier",
 ) -> None:
-    """Write a commented definition.py: model, data and loss, in plain functions. Never overwrites one."""
+    """Write a commented definition.py: model, data and loss, in plain functions. Never overwrites
+    one.
+    """
     from influence_cli.cli.specs import one_of
     from influence_cli.errors import UsageProblem
     from influence_cli.storage.atomic import describe_disk_error, write_text
@@ -43,6 +45,7 @@ def init(
         ) from error
     print(f"wrote {path}", file=sys.stderr)
     print(
-        f"next: edit it, put checkpoints into {directory / 'checkpoints'}, then: influence inspect {directory}",
+        f"next: edit it, put checkpoints into {directory / 'checkpoints'}, then: influence inspect "
+        f"{directory}",
         file=sys.stderr,
     )

@@ -1,4 +1,6 @@
-"""influence inspect: a dry run. What is there, what it weighs, what it would cost, what would be reused."""
+"""influence inspect: a dry run. What is there, what it weighs, what it would cost, what would be
+reused.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -156,7 +158,9 @@ def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, in
 
 
 def method_rows(opened: "Opened") -> list[Row]:
-    """Of methods that read some rows only: what they would read, where the run has what they need."""
+    """Of methods that read some rows only: what they would read, where the run has what they
+    need.
+    """
     from influence_cli.cli.requests import score_request
     from influence_cli.errors import InfluenceError
 
@@ -201,13 +205,16 @@ def fidelity_rows(
         )
         reached = tried[-1].reached >= target
         opened.reporter.note(
-            f"{tried[-1].kept} {'is the first to reach' if reached else 'is the last tried, and does not reach'} {target}"
+            f"{tried[-1].kept} "
+            f"{'is the first to reach' if reached else 'is the last tried, and does not reach'} "
+            f"{target}"
         )
         results += tried
     exact = opened.gradients.exact().budget.sizes("train", columns).example_bytes(columns)
     if results and results[-1].numbers * opened.gradients.settings.store.itemsize > exact:
         opened.reporter.note(
-            f"{results[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} bytes an example, do"
+            f"{results[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} "
+            "bytes an example, do"
         )
     return [
         (
@@ -234,7 +241,10 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
     if folder is not None:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         stored, _ = needs(opened, lacking)
-        place = f"{folder}{'' if folder.exists() else ' (not existing yet)'}, {format_bytes(stored)} to store, {format_bytes(shutil.disk_usage(existing).free)} free"
+        place = (
+            f"{folder}{'' if folder.exists() else ' (not existing yet)'}, {format_bytes(stored)} "
+            f"to store, {format_bytes(shutil.disk_usage(existing).free)} free"
+        )
     seconds = sum(lacking.values()) * measured.seconds
     if (
         measured.disk
@@ -267,7 +277,8 @@ def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured"
         ),
         (
             "time to compute",
-            f"about {format_duration(seconds)} ({measured.seconds * 1e3:.3g} ms per gradient{measured.disk_speed})",
+            f"about {format_duration(seconds)} ({measured.seconds * 1e3:.3g} ms per "
+            f"gradient{measured.disk_speed})",
         ),
     ]
 
@@ -283,8 +294,10 @@ def needs(opened: "Opened", lacking: dict[str, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds per gradient, peak bytes of this process so far, bytes per second of the cache's disk (0: not measured), and by how many
-    seconds a byte that is written slows down what is computed beside it."""
+    """Seconds per gradient, peak bytes of this process so far, bytes per second of the cache's disk
+    (0: not measured), and by how many seconds a byte that is written slows down what is computed
+    beside it.
+    """
 
     seconds: float
     peak: int
@@ -297,8 +310,10 @@ class Measured:
 
 
 def measure(opened: "Opened", stored: int) -> Measured:
-    """Batches of training examples for about two seconds at the first checkpoint, and 128 MB of zeros to the cache's disk, in the way in
-    which `stored` bytes are written, beside more of them."""
+    """Batches of training examples for about two seconds at the first checkpoint, and 128 MB of
+    zeros to the cache's disk, in the way in which `stored` bytes are written, beside more of
+    them.
+    """
     import time
     from concurrent.futures import ThreadPoolExecutor
 

@@ -10,7 +10,10 @@ Parts = Annotated[
     list[str],
     Argument(
         metavar="PART...",
-        help="Tables of score or self: csv, tsv, jsonl or parquet by their names; - is csv from stdin.",
+        help=(
+            "Tables of score or self: csv, tsv, jsonl or parquet by their names; - is csv from "
+            "stdin."
+        ),
     ),
 ]
 
@@ -19,7 +22,8 @@ Parts = Annotated[
 def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> None:
     """Tables that score or self wrote with --shard, merged into the one of all training examples.
 
-    Ranked anew, with every digit: what a run without shards gives. Parts were made with a --top at least as large as the one here.
+    Ranked anew, with every digit: what a run without shards gives. Parts were made with a --top at
+    least as large as the one here.
     """
     import sys
 
@@ -41,5 +45,6 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
             reporter.note(f"{part.name} has no rows")
     if (most := merge.shortened(opened, k)) is not None:
         reporter.note(
-            f"the parts have at most {most} rows of each kind and query: with --top {shown.top} they might have had more"
+            f"the parts have at most {most} rows of each kind and query: with --top {shown.top} "
+            "they might have had more"
         )

@@ -33,7 +33,9 @@ PRECISION_NAMES, STORE_NAMES = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A run, opened as the flags ask: the checkpoints and columns they select, and where gradients come from."""
+    """A run, opened as the flags ask: the checkpoints and columns they select, and where gradients
+    come from.
+    """
 
     run: Run
     checkpoints: tuple[Checkpoint, ...]
@@ -66,7 +68,9 @@ class Opened:
         return shard_ids
 
     def weights(self, lr: float | None, lr_weights: str | None) -> tuple[Weight, ...]:
-        """The learning-rate weights of the selected checkpoints. Weights of zero are named on stderr."""
+        """The learning-rate weights of the selected checkpoints. Weights of zero are named on
+        stderr.
+        """
         if lr is not None and lr_weights is not None:
             raise UsageProblem(
                 "--lr and --lr-weights both say how checkpoints weigh", "give one of them"
@@ -84,12 +88,15 @@ class Opened:
         zero = [str(weight.step) for weight in weights if weight.is_zero]
         if zero:
             self.reporter.note(
-                f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for nothing in the scores"
+                f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for "
+                "nothing in the scores"
             )
         return weights
 
     def groups(self, group_by: str, train: Ids) -> Groups:
-        """`--group-by`: groups in the order of their names, over the training examples asked for."""
+        """`--group-by`: groups in the order of their names, over the training examples asked
+        for.
+        """
         examples = self.run.train
         if group_by == "label":
             if not self.run.definition.has("label"):
@@ -173,7 +180,9 @@ def open_shared(
 
 
 def find_device(name: str, place: Place) -> torch.device:
-    """`--device`; of several ranks each has the CUDA device of its local number. Raises UsageProblem where it is not there."""
+    """`--device`; of several ranks each has the CUDA device of its local number. Raises
+    UsageProblem where it is not there.
+    """
     if name == "auto":
         name = (
             "cuda"
@@ -189,7 +198,8 @@ def find_device(name: str, place: Place) -> torch.device:
                 f"{place.beside} ranks on this machine, which has {device_count} CUDA devices",
                 f"--nproc-per-node {device_count}, one a device",
             )
-        name = f"cuda:{place.local if device_count > 1 else 0}"  # where each rank is shown one device, that is 0
+        # where each rank is shown one device, that is 0
+        name = f"cuda:{place.local if device_count > 1 else 0}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -198,7 +208,8 @@ def find_device(name: str, place: Place) -> torch.device:
         raise UsageProblem(f"--device {name}: unknown", "expected: auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageProblem(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use",
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that "
+            "torch can use",
             f"torch {torch.__version__}; --device auto takes what is there",
         )
     if device.type == "mps" and not torch.backends.mps.is_available():

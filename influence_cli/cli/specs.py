@@ -20,7 +20,9 @@ EXPECTED = (
 
 
 def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> range | np.ndarray:
-    """`--queries`, `--train`: rising distinct ids of a dataset of `size`; a range where they are one. None: all."""
+    """`--queries`, `--train`: rising distinct ids of a dataset of `size`; a range where they are
+    one. None: all.
+    """
     if spec is None:
         return range(size)
     if spec == "-":
@@ -198,7 +200,9 @@ def options_of_methods(
 def projection(
     numbers: int | None, kind: str | None, seed: int | None, searched: bool = False
 ) -> tuple[str, int, int] | None:
-    """`--project`, `--projection`, `--seed` as kind, numbers and seed; None: exact gradients. `searched`: K is asked for."""
+    """`--project`, `--projection`, `--seed` as kind, numbers and seed; None: exact gradients.
+    `searched`: K is asked for.
+    """
     chosen = one_of(
         "--projection",
         kind or "tensor-sketch",

@@ -1,4 +1,6 @@
-"""What goes to stderr: notes, and progress as a bar in a terminal or a plain line now and then in a log."""
+"""What goes to stderr: notes, and progress as a bar in a terminal or a plain line now and then in a
+log.
+"""
 
 import datetime
 import sys

@@ -1,7 +1,9 @@
-"""How far projected gradients, and numbers stored in few bits, are from exact ones: on a sample of the run's own pairs.
+"""How far projected gradients, and numbers stored in few bits, are from exact ones: on a sample of
+the run's own pairs.
 
-A pair's score here is the inner product of its gradients, summed over parameters and over the checkpoints looked at. Sampled examples are
-taken exactly, a few at a time, and multiplied as they are, as they would be projected, and as they would be read from disk.
+A pair's score here is the inner product of its gradients, summed over parameters and over the
+checkpoints looked at. Sampled examples are taken exactly, a few at a time, and multiplied as they
+are, as they would be projected, and as they would be read from disk.
 
 N train, Q query.
 """
@@ -39,7 +41,8 @@ Way = Callable[[str, Form], Form]  # of a column: how its gradients are kept
 @dataclass(frozen=True)
 class Fidelity:
     """Scores kept in some way against others. `error`: |S' - S| / |S| over all pairs, and the most that is to be expected; the others are
-    means over the queries (nan where none of their scores vary)."""
+    means over the queries (nan where none of their scores vary).
+    """
 
     kept: str
     error: float
@@ -58,7 +61,8 @@ class Fidelity:
     def __str__(self) -> str:
         queries, train = self.pairs
         return (
-            f"Pearson {self.pearson:.4f}, Spearman {self.spearman:.4f}, top-{min(TOP, train)} overlap {self.overlap:.2f} "
+            f"Pearson {self.pearson:.4f}, Spearman {self.spearman:.4f}, top-{min(TOP, train)} "
+            f"overlap {self.overlap:.2f} "
             f"({queries} queries x {train} examples)"
         )
 
@@ -93,7 +97,9 @@ class Sample:
         return cls(gradients.exact(), chosen, tuple(columns), train, queries)
 
     def scores(self, ways: Mapping[str, Way]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Of each way (Q, N) float64 scores; and for each column (columns, Q, N) the products of the norms, summed over checkpoints."""
+        """Of each way (Q, N) float64 scores; and for each column (columns, Q, N) the products of
+        the norms, summed over checkpoints.
+        """
         scores = {way: np.zeros((len(self.queries), len(self.train))) for way in ways}
         norms = np.zeros((len(self.columns), len(self.queries), len(self.train)))
         with self.gradients.reporter.progress(
@@ -166,7 +172,9 @@ def fidelity(
     columns: Sequence[str],
     ids: Mapping[str, Ids],
 ) -> list[Fidelity]:
-    """What the run's projection does to exact scores, and what it does as it is stored; nothing where both are exact."""
+    """What the run's projection does to exact scores, and what it does as it is stored; nothing
+    where both are exact.
+    """
     settings = gradients.settings
     projection, narrow = (
         settings.projection,
@@ -212,7 +220,9 @@ def fidelity_findings(
     kind: str | None,
     target: float | None,
 ) -> list[Finding]:
-    """As rows of `influence check`: what is kept, against what theory allows and against the target; and the smallest K that reaches it."""
+    """As rows of `influence check`: what is kept, against what theory allows and against the
+    target; and the smallest K that reaches it.
+    """
     rows = []
     for kept in fidelity(gradients, checkpoints, columns, ids):
         rows.append(Finding("fidelity", "pairs", kept.kept, kept.error, kept.allowed, str(kept)))
@@ -257,7 +267,9 @@ def search(
     kind: str,
     target: float,
 ) -> list[Fidelity]:
-    """Projections of rising K, up to the first whose Spearman and Pearson correlations both reach the target, or to the last tried."""
+    """Projections of rising K, up to the first whose Spearman and Pearson correlations both reach
+    the target, or to the last tried.
+    """
     sample, results = Sample.of(gradients, checkpoints, columns, ids), []
     seed = gradients.settings.projection.seed if gradients.settings.projection else 0
     for ladder in SQUARES if kind == "kronecker" else LADDERS:
@@ -285,8 +297,9 @@ def projected(projection: Projection) -> Way:
 
 
 def spread_of(projection: Projection, sample: Sample, norms: np.ndarray) -> float:
-    """Twice the standard deviation that theory allows the differences of all pairs together, and rounding: what is kept exactly is
-    multiplied in another form."""
+    """Twice the standard deviation that theory allows the differences of all pairs together, and
+    rounding: what is kept exactly is multiplied in another form.
+    """
     shapes = [sample.gradients.run.columns[name].shape for name in sample.columns]
     spreads = np.array([projection.spread(shape) for shape in shapes])[:, None, None] * norms
     eps = STORE_EPS[

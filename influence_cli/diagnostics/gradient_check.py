@@ -1,11 +1,12 @@
-"""Are these gradients right, on the user's own model and data? Each finding is measured against something independent of the fast path.
+"""Are these gradients right, on the user's own model and data? Each finding is measured against
+something independent of the fast path.
 
-gradients   the way gradients are taken, against plain autograd one example at a time
-batches     the same examples in another order, and alone: an example's gradient must not depend on its company
-repeats     the same batch again
-coverage    the sum over the examples, against one backward of the summed loss through the whole model
-outputs     loss_from_outputs(outputs(...)) against loss(...), where the definition has them
-cache       every unit read whole, its gradients against the exact norms beside them; some examples taken again
+gradients   the way gradients are taken, against plain autograd one example at a time batches
+the same examples in another order, and alone: an example's gradient must not depend on its company
+repeats     the same batch again coverage    the sum over the examples, against one backward of the
+summed loss through the whole model outputs     loss_from_outputs(outputs(...)) against loss(...),
+where the definition has them cache       every unit read whole, its gradients against the exact
+norms beside them; some examples taken again
 """
 
 import math
@@ -34,12 +35,16 @@ from influence_cli.run.checkpoints import Checkpoint
 EXAMPLES, CHECKPOINTS = 8, 3  # looked at: of each split, of each run; evenly spread
 DENSE_BYTES = (
     2 << 30
-)  # dense gradients of the examples looked at, in the few copies that are compared; at least two examples
+    # dense gradients of the examples looked at, in the few copies that are compared; at least two
+    # examples
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of one subject (a parameter, or a part of the cache): the worst error found, relative, and the rounding that is allowed."""
+    """One check of one subject (a parameter, or a part of the cache): the worst error found,
+    relative, and the rounding that is allowed.
+    """
 
     check: str
     split: str
@@ -59,7 +64,9 @@ def findings(
     columns: Sequence[str],
     ids: Mapping[str, Ids],
 ) -> list[Finding]:
-    """All checks, at most CHECKPOINTS checkpoints and EXAMPLES examples of each split; of each subject the worst."""
+    """All checks, at most CHECKPOINTS checkpoints and EXAMPLES examples of each split; of each
+    subject the worst.
+    """
     worst: dict[tuple[str, str, str], Finding] = {}
     looked_at = [checkpoints[i] for i in spread(len(checkpoints), CHECKPOINTS)]
     numbers = sum(
@@ -195,7 +202,9 @@ def dense(forms: Mapping[str, Form]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Scales:
-    """What errors are relative to: the largest gradient of a parameter; where those are but rounding, a little of the whole gradient's."""
+    """What errors are relative to: the largest gradient of a parameter; where those are but
+    rounding, a little of the whole gradient's.
+    """
 
     largest: dict[str, float]
     least: float
@@ -225,7 +234,9 @@ def check_coverage(
     computed: Mapping[str, Tensor],
     sizes: Scales,
 ) -> Iterator[Finding]:
-    """Every parameter that training moves is accounted for: asked of the model, not of what was selected from it."""
+    """Every parameter that training moves is accounted for: asked of the model, not of what was
+    selected from it.
+    """
     model = gradients.run.model.module
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -292,7 +303,9 @@ def check_outputs(
 
 # ---------------------------------------------------------------- cache
 def check_cache(gradients: GradientSource, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    """Every unit of the cache is read; of the checkpoints looked at some examples are taken again."""
+    """Every unit of the cache is read; of the checkpoints looked at some examples are taken
+    again.
+    """
     if gradients.cache is None:
         return
     store = gradients.cache.store
@@ -313,7 +326,9 @@ def check_cache(gradients: GradientSource, checkpoints: Sequence[Checkpoint]) ->
 
 
 def check_units(store: Store, place: Path) -> Finding:
-    """The units of one folder: whole, and their gradients (but for projected ones) of the norms that were exact when they were taken."""
+    """The units of one folder: whole, and their gradients (but for projected ones) of the norms
+    that were exact when they were taken.
+    """
     subject, split = (
         str(place.relative_to(store.folder)),
         "query" if "query" in place.parts else "train",
@@ -357,7 +372,9 @@ def is_exact(form: Form) -> bool:
 def taken_again(
     gradients: GradientSource, checkpoint: Checkpoint, place: Path, index: UnitIndex
 ) -> Finding:
-    """Some of what is cached, against the same taken now; all items behind it, against the dataset."""
+    """Some of what is cached, against the same taken now; all items behind it, against the
+    dataset.
+    """
     assert gradients.cache is not None
     store = gradients.cache.store
     subject, count = f"{checkpoint.name}, taken again", 0

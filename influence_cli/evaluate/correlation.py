@@ -1,4 +1,6 @@
-"""Do two columns of numbers agree? Rank and linear correlation, and an interval for a mean of such."""
+"""Do two columns of numbers agree? Rank and linear correlation, and an interval for a mean of
+such.
+"""
 
 import numpy as np
 

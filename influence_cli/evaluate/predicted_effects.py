@@ -1,4 +1,5 @@
-"""What a method says that leaving an example out of one step would do: the part of its score that is about that step.
+"""What a method says that leaving an example out of one step would do: the part of its score that
+is about that step.
 
 R removals, Q queries.
 """
@@ -60,7 +61,9 @@ class PredictedEffects(Ranking):
 def scores(
     gradients: GradientSource, method: Method, question: ScoreRequest, removals: Sequence[Removal]
 ) -> np.ndarray:
-    """(R, Q). Of the score by step where the method has it; else of the part of the checkpoint from which the step went on; else all."""
+    """(R, Q). Of the score by step where the method has it; else of the part of the checkpoint from
+    which the step went on; else all.
+    """
     by = next((part for part in ("step", "checkpoint") if part in method.parts), None)
     examples = np.unique([removal.example for removal in removals])
     question = dataclasses.replace(question, train=examples, by=by)
@@ -75,7 +78,9 @@ def scores(
 
 
 def part_of(removal: Removal, question: ScoreRequest) -> str | None:
-    """The name of the part that is about this removal: its step, or the checkpoint before it (the first, where none is)."""
+    """The name of the part that is about this removal: its step, or the checkpoint before it (the
+    first, where none is).
+    """
     if question.by == "checkpoint":
         steps = [checkpoint.step for checkpoint in question.checkpoints]
         return str(steps[max(0, int(np.searchsorted(steps, removal.step, side="right")) - 1)])
@@ -85,7 +90,9 @@ def part_of(removal: Removal, question: ScoreRequest) -> str | None:
 def of_answer(
     answer: ScoredQueries, removals: Sequence[Removal], names: Sequence[str | None]
 ) -> np.ndarray:
-    """(R, Q) of the queries of one answer. An example that stood in a step several times has several parts there; they add."""
+    """(R, Q) of the queries of one answer. An example that stood in a step several times has
+    several parts there; they add.
+    """
     ranking = answer.ranking
     assert isinstance(ranking, PredictedEffects)
     if answer.split is None:

@@ -1,4 +1,6 @@
-"""Results of long work, a JSON object a line, appended as they come: stopped at any moment, what is there counts the next time."""
+"""Results of long work, a JSON object a line, appended as they come: stopped at any moment, what is
+there counts the next time.
+"""
 
 import json
 import os
@@ -13,7 +15,9 @@ class Results:
     """`records`: those on file, then those added. Without a file they are in memory only."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises CacheError for a file that can't be read. A last line without its end, of a process that was killed, is dropped."""
+        """Raises CacheError for a file that can't be read. A last line without its end, of a
+        process that was killed, is dropped.
+        """
         self._path = path
         self.records: list[dict[str, Any]] = []
         if path is None or not path.is_file():

@@ -1,8 +1,10 @@
-"""Trajectory-specific leave-one-out (Wang et al. 2024, arXiv:2412.09538): one example is left out of one recorded step, training goes on
-from there to its end, and what that did to each query is compared with what the scores said.
+"""Trajectory-specific leave-one-out (Wang et al. 2024, arXiv:2412.09538): one example is left out
+of one recorded step, training goes on from there to its end, and what that did to each query is
+compared with what the scores said.
 
-truth[r, q] = m(theta' of removal r, q) - m(theta, q), both at the end; m is the query's loss, or -measure where the definition has one.
-Above 0: the example was a proponent, without it the loss is higher. m(theta) is that of a replay of the whole run.
+truth[r, q] = m(theta' of removal r, q) - m(theta, q), both at the end; m is the query's loss, or
+-measure where the definition has one. Above 0: the example was a proponent, without it the loss is
+higher. m(theta) is that of a replay of the whole run.
 
 R removals, Q queries.
 """
@@ -40,7 +42,9 @@ from influence_cli.run.run import Run
 from influence_cli.run.trajectory import Trajectory
 
 VERSION = 1  # of the results on file
-FAR = 0.01  # a replay that ends so far from the saved checkpoint, of the way that training went, is another training
+# a replay that ends so far from the saved checkpoint, of the way that training went, is another
+# training
+FAR = 0.01
 ABOVE_NOISE = 10  # effects smaller than so many times the noise are rounding in part
 
 
@@ -50,7 +54,9 @@ def options_of(request: EvaluationRequest) -> TslooOptions:
 
 
 def evaluate(gradients: GradientSource, request: EvaluationRequest) -> Iterator[tuple[Any, ...]]:
-    """A row per method and query, then its `mean` over queries and all pairs `pooled`. Notes say the intervals of the means."""
+    """A row per method and query, then its `mean` over queries and all pairs `pooled`. Notes say
+    the intervals of the means.
+    """
     run, reporter, options = gradients.run, gradients.reporter, options_of(request)
     start, end = run.checkpoints[0], request.checkpoints[-1]
     trajectory = check(run, start, end)
@@ -62,7 +68,8 @@ def evaluate(gradients: GradientSource, request: EvaluationRequest) -> Iterator[
     removals = sample(trajectory, range(start.step, end.step), options.removals, request.seed)
     if len(removals) < options.removals:
         reporter.note(
-            f"--removals {options.removals}: examples and steps make {len(removals)}, all of them are removed"
+            f"--removals {options.removals}: examples and steps make {len(removals)}, all of them "
+            "are removed"
         )
     predicted = {
         name: scores(gradients, METHODS[name], question, removals)
@@ -83,30 +90,38 @@ def evaluate(gradients: GradientSource, request: EvaluationRequest) -> Iterator[
 
 
 def check(run: Run, start: Checkpoint, end: Checkpoint) -> Trajectory:
-    """Raises TrajectoryError: no trajectory, or one that ends too early; UsageProblem where no step was recorded between the two."""
+    """Raises TrajectoryError: no trajectory, or one that ends too early; UsageProblem where no step
+    was recorded between the two.
+    """
     trajectory = run.trajectory
     if trajectory is None:
         raise TrajectoryError(
             "tsloo trains again along the recorded steps, and this run has no trajectory",
-            "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which step size",
+            "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which "
+            "step size",
             "--trajectory FILE names one elsewhere",
         )
     if end.step > trajectory.steps:
         raise TrajectoryError(
             f"{trajectory.path.name} ends before {end.name}",
-            f"it has the steps 0 to {trajectory.steps - 1:,}; a checkpoint of step {trajectory.steps:,} is the last it can explain",
+            f"it has the steps 0 to {trajectory.steps - 1:,}; a checkpoint of step "
+            f"{trajectory.steps:,} is the last it can explain",
             "--steps leaves later checkpoints out; or the trajectory is of another run",
         )
     if end.step == start.step:
         raise UsageProblem(
-            f"no step lies between the first checkpoint of the run and the last one selected: both are {end.name}",
-            "expected: a checkpoint to train from and a later one, as those of step 0 and of the last step",
+            "no step lies between the first checkpoint of the run and the last one selected: both "
+            f"are {end.name}",
+            "expected: a checkpoint to train from and a later one, as those of step 0 and of the "
+            "last step",
         )
     return trajectory
 
 
 def sample(trajectory: Trajectory, steps: range, number: int, seed: int) -> list[Removal]:
-    """The first `number` of one fixed order of all (step, example): more of them later are these and others."""
+    """The first `number` of one fixed order of all (step, example): more of them later are these
+    and others.
+    """
     members = [np.unique(trajectory.lines[step].examples) for step in steps]
     ends = np.cumsum([len(some) for some in members])
     if not len(ends) or not ends[-1]:
@@ -161,7 +176,9 @@ def retrain(
     request: EvaluationRequest,
     results: Results,
 ) -> None:
-    """Adds to `results` what is missing: the whole run twice, then one run per removal, from its step on."""
+    """Adds to `results` what is missing: the whole run twice, then one run per removal, from its
+    step on.
+    """
     known = truths(results)
     todo = sorted(removal for removal in removals if removal not in known)
     base = next((record for record in results.records if "values" in record), None)
@@ -199,7 +216,9 @@ def baseline(
     request: EvaluationRequest,
     advance: Advance,
 ) -> dict[str, Any]:
-    """The recorded run; `again`: the same with each batch backwards, clipped as removals are: apart by what is no effect."""
+    """The recorded run; `again`: the same with each batch backwards, clipped as removals are: apart
+    by what is no effect.
+    """
     start = gradients.run.checkpoints[0]
     replay.begin(start)
     replay.advance(end.step, each=partial(advance, where="the whole run"))
@@ -222,7 +241,9 @@ def baseline(
 
 
 def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
-    """(Q,) m of each query as the model is now, float64. With autograd on: a loss may take derivatives of its own."""
+    """(Q,) m of each query as the model is now, float64. With autograd on: a loss may take
+    derivatives of its own.
+    """
     definition, size = (
         gradients.run.definition,
         gradients.budget.batch_size("train", list(gradients.run.columns)),
@@ -251,7 +272,8 @@ def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
     if not np.isfinite(all_values).all():
         query = int(np.asarray(queries)[~np.isfinite(all_values)][0])
         raise GradientError(
-            f"training diverged when it was run again: {name}() of query {query} is not finite at its end",
+            f"training diverged when it was run again: {name}() of query {query} is not finite at "
+            "its end",
             "look at the trajectory's lr, weights and clip: are they those of the run?",
         )
     return -all_values if name == "measure" else all_values
@@ -265,7 +287,9 @@ def rows(
     truth: np.ndarray,
     noise: np.ndarray,
 ) -> Iterator[tuple[Any, ...]]:
-    """`mean`: of the rows above it. `pooled`: over all pairs at once; its noise is the root mean square."""
+    """`mean`: of the rows above it. `pooled`: over all pairs at once; its noise is the root mean
+    square.
+    """
     queries, effects = [int(query) for query in request.queries], truth.std(axis=0)
     for method, scored in predicted.items():
         pairs_Q2 = np.array(
@@ -275,14 +299,16 @@ def rows(
         means = good.mean(axis=0) if len(good) else np.full(2, np.nan)
         if len(good) < len(queries):
             gradients.reporter.note(
-                f"{method}: {len(queries) - len(good)} of {len(queries)} queries have no correlation, since the scores of all removals are "
+                f"{method}: {len(queries) - len(good)} of {len(queries)} queries have no "
+                "correlation, since the scores of all removals are "
                 "equal there or their effects are; the means are over the others"
             )
         if len(good):
             spans = [f"{word} {mean:.3f} [{low:.3f}, {high:.3f}]" for word, mean, (low, high) in zip(
                 ("Spearman", "Pearson"), means, (interval(column, request.seed) for column in good.T), strict=True)]  # fmt: skip
             gradients.reporter.note(
-                f"{method}: {', '.join(spans)}: mean over {len(good)} queries and its 95 % interval (bootstrap over queries)"
+                f"{method}: {', '.join(spans)}: mean over {len(good)} queries and its 95 % "
+                "interval (bootstrap over queries)"
             )
         for query, pair, effect, floor in zip(queries, pairs_Q2, effects, noise, strict=True):
             yield (
@@ -336,14 +362,19 @@ def say(
         f"the replay ends {base['apart']:.2g} of the way that training went from {end.name}"
     )
     if base["apart"] > FAR:
-        distance_note += ": it ran otherwise (dropout, BatchNorm, another machine or precision), and the truth is that of the replay"
+        distance_note += (
+            ": it ran otherwise (dropout, BatchNorm, another machine or precision), and the truth "
+            "is that of the replay"
+        )
     reporter.note(distance_note)
     if base["max_norm"] is not None:
         reporter.note(
-            f"clipped steps: from a removal on, gradients are clipped at a norm of {base['max_norm']:.4g}, the median of those recorded"
+            "clipped steps: from a removal on, gradients are clipped at a norm of "
+            f"{base['max_norm']:.4g}, the median of those recorded"
         )
     if 0 < truth.std() < ABOVE_NOISE * root_mean_square(noise):
         reporter.note(
-            f"effects ({truth.std():.2g}) are hardly above the noise of training the same again ({root_mean_square(noise):.2g}): "
+            f"effects ({truth.std():.2g}) are hardly above the noise of training the same again "
+            f"({root_mean_square(noise):.2g}): "
             "--precision float64 lowers it"
         )

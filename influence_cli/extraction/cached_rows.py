@@ -1,4 +1,6 @@
-"""The cache of one run: which folder holds a checkpoint's units, and which of them are still valid."""
+"""The cache of one run: which folder holds a checkpoint's units, and which of them are still
+valid.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -35,8 +37,9 @@ class CachedRows:
         return self.store.folder / self.settings.key
 
     def folder(self, split: str, checkpoint: Checkpoint) -> Path:
-        """The folder of a checkpoint's units. Users edit queries often and they are cheap: each text
-        of the definition has its own folder of query units."""
+        """The folder of a checkpoint's units. Users edit queries often and they are cheap: each
+        text of the definition has its own folder of query units.
+        """
         key = checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
         folder = self.settings_folder / key / split
         return folder if split == "train" else folder / self.run.definition.digest[:12]
@@ -80,8 +83,10 @@ class CachedRows:
             self._checked.add(("train", checkpoint.step))
         if compared:
             self.reporter.note(
-                "definition.py changed since the training gradients were cached; influence computed "
-                f"{revalidate.GRADIENTS} of them again at each of {compared} checkpoints: they agree, "
+                "definition.py changed since the training gradients were cached; influence "
+                "computed "
+                f"{revalidate.GRADIENTS} of them again at each of {compared} checkpoints: they "
+                "agree, "
                 "so it uses the cache"
             )
 

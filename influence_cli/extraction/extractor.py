@@ -25,8 +25,9 @@ from influence_cli.run.run import Run
 
 
 class GradientExtractor:
-    """Computes gradients of a run's examples, with the weights of a checkpoint or with the weights that
-    the model holds. It stores nothing."""
+    """Computes gradients of a run's examples, with the weights of a checkpoint or with the weights
+    that the model holds. It stores nothing.
+    """
 
     def __init__(
         self,
@@ -64,8 +65,10 @@ class GradientExtractor:
         advance: Advance = lambda examples, where="": None,
         where: str = "",
     ) -> GradientRows:
-        """Rows of these examples with the weights of a checkpoint. Raises GradientError: a loss or a
-        gradient that is not finite; out of memory; DefinitionError: a function of the user fails."""
+        """Rows of these examples with the weights of a checkpoint. Raises GradientError: a loss or
+        a gradient that is not finite; out of memory; DefinitionError: a function of the user
+        fails.
+        """
         self.run.model.at(checkpoint)
         return self.rows(checkpoint.name, split, columns, ids, level, advance, where)
 
@@ -79,9 +82,11 @@ class GradientExtractor:
         advance: Advance = lambda examples, where="": None,
         where: str = "",
     ) -> GradientRows:
-        """Rows of these examples with the weights that the model holds; `weights` names them in errors.
+        """Rows of these examples with the weights that the model holds; `weights` names them in
+        errors.
 
-        If a device runs out of memory, the batch size is halved and recorded, and the work repeated.
+        If a device runs out of memory, the batch size is halved and recorded, and the work
+        repeated.
         """
         while True:
             done = 0
@@ -177,8 +182,9 @@ class GradientExtractor:
             raise self.explained(split, error, len(ids)) from error
 
     def capture_for(self, split: str, columns: Sequence[str]) -> AnyCapture:
-        """The capture of these columns. A new one is probed on the first two examples, with the weights
-        that the model holds, or with those of the first checkpoint."""
+        """The capture of these columns. A new one is probed on the first two examples, with the
+        weights that the model holds, or with those of the first checkpoint.
+        """
         key = (split, tuple(columns))
         if key not in self._captures:
             self.run.model.at_any(self.run.checkpoints[0])
@@ -222,7 +228,9 @@ class GradientExtractor:
             raise self.explained(split, error, len(first)) from error
 
     def ways(self, split: str, columns: Sequence[str]) -> dict[str, str]:
-        """How the gradients of each column are computed: by a layer rule, by torch.func, one by one."""
+        """How the gradients of each column are computed: by a layer rule, by torch.func, one by
+        one.
+        """
         capture = self.capture_for(split, columns)
         if isinstance(capture, EmbeddingCapture):
             return dict.fromkeys(columns, "at the output" if capture.at_once else "one by one")
@@ -237,7 +245,8 @@ class GradientExtractor:
             return GradientError(
                 f"out of memory: gradients of a batch of {size}",
                 text.splitlines()[0] if text else type(error).__name__,
-                "--batch-size N computes fewer examples at once; --layers GLOB selects fewer parameters;"
+                "--batch-size N computes fewer examples at once; --layers GLOB selects fewer "
+                "parameters;"
                 " finished units are kept",
             )
         measured = split == "query" and self.run.definition.has("measure")

@@ -165,15 +165,19 @@ class CacheFiller:
         write(unit, rows)
 
     def _wait_until_visible(self, request: FillRequest) -> None:
-        """Wait until this machine sees what all ranks wrote. Raises CacheError after VISIBLE_WITHIN."""
+        """Wait until this machine sees what all ranks wrote. Raises CacheError after
+        VISIBLE_WITHIN.
+        """
         deadline = time.monotonic() + VISIBLE_WITHIN
         while lacking := self.plan(request):
             if time.monotonic() > deadline:
                 raise CacheError(
-                    f"{socket.gethostname()} (rank {self.ranks.rank}) does not see {len(lacking)} units"
+                    f"{socket.gethostname()} (rank {self.ranks.rank}) does not see {len(lacking)} "
+                    "units"
                     f" that other ranks wrote {VISIBLE_WITHIN} s ago",
                     f"the first: {lacking[0].unit.path}",
-                    "--cache names a folder that all machines share; run the same command to resume",
+                    "--cache names a folder that all machines share; run the same command to "
+                    "resume",
                 )
             time.sleep(0.5)
             self.rows.forget_indexes()

@@ -22,8 +22,9 @@ def existing_folder(folder: Path) -> Path:
 
 
 def check_fits(folder: Path | None, disk_bytes: int, memory_bytes: int) -> None:
-    """Raise CacheError where the disk of the cache has no room for `disk_bytes`, or this machine has
-    no `memory_bytes` of free memory."""
+    """Raise CacheError where the disk of the cache has no room for `disk_bytes`, or this machine
+    has no `memory_bytes` of free memory.
+    """
     if folder is not None:
         free = shutil.disk_usage(existing_folder(folder)).free
         if disk_bytes > free:
@@ -38,7 +39,8 @@ def check_fits(folder: Path | None, disk_bytes: int, memory_bytes: int) -> None:
         raise CacheError(
             "capturing these gradients does not fit into memory",
             f"needed: about {memory_bytes:,} bytes more; available: {available:,} bytes",
-            "--batch-size N computes fewer examples at once; --layers GLOB selects fewer parameters",
+            "--batch-size N computes fewer examples at once; --layers GLOB selects fewer "
+            "parameters",
         )
 
 
@@ -61,7 +63,8 @@ def available_memory() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 1 GiB of freed memory for the next batch, which allocates the same sizes.
+    """Let glibc keep up to 1 GiB of freed memory for the next batch, which allocates the same
+    sizes.
 
     Fetching it from the system again costs a tenth of a capture's time on W3 (docs/log.md).
     Systems without glibc ignore this.
@@ -84,7 +87,9 @@ def peak_memory() -> int:
 
 
 def disk_speed(folder: Path, direct: bool, count: int = TRIAL_BYTES) -> float:
-    """Bytes per second of synced writing next to `folder`, as units are written; 0 where that fails."""
+    """Bytes per second of synced writing next to `folder`, as units are written; 0 where that
+    fails.
+    """
     try:
         with tempfile.TemporaryDirectory(
             prefix=".tmp-influence-", dir=existing_folder(folder)

@@ -1,7 +1,7 @@
 """Bytes of a request: per example of each column, per batch, per unit. A probe measures them once.
 
-The record is sizes-SPLIT.json beside the units. Units and batches follow from it, so it keeps them the
-same on every machine that resumes a cache.
+The record is sizes-SPLIT.json beside the units. Units and batches follow from it, so it keeps them
+the same on every machine that resumes a cache.
 """
 
 import contextlib
@@ -69,7 +69,9 @@ class SizeRecord:
     def add(
         self, columns: Sequence[str], forms: dict[str, tuple[str, int]], batch: int, working: int
     ) -> None:
-        """Record the result of a probe. Sizes of columns that are known already stay as they are."""
+        """Record the result of a probe. Sizes of columns that are known already stay as they
+        are.
+        """
         self.forms = forms | self.forms
         self.batches[columns_key(columns)] = batch, working
         if self.path is not None:
@@ -192,8 +194,9 @@ def columns_key(columns: Sequence[str]) -> str:
 
 
 def default_batch(working: int, device: torch.device) -> int:
-    """Examples of a batch by the working bytes of each: on a CPU the same on every machine, on a GPU
-    a quarter of its free memory."""
+    """Examples of a batch by the working bytes of each: on a CPU the same on every machine, on a
+    GPU a quarter of its free memory.
+    """
     if device.type == "cuda":
         fitting = free_cuda_bytes(device) // 4 // max(1, working)
         return min(4 * MAX_BATCH, floor_power_of_two(fitting))
@@ -211,8 +214,8 @@ def stored_bytes(
     """Form and bytes per example of each column, as stored.
 
     `ratio`: bytes of a stored number per byte of a computed one. `scale_bytes`: of a row's scale.
-    Two columns may share a tensor (a bias's gradients are its layer's left factors): the first column
-    counts it, the other is "shared".
+    Two columns may share a tensor (a bias's gradients are its layer's left factors): the first
+    column counts it, the other is "shared".
     """
     sizes: dict[str, tuple[str, int]] = {}
     counted: set[tuple[int, int]] = set()

@@ -25,7 +25,9 @@ Recompute = Callable[[str, Checkpoint, Sequence[str], np.ndarray], GradientRows]
 
 
 def trusted_definitions(folder: Path, digest: str) -> set[str]:
-    """Digests of definitions whose units are valid under this one: itself, and those compared before."""
+    """Digests of definitions whose units are valid under this one: itself, and those compared
+    before.
+    """
     path = folder / "agrees.json"
     compared = read_json(path).get(digest, []) if path.is_file() else []
     return {digest, *compared}
@@ -40,8 +42,8 @@ def check_gradients(
     rounding: float,
     recompute: Recompute,
 ) -> bool:
-    """Compare training gradients that were cached under other texts of the definition, once for each
-    text; True where there were any.
+    """Compare training gradients that were cached under other texts of the definition, once for
+    each text; True where there were any.
 
     agrees.json keeps the result. Raises CacheError, naming layer and example, where they differ.
     """
@@ -81,9 +83,9 @@ def check_items(
 ) -> None:
     """Compare the items behind cached rows with the dataset.
 
-    It compares all items where `all_items` says so, or where a unit was cached under a definition that
-    is not trusted yet; otherwise ITEMS of them, evenly spaced. It reads each item once, over all
-    checkpoints. `indexes`: per folder. Raises CacheError naming the first item that differs.
+    It compares all items where `all_items` says so, or where a unit was cached under a definition
+    that is not trusted yet; otherwise ITEMS of them, evenly spaced. It reads each item once, over
+    all checkpoints. `indexes`: per folder. Raises CacheError naming the first item that differs.
     """
     units = [unit for index in indexes.values() for unit in index.units]
     if not units:

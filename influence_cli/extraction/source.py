@@ -29,7 +29,9 @@ IdsAt = tuple[Checkpoint, Ids]  # a checkpoint, and the examples whose rows are 
 
 
 class GradientSource:
-    """Per-example gradients of a run. With a cache it computes each row once; without one each time."""
+    """Per-example gradients of a run. With a cache it computes each row once; without one each
+    time.
+    """
 
     def __init__(
         self,
@@ -42,8 +44,9 @@ class GradientSource:
         reporter: Reporter | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """`store`: an opened cache, None for none. `batch_size`: None measures one. `cast`: dtype of
-        floating batch tensors, None leaves them. `ranks`: processes that share the work."""
+        """`store`: an opened cache, None for none. `batch_size`: None measures one. `cast`: dtype
+        of floating batch tensors, None leaves them. `ranks`: processes that share the work.
+        """
         self.run, self.settings, self.device = run, settings, device
         self.reporter, self.ranks = reporter or Reporter(), ranks or Ranks()
         self.cache = CachedRows(run, settings, store, self.reporter) if store else None
@@ -68,8 +71,9 @@ class GradientSource:
         ids: Ids,
         level: Level = "values",
     ) -> int:
-        """Compute and store the rows that the cache lacks; returns the number of (checkpoint, example)
-        pairs. Without a cache: nothing. See CacheFiller.fill for errors."""
+        """Compute and store the rows that the cache lacks; returns the number of (checkpoint,
+        example) pairs. Without a cache: nothing. See CacheFiller.fill for errors.
+        """
         return self.ensure_each(split, [(point, ids) for point in checkpoints], columns, level)
 
     def ensure_each(
@@ -106,7 +110,9 @@ class GradientSource:
         ids: Ids,
         level: Level = "values",
     ) -> Iterator[GradientRows]:
-        """The rows of these examples, unit by unit, in the order of their ids; float32 or float64."""
+        """The rows of these examples, unit by unit, in the order of their ids; float32 or
+        float64.
+        """
         return self.read_each(split, [(checkpoint, ids)], columns, level)
 
     def read_each(

@@ -30,8 +30,9 @@ PartialBlock = tuple[Sequence[str], np.ndarray]  # columns, and the ids that lac
 
 @dataclass
 class CheckpointWork:
-    """The work of one checkpoint. `starts`: the first example of each block. A block lacks all of its
-    examples and columns, or only those that `partial` names."""
+    """The work of one checkpoint. `starts`: the first example of each block. A block lacks all of
+    its examples and columns, or only those that `partial` names.
+    """
 
     checkpoint: Checkpoint
     ids: Ids

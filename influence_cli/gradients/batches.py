@@ -1,4 +1,6 @@
-"""What a collate function may return: a tensor, tuple, list, dict or any mapping, nested as it likes."""
+"""What a collate function may return: a tensor, tuple, list, dict or any mapping, nested as it
+likes.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,12 +10,16 @@ import torch
 
 
 def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Any) -> Any:
-    """A copy of `batch` with `apply` on every tensor in it; mappings, tuples, lists, named tuples and dataclasses keep their type."""
+    """A copy of `batch` with `apply` on every tensor in it; mappings, tuples, lists, named tuples
+    and dataclasses keep their type.
+    """
     if isinstance(batch, torch.Tensor):
         return apply(batch)
     if isinstance(batch, Mapping):
         mapped = {key: map_tensors(apply, value) for key, value in batch.items()}
-        try:  # a mapping of another type (OrderedDict, a tokenizer's BatchEncoding) keeps it where it can be built from a dict
+        # a mapping of another type (OrderedDict, a tokenizer's BatchEncoding) keeps it where it can
+        # be built from a dict
+        try:
             return type(batch)(mapped)  # type: ignore[call-arg]
         except TypeError:
             return mapped
@@ -56,5 +62,7 @@ def leaves(batch: Any) -> list[torch.Tensor]:
 
 
 def without_tensors(batch: Any) -> Any:
-    """What of the batch is not a tensor, in place: equal for two batches whose other content is the same for all examples."""
+    """What of the batch is not a tensor, in place: equal for two batches whose other content is the
+    same for all examples.
+    """
     return map_tensors(lambda tensor: None, batch)

@@ -11,10 +11,11 @@ from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 
 class FormBuffer:
-    """The gradients of `count` examples, batch after batch, on the CPU: in buffers that are filled, where all batches have one form; from a
-    GPU into pinned memory, without waiting for it.
+    """The gradients of `count` examples, batch after batch, on the CPU: in buffers that are filled,
+    where all batches have one form; from a GPU into pinned memory, without waiting for it.
 
-    Parameters whose tensors are one in each batch (a layer's left factors are the gradients of its bias) share one buffer.
+    Parameters whose tensors are one in each batch (a layer's left factors are the gradients of its
+    bias) share one buffer.
     """
 
     def __init__(self, count: int) -> None:

@@ -1,8 +1,8 @@
 """One batch -> per-example gradients of every trained parameter, right for any nn.Module.
 
-Three ways, each checked against the last on the user's own model before any work: by hooks, all examples in one forward and backward, for
-the parameters that a rule knows; by torch.func (vmap of grad) for the others; one example at a time by plain autograd where nothing else is
-right.
+Three ways, each checked against the last on the user's own model before any work: by hooks, all
+examples in one forward and backward, for the parameters that a rule knows; by torch.func (vmap of
+grad) for the others; one example at a time by plain autograd where nothing else is right.
 """
 
 import warnings
@@ -28,7 +28,9 @@ Quantity = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> (B,), smaller
 
 @dataclass(frozen=True)
 class Captured:
-    """B examples: quantity (B,), per parameter squared norms (B,) float64, and the gradients where they were asked for."""
+    """B examples: quantity (B,), per parameter squared norms (B,) float64, and the gradients where
+    they were asked for.
+    """
 
     losses: Tensor
     sqnorms: dict[str, Tensor]
@@ -36,10 +38,12 @@ class Captured:
 
 
 class Capture:
-    """Captures gradients of `quantity` with respect to the parameters `names` of a model in eval mode.
+    """Captures gradients of `quantity` with respect to the parameters `names` of a model in eval
+    mode.
 
-    `name` is what errors call the quantity; `note` hears what the user should know. The way (all at once, or one by one) is settled
-    by `probe` before any work, on fixed examples. `projection`: what is kept of gradients, in place of their cheapest exact form.
+    `name` is what errors call the quantity; `note` hears what the user should know. The way (all at
+    once, or one by one) is settled by `probe` before any work, on fixed examples. `projection`:
+    what is kept of gradients, in place of their cheapest exact form.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class Capture:
 
     @property
     def activations(self) -> float:
-        """Bytes per example of what a forward pass computes, where that is known; a backward pass needs about as much."""
+        """Bytes per example of what a forward pass computes, where that is known; a backward pass
+        needs about as much.
+        """
         return self._plan.activations
 
     @property
@@ -84,7 +90,8 @@ class Capture:
 
     # ------------------------------------------------------------ settling the way
     def probe(self, batch: Any, singles: Sequence[Any]) -> None:
-        """Check the loss on a first batch and settle the way; `singles` are its examples, each collated alone.
+        """Check the loss on a first batch and settle the way; `singles` are its examples, each
+        collated alone.
 
         Raises GradientError: scalar loss, wrong length, not differentiable.
         """
@@ -97,8 +104,10 @@ class Capture:
         if not close(together, single_losses):
             worst = int((together - single_losses).abs().argmax())
             self._note(
-                f"{self.name} of example {worst} is {single_losses[worst]:.6g} alone and {together[worst]:.6g} in a batch: examples influence "
-                "each other (batch statistics? padding that is not masked?), so gradients depend on how examples are batched"
+                f"{self.name} of example {worst} is {single_losses[worst]:.6g} alone and "
+                f"{together[worst]:.6g} in a batch: examples influence "
+                "each other (batch statistics? padding that is not masked?), so gradients depend "
+                "on how examples are batched"
             )
         self.sample = {
             name: smallest(
@@ -111,7 +120,8 @@ class Capture:
             self.at_once = not why
             if why:
                 self._note(
-                    f"gradients are taken one example at a time, right but slow: torch.func can't batch this model ({why})"
+                    "gradients are taken one example at a time, right but slow: torch.func can't "
+                    f"batch this model ({why})"
                 )
         if self.projection:
             self.sample = {
@@ -121,14 +131,17 @@ class Capture:
     def _check_repeats(
         self, singles: Sequence[Any], alone: Sequence[tuple[Tensor, dict[str, Tensor]]]
     ) -> None:
-        """Raise GradientError where the same example gives another gradient the second time, or the model has left eval mode."""
+        """Raise GradientError where the same example gives another gradient the second time, or the
+        model has left eval mode.
+        """
         training = [
             name or "the model" for name, module in self.model.named_modules() if module.training
         ]
         if training:
             raise GradientError(
                 f"{self.name} switched {listed(training)} to train mode",
-                "expected: the model stays in eval mode, where an example has a gradient of its own",
+                "expected: the model stays in eval mode, where an example has a gradient of its "
+                "own",
                 "take .train() out of it; dropout and batch statistics have no place here",
             )
         for i, single in enumerate(singles):
@@ -137,9 +150,11 @@ class Capture:
                 continue  # said with its checkpoint when it is captured
             if not close(loss, alone[i][0]) or differing(grads, alone[i][1]):
                 raise GradientError(
-                    f"{self.name} of example {i} is random: {float(alone[i][0][0]):.6g}, and {float(loss[0]):.6g} when taken again",
+                    f"{self.name} of example {i} is random: {float(alone[i][0][0]):.6g}, and "
+                    f"{float(loss[0]):.6g} when taken again",
                     "expected: the same loss and gradient each time",
-                    "look for functional dropout (F.dropout needs training=self.training), noise or sampling",
+                    "look for functional dropout (F.dropout needs training=self.training), noise "
+                    "or sampling",
                 )
 
     def _why_not_at_once(
@@ -168,14 +183,17 @@ class Capture:
             return ""
         try:
             batch_losses, grads = self._at_once(batch, self.others)
-        except Exception as error:  # whatever a model does that vmap can't; the user hears of it, and the other way is right
+        # whatever a model does that vmap can't; the user hears of it, and the other way is right
+        except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         if close(batch_losses, losses) and not differing(grads, expected):
             return ""
         return "its batched gradients differ from those of single examples"
 
     def _settle_hooks(self, batch: Any, losses: Tensor, expected: dict[str, Tensor]) -> None:
-        """Find the parameters whose gradients by hooks are those of single examples; the others are left, with the reason."""
+        """Find the parameters whose gradients by hooks are those of single examples; the others are
+        left, with the reason.
+        """
         self.hooked = self.names
         while self.hooked:
             try:
@@ -221,7 +239,9 @@ class Capture:
     def __call__(
         self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
     ) -> Captured:
-        """Gradients of a batch of `size`. `singles(i)`: example i collated alone. `values` False: norms and losses only."""
+        """Gradients of a batch of `size`. `singles(i)`: example i collated alone. `values` False:
+        norms and losses only.
+        """
         batched = self._batch(batch, size, values) if self.at_once else None
         if batched is None:
             parts = [self.single(singles(i)) for i in range(size)]
@@ -243,7 +263,9 @@ class Capture:
         }
 
     def _kept(self, name: str, form: Form, values: bool) -> "Measured":
-        """Squared norms (B,), exact whatever is kept, and the gradients where they are: in the cheapest exact form, or projected."""
+        """Squared norms (B,), exact whatever is kept, and the gradients where they are: in the
+        cheapest exact form, or projected.
+        """
         if form.device.type == "mps":  # no float64 there
             form = form.to(torch.device("cpu"))
         if not values:
@@ -256,7 +278,9 @@ class Capture:
     def _batch(
         self, batch: Any, size: int, values: bool
     ) -> tuple[Tensor, dict[str, "Measured"]] | None:
-        """Losses and gradients of all examples at once; None where this batch can't be taken so, which is said."""
+        """Losses and gradients of all examples at once; None where this batch can't be taken so,
+        which is said.
+        """
         try:
             losses, forms = self._hooked_batch(batch, size, values)
             others = [name for name in self.names if name not in forms]
@@ -269,7 +293,8 @@ class Capture:
                 raise
             if not self._noted:
                 self._note(
-                    f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})"
+                    "some batches are taken one example at a time, right but slow "
+                    f"({type(error).__name__}: {str(error)[:100]})"
                 )
             self._noted = True
             return None
@@ -277,7 +302,9 @@ class Capture:
     def _hooked_batch(
         self, batch: Any, size: int, values: bool
     ) -> tuple[Tensor | None, dict[str, "Measured"]]:
-        """By hooks; a batch that computes otherwise than the plan gets a plan of its own, and nothing is found where that fails too."""
+        """By hooks; a batch that computes otherwise than the plan gets a plan of its own, and
+        nothing is found where that fails too.
+        """
         for _ in range(2 if self.hooked else 0):
             try:
                 return self._by_hooks(
@@ -302,14 +329,18 @@ class Capture:
         return losses.detach(), hooks.captured
 
     def _at_once(self, batch: Any, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """vmap over the examples of the gradient at a batch of one; tensors without an axis of examples are shared."""
+        """vmap over the examples of the gradient at a batch of one; tensors without an axis of
+        examples are shared.
+        """
         tensors = leaves(batch)
         mapped = [tensor for tensor, batched in zip(tensors, self._batched, strict=True) if batched]
         wrapper = _Call(self.model, self.quantity)
         parameters = dict(self.model.named_parameters())
         theta = {name: parameters[name].detach() for name in names}
         name_of = {id(parameters[name]): name for name in names}
-        places = {  # every place of each parameter once: functional_call's own tying does not restore a module that is held twice
+        # every place of each parameter once: functional_call's own tying does not restore a module
+        # that is held twice
+        places = {
             f"model.{path}.{attribute}".replace("..", "."): name_of[id(parameter)]
             for path, module in self.model.named_modules()
             for attribute, parameter in module.named_parameters(
@@ -338,7 +369,9 @@ class Capture:
         return losses.detach(), {name: grads[name].detach() for name in names}
 
     def single(self, batch: Any, size: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-        """Plain autograd on a batch of one, or the gradient of a batch's summed loss; of a parameter that it does not reach, zero."""
+        """Plain autograd on a batch of one, or the gradient of a batch's summed loss; of a
+        parameter that it does not reach, zero.
+        """
         parameters = dict(self.model.named_parameters())
         theta = [parameters[name] for name in self.names]
         with frozen(self.model, self.names), torch.enable_grad():
@@ -372,7 +405,9 @@ def frozen(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
 
 
 def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:
-    """`losses` if it is one differentiable number per example, else a GradientError. `traced`: inside torch.func."""
+    """`losses` if it is one differentiable number per example, else a GradientError. `traced`:
+    inside torch.func.
+    """
     expected = f"expected: a tensor of shape ({size},), one unreduced loss per example of the batch"
     if not isinstance(losses, Tensor):
         raise GradientError(f"{name} returned a {type(losses).__name__}", expected)
@@ -392,7 +427,8 @@ def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:
         raise GradientError(
             f"{name} returned a tensor that is not differentiable",
             "expected: a tensor that depends on the model's trained parameters",
-            "look for torch.no_grad(), .detach(), .item(), .argmax() or another model than the one passed in",
+            "look for torch.no_grad(), .detach(), .item(), .argmax() or another model than the one "
+            "passed in",
         )
     return losses
 
@@ -401,7 +437,9 @@ Measured = tuple[Tensor, Form | None]  # squared norms (B,), and the gradients w
 
 
 class _Call(nn.Module):
-    """quantity(model, batch) as a module, so that functional_call can swap the parameters of `model`."""
+    """quantity(model, batch) as a module, so that functional_call can swap the parameters of
+    `model`.
+    """
 
     def __init__(self, model: nn.Module, quantity: Quantity) -> None:
         super().__init__()
@@ -416,7 +454,9 @@ def is_batched(tensor: Tensor, size: int) -> bool:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """How far two ways to compute one number may be apart, relative: the square root of the precision, or 8 units of half precisions."""
+    """How far two ways to compute one number may be apart, relative: the square root of the
+    precision, or 8 units of half precisions.
+    """
     eps = torch.finfo(dtype).eps
     return eps**0.5 if eps < 1e-6 else 8 * eps
 
@@ -428,9 +468,11 @@ def close(computed: Tensor, expected: Tensor) -> bool:
 
 
 def differing(computed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """The parameters of `found` whose gradients are not those expected within rounding, relative to the largest of the parameter.
+    """The parameters of `found` whose gradients are not those expected within rounding, relative to
+    the largest of the parameter.
 
-    Where a gradient is zero but for rounding (an attention key's bias) that is noise: as much of the largest of all parameters is allowed.
+    Where a gradient is zero but for rounding (an attention key's bias) that is noise: as much of
+    the largest of all parameters is allowed.
     """
     scales = {
         name: float(value.abs().max()) if value.numel() else 0.0 for name, value in expected.items()
@@ -451,7 +493,9 @@ def differing(computed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Fused attention paths off (they skip autograd's rules), restored after; vmap's note on slow rules left out."""
+    """Fused attention paths off (they skip autograd's rules), restored after; vmap's note on slow
+    rules left out.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

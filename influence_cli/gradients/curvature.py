@@ -1,10 +1,12 @@
-"""A batch's exact curvature at the parameters that a model has: for a direction u, g(z).u of every example z, and H u. No per-example
-gradient is formed.
+"""A batch's exact curvature at the parameters that a model has: for a direction u, g(z).u of every
+example z, and H u. No per-example gradient is formed.
 
-With L(v) = sum over z of v_z loss(z), the batch's gradient G = dL(w) / dtheta is taken with its own tape and differentiated once more:
-d(G.u)/dtheta = H u (Pearlmutter 1994, "Fast exact multiplication by the Hessian") and d(G.u)/dv = the products g(z).u. One backward pass
-through the backward pass gives both; the forward pass and its backward are shared by all directions. This takes fewer passes than forward
-mode and works for more layers (docs/log.md has both measured); it asks for layers whose backward can be differentiated.
+With L(v) = sum over z of v_z loss(z), the batch's gradient G = dL(w) / dtheta is taken with its own
+tape and differentiated once more: d(G.u)/dtheta = H u (Pearlmutter 1994, "Fast exact multiplication
+by the Hessian") and d(G.u)/dv = the products g(z).u. One backward pass through the backward pass
+gives both; the forward pass and its backward are shared by all directions. This takes fewer passes
+than forward mode and works for more layers (docs/log.md has both measured); it asks for layers
+whose backward can be differentiated.
 
 B examples, K directions, D numbers of a parameter.
 """
@@ -27,8 +29,10 @@ Directions = dict[str, Tensor]  # per parameter (K, D)
 
 @dataclass(frozen=True)
 class Functions:
-    """What the definition says of a batch. `outputs`, `loss_from_outputs`: given for Gauss-Newton, which keeps the loss's own curvature by
-    the outputs and leaves out that of the outputs by the parameters: J^T S J."""
+    """What the definition says of a batch. `outputs`, `loss_from_outputs`: given for Gauss-Newton,
+    which keeps the loss's own curvature by the outputs and leaves out that of the outputs by the
+    parameters: J^T S J.
+    """
 
     loss: Callable[[nn.Module, Any], Tensor]
     outputs: Callable[[nn.Module, Any], Tensor] | None = None
@@ -36,10 +40,12 @@ class Functions:
 
 
 class Curvature:
-    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in one pass, by vmap; `alone` hears why
-    not, where a layer can't be batched so, and directions go one by one.
+    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in
+    one pass, by vmap; `alone` hears why not, where a layer can't be batched so, and directions go
+    one by one.
 
-    Raises GradientError: a layer whose backward can't be differentiated; a loss that is not one number per example.
+    Raises GradientError: a layer whose backward can't be differentiated; a loss that is not one
+    number per example.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class Curvature:
     def through(
         self, u: Mapping[str, Tensor], by_parameter: bool = False
     ) -> tuple[dict[str, Tensor], Directions]:
-        """(B, K) products g(z).u, as one (named "") or `apart` by parameter, which takes a pass for each; and H u."""
+        """(B, K) products g(z).u, as one (named "") or `apart` by parameter, which takes a pass for
+        each; and H u.
+        """
         width = len(next(iter(u.values())))
         products: list[dict[str, Tensor]] = []
         pulls: list[Directions] = []
@@ -116,7 +124,9 @@ class Curvature:
         }
 
     def _check(self, products: Tensor, grads: list[Tensor], u: list[Tensor]) -> None:
-        """The sum of w g(z).u is G.u, unless a backward left torch's tape, so that nothing could be differentiated through it."""
+        """The sum of w g(z).u is G.u, unless a backward left torch's tape, so that nothing could be
+        differentiated through it.
+        """
         total = torch.stack(
             [d.reshape(len(d), -1) @ g.detach().flatten() for d, g in zip(u, grads, strict=True)]
         ).sum(0)
@@ -160,7 +170,9 @@ class _Hessian:
 
 
 class _GaussNewton:
-    """G = J^T c at c = dL/d(outputs); d(G.u)/dc = J u, through the loss S J u and the products, and J^T S J u by a plain backward pass."""
+    """G = J^T c at c = dL/d(outputs); d(G.u)/dc = J u, through the loss S J u and the products, and
+    J^T S J u by a plain backward pass.
+    """
 
     def __init__(
         self,
@@ -221,7 +233,9 @@ def differentiated(
 
 
 def derivatives(of: list[Tensor], by: Sequence[Tensor], along: list[Tensor]) -> list[Tensor]:
-    """The derivatives of sum of `of` x `along`, for each of K `along`: (K, *shape). Zeros of what is not reached."""
+    """The derivatives of sum of `of` x `along`, for each of K `along`: (K, *shape). Zeros of what
+    is not reached.
+    """
     width = len(along[0])
     present = [
         (value, direction)
@@ -260,7 +274,9 @@ def derivatives(of: list[Tensor], by: Sequence[Tensor], along: list[Tensor]) -> 
 
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Kernels whose backward can be differentiated: attention in plain products, no cuDNN, embeddings' gradients dense."""
+    """Kernels whose backward can be differentiated: attention in plain products, no cuDNN,
+    embeddings' gradients dense.
+    """
     sparse = [
         module
         for module in model.modules()
@@ -301,7 +317,8 @@ def no_second_derivative(what: str) -> GradientError:
     return GradientError(
         f"exact curvature needs a second derivative that torch does not have: {what}",
         "expected: layers and losses whose backward can be differentiated",
-        "--layers leaves layers out, other operations may do the same (an Embedding and a mean for an EmbeddingBag)",
+        "--layers leaves layers out, other operations may do the same (an Embedding and a mean for "
+        "an EmbeddingBag)",
         "--method dve takes the empirical Fisher, which needs first derivatives only",
     )
 
@@ -310,9 +327,11 @@ def no_second_derivative(what: str) -> GradientError:
 def verify(
     model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, size: int
 ) -> None:
-    """Compare the curvature of a first batch with differences of plain gradients; Gauss-Newton's gradient with that of loss().
+    """Compare the curvature of a first batch with differences of plain gradients; Gauss-Newton's
+    gradient with that of loss().
 
-    `model` and `batch` in float64; the model's parameters are put back. Raises GradientError where they differ.
+    `model` and `batch` in float64; the model's parameters are put back. Raises GradientError where
+    they differ.
     """
     weights = torch.full(
         (size,), 1 / size, dtype=torch.float64, device=model.get_parameter(names[0]).device
@@ -333,7 +352,8 @@ def verify(
     if differing(curvature.gradient(), here):
         raise GradientError(
             "loss_from_outputs(outputs()) is not loss(): its gradient is another one",
-            "expected: the same loss, in two parts, that depends on the model through the outputs only",
+            "expected: the same loss, in two parts, that depends on the model through the outputs "
+            "only",
             "--curvature hessian needs loss() only",
         )
     generator = torch.Generator().manual_seed(0)

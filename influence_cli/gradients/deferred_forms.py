@@ -1,4 +1,6 @@
-"""Forms that live only from a layer's backward pass to whoever keeps its gradients: what would be large is formed there, or not at all."""
+"""Forms that live only from a layer's backward pass to whoever keeps its gradients: what would be
+large is formed there, or not at all.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +88,9 @@ class TiedForm(DeferredForm):
 
 @dataclass(frozen=True)
 class ConvolutionForm(DeferredForm):
-    """Gradients of a convolution's weight, taken from its input x and the gradient g at its output (both (B m, ...), m rows an example)."""
+    """Gradients of a convolution's weight, taken from its input x and the gradient g at its output
+    (both (B m, ...), m rows an example).
+    """
 
     kind = "convolved"
     x: Tensor

@@ -1,7 +1,9 @@
-"""Gradients of word embeddings, taken at an embedding module's output: the input path alone, whatever else its weight is tied to.
+"""Gradients of word embeddings, taken at an embedding module's output: the input path alone,
+whatever else its weight is tied to.
 
-Per example one row for each distinct token: G_w = sum over the positions of w of dl/de (TracIn-WE, Yeh et al. 2022, arXiv:2202.11844,
-section 4). Padding has none: the module's padding_idx, and positions that an `attention_mask` of the batch leaves out.
+Per example one row for each distinct token: G_w = sum over the positions of w of dl/de (TracIn-WE,
+Yeh et al. 2022, arXiv:2202.11844, section 4). Padding has none: the module's padding_idx, and
+positions that an `attention_mask` of the batch leaves out.
 """
 
 import functools
@@ -23,7 +25,9 @@ MASK = "attention_mask"  # of a batch that is a mapping: 0 where a position is p
 
 
 class EmbeddingCapture:
-    """Captures `column`: the gradient of `quantity` at the output of the embedding module named `module`, by token."""
+    """Captures `column`: the gradient of `quantity` at the output of the embedding module named
+    `module`, by token.
+    """
 
     def __init__(
         self,
@@ -49,9 +53,11 @@ class EmbeddingCapture:
         self._axis = 0  # of the token ids: the examples
 
     def probe(self, batch: Any, singles: Sequence[Any]) -> None:
-        """Settle whether batches are taken as such: where they agree with their examples taken alone.
+        """Settle whether batches are taken as such: where they agree with their examples taken
+        alone.
 
-        Raises GradientError: the module is not called, is not given token ids, or ids past its vocabulary.
+        Raises GradientError: the module is not called, is not given token ids, or ids past its
+        vocabulary.
         """
         size = len(singles)
         alone = [self._taken(single, 1) for single in singles]
@@ -59,8 +65,10 @@ class EmbeddingCapture:
         for (losses, rows), (losses_again, rows_again) in zip(alone, again, strict=True):
             if not close(losses, losses_again) or not alike(rows, rows_again):
                 raise GradientError(
-                    f"{self.name} is random: {float(losses):.6g}, and {float(losses_again):.6g} when the same example is taken again",
-                    "look for functional dropout (F.dropout needs training=self.training), noise or sampling",
+                    f"{self.name} is random: {float(losses):.6g}, and {float(losses_again):.6g} "
+                    "when the same example is taken again",
+                    "look for functional dropout (F.dropout needs training=self.training), noise "
+                    "or sampling",
                 )
         self.sample = {self.column: Postings.of(alone[0][1])}
         if size < 2:
@@ -84,13 +92,16 @@ class EmbeddingCapture:
                 return
         self._axis = 0
         self._note(
-            "gradients are taken one example at a time, right but slow: a batch does not give what its examples give alone"
+            "gradients are taken one example at a time, right but slow: a batch does not give what "
+            "its examples give alone"
         )
 
     def __call__(
         self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
     ) -> Captured:
-        """A batch of `size`; `singles(i)`: example i collated alone. `values` False: norms and losses only."""
+        """A batch of `size`; `singles(i)`: example i collated alone. `values` False: norms and
+        losses only.
+        """
         batched = self._batch(batch, size) if self.at_once else None
         if batched is None:
             parts = [self._taken(singles(i), 1) for i in range(size)]
@@ -108,7 +119,8 @@ class EmbeddingCapture:
             if isinstance(error, GradientError) or is_out_of_memory(error):
                 raise
             self._note(
-                f"some batches are taken one example at a time, right but slow ({type(error).__name__}: {str(error)[:100]})"
+                "some batches are taken one example at a time, right but slow "
+                f"({type(error).__name__}: {str(error)[:100]})"
             )
             return None
 

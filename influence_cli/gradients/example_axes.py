@@ -1,6 +1,8 @@
-"""Which axis of each tensor of a forward pass is the examples: found by running two examples, and the same two twice.
+"""Which axis of each tensor of a forward pass is the examples: found by running two examples, and
+the same two twice.
 
-The axis that doubles is theirs. The plan lists the calls of torch functions in their order, for hooks.py to follow.
+The axis that doubles is theirs. The plan lists the calls of torch functions in their order, for
+hooks.py to follow.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class Unhooked(Exception):
-    """The hooks can't take this batch: its operations are not those of the plan, or some gradient came past them."""
+    """The hooks can't take this batch: its operations are not those of the plan, or some gradient
+    came past them.
+    """
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Which axis of a tensor is the examples, `inner` where it holds other positions too and the example varies fastest; None: unknown."""
+    """Which axis of a tensor is the examples, `inner` where it holds other positions too and the
+    example varies fastest; None: unknown.
+    """
 
     dim: int
     inner: bool | None = False
@@ -46,7 +52,9 @@ MIXED = Axis(-1)  # several axes grow with the examples: a product of examples w
 
 @dataclass(frozen=True)
 class TensorCall:
-    """One call of a torch function: the axes of its tensors (None: one for all examples), and of its first result."""
+    """One call of a torch function: the axes of its tensors (None: one for all examples), and of
+    its first result.
+    """
 
     function: Callable[..., Any]
     axes: tuple[Axis | None, ...]
@@ -95,7 +103,9 @@ class Watcher(TorchFunctionMode):
         return self.seen(function, args, kwargs)
 
     def attention(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Its projections are calls of F.linear, made where no mode reaches: by the name in torch.nn.functional, restored after."""
+        """Its projections are calls of F.linear, made where no mode reaches: by the name in
+        torch.nn.functional, restored after.
+        """
         plain = F.linear
         F.linear = lambda *a, **k: self.seen(plain, a, k)
         try:
@@ -108,7 +118,9 @@ class Watcher(TorchFunctionMode):
 
 
 class Recorder(Watcher):
-    """Keeps the shapes of every call; in the second run, beside `other`, the axes that grew with the examples."""
+    """Keeps the shapes of every call; in the second run, beside `other`, the axes that grew with
+    the examples.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +133,9 @@ class Recorder(Watcher):
         )
 
     def attention(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Its last projection reads (L * B, E), the examples inside, whose rows are alike for a single key."""
+        """Its last projection reads (L * B, E), the examples inside, whose rows are alike for a
+        single key.
+        """
         query = kwargs["query"] if "query" in kwargs else args[0]
         self.untold = True if query.ndim == 3 and query.shape[1] == 2 * self.size else None
         try:
@@ -164,10 +178,11 @@ class Recorder(Watcher):
 def find_axis(
     value: Tensor, shape: torch.Size, size: int, inner: bool | None = None
 ) -> Axis | None:
-    """The axis of `value`, of 2 x `size` examples, that is larger than in `shape`, of `size`; examples i and i + size are the same.
+    """The axis of `value`, of 2 x `size` examples, that is larger than in `shape`, of `size`;
+    examples i and i + size are the same.
 
-    How an axis holds examples and positions shows only where there are several, unlike each other; else `inner` says it. A batch of longer
-    texts may have several where this one has not.
+    How an axis holds examples and positions shows only where there are several, unlike each other;
+    else `inner` says it. A batch of longer texts may have several where this one has not.
     """
     if value.ndim != len(shape):
         raise Unhooked("the model computes differently for other batch sizes")

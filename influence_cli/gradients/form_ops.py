@@ -1,4 +1,6 @@
-"""From one form to another: the cheapest exact form, the sum and the distance of two, several one after the other, and back from a file."""
+"""From one form to another: the cheapest exact form, the sum and the distance of two, several one
+after the other, and back from a file.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +23,9 @@ def from_tensors(kind: str, shape: Sequence[int], tensors: dict[str, Tensor]) ->
 
 
 def cheapest(form: Form) -> Form:
-    """The same gradients in the exact form of fewer bytes, of those it can become: factors S (o + i), dense o i."""
+    """The same gradients in the exact form of fewer bytes, of those it can become: factors S (o +
+    i), dense o i.
+    """
     if isinstance(form, Factors):
         _, S, o, i = form.sizes
         return form if S * (o + i) < o * i else form.dense()
@@ -29,7 +33,9 @@ def cheapest(form: Form) -> Form:
 
 
 def merged(first: Form, second: Form) -> Form:
-    """The sum of two forms of the same examples: a parameter that is used twice has one gradient."""
+    """The sum of two forms of the same examples: a parameter that is used twice has one
+    gradient.
+    """
     if isinstance(first, Factors) and isinstance(second, Factors):
         pairs = zip(first.tensors().values(), second.tensors().values(), strict=True)
         return Factors(first.shape, *(torch.cat(pair, dim=1) for pair in pairs))
@@ -81,7 +87,9 @@ def distance(first: Form, second: Form) -> Tensor:
 
 
 def side_by_side(forms: Sequence[Form]) -> Form | None:
-    """One form of projected gradients that stand side by side in memory, as they are kept; None where they do not."""
+    """One form of projected gradients that stand side by side in memory, as they are kept; None
+    where they do not.
+    """
     if len(forms) == 1:
         return forms[0]
     tensors = [form.values for form in forms if isinstance(form, Projected)]
@@ -106,7 +114,9 @@ def side_by_side(forms: Sequence[Form]) -> Form | None:
 
 
 def concat(forms: Sequence[Form]) -> Form:
-    """The examples of several forms of one parameter, one after the other; dense where the kinds differ."""
+    """The examples of several forms of one parameter, one after the other; dense where the kinds
+    differ.
+    """
     if len(forms) == 1:
         return forms[0]
     if all(isinstance(form, Postings) for form in forms):
@@ -144,7 +154,9 @@ def padded(form: Factors, positions: int) -> Factors:
 
 
 def smallest(gradients: Tensor, embedding: bool) -> Form:
-    """(B, *shape) gradients in the exact form of fewer bytes: rows where most rows of an embedding are zero, else dense."""
+    """(B, *shape) gradients in the exact form of fewer bytes: rows where most rows of an embedding
+    are zero, else dense.
+    """
     shape = tuple(gradients.shape[1:])
     if embedding and len(shape) == 2:
         used = (gradients != 0).any(2)  # (B, V)

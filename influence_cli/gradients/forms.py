@@ -1,9 +1,12 @@
-"""The forms of per-example gradients as dense numbers and factors, and the one linear-operator interface of all forms.
+"""The forms of per-example gradients as dense numbers and factors, and the one linear-operator
+interface of all forms.
 
-Seen as a matrix of N rows and D columns, each form gives products with other gradients (`dot`), with vectors (`matvec`), of its transpose
-with vectors (`rmatvec`), and squared norms of its rows. What is cheapest is counted, not tried: disk by bytes, products by multiplications.
+Seen as a matrix of N rows and D columns, each form gives products with other gradients (`dot`),
+with vectors (`matvec`), of its transpose with vectors (`rmatvec`), and squared norms of its rows.
+What is cheapest is counted, not tried: disk by bytes, products by multiplications.
 
-N examples, Q queries, D numbers of a parameter (of shape o x i), S positions, K vectors or projected numbers.
+N examples, Q queries, D numbers of a parameter (of shape o x i), S positions, K vectors or
+projected numbers.
 """
 
 from abc import ABC, abstractmethod
@@ -20,14 +23,18 @@ PART_BYTES = 16 << 20  # dense gradients made from factors at once
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """The gradients of N examples for one parameter of `shape`. Subclasses say how they are held."""
+    """The gradients of N examples for one parameter of `shape`. Subclasses say how they are
+    held.
+    """
 
     kind: ClassVar[str]
     shape: tuple[int, ...]
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name; the values among them are floating point, with one leading axis of rows."""
+        """What is stored, by name; the values among them are floating point, with one leading axis
+        of rows.
+        """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -46,7 +53,9 @@ class Form(ABC):
         return type(self)(self.shape, **{name: value[at] for name, value in self.tensors().items()})
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some of the examples at a time as (n, D) dense matrices; one may be overwritten by the next."""
+        """Some of the examples at a time as (n, D) dense matrices; one may be overwritten by the
+        next.
+        """
         numbers = torch.Size(self.shape).numel() * torch.finfo(self.dtype).bits // 8
         step = max(1, PART_BYTES // max(1, numbers))
         for first in range(0, len(self), step):
@@ -67,7 +76,9 @@ class Form(ABC):
 
     @abstractmethod
     def dot(self, queries: "Form", memo: "Memo | None" = None) -> Tensor:
-        """Inner products with the queries' gradients: (N, Q). `memo` shares those of tensors that several parameters have in common."""
+        """Inner products with the queries' gradients: (N, Q). `memo` shares those of tensors that
+        several parameters have in common.
+        """
 
     @abstractmethod
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -139,7 +150,9 @@ class Dense(Form):
 
 @dataclass(frozen=True)
 class Projected(Dense):
-    """K numbers per example whose inner products are those of the gradients in expectation; not convertible back."""
+    """K numbers per example whose inner products are those of the gradients in expectation; not
+    convertible back.
+    """
 
     kind = "projected"
 
@@ -168,7 +181,9 @@ class Factors(Form):
 
     @property
     def dense_is_cheaper(self) -> bool:
-        """Whether norms cost less from dense gradients, S o i, than from Gram matrices over the positions, S^2 (o + i)."""
+        """Whether norms cost less from dense gradients, S o i, than from Gram matrices over the
+        positions, S^2 (o + i).
+        """
         _, S, o, i = self.sizes
         return S * (o + i) >= o * i
 
@@ -194,7 +209,9 @@ class Factors(Form):
             yield at, part.view(len(part), -1)
 
     def ready(self) -> Form:
-        """Over S positions each, a pair costs S^2 (o + i) from factors and o i from dense gradients."""
+        """Over S positions each, a pair costs S^2 (o + i) from factors and o i from dense
+        gradients.
+        """
         _, S, o, i = self.sizes
         return self.dense() if S * S * (o + i) >= o * i else self
 
@@ -263,7 +280,8 @@ Memo = dict[
 
 HALVES = (torch.float16, torch.bfloat16)
 
-# oneDNN's float32 product, 1.3 times as fast as MKL's on the AMD processor of the benchmarks, and the same bits wherever its factors lie in
+# oneDNN's float32 product, 1.3 times as fast as MKL's on the AMD processor of the benchmarks, and
+# the same bits wherever its factors lie in
 # memory, which MKL's are not; torch offers it to its own compiler only
 FAST = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -273,7 +291,9 @@ FAST = (
 
 
 def products(left: Tensor, right: Tensor, memo: Memo | None = None) -> Tensor:
-    """(N, Q) inner products of the rows of (N, K) and (Q, K). `memo`: of the same tensors they are taken once."""
+    """(N, Q) inner products of the rows of (N, K) and (Q, K). `memo`: of the same tensors they are
+    taken once.
+    """
     key = tuple((value.data_ptr(), value.shape, value.stride()) for value in (left, right))
     if memo is not None and key in memo and not any(storage.expired() for storage in memo[key][1:]):
         return memo[key][0]
@@ -292,7 +312,8 @@ def products(left: Tensor, right: Tensor, memo: Memo | None = None) -> Tensor:
 
 
 def squares(values: Tensor) -> Tensor:
-    """Sum of squares of each row of an (N, D) tensor, float64: stretches of 1,024 in the tensor's precision, their sum in float64.
+    """Sum of squares of each row of an (N, D) tensor, float64: stretches of 1,024 in the tensor's
+    precision, their sum in float64.
 
     Rows that would under- or overflow so are taken in float64 throughout.
     """
@@ -317,6 +338,8 @@ def squares(values: Tensor) -> Tensor:
 
 
 def in_range(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which sums of squares are surely of terms that a precision can hold, but for 1e-8 of the sum."""
+    """Which sums of squares are surely of terms that a precision can hold, but for 1e-8 of the
+    sum.
+    """
     limits = torch.finfo(dtype)
     return (sums > limits.tiny * 1e8) & (sums < limits.max)

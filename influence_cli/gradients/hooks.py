@@ -1,14 +1,16 @@
-"""Per-example gradients by hooks: one batched forward and backward in which weights are frozen and each layer's output is watched.
+"""Per-example gradients by hooks: one batched forward and backward in which weights are frozen and
+each layer's output is watched.
 
-Autograd then computes activation gradients only; a layer's rule (layer_rules.py) turns its input and the gradient at its output into the
-gradients of its parameters, example by example. A parameter used several times sums its uses.
+Autograd then computes activation gradients only; a layer's rule (layer_rules.py) turns its input
+and the gradient at its output into the gradients of its parameters, example by example. A parameter
+used several times sums its uses.
 
-What depends on no example (a table of positions, a weight computed from two parameters) stays one for all; where it meets the batch by
-broadcasting it is given an axis of examples, and the gradient there is pulled back to the parameters. Which axis is the examples' is
-known from a plan (plans.py).
+What depends on no example (a table of positions, a weight computed from two parameters) stays one
+for all; where it meets the batch by broadcasting it is given an axis of examples, and the gradient
+there is pulled back to the parameters. Which axis is the examples' is known from a plan (plans.py).
 
-Parameters keep requiring gradients, and only calls that have a rule see them detached: whatever gradient still arrives at a parameter
-came past the hooks, and is reported instead of lost.
+Parameters keep requiring gradients, and only calls that have a rule see them detached: whatever
+gradient still arrives at a parameter came past the hooks, and is reported instead of lost.
 """
 
 from collections import Counter
@@ -32,7 +34,9 @@ from influence_cli.gradients.layer_rules import BROADCAST, EXPAND, RULES, Rule
 
 
 class Hooks(Watcher):
-    """One batch of `size` under a plan. `found`: per parameter what was taken; `keep` turns the sum of its uses into that."""
+    """One batch of `size` under a plan. `found`: per parameter what was taken; `keep` turns the sum
+    of its uses into that.
+    """
 
     def __init__(
         self,
@@ -92,7 +96,9 @@ class Hooks(Watcher):
         )  # no rule: the gradient arrives at the parameter, and is noticed there
 
     def _is_shared(self, value: Tensor) -> bool:
-        """A parameter, what was computed from parameters alone, or a part of one (attention splits its packed weights unseen)."""
+        """A parameter, what was computed from parameters alone, or a part of one (attention splits
+        its packed weights unseen).
+        """
         if (
             id(value) not in self.shared
             and value._base is not None
@@ -105,7 +111,9 @@ class Hooks(Watcher):
     def _fits(
         self, rule: Rule, call: Mapping[str, Any], result: Axis, axis_of: Mapping[int, Axis | None]
     ) -> Axis | None:
-        """The axis of input and result where a call is one of its rule: examples in the input, none in the weights; else None."""
+        """The axis of input and result where a call is one of its rule: examples in the input, none
+        in the weights; else None.
+        """
         x, roles = (
             call["input"],
             [call[role] for role in ("weight", "bias") if isinstance(call.get(role), Tensor)],
@@ -181,7 +189,9 @@ class Hooks(Watcher):
         shared: Sequence[Tensor],
         grown: Axis,
     ) -> Any:
-        """Give each shared tensor an axis of examples; where it can't have one the call stays as it is, and is noticed."""
+        """Give each shared tensor an axis of examples; where it can't have one the call stays as it
+        is, and is noticed.
+        """
         if function in EXPAND:
             copies = function(shared[0].detach(), *args[1:], **kwargs).requires_grad_()
             if not grown.tells(copies.shape[grown.dim], self.size):
@@ -225,7 +235,9 @@ class Hooks(Watcher):
 
     # ------------------------------------------------------------ backward
     def finish(self, losses: Tensor) -> None:
-        """Backward, and what each parameter got. Raises Unhooked where some of it came past the hooks, naming the parameters."""
+        """Backward, and what each parameter got. Raises Unhooked where some of it came past the
+        hooks, naming the parameters.
+        """
         if self._problem or self._at != len(self.steps):
             raise Unhooked(self._problem or "its operations are not those of the first batch")
         copies = [copy for _, copy, _ in self.cuts]
@@ -277,7 +289,9 @@ class Hooks(Watcher):
             self._sums[name] = form
 
     def _pull(self, value: Tensor, gradient: Tensor) -> None:
-        """From gradients (B, ...) at a shared tensor to those of the parameters that it was computed from."""
+        """From gradients (B, ...) at a shared tensor to those of the parameters that it was
+        computed from.
+        """
         owners = list(self.parameters.values())
         pulled = torch.autograd.grad(
             value, owners, gradient, is_grads_batched=True, allow_unused=True, retain_graph=True
@@ -298,7 +312,9 @@ class Past(Unhooked):
 
 
 class Begin(torch.autograd.Function):
-    """The identity that begins a tape: the first layers' outputs depend on nothing that needs a gradient, their weights being frozen."""
+    """The identity that begins a tape: the first layers' outputs depend on nothing that needs a
+    gradient, their weights being frozen.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, token: Tensor) -> Tensor:
@@ -311,7 +327,9 @@ class Begin(torch.autograd.Function):
 
 
 def summed_to(gradient: Tensor, value: Tensor, copy: Tensor, dim: int) -> Tensor:
-    """(B, D) of a gradient (B, ...) at copies of `value`, summed over the axes along which it was repeated."""
+    """(B, D) of a gradient (B, ...) at copies of `value`, summed over the axes along which it was
+    repeated.
+    """
     shape = [1] * (copy.ndim - value.ndim) + list(value.shape)
     del shape[dim]
     repeated = [

@@ -1,9 +1,12 @@
-"""Hook rules: from a layer's input and the gradient at its output to the per-example gradients of its parameters. One function a layer.
+"""Hook rules: from a layer's input and the gradient at its output to the per-example gradients of
+its parameters. One function a layer.
 
-A rule belongs to the function of torch that the layer's module calls (nn.Linear calls F.linear), so that modules built on it, subclasses
-and functional code are seen alike. Padding that nn.ConvNd does by itself (reflect, circular) has happened before its function is called.
+A rule belongs to the function of torch that the layer's module calls (nn.Linear calls F.linear), so
+that modules built on it, subclasses and functional code are seen alike. Padding that nn.ConvNd does
+by itself (reflect, circular) has happened before its function is called.
 
-B examples, m rows of the layer's batch per example (1, unless positions were folded into the batch), S positions, O x I the weight.
+B examples, m rows of the layer's batch per example (1, unless positions were folded into the
+batch), S positions, O x I the weight.
 """
 
 import math
@@ -27,10 +30,12 @@ UNFOLD_BYTES = 2 << 20  # patches of a convolution held at once: about what a co
 
 @dataclass(frozen=True)
 class Rule:
-    """`gradients(arguments, x, g)`: x (B, m, ...) the input and g (B, m, ...) the gradient at the output, examples first.
+    """`gradients(arguments, x, g)`: x (B, m, ...) the input and g (B, m, ...) the gradient at the
+    output, examples first.
 
-    `arguments`: the function's parameters in order; `keywords`: those of another name there. `applies`: whether the rule is right for
-    these arguments. `rows_first`: the layer's batch must be its first axis (otherwise any axis may be).
+    `arguments`: the function's parameters in order; `keywords`: those of another name there.
+    `applies`: whether the rule is right for these arguments. `rows_first`: the layer's batch must
+    be its first axis (otherwise any axis may be).
     """
 
     arguments: tuple[str, ...]
@@ -60,7 +65,9 @@ def matmul(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
 
 
 def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
-    """Convolution over 1, 2 or 3 axes: the examples as groups of one convolution, whose weight gradient is then each example's own."""
+    """Convolution over 1, 2 or 3 axes: the examples as groups of one convolution, whose weight
+    gradient is then each example's own.
+    """
     weight: Tensor = call["weight"]
     size, groups, kernel = len(x), int(call.get("groups", 1)), tuple(weight.shape[2:])
     x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
@@ -92,7 +99,9 @@ def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
 def per_example_by_groups(
     x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """(rows, numbers of the weight), by oneDNN: at the speed of a whole batch's weight gradient (twice that of patches)."""
+    """(rows, numbers of the weight), by oneDNN: at the speed of a whole batch's weight gradient
+    (twice that of patches).
+    """
     rows, axes = len(x), weight.ndim - 2
     weight_gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[axes - 1]
     one = (t.reshape(1, -1, *t.shape[2:]) for t in (x, g))
@@ -105,7 +114,9 @@ def per_example_by_groups(
 def per_example_by_patches(
     x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """(rows, numbers of the weight), as a linear layer on patches, per group: for few channels, other precisions and other devices."""
+    """(rows, numbers of the weight), as a linear layer on patches, per group: for few channels,
+    other precisions and other devices.
+    """
     kernel, rows, out = tuple(weight.shape[2:]), len(x), weight.shape[0] // groups
     windows = patches(x, kernel, stride, padding, dilation)
     windows = windows.unflatten(1, (groups, -1))  # (rows, groups, I / groups, *kernel, *places)
@@ -146,7 +157,9 @@ def padded_sides(padding: Any, kernel: tuple[int, ...], dilation: Any) -> list[t
 
 
 def patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """A view (rows, C, *kernel, *places) of what each place of a convolution's output sees of the padded input."""
+    """A view (rows, C, *kernel, *places) of what each place of a convolution's output sees of the
+    padded input.
+    """
     if any(padding):
         x = F.pad(x, [number for p in reversed(padding) for number in (p, p)])
     x = x.contiguous()
@@ -161,7 +174,9 @@ def patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilat
 
 
 def embedding(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
-    """Lookup of rows: each distinct token's row gets the sum of its positions' gradients; the padding token's gets none."""
+    """Lookup of rows: each distinct token's row gets the sum of its positions' gradients; the
+    padding token's gets none.
+    """
     weight: Tensor = call["weight"]
     tokens, width = weight.shape
     size, padding = len(x), call.get("padding_idx")
@@ -206,7 +221,9 @@ def batch_norm(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
 
 
 def affine(shape: tuple[int, ...], normed: Tensor, g: Tensor) -> Gradients:
-    """y = weight * normed + bias over the last axes, of `shape`: sums over the positions before them."""
+    """y = weight * normed + bias over the last axes, of `shape`: sums over the positions before
+    them.
+    """
     size = len(g)
     products, sums = (
         (value.reshape(size, -1, math.prod(shape)).sum(1)) for value in (g * normed, g)
@@ -220,7 +237,9 @@ def positions(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def over_positions(value: Tensor) -> Dense:
-    """(B, S, n) summed over the positions; of one position the same tensor, which is then kept once."""
+    """(B, S, n) summed over the positions; of one position the same tensor, which is then kept
+    once.
+    """
     return Dense((value.shape[2],), value[:, 0] if value.shape[1] == 1 else value.sum(1))
 
 

@@ -1,16 +1,20 @@
-"""Random projections of per-example gradients: K numbers a parameter, whose inner products are those of the gradients in expectation.
+"""Random projections of per-example gradients: K numbers a parameter, whose inner products are
+those of the gradients in expectation.
 
-A parameter of shape (o, ...) is seen as a matrix of o rows and i columns; its gradient is a sum over positions of outer products left (o)
-x right (i). Each kind is a linear map P with E[P^T P] = 1, and (but for `sparse`) takes the two sides apart, so that no o x i numbers are
-formed. The sides' random numbers are independent, seeded from (seed, parameter, side): parameters of one shape have different maps.
+A parameter of shape (o, ...) is seen as a matrix of o rows and i columns; its gradient is a sum
+over positions of outer products left (o) x right (i). Each kind is a linear map P with E[P^T P] =
+1, and (but for `sparse`) takes the two sides apart, so that no o x i numbers are formed. The sides'
+random numbers are independent, seeded from (seed, parameter, side): parameters of one shape have
+different maps.
 
-tensor-sketch  Pham & Pagh 2013: count sketches of both sides, multiplied as polynomials modulo x^K - 1
-sparse         a count sketch of the gradient itself
-khatri-rao     coordinate j = q_j^T G p_j / sqrt(K), signs q and p
-kronecker      A G B^T with Gaussian A (k x o) and B (k x i), K = k^2: for parity with the papers, its error is far larger
+tensor-sketch  Pham & Pagh 2013: count sketches of both sides, multiplied as polynomials modulo x^K
+- 1 sparse         a count sketch of the gradient itself khatri-rao     coordinate j = q_j^T G p_j /
+sqrt(K), signs q and p kronecker      A G B^T with Gaussian A (k x o) and B (k x i), K = k^2: for
+parity with the papers, its error is far larger
 
-Hashes are even: they collide less often than independent ones, and not at all where a side has at most K numbers. Parameters of at most K
-numbers are kept exactly. N examples, S positions, T rows of an embedding, F columns of a table.
+Hashes are even: they collide less often than independent ones, and not at all where a side has at
+most K numbers. Parameters of at most K numbers are kept exactly. N examples, S positions, T rows of
+an embedding, F columns of a table.
 """
 
 import hashlib
@@ -36,7 +40,9 @@ from influence_cli.gradients.forms import (
 )
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
-ADDING = 7  # adding a number to its place costs about as much as this many numbers and doublings of a Fourier transform
+# adding a number to its place costs about as much as this many numbers and doublings of a Fourier
+# transform
+ADDING = 7
 Measured = tuple[
     Tensor, Form
 ]  # squared norms (N,) of the gradients themselves, and their projection
@@ -44,7 +50,9 @@ Measured = tuple[
 
 @dataclass(frozen=True)
 class Projection:
-    """`--project numbers --projection kind --seed seed`. The same maps for every checkpoint, split and device."""
+    """`--project numbers --projection kind --seed seed`. The same maps for every checkpoint, split
+    and device.
+    """
 
     kind: str
     numbers: int
@@ -63,8 +71,9 @@ class Projection:
         return min(self.numbers, math.prod(shape))
 
     def spread(self, shape: Sequence[int]) -> float:
-        """The most that the standard deviation of an inner product can be, in units of both norms: met by gradients of rank one
-        (tensor sketches: (3^p - 1) / K at p = 2, Pham & Pagh 2013)."""
+        """The most that the standard deviation of an inner product can be, in units of both norms:
+        met by gradients of rank one (tensor sketches: (3^p - 1) / K at p = 2, Pham & Pagh 2013).
+        """
         if math.prod(shape) <= self.numbers:
             return 0.0
         root = math.sqrt(self.numbers)
@@ -90,7 +99,9 @@ class Projection:
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a parameter seen as a matrix, the sides of its factors; a vector is one row."""
+    """Rows and columns of a parameter seen as a matrix, the sides of its factors; a vector is one
+    row.
+    """
     if len(shape) == 2:
         return shape[0], shape[1]
     wide = [n for n in shape if n != 1] or [1]
@@ -99,8 +110,9 @@ def matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Tables:
-    """Random numbers of one parameter of `rows` x `columns`, the same on every machine and in every version of numpy and torch: they are
-    made from the bits of PCG64 alone."""
+    """Random numbers of one parameter of `rows` x `columns`, the same on every machine and in every
+    version of numpy and torch: they are made from the bits of PCG64 alone.
+    """
 
     seed: int
     name: str
@@ -141,7 +153,9 @@ class Map(ABC):
 
 
 class Sided(Map):
-    """Kinds that take the two sides apart, by a table for each: `left` (o, F) and `right` (F', i)."""
+    """Kinds that take the two sides apart, by a table for each: `left` (o, F) and `right` (F',
+    i).
+    """
 
     left: Tensor
     right: Tensor
@@ -219,9 +233,10 @@ class Sided(Map):
 
 
 class TensorSketch(Map):
-    """Both sides are folded to at most K numbers, and multiplied in the frequency domain. Where positions are many and K is large, the
-    products of their numbers, summed over the positions, are a matrix instead, whose entries with places p and q are added to number p + q
-    modulo K."""
+    """Both sides are folded to at most K numbers, and multiplied in the frequency domain. Where
+    positions are many and K is large, the products of their numbers, summed over the positions, are
+    a matrix instead, whose entries with places p and q are added to number p + q modulo K.
+    """
 
     def __init__(self, tables: Tables, numbers: int) -> None:
         self.numbers = numbers
@@ -306,7 +321,9 @@ class TensorSketch(Map):
 
 
 class Sums:
-    """Adds numbers to K places, (n, count, ...) -> (n, K, ...): place p as it is, place K + p with its sign turned."""
+    """Adds numbers to K places, (n, count, ...) -> (n, K, ...): place p as it is, place K + p with
+    its sign turned.
+    """
 
     def __init__(self, places: Tensor, numbers: int) -> None:
         self.places, self.numbers = places, numbers
@@ -319,8 +336,10 @@ class Sums:
 
 
 class Fold:
-    """A count sketch of one side, where it has more than K numbers; fewer stay as they are, and what they would be multiplied by and
-    where they would stand is in `after` (their places) and `minus` (whether their signs are turned)."""
+    """A count sketch of one side, where it has more than K numbers; fewer stay as they are, and
+    what they would be multiplied by and where they would stand is in `after` (their places) and
+    `minus` (whether their signs are turned).
+    """
 
     def __init__(self, tables: Tables, side: str, count: int, numbers: int) -> None:
         self.count, self.width = count, min(count, numbers)
@@ -370,7 +389,9 @@ class Kronecker(Sided):
 
 
 class Sparse(Map):
-    """As good as a dense Gaussian map, at the cost of forming the gradients, some examples at a time."""
+    """As good as a dense Gaussian map, at the cost of forming the gradients, some examples at a
+    time.
+    """
 
     def __init__(self, tables: Tables, numbers: int) -> None:
         self.numbers, count = numbers, tables.rows * tables.columns

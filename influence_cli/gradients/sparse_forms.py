@@ -94,9 +94,11 @@ class EmbeddingRows(Form):
 
 @dataclass(frozen=True)
 class Postings(Form):
-    """Rows in the order of their tokens, an inverted index: token `tokens[u]` has the rows `starts[u]:starts[u+1]`, by rising example.
+    """Rows in the order of their tokens, an inverted index: token `tokens[u]` has the rows
+    `starts[u]:starts[u+1]`, by rising example.
 
-    The form in which word embeddings are kept: what two texts have in common is found by token, and one token's rows lie together.
+    The form in which word embeddings are kept: what two texts have in common is found by token, and
+    one token's rows lie together.
     """
 
     kind = "postings"
@@ -142,7 +144,9 @@ class Postings(Form):
         return Postings.of(self.rows().take(index))  # type: ignore[arg-type]
 
     def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
-        """Cost d for each pair of rows of one token: a product for each token that many of both have, the others pair by pair."""
+        """Cost d for each pair of rows of one token: a product for each token that many of both
+        have, the others pair by pair.
+        """
         if isinstance(queries, EmbeddingRows):
             queries = Postings.of(queries)
         if not isinstance(queries, Postings):
@@ -210,7 +214,9 @@ class Postings(Form):
 
 
 def pairs(meeting: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each column (a, n, b, m) all pairs (a + i, b + j) with i < n and j < m; at most `most` at once."""
+    """Of each column (a, n, b, m) all pairs (a + i, b + j) with i < n and j < m; at most `most` at
+    once.
+    """
     (own_rows, _, other_rows, columns), counts = meeting, meeting[1] * meeting[3]
     entry = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     within = torch.arange(len(entry), device=counts.device) - (counts.cumsum(0) - counts)[entry]

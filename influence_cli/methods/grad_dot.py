@@ -1,4 +1,5 @@
-"""GradDot: the inner product of gradients at one checkpoint (Charpiat et al. 2019, arXiv:1906.06698).
+"""GradDot: the inner product of gradients at one checkpoint (Charpiat et al. 2019,
+arXiv:1906.06698).
 
 score(z, q) = g(z) . g(q)
 

@@ -1,4 +1,5 @@
-"""Scores as inner products of gradients, summed over checkpoints: what tracin, grad-dot and grad-cos share.
+"""Scores as inner products of gradients, summed over checkpoints: what tracin, grad-dot and
+grad-cos share.
 
 scores_QN = sum over checkpoints i of eta_i * query_grads_QD @ train_grads_ND.T
 

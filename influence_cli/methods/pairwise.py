@@ -102,8 +102,8 @@ def rank_blocks(
 ) -> Iterator[tuple[Ids, Any, Ranking]]:
     """Per pass its query ids, what `load_queries` made of them, and their ranking.
 
-    `size_for(Q)`: training examples of a block. The ranks of a job take turns with the blocks, and rank 0
-    has the rankings; the others yield nothing.
+    `size_for(Q)`: training examples of a block. The ranks of a job take turns with the blocks, and
+    rank 0 has the rankings; the others yield nothing.
     """
     ranks, parts = source.ranks, request.parts
     total = len(request.train) * len(request.checkpoints) // ranks.count
@@ -199,7 +199,9 @@ def query_passes(request: ScoreRequest, query_bytes: int) -> list[Ids]:
 def block_size(
     source: GradientSource, request: ScoreRequest, queries: int, level: Level = "values"
 ) -> int:
-    """Training examples of a block: some for each query, whole units, and work for several ranks."""
+    """Training examples of a block: some for each query, whole units, and work for several
+    ranks.
+    """
     most = TOTAL_BYTES // (8 * queries * (1 + len(request.parts)))
     shared = min(floor_power_of_two(most), floor_power_of_two(len(request.train) // 64))
     unit = source.budget.unit_size("train", list(request.columns), level)

@@ -1,4 +1,5 @@
-"""TracIn-WE: influence through word embeddings, down to the word (Yeh et al. 2022, arXiv:2202.11844).
+"""TracIn-WE: influence through word embeddings, down to the word (Yeh et al. 2022,
+arXiv:2202.11844).
 
 score(x, q) = sum over checkpoints i of eta_i * sum over words w of G_w,i(x) . G_w,i(q)
 

@@ -1,7 +1,8 @@
-"""Partial rankings into one: tables of `score` or `self` over different training examples, merged as they are read.
+"""Partial rankings into one: tables of `score` or `self` over different training examples, merged
+as they are read.
 
-Parts are in the order in which they were written, so that one pair of each is held at a time, and two bytes per training example that tell
-whether a pair comes twice.
+Parts are in the order in which they were written, so that one pair of each is held at a time, and
+two bytes per training example that tell whether a pair comes twice.
 """
 
 import csv
@@ -27,16 +28,19 @@ Lines = Iterator[tuple[int, list[Any]]]  # line number, values
 
 
 class Pair(NamedTuple):
-    """One ranked pair of a part. `key`: its place in the merged order, (query, kind, falling or rising score, id); `rows`: one, or one per
-    part of its score."""
+    """One ranked pair of a part. `key`: its place in the merged order, (query, kind, falling or
+    rising score, id); `rows`: one, or one per part of its score.
+    """
 
     key: tuple[int, int, float, int]
     rows: list[list[Any]]
 
 
 class Part:
-    """A table, opened, and what was seen of it so far. `longest`: its largest rank; `ends`: the queries with a kind that ends exactly
-    there; `whole`: it has scores of 0, which are ranked only where all are."""
+    """A table, opened, and what was seen of it so far. `longest`: its largest rank; `ends`: the
+    queries with a kind that ends exactly there; `whole`: it has scores of 0, which are ranked only
+    where all are.
+    """
 
     def __init__(self, name: str, stdin: IO[str]) -> None:
         """Raises UsageProblem (can't be opened), TableError (no table)."""
@@ -100,7 +104,9 @@ class Part:
             self.ends.add(query)
 
     def _rows(self) -> Iterator[tuple[int, tuple[int, int, int, int], list[Any]]]:
-        """Line number, (query, kind, rank, train) as numbers, values; a query `all` is -1, `self` has one query and kind."""
+        """Line number, (query, kind, rank, train) as numbers, values; a query `all` is -1, `self`
+        has one query and kind.
+        """
         columns = self.columns
         at = {
             name: columns.index(name)
@@ -142,7 +148,9 @@ class Part:
 
 
 def open_parts(names: Sequence[str], stdin: IO[str]) -> tuple[list[Part], tuple[str, ...]]:
-    """The tables and their columns. Raises UsageProblem, TableError: other columns than score's or self's, or than the first one's."""
+    """The tables and their columns. Raises UsageProblem, TableError: other columns than score's or
+    self's, or than the first one's.
+    """
     parts = [Part(name, stdin) for name in names]
     known = [part for part in parts if part.columns]
     for part in known:
@@ -165,7 +173,9 @@ def open_parts(names: Sequence[str], stdin: IO[str]) -> tuple[list[Part], tuple[
 
 
 def merged(parts: Sequence[Part], columns: Sequence[str], k: int | None) -> Iterator[Row]:
-    """Rows in the order of `score`, ranked anew: k of each query and kind, or all. Raises TableError for a pair that comes twice."""
+    """Rows in the order of `score`, ranked anew: k of each query and kind, or all. Raises
+    TableError for a pair that comes twice.
+    """
     rank_at, signed = columns.index("rank"), "kind" in columns
 
     def numbered(number: int, part: Part) -> Iterator[tuple[Pair, int]]:
@@ -184,8 +194,10 @@ def merged(parts: Sequence[Part], columns: Sequence[str], k: int | None) -> Iter
                 if pages[page][at]:
                     of = f" of query {rows[0][0]}" if signed else ""
                     raise TableError(
-                        f"training example {key[3]}{of} stands in both {parts[pages[page][at] - 1].name} and {parts[number - 1].name}",
-                        "expected: parts of different training examples, each shard once and all of the same count",
+                        f"training example {key[3]}{of} stands in both "
+                        f"{parts[pages[page][at] - 1].name} and {parts[number - 1].name}",
+                        "expected: parts of different training examples, each shard once and all "
+                        "of the same count",
                     )
                 pages[page][at] = number
                 if k is None or (
@@ -198,9 +210,13 @@ def merged(parts: Sequence[Part], columns: Sequence[str], k: int | None) -> Iter
 
 
 def shortened(parts: Sequence[Part], k: int | None) -> int | None:
-    """Once all is read: how many rows of each query and kind the parts seem to have been cut to, where that is less than `k`; else None."""
+    """Once all is read: how many rows of each query and kind the parts seem to have been cut to,
+    where that is less than `k`; else None.
+    """
     longest = max((part.longest for part in parts), default=0)
-    cut = any(part.longest == longest and len(part.ends) > 1 and not part.has_all_pairs for part in parts)
+    cut = any(
+        part.longest == longest and len(part.ends) > 1 and not part.has_all_pairs for part in parts
+    )
     return longest if cut and longest and (k is None or k > longest) else None
 
 

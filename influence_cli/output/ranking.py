@@ -1,6 +1,8 @@
-"""Streaming rankings: the top and bottom k of scores that arrive in blocks, or all of them sorted on disk. Ties go by training id.
+"""Streaming rankings: the top and bottom k of scores that arrive in blocks, or all of them sorted
+on disk. Ties go by training id.
 
-N examples of a block, Q queries, P parts of a score. Memory does not grow with the number of examples.
+N examples of a block, Q queries, P parts of a score. Memory does not grow with the number of
+examples.
 """
 
 import heapq
@@ -21,7 +23,9 @@ READ_ROWS = 1 << 17  # rows of all sorted runs read at once while they are merge
 
 
 class Entry(NamedTuple):
-    """One ranked pair. `kind`: proponent (score >= 0) or opponent; `rank` from 1 within the query and kind; `parts` sum to `score`."""
+    """One ranked pair. `kind`: proponent (score >= 0) or opponent; `rank` from 1 within the query
+    and kind; `parts` sum to `score`.
+    """
 
     kind: str
     rank: int
@@ -42,7 +46,9 @@ class Ranking(ABC):
 
     @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
-        """Proponents by falling score, then opponents by rising score, of the query at this position."""
+        """Proponents by falling score, then opponents by rising score, of the query at this
+        position.
+        """
 
 
 class Shareable(Ranking):
@@ -50,16 +56,22 @@ class Shareable(Ranking):
 
     @abstractmethod
     def parcels(self) -> Iterator[Any]:
-        """What is ranked so far, in pieces small beside all of it that another process can `take`."""
+        """What is ranked so far, in pieces small beside all of it that another process can
+        `take`.
+        """
 
     @abstractmethod
     def take(self, parcel: Any) -> None:
-        """A piece of another ranking, of other examples for the same queries, as if they had been added here."""
+        """A piece of another ranking, of other examples for the same queries, as if they had been
+        added here.
+        """
 
 
 @dataclass
 class _Best:
-    """The k best of each query and one kind so far, by query, then falling key (falling = better), then id; parts (P, M) beside them."""
+    """The k best of each query and one kind so far, by query, then falling key (falling = better),
+    then id; parts (P, M) beside them.
+    """
 
     queries: np.ndarray
     keys: np.ndarray
@@ -68,7 +80,9 @@ class _Best:
 
 
 class TopRanking(Shareable):
-    """The k highest scores above 0 and the k lowest below 0; with `signed` False simply the k highest."""
+    """The k highest scores above 0 and the k lowest below 0; with `signed` False simply the k
+    highest.
+    """
 
     def __init__(self, queries: int, parts: int, k: int, signed: bool = True) -> None:
         super().__init__(queries, parts)
@@ -102,7 +116,9 @@ class TopRanking(Shareable):
             self._merge(kind, best)
 
     def _bars(self, kind: int, sign: int, scores: np.ndarray) -> np.ndarray:
-        """(Q,): a key below its query's is not among the k best of those kept nor, where fewer are kept, of this block. Never sorts."""
+        """(Q,): a key below its query's is not among the k best of those kept nor, where fewer are
+        kept, of this block. Never sorts.
+        """
         best, least = self._best[kind], max(0, scores.shape[1] - self.k)
         bars = np.full(self.queries, -np.inf)
         full = np.flatnonzero(np.bincount(best.queries, minlength=self.queries) == self.k)
@@ -145,7 +161,9 @@ def no_parts(at: np.ndarray) -> np.ndarray:
 
 
 class FullRanking(Shareable):
-    """Every pair: spilled to a temporary folder in sorted runs, merged when read. Zeros are the last proponents."""
+    """Every pair: spilled to a temporary folder in sorted runs, merged when read. Zeros are the
+    last proponents.
+    """
 
     def __init__(self, queries: int, parts: int, run_bytes: int = RUN_BYTES) -> None:
         super().__init__(queries, parts)

@@ -1,4 +1,6 @@
-"""Tables for people and pipes: csv, tsv, jsonl, parquet, and a terminal table. Rows are written as they come."""
+"""Tables for people and pipes: csv, tsv, jsonl, parquet, and a terminal table. Rows are written as
+they come.
+"""
 
 import csv
 import importlib.util
@@ -64,7 +66,9 @@ def score_rows(
     describe: Describe,
     split: Split | None = None,
 ) -> Iterator[Row]:
-    """One row per ranked pair, or per part of it. `queries` None: all as one, named `all`; `groups`: names in place of training ids."""
+    """One row per ranked pair, or per part of it. `queries` None: all as one, named `all`;
+    `groups`: names in place of training ids.
+    """
     for position in range(ranking.queries):
         query = queries[position] if queries is not None else None
         query_label, query_text = describe("query", query) if query is not None else ("", "")
@@ -106,9 +110,11 @@ class TableWriter:
     def open(
         cls, requested: str | None, output: Path | None, stdout: IO[str] | None = None
     ) -> "TableWriter":
-        """From `--format` and `-o`: what is asked, else the ending of the file, else a table for a terminal and csv for a pipe.
+        """From `--format` and `-o`: what is asked, else the ending of the file, else a table for a
+        terminal and csv for a pipe.
 
-        Raises UsageProblem for what can be known before the work: an unknown format, a missing folder or library.
+        Raises UsageProblem for what can be known before the work: an unknown format, a missing
+        folder or library.
         """
         stdout = stdout or sys.__stdout__ or sys.stdout
         format = requested or (
@@ -249,7 +255,9 @@ def _terminal(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> Non
 
 
 def word_shares(rows: Sequence[Row], columns: Sequence[str]) -> list[float]:
-    """Of each word row its signed share of all that the words of its pair add and take away; empty where rows are no words."""
+    """Of each word row its signed share of all that the words of its pair add and take away; empty
+    where rows are no words.
+    """
     if "word" not in columns:
         return []
     score = columns.index("score")
@@ -260,7 +268,9 @@ def word_shares(rows: Sequence[Row], columns: Sequence[str]) -> list[float]:
 
 
 def _shade(share: float) -> str:
-    """Helping words green, hurting ones red (the sign of their score says it without colour), the stronger the brighter."""
+    """Helping words green, hurting ones red (the sign of their score says it without colour), the
+    stronger the brighter.
+    """
     strength = "bold " if abs(share) >= 0.25 else "dim " if abs(share) < 0.05 else ""
     return f"{strength}{'green' if share > 0 else 'red'}" if share else "dim"
 
@@ -278,7 +288,9 @@ def _cell(value: Any) -> str:
 
 @contextmanager
 def to_stdout(stdout: IO[str]) -> Iterator[IO[str]]:
-    """Flushes at the end. Raises OutputError where stdout can't be written; a closed pipe stays a BrokenPipeError."""
+    """Flushes at the end. Raises OutputError where stdout can't be written; a closed pipe stays a
+    BrokenPipeError.
+    """
     try:
         yield stdout
         stdout.flush()

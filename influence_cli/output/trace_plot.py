@@ -13,7 +13,9 @@ HEIGHT = 4  # lines above and below the axis
 def trace_plot(
     title: str, series: Sequence[tuple[int, float]], steps: range, file: IO[str]
 ) -> None:
-    """One series of (step, score): a bar for each stretch of steps, the sum of its scores; proponents upward."""
+    """One series of (step, score): a bar for each stretch of steps, the sum of its scores;
+    proponents upward.
+    """
     console = Console(file=file, highlight=False)
     width = max(10, min(console.width - 14, len(steps)))
     bins = [0.0] * width
@@ -45,6 +47,8 @@ def trace_plot(
 
 
 def bars(values: Sequence[float], line: int, sign: int) -> str:
-    """The cells of one line away from the axis: how much of it each value, a share of the height, fills."""
+    """The cells of one line away from the axis: how much of it each value, a share of the height,
+    fills.
+    """
     cells = UP if sign > 0 else DOWN
     return "".join(cells[round(8 * min(1.0, max(0.0, value * HEIGHT - line)))] for value in values)

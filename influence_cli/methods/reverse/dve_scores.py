@@ -1,11 +1,14 @@
-"""DVE: data value embedding (Wang et al. 2024, arXiv:2412.09538), trajectory-specific leave-one-out from saved checkpoints.
+"""DVE: data value embedding (Wang et al. 2024, arXiv:2412.09538), trajectory-specific leave-one-out
+from saved checkpoints.
 
-score(z, q) sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t the derivative of the query's loss at the end by
-the gradient of step t (adjoint.py). For plain SGD this is the paper's w eta g_t(z)^T prod_k (I - eta H_k) grad m(theta_T, q). Score > 0:
-proponent, without z at that step the query's loss had ended higher, by about the score.
+score(z, q) sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t the
+derivative of the query's loss at the end by the gradient of step t (adjoint.py). For plain SGD this
+is the paper's w eta g_t(z)^T prod_k (I - eta H_k) grad m(theta_T, q). Score > 0: proponent, without
+z at that step the query's loss had ended higher, by about the score.
 
-Query form: the queries' gradients are carried back, nothing of size p x p. Embedding form: every coordinate of the end is carried back,
-which gives the data value embedding of each occurrence; kept on disk it answers any later query (embeddings.py).
+Query form: the queries' gradients are carried back, nothing of size p x p. Embedding form: every
+coordinate of the end is carried back, which gives the data value embedding of each occurrence; kept
+on disk it answers any later query (embeddings.py).
 
 N train, Q query, M occurrences, P parts of a score, p numbers of all parameters.
 """
@@ -43,7 +46,9 @@ def score(
 def trace(
     gradients: GradientSource, question: ScoreRequest
 ) -> Iterator[tuple[Ids, occurrences.Trace]]:
-    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
+    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of
+    all steps and of `question.train`.
+    """
     work = Dve(gradients, question)
     yield from occurrences.trace(question, work.plan, work.passes)
 
@@ -74,12 +79,14 @@ class Dve:
         self.stability = Stability()
         if gradients.settings.projection and self.plan.adam:
             raise UsageProblem(
-                f"--project with {self.plan.trajectory.optimizer}: its steps are taken number by number, which a projection has not",
+                f"--project with {self.plan.trajectory.optimizer}: its steps are taken number by "
+                "number, which a projection has not",
                 "leave out --project, or use --method tracin",
             )
         if gradients.settings.projection and self.options.curvature != "none":
             gradients.reporter.note(
-                "the curvature of projected gradients is biased, the less the larger --project K is (docs/methods.md); "
+                "the curvature of projected gradients is biased, the less the larger --project K "
+                "is (docs/methods.md); "
                 "--curvature none is not"
             )
 
@@ -93,7 +100,9 @@ class Dve:
         )
 
     def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
-        """Raises CacheError (embeddings of something else), GradientError (what is carried back runs away)."""
+        """Raises CacheError (embeddings of something else), GradientError (what is carried back
+        runs away).
+        """
         return reverse_pass.passes(self.gradients, self.question, self.plan, new, self.work)
 
     def work(self, folder: Path) -> reverse_pass.Work:
@@ -153,7 +162,9 @@ class Dve:
     def replayed(
         self, width: int, wide: torch.dtype, stop: int, by_parameter: bool
     ) -> Iterator[ReverseStep]:
-        """The gradients of each step's batch are taken when the replay stands there, and not kept."""
+        """The gradients of each step's batch are taken when the replay stands there, and not
+        kept.
+        """
         fisher, replayed = self.fisher(width, wide), ReplayedSteps(self.gradients, self.plan)
         for number, checkpoint, moments in replayed.back(stop):
             ids = np.unique(self.plan.trajectory.lines[number].examples)
@@ -167,7 +178,9 @@ class Dve:
         self.gradients.reporter.note(replayed.note())
 
     def embedded(self) -> bool:
-        """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and query, or coordinate of the end."""
+        """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and
+        query, or coordinate of the end.
+        """
         question, options = self.question, self.options
         queries, size = (
             1 if question.sum_queries else len(question.queries),
@@ -190,6 +203,7 @@ class Dve:
             else f"kept in {options.embeddings}"
         )
         self.gradients.reporter.note(
-            f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature {options.curvature}"
+            f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature "
+            f"{options.curvature}"
         )
         return cheaper

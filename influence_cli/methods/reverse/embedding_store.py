@@ -1,13 +1,18 @@
-"""Data value embeddings on disk: what each occurrence of an example in training did to every coordinate of the end.
+"""Data value embeddings on disk: what each occurrence of an example in training did to every
+coordinate of the end.
 
 DIR/embeddings.json                      what they are of; another run's are refused
-DIR/sample.safetensors                   losses and norms of a few training examples, to see whether the definition still gives the same
+DIR/sample.safetensors                   losses and norms of a few training examples, to see whether
+the definition still gives the same
 DIR/part-000000-000120/                  the steps of a part, made from the identity at its end
-    rows-000090-000120.safetensors       per occurrence (M, n): its effect on the state at the part's end; step and example of each
-    map.safetensors                      (n, n): from the state at the part's end to that at its start; last
+    rows-000090-000120.safetensors       per occurrence (M, n): its effect on the state at the
+    part's end; step and example of each
+    map.safetensors                      (n, n): from the state at the part's end to that at its
+    start; last
 
-The state is the parameters, and for those with momentum its buffer: n numbers. Parts are made side by side, and compose: a query, carried
-from the end of training through the maps, meets each part's rows, so that any part's end can be explained (`--at`) by reading only.
+The state is the parameters, and for those with momentum its buffer: n numbers. Parts are made side
+by side, and compose: a query, carried from the end of training through the maps, meets each part's
+rows, so that any part's end can be explained (`--at`) by reading only.
 """
 
 import dataclasses
@@ -54,8 +59,9 @@ class Embeddings:
         stop: int,
         options: DveOptions,
     ) -> None:
-        """Of the `whole` training, read up to the step `stop`. Raises CacheError where the folder holds something else, UsageProblem where
-        `stop` is inside of a part."""
+        """Of the `whole` training, read up to the step `stop`. Raises CacheError where the folder
+        holds something else, UsageProblem where `stop` is inside of a part.
+        """
         self.folder, self.gradients, self.plan, self.stop, self.options = (
             folder,
             gradients,
@@ -94,8 +100,10 @@ class Embeddings:
         room = (available_memory() or state) // state
         if not room:
             raise UsageProblem(
-                f"the embedding form carries {self.size:,} x {self.size:,} numbers back, which do not fit into memory ({state:,} bytes)",
-                "--form query (without --embeddings) carries the queries' gradients only; --layers GLOB takes fewer parameters",
+                f"the embedding form carries {self.size:,} x {self.size:,} numbers back, which do "
+                f"not fit into memory ({state:,} bytes)",
+                "--form query (without --embeddings) carries the queries' gradients only; --layers "
+                "GLOB takes fewer parameters",
             )
         check_fits(self.folder, rows + len(todo) * self.size**2 * wide, state)
         threads = torch.get_num_threads()
@@ -145,7 +153,9 @@ class Embeddings:
         return (place / "map.safetensors").is_file() and rows == self.plan.occurrences(range(*part))
 
     def make(self, part: Part, stability: Stability, advance: Advance) -> None:
-        """Carry the identity back from the part's end to its start, and write what its occurrences do to it."""
+        """Carry the identity back from the part's end to its start, and write what its occurrences
+        do to it.
+        """
         last = part == self.parts[-1]
         adjoint = self.identity(sum(self.widths[: len(self.plan.columns)]) if last else self.size)
         place = self.place(part)
@@ -182,7 +192,9 @@ class Embeddings:
         )
 
     def identity(self, rows: int) -> Adjoint:
-        """Every coordinate of the state at a part's end as a quantity to carry back; at the end of training those of the parameters."""
+        """Every coordinate of the state at a part's end as a quantity to carry back; at the end of
+        training those of the parameters.
+        """
         first, states = 0, []
         for width in self.widths:
             block = torch.zeros(rows, width, dtype=self.dtype, device=self.gradients.device)
@@ -214,7 +226,9 @@ class Embeddings:
     def scores(
         self, theta: dict[str, Tensor], advance: Advance
     ) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
-        """(step, checkpoint's step, examples, (B, Q) scores) from the queries' gradients at the end, last step first."""
+        """(step, checkpoint's step, examples, (B, Q) scores) from the queries' gradients at the
+        end, last step first.
+        """
         state = torch.cat([value.cpu().to(self.dtype) for value in theta.values()], dim=1)
         state = torch.cat([state, state.new_zeros(len(state), self.size - state.shape[1])], dim=1)
         checkpoint_of = {
@@ -347,13 +361,15 @@ class Embeddings:
             self.folder,
         )
         self.gradients.reporter.note(
-            f"the definition changed since {self.folder} was made: {SAMPLE} training gradients agree, so it is used"
+            f"the definition changed since {self.folder} was made: {SAMPLE} training gradients "
+            "agree, so it is used"
         )
 
 
 def cut(plan: ReversePlan, size: int) -> list[Part]:
-    """Steps in parts that can be made side by side: of at least 2 n occurrences where they end with a segment, 4 n anywhere, so that maps
-    take at most a half of the rows' disk."""
+    """Steps in parts that can be made side by side: of at least 2 n occurrences where they end with
+    a segment, 4 n anywhere, so that maps take at most a half of the rows' disk.
+    """
     ends = {segment.stop for segment in plan.segments}
     parts, first, count = [], plan.steps.start, 0
     for step in plan.steps:

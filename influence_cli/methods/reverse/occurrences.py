@@ -1,5 +1,5 @@
-"""Scores over training time, as steps are gone back over: collected from each step's entries, kept so that a killed job goes on, summed
-and ranked.
+"""Scores over training time, as steps are gone back over: collected from each step's entries, kept
+so that a killed job goes on, summed and ranked.
 
 N train, Q query, M occurrences, P parts of a score.
 """
@@ -28,7 +28,9 @@ HELD_BYTES = 1 << 30  # scores held in memory; more lie in a temporary file
 
 @dataclass
 class Occurrences:
-    """Scores of single occurrences: of `examples` (M,) at `steps` (M,), (M, Q) float64; an example twice in a step is two."""
+    """Scores of single occurrences: of `examples` (M,) at `steps` (M,), (M, Q) float64; an example
+    twice in a step is two.
+    """
 
     steps: np.ndarray
     examples: np.ndarray
@@ -41,7 +43,9 @@ class Occurrences:
         self.filled = at.stop
 
     def by_step(self, at: np.ndarray, query: int) -> dict[int, float]:
-        """Step -> score of the occurrences at these positions, in their order; those of one step summed."""
+        """Step -> score of the occurrences at these positions, in their order; those of one step
+        summed.
+        """
         sums: dict[int, float] = {}
         for step, value in zip(
             self.steps[at].tolist(),
@@ -54,7 +58,9 @@ class Occurrences:
 
 @dataclass
 class Trace:
-    """Scores by step: of all entries of each step together, (T, Q) float64, and of each occurrence of some examples."""
+    """Scores by step: of all entries of each step together, (T, Q) float64, and of each occurrence
+    of some examples.
+    """
 
     first: int
     sums: Tensor
@@ -66,7 +72,9 @@ class Trace:
         self.totals.add(step, part, examples, effects)
 
     def series(self, query: int, example: int | None) -> list[tuple[int, float]]:
-        """(step, score) of a query, rising: of every step, or of those that an example was trained on."""
+        """(step, score) of a query, rising: of every step, or of those that an example was trained
+        on.
+        """
         if example is None:
             return list(enumerate(self.sums[:, query].tolist(), start=self.first))
         occurrences = self.totals.occurrences
@@ -80,7 +88,9 @@ class Trace:
 
 @dataclass
 class Totals:
-    """Scores of the ranked examples while steps are gone back over: (1 + P, N, Q) float64, the whole scores first, then their parts."""
+    """Scores of the ranked examples while steps are gone back over: (1 + P, N, Q) float64, the
+    whole scores first, then their parts.
+    """
 
     ids: Ids
     parts: list[str]
@@ -132,7 +142,9 @@ def score(
     plan: ReversePlan,
     passes: "Callable[[New[Totals]], Iterator[tuple[Ids, Totals]]]",
 ) -> Iterator[ScoredQueries]:
-    """Scores of every training example asked for, ranked per query. `passes` goes back over training for some queries at a time."""
+    """Scores of every training example asked for, ranked per query. `passes` goes back over
+    training for some queries at a time.
+    """
 
     def new(width: int, folder: Path) -> Totals:
         parts = (
@@ -176,7 +188,9 @@ def trace(
     plan: ReversePlan,
     passes: "Callable[[New[Trace]], Iterator[tuple[Ids, Trace]]]",
 ) -> Iterator[tuple[Ids, Trace]]:
-    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
+    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of
+    all steps and of `question.train`.
+    """
 
     def new(width: int, folder: Path) -> Trace:
         occurrences = empty_occurrences(plan, question.train, width, folder)

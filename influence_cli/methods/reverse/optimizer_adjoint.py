@@ -1,19 +1,25 @@
-"""The adjoint of an optimizer's own step: what a small change of a step's gradient does to the end of training.
+"""The adjoint of an optimizer's own step: what a small change of a step's gradient does to the end
+of training.
 
-StepProducts t, with g the (clipped) sum of w x gradient over the entries of its batch (torch's own definitions):
+StepProducts t, with g the (clipped) sum of w x gradient over the entries of its batch (torch's own
+definitions):
 
-    SGD    m' = momentum m + g + decay θ;   θ' = θ - rate m'      (Nesterov: θ' = θ - rate (g + decay θ + momentum m'))
-    AdamW  m' = β1 m + (1-β1) g;   v' = β2 v + (1-β2) g²;   θ' = (1 - rate decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε),  C = 1 - β^t
-    Adam   the same with decay θ added to g instead
+    SGD    m' = momentum m + g + decay θ;   θ' = θ - rate m'      (Nesterov: θ' = θ - rate (g +
+decay θ + momentum m')) AdamW  m' = β1 m + (1-β1) g;   v' = β2 v + (1-β2) g²;   θ' = (1 - rate
+decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε),  C = 1 - β^t Adam   the same with decay θ added to g
+instead
 
-Backward, a_θ, a_m and a_v are the derivatives of a quantity of the final model by θ, m and v. u is its derivative by the step's gradient
-before clipping, so it includes clipping's own derivative. Without its entry z the quantity would grow by -w_z g(z).u.
+Backward, a_θ, a_m and a_v are the derivatives of a quantity of the final model by θ, m and v. u is
+its derivative by the step's gradient before clipping, so it includes clipping's own derivative.
+Without its entry z the quantity would grow by -w_z g(z).u.
 
-H is the derivative of the batch's gradient by θ, or an approximation to it. Data value embedding uses the empirical Fisher, the sum over y
-of w g(y) g(y)^T (Wang et al. 2024, arXiv:2412.09538, for plain SGD: u = -rate a_θ). unroll uses the Hessian or Gauss-Newton's matrix.
-The rest was derived for this project and is tested against real retraining.
+H is the derivative of the batch's gradient by θ, or an approximation to it. Data value embedding
+uses the empirical Fisher, the sum over y of w g(y) g(y)^T (Wang et al. 2024, arXiv:2412.09538, for
+plain SGD: u = -rate a_θ). unroll uses the Hessian or Gauss-Newton's matrix. The rest was derived
+for this project and is tested against real retraining.
 
-B entries of a batch, D numbers of a parameter, K quantities carried at once: queries, or the coordinates of the end itself.
+B entries of a batch, D numbers of a parameter, K quantities carried at once: queries, or the
+coordinates of the end itself.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -28,7 +34,8 @@ from influence_cli.run.replay import Moments
 
 DENSE_BYTES = (
     512 << 20
-)  # gradients of a batch made dense at once, so that both products of a step are plain matrix products
+    # gradients of a batch made dense at once, so that both products of a step are plain matrix products
+)
 Pull = Callable[[str, Tensor], None]  # adds H u of a parameter to a tensor (K, D)
 
 
@@ -49,7 +56,9 @@ class Batch(Protocol):
 
 
 class FisherBatch:
-    """By per-example gradients: H = sum of w h h^T. `curvature`: h of each entry, often the `gradients` themselves; None: H = 0."""
+    """By per-example gradients: H = sum of w h h^T. `curvature`: h of each entry, often the
+    `gradients` themselves; None: H = 0.
+    """
 
     def __init__(
         self,
@@ -99,7 +108,9 @@ class Update:
 
     @property
     def stable(self) -> float:
-        """The largest rate x curvature at which steps of this kind don't grow on a quadratic: 2 without momentum."""
+        """The largest rate x curvature at which steps of this kind don't grow on a quadratic: 2
+        without momentum.
+        """
         return 2 * (1 + self.momentum) / (1 + 2 * self.momentum * self.nesterov)
 
 
@@ -119,7 +130,9 @@ class AdamUpdate:
         return self.betas[0]
 
     def derivatives(self, gradient: Tensor) -> "tuple[Tensor, Tensor, Tensor]":
-        """(D,) each, at the step's (clipped) gradient: of θ' by m', of θ' by v', of v' by the gradient."""
+        """(D,) each, at the step's (clipped) gradient: of θ' by m', of θ' by v', of v' by the
+        gradient.
+        """
         (b1, b2), before = self.betas, self.before
         t = before.count + 1
         g = gradient if self.decoupled else gradient + self.decay * before.theta
@@ -138,7 +151,9 @@ AnyUpdate = Update | AdamUpdate
 
 
 class Adjoint:
-    """a_θ, a_m and a_v of K quantities, for each parameter (K, D); `step` takes them from after a step to before it."""
+    """a_θ, a_m and a_v of K quantities, for each parameter (K, D); `step` takes them from after a
+    step to before it.
+    """
 
     def __init__(
         self,
@@ -146,14 +161,17 @@ class Adjoint:
         moment: dict[str, Tensor],
         second: dict[str, Tensor] | None = None,
     ) -> None:
-        """`moment`: of the parameters with momentum or Adam, `second` of those with Adam; zeros at the end of training. All are changed in
-        place."""
+        """`moment`: of the parameters with momentum or Adam, `second` of those with Adam; zeros at
+        the end of training. All are changed in place.
+        """
         self.theta, self.moment, self.second = theta, moment, second or {}
 
     def step(
         self, batch: Batch, updates: Mapping[str, AnyUpdate], clip: float = 1.0
     ) -> dict[str, Tensor]:
-        """One step back. Returns per part of the model (B, K): g(z).u, u after clipping's own derivative."""
+        """One step back. Returns per part of the model (B, K): g(z).u, u after clipping's own
+        derivative.
+        """
         updates = {name: update for name, update in updates.items() if name in batch.names}
         u: dict[str, Tensor] = {}
         scale = dict.fromkeys(updates, 1.0)
@@ -227,10 +245,12 @@ def total(products: Mapping[str, Tensor]) -> Tensor:
 
 
 def effects(products: Tensor, weights: Tensor, entry_of: Tensor | None = None) -> Tensor:
-    """(B, K) by how much the quantity would grow without each entry of a step, from g(z).u: -w_z g(z).u.
+    """(B, K) by how much the quantity would grow without each entry of a step, from g(z).u: -w_z
+    g(z).u.
 
-    `entry_of` (B,), given where the weights of the others are to grow so that their sum stays (the mean over the rest of a batch): equal
-    numbers are entries of one example, dropped together. Then it is -w_z (g(z) - mean).u / (1 - W_z), W_z the example's share.
+    `entry_of` (B,), given where the weights of the others are to grow so that their sum stays (the
+    mean over the rest of a batch): equal numbers are entries of one example, dropped together. Then
+    it is -w_z (g(z) - mean).u / (1 - W_z), W_z the example's share.
     """
     lost = -weights[:, None] * products
     if entry_of is None:
@@ -250,7 +270,9 @@ def effects(products: Tensor, weights: Tensor, entry_of: Tensor | None = None) -
 
 
 def gram(gradients: Mapping[str, Form], weights: Tensor, updates: Mapping[str, Update]) -> Tensor:
-    """(B, B) float64: sqrt(w w') times the inner products over all parameters, each times its rate: the eigenvalues of rate x H."""
+    """(B, B) float64: sqrt(w w') times the inner products over all parameters, each times its rate:
+    the eigenvalues of rate x H.
+    """
     result = None
     for name, update in updates.items():
         form = gradients[name]
@@ -264,7 +286,9 @@ def gram(gradients: Mapping[str, Form], weights: Tensor, updates: Mapping[str, U
 
 
 def densely(gradients: Mapping[str, Form], vectors: int) -> dict[str, Form]:
-    """The same gradients in the form in which products with so many vectors, and sums of that many, are fastest."""
+    """The same gradients in the form in which products with so many vectors, and sums of that many,
+    are fastest.
+    """
     dense_forms = dict(gradients)
     room = DENSE_BYTES
     for name, form in gradients.items():

@@ -1,7 +1,9 @@
-"""The recorded steps of a plan, run again from its checkpoints, so that each gradient is taken where its step was; last step first.
+"""The recorded steps of a plan, run again from its checkpoints, so that each gradient is taken
+where its step was; last step first.
 
-A replay goes forward only: of a stretch of steps the states before each are kept, or, where they are many, evenly spread ones, from which
-the others are run again. Memory: STATE_BYTES, and again for each level of that.
+A replay goes forward only: of a stretch of steps the states before each are kept, or, where they
+are many, evenly spread ones, from which the others are run again. Memory: STATE_BYTES, and again
+for each level of that.
 """
 
 from collections.abc import Iterator
@@ -15,14 +17,20 @@ from influence_cli.run.replay import Moments, Replay, State
 
 STATE_BYTES = 1 << 30
 ODD = 1e-3  # more than rounding does, as a rule
-FAR = 0.1  # a replay that ends so far from the saved checkpoint, of the way that training went, is another training
+# a replay that ends so far from the saved checkpoint, of the way that training went, is another
+# training
+FAR = 0.1
 
 
 class ReplayedSteps:
-    """Stands, step by step from the last to the first, with the run's model where each step was taken."""
+    """Stands, step by step from the last to the first, with the run's model where each step was
+    taken.
+    """
 
     def __init__(self, gradients: GradientSource, plan: ReversePlan) -> None:
-        """Raises TrajectoryError where the state of the optimizer at the first checkpoint is not known."""
+        """Raises TrajectoryError where the state of the optimizer at the first checkpoint is not
+        known.
+        """
         self.gradients, self.plan = gradients, plan
         self.replay = Replay(
             gradients.run,
@@ -36,7 +44,9 @@ class ReplayedSteps:
         ] = {}  # per checkpoint that a replay came to: how far it ended from it
 
     def back(self, stop: int) -> Iterator[tuple[int, Checkpoint, dict[str, Moments] | None]]:
-        """The steps below `stop`, last first: the number, the checkpoint before it, and where Adam stood. The model stands there."""
+        """The steps below `stop`, last first: the number, the checkpoint before it, and where Adam
+        stood. The model stands there.
+        """
         starts = [
             segment.first
             for segment in self.plan.segments
@@ -80,7 +90,9 @@ class ReplayedSteps:
             stop = state.step
 
     def _advance(self, step: int) -> None:
-        """Run one step; at a checkpoint see how far from it that ended, and go on from the checkpoint."""
+        """Run one step; at a checkpoint see how far from it that ended, and go on from the
+        checkpoint.
+        """
         self.replay.advance(step + 1)
         segment = self.segment(step)
         if step + 1 == segment.stop:
@@ -97,15 +109,19 @@ class ReplayedSteps:
         distance = self.replay.relative_distance(checkpoint)
         if not distance <= FAR:
             raise TrajectoryError(
-                f"run again, training does not come to {checkpoint.name}: it ends {distance:.2g} of the way there apart from it",
-                "a replay runs in eval mode, on the batches and step sizes of the trajectory; training may have differed by",
-                "dropout, BatchNorm's batch statistics, data augmentation, another precision, the state in optimizer/,",
+                f"run again, training does not come to {checkpoint.name}: it ends {distance:.2g} "
+                "of the way there apart from it",
+                "a replay runs in eval mode, on the batches and step sizes of the trajectory; "
+                "training may have differed by",
+                "dropout, BatchNorm's batch statistics, data augmentation, another precision, the "
+                "state in optimizer/,",
                 "or steps that were not recorded as they were",
                 *(
                     []
                     if self.plan.adam
                     else [
-                        "without --replay each segment has the gradients of the checkpoint before it"
+                        "without --replay each segment has the gradients of the checkpoint before "
+                        "it"
                     ]
                 ),
             )
@@ -123,7 +139,10 @@ class ReplayedSteps:
         many = f"{len(self.distances)} saved checkpoint{'s' * (len(self.distances) != 1)}"
         if not off:
             return f"replay: training that was run again came to {many} bit by bit"
-        said = f"replay: training that was run again came to {many}, each within {off:.2g} of the way since the one before (step {worst:,})"
+        said = (
+            f"replay: training that was run again came to {many}, each within {off:.2g} of the way "
+            f"since the one before (step {worst:,})"
+        )
         return (
             said
             if off < ODD

@@ -1,4 +1,5 @@
-"""Query form: the queries' gradients at the end of training, carried back over every step. Nothing of size p x p.
+"""Query form: the queries' gradients at the end of training, carried back over every step. Nothing
+of size p x p.
 
 Q query, p numbers of all parameters.
 """
@@ -46,7 +47,8 @@ def passes(
     new: New[Sums],
     work: Callable[[Path], Work],
 ) -> Iterator[tuple[Ids, Sums]]:
-    """Per pass over training its query ids, and what `new` collected of its scores. `work` (of a folder to spill to) goes over the steps.
+    """Per pass over training its query ids, and what `new` collected of its scores. `work` (of a
+    folder to spill to) goes over the steps.
 
     Raises GradientError (what is carried back runs away).
     """
@@ -131,7 +133,9 @@ def dense(rows: GradientRows, plan: ReversePlan, device: torch.device) -> dict[s
 
 
 def numbers(gradients: GradientSource, plan: ReversePlan) -> int:
-    """What is carried back of one quantity: p, and p again with momentum, and once more with Adam."""
+    """What is carried back of one quantity: p, and p again with momentum, and once more with
+    Adam.
+    """
     return sum(
         gradients.settings.width(column) * (1 + (name in plan.with_momentum) + plan.adam)
         for name, column in plan.columns.items()
@@ -140,9 +144,11 @@ def numbers(gradients: GradientSource, plan: ReversePlan) -> int:
 
 # ---------------------------------------------------------------- for when it is killed
 class PassProgress:
-    """What a job has so far, on disk now and then: scores of the steps it went over, and what it carries. A run of the same goes on there.
+    """What a job has so far, on disk now and then: scores of the steps it went over, and what it
+    carries. A run of the same goes on there.
 
-    FOLDER/back/DIGEST/scores-000090-000120.safetensors, carried.safetensors. Gone when the job is done.
+    FOLDER/back/DIGEST/scores-000090-000120.safetensors, carried.safetensors. Gone when the job is
+    done.
     """
 
     def __init__(
@@ -183,8 +189,10 @@ class PassProgress:
     def restore(
         self, adjoint: Adjoint, add: Callable[[int, str, np.ndarray, dict[str, Tensor]], None]
     ) -> tuple[int, Tensor] | None:
-        """Hands out the scores that are there, last step first, and puts back what was carried. Returns the step down to which that is done
-        and the norms at the end of training; None where there is nothing."""
+        """Hands out the scores that are there, last step first, and puts back what was carried.
+        Returns the step down to which that is done and the norms at the end of training; None where
+        there is nothing.
+        """
         if self.folder is None or not (self.folder / "carried.safetensors").is_file():
             return None
         with open_tensor_file(self.folder / "carried.safetensors") as file:

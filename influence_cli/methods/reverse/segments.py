@@ -1,7 +1,8 @@
-"""What is gone back over: the recorded steps in segments, each of which has its gradients at the checkpoint it begins with.
+"""What is gone back over: the recorded steps in segments, each of which has its gradients at the
+checkpoint it begins with.
 
-Between two checkpoints, a segment, the gradients are those of its first one, with each step's own batch, step size and clipping; or, in a
-replay, those of where each step was.
+Between two checkpoints, a segment, the gradients are those of its first one, with each step's own
+batch, step size and clipping; or, in a replay, those of where each step was.
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,10 @@ from influence_cli.run.run import Run
 from influence_cli.run.trajectory import Trajectory
 
 NO_TRAJECTORY = (
-    "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which step size. Three lines record it:",
-    "    with influence_cli.TrajectoryRecorder(RUN, model, optimizer, checkpoint_every=100) as recorder:",
+    "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which step size. "
+    "Three lines record it:",
+    "    with influence_cli.TrajectoryRecorder(RUN, model, optimizer, checkpoint_every=100) as "
+    "recorder:",
     "        ...                                   # your training loop",
     "        recorder.step(indices)                # before each optimizer.step()",
     "--trajectory FILE names one elsewhere; --method tracin needs none",
@@ -38,7 +41,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class ReversePlan:
-    """Which steps are gone back over, in segments by rising step; `end`: the checkpoint whose quantity is explained."""
+    """Which steps are gone back over, in segments by rising step; `end`: the checkpoint whose
+    quantity is explained.
+    """
 
     trajectory: Trajectory
     segments: tuple[Segment, ...]
@@ -138,9 +143,11 @@ def plan(
     replay: bool = False,
     method: str = "dve",
 ) -> ReversePlan:
-    """`replay`: gradients are taken where each step was, so that steps before the first checkpoint are out of reach.
+    """`replay`: gradients are taken where each step was, so that steps before the first checkpoint
+    are out of reach.
 
-    Raises TrajectoryError: no trajectory, one that ends too early, an optimizer without an adjoint here; UsageProblem for `at`.
+    Raises TrajectoryError: no trajectory, one that ends too early, an optimizer without an adjoint
+    here; UsageProblem for `at`.
     """
     trajectory = run.trajectory
     if trajectory is None:
@@ -160,7 +167,8 @@ def plan(
     if end.step > trajectory.steps:
         raise TrajectoryError(
             f"{trajectory.path.name} ends before {end.name}",
-            f"it has the steps 0 to {trajectory.steps - 1:,}; a checkpoint of step {trajectory.steps:,} is the last it can explain",
+            f"it has the steps 0 to {trajectory.steps - 1:,}; a checkpoint of step "
+            f"{trajectory.steps:,} is the last it can explain",
             "--at STEP or --steps chooses another end; or the trajectory is of another run",
         )
     if not end.step:
@@ -170,7 +178,8 @@ def plan(
         )
     if end.step < trajectory.steps and at is None:
         notes.append(
-            f"steps {end.step:,} to {trajectory.steps - 1:,} come after the last checkpoint and are left out"
+            f"steps {end.step:,} to {trajectory.steps - 1:,} come after the last checkpoint and "
+            "are left out"
         )
     starts = [*checkpoints[:-1]] or [end]
     begin = starts[0].step if replay else 0
@@ -186,7 +195,8 @@ def plan(
             else f"have the gradients of {starts[0].name}"
         )
         notes.append(
-            f"steps 0 to {min(starts[0].step, end.step) - 1:,} come before the first checkpoint and {what}"
+            f"steps 0 to {min(starts[0].step, end.step) - 1:,} come before the first checkpoint "
+            f"and {what}"
         )
     edges = [begin, *(checkpoint.step for checkpoint in starts[1:]), end.step]
     segments = tuple(
@@ -200,7 +210,8 @@ def plan(
     }
     if len(trained) < len(columns):
         notes.append(
-            f"never trained, by the trajectory's groups: {listed([name for name in columns if name not in trained])}"
+            "never trained, by the trajectory's groups: "
+            f"{listed([name for name in columns if name not in trained])}"
         )
     if not trained:
         raise UsageProblem(
@@ -211,7 +222,8 @@ def plan(
         line.clip != 1 for line in trajectory.lines[: end.step]
     ):
         notes.append(
-            "steps were clipped by the norm over all parameters; here it is the norm over the selected ones"
+            "steps were clipped by the norm over all parameters; here it is the norm over the "
+            "selected ones"
         )
     return ReversePlan(trajectory, segments, end, trained, tuple(notes))
 
@@ -220,23 +232,31 @@ def check_optimizer(trajectory: Trajectory, replay: bool, method: str) -> None:
     if trajectory.optimizer is None:
         raise TrajectoryError(
             f"{trajectory.path.name}: the header names no optimizer",
-            'expected: "optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}, torch\'s names',
+            'expected: "optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0}, '
+            "torch's names",
         )
     if trajectory.optimizer not in OPTIMIZERS:
         raise TrajectoryError(
-            f"{trajectory.path.name}: {method} can't go back over steps of {trajectory.optimizer}, whose step has no adjoint here",
-            "expected: sgd (with momentum, nesterov, weight_decay), adam or adamw; --method tracin reads gradients alone",
+            f"{trajectory.path.name}: {method} can't go back over steps of {trajectory.optimizer}, "
+            "whose step has no adjoint here",
+            "expected: sgd (with momentum, nesterov, weight_decay), adam or adamw; --method tracin "
+            "reads gradients alone",
         )
     if trajectory.optimizer != "sgd" and not replay:
         raise TrajectoryError(
-            f"{trajectory.path.name}: going back over steps of {trajectory.optimizer} takes both its moments at every step",
-            "--replay gives them: it runs the recorded steps again; a frozen preconditioner is far off, so none is used",
+            f"{trajectory.path.name}: going back over steps of {trajectory.optimizer} takes both "
+            "its moments at every step",
+            "--replay gives them: it runs the recorded steps again; a frozen preconditioner is far "
+            "off, so none is used",
             "--method tracin reads gradients alone",
         )
     for number, group in enumerate(trajectory.groups):
         for name in ("dampening", "maximize", "amsgrad"):
             if group.options.get(name):
-                what = f"{trajectory.optimizer} with {name} = {group.options[name]!r} has no adjoint here"
+                what = (
+                    f"{trajectory.optimizer} with {name} = {group.options[name]!r} has no adjoint "
+                    "here"
+                )
                 raise TrajectoryError(
                     f"{trajectory.path.name}: {what}", "--method tracin reads gradients alone"
                 )

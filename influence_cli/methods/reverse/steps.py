@@ -1,4 +1,6 @@
-"""From the end of training back to its beginning: the recorded steps in reverse order, each with its batch's gradients."""
+"""From the end of training back to its beginning: the recorded steps in reverse order, each with
+its batch's gradients.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +37,9 @@ DRIFT_SEGMENTS, DRIFT_EXAMPLES = 16, 8
 
 
 def prepare(gradients: GradientSource, plan: ReversePlan) -> None:
-    """Take and keep the gradients that are missing, each segment's of its own examples; say how far its frozen ones can be trusted."""
+    """Take and keep the gradients that are missing, each segment's of its own examples; say how far
+    its frozen ones can be trusted.
+    """
     gradients.ensure_each("train", plan.wanted, list(plan.columns))
     if (cosines := drift(gradients, plan)) is not None:
         gradients.reporter.note(cosines)
@@ -44,7 +48,9 @@ def prepare(gradients: GradientSource, plan: ReversePlan) -> None:
 # ---------------------------------------------------------------- the way back
 @dataclass
 class StepProducts:
-    """What came of one step back: per parameter (B, K) the product of each entry's gradient with u."""
+    """What came of one step back: per parameter (B, K) the product of each entry's gradient with
+    u.
+    """
 
     number: int
     checkpoint: Checkpoint
@@ -53,7 +59,9 @@ class StepProducts:
     products: dict[str, Tensor]
 
     def effects(self, renormalize: bool, names: Sequence[str] | None = None) -> Tensor:
-        """(B, K) what leaving out each entry would have done, by the gradients of these parameters or all."""
+        """(B, K) what leaving out each entry would have done, by the gradients of these parameters
+        or all.
+        """
         entry_of = (
             torch.from_numpy(np.unique(self.examples, return_inverse=True)[1]).to(
                 self.weights.device
@@ -84,7 +92,9 @@ class Stability:
         weights: Tensor,
         updates: dict[str, Update],
     ) -> None:
-        """The largest eigenvalue of the step's whole rate x H against what such steps bear. `norms` (B,): its trace often settles it."""
+        """The largest eigenvalue of the step's whole rate x H against what such steps bear. `norms`
+        (B,): its trace often settles it.
+        """
         limit = min(update.stable for update in updates.values())
         if float(norms.sum()) >= limit:
             largest = top_eigenvalue(gram(gradients, weights, updates))
@@ -96,8 +106,10 @@ class Stability:
             return None
         share, step = max(self.worst)
         return (
-            f"{len(self.worst)} steps are unstable: at step {step} the curvature is {share:.3g} times what its size bears, so that "
-            "what came before it is blown up; checkpoints closer together help, as gradients of one stand for all steps to the next"
+            f"{len(self.worst)} steps are unstable: at step {step} the curvature is {share:.3g} "
+            "times what its size bears, so that "
+            "what came before it is blown up; checkpoints closer together help, as gradients of "
+            "one stand for all steps to the next"
         )
 
 
@@ -143,7 +155,9 @@ def back(
 
 @dataclass
 class Fisher:
-    """Steps with per-example gradients, and with the empirical Fisher of each batch as H where `curved`. `width`: how many are carried."""
+    """Steps with per-example gradients, and with the empirical Fisher of each batch as H where
+    `curved`. `width`: how many are carried.
+    """
 
     gradients: GradientSource
     plan: ReversePlan
@@ -153,7 +167,9 @@ class Fisher:
     stability: Stability
 
     def cached(self, segments: tuple[Segment, ...]) -> Iterator[ReverseStep]:
-        """The steps of these segments, last first, with the cached gradients of each one's checkpoint. Memory: ROWS_BYTES of gradients."""
+        """The steps of these segments, last first, with the cached gradients of each one's
+        checkpoint. Memory: ROWS_BYTES of gradients.
+        """
         columns, trajectory = list(self.plan.columns), self.plan.trajectory
         row_bytes = (
             sum(map(self.gradients.settings.width, self.plan.columns.values())) * self.wide.itemsize
@@ -223,7 +239,9 @@ class Fisher:
 
 
 def chunks(trajectory: Trajectory, segment: Segment, most: int) -> Iterator[range]:
-    """A segment's steps, cut so that each cut has at most `most` different examples, or is one step."""
+    """A segment's steps, cut so that each cut has at most `most` different examples, or is one
+    step.
+    """
     first, seen = segment.first, set(trajectory.lines[segment.first].examples.tolist())
     for step in range(segment.first + 1, segment.stop):
         more = seen.union(trajectory.lines[step].examples.tolist())
@@ -260,15 +278,20 @@ def check_growth(start: Tensor, now: Tensor, step: int) -> None:
     if bad.any():
         growth = float((now[bad] / start[bad])[0])
         raise GradientError(
-            f"going back over training ran away at step {step}: what is carried grew {growth:.3g} times",
-            "where the gradients of one checkpoint stand for all steps to the next, the step size can be too large for that",
-            "--replay takes each gradient where its step was; or save checkpoints closer together, or begin later (--steps)",
+            f"going back over training ran away at step {step}: what is carried grew {growth:.3g} "
+            "times",
+            "where the gradients of one checkpoint stand for all steps to the next, the step size "
+            "can be too large for that",
+            "--replay takes each gradient where its step was; or save checkpoints closer together, "
+            "or begin later (--steps)",
         )
 
 
 # ---------------------------------------------------------------- how far it can be trusted
 def drift(gradients: GradientSource, plan: ReversePlan) -> str | None:
-    """How much gradients change between neighbouring checkpoints, from some examples of some segments; None where each step is saved."""
+    """How much gradients change between neighbouring checkpoints, from some examples of some
+    segments; None where each step is saved.
+    """
     following = [*(segment.checkpoint for segment in plan.segments[1:]), plan.end]
     frozen = [
         (segment, after)
@@ -301,8 +324,10 @@ def drift(gradients: GradientSource, plan: ReversePlan) -> str | None:
     least, where = min(cosines, key=lambda pair: pair[0])
     middle = float(np.median([value for value, _ in cosines]))
     return (
-        f"drift: the same examples' gradients at neighbouring checkpoints have a median cosine of {middle:.2f}, the least {least:.2f} "
-        f"(after step {where.checkpoint.step:,}); steps between are given the gradients of the checkpoint before them"
+        "drift: the same examples' gradients at neighbouring checkpoints have a median cosine of "
+        f"{middle:.2f}, the least {least:.2f} "
+        f"(after step {where.checkpoint.step:,}); steps between are given the gradients of the "
+        "checkpoint before them"
     )
 
 

@@ -1,10 +1,13 @@
-"""Unroll: what leaving an example out of a step would have done, with the exact curvature of each step's loss, from the model itself.
+"""Unroll: what leaving an example out of a step would have done, with the exact curvature of each
+step's loss, from the model itself.
 
-As in dve the score of z sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t the derivative of the query's loss at
-the end by the gradient of step t (adjoint.py); but H is the Hessian of the step's loss, so that with every gradient taken where its step
-was (every step saved, or `--replay`) the score is the exact derivative of really training again by the example's weight; or Gauss-Newton's
-J^T S J, which has no negative curvature. Products come from the loss's own derivatives (gradients/curvature.py): no gradient of a training
-example is formed, nothing but the queries' is cached.
+As in dve the score of z sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t
+the derivative of the query's loss at the end by the gradient of step t (adjoint.py); but H is the
+Hessian of the step's loss, so that with every gradient taken where its step was (every step saved,
+or `--replay`) the score is the exact derivative of really training again by the example's weight;
+or Gauss-Newton's J^T S J, which has no negative curvature. Products come from the loss's own
+derivatives (gradients/curvature.py): no gradient of a training example is formed, nothing but the
+queries' is cached.
 
 B entries of a batch, Q query.
 """
@@ -53,15 +56,19 @@ def score(
 
 
 def trace(gradients: GradientSource, question: ScoreRequest) -> Iterator[tuple[Ids, Trace]]:
-    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of all steps and of `question.train`."""
+    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of
+    all steps and of `question.train`.
+    """
     work = Unroll(gradients, question)
     yield from occurrences.trace(question, work.plan, work.passes)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one question, measured on one of its steps. `step`: seconds of the plain training step, `back`: of the same step back, with the
-    queries of one pass; `memory`: bytes of the query gradients."""
+    """Of one question, measured on one of its steps. `step`: seconds of the plain training step,
+    `back`: of the same step back, with the queries of one pass; `memory`: bytes of the query
+    gradients.
+    """
 
     steps: int
     passes: int
@@ -81,7 +88,9 @@ class Cost:
 
 
 def cost(gradients: GradientSource, question: ScoreRequest) -> Cost:
-    """What `score` would take, from a few runs of the step in the middle at the first checkpoint."""
+    """What `score` would take, from a few runs of the step in the middle at the first
+    checkpoint.
+    """
     unroll = Unroll(gradients, question)
     plan, columns = unroll.plan, list(unroll.plan.columns)
     gradients.run.model.at(plan.segments[0].checkpoint)
@@ -141,12 +150,16 @@ def estimate_cost(gradients: GradientSource, question: ScoreRequest) -> str:
 
 
 class ExactBatch:
-    """A step's batch by the derivatives of its own loss (adjoint.Batch). `apart`: products by parameter, a pass for each; else as one."""
+    """A step's batch by the derivatives of its own loss (adjoint.Batch). `apart`: products by
+    parameter, a pass for each; else as one.
+    """
 
     def __init__(
         self, parts: Sequence[Callable[[], Curvature]], wide: torch.dtype, by_parameter: bool
     ) -> None:
-        """`parts` make the curvature of each part of the batch, in order; a single one is made once, more are made each time."""
+        """`parts` make the curvature of each part of the batch, in order; a single one is made
+        once, more are made each time.
+        """
         only = parts[0]() if len(parts) == 1 else None
         self._parts = parts if only is None else [lambda: only]
         self._wide, self._apart = wide, by_parameter
@@ -203,7 +216,9 @@ class Unroll:
     """One question to unroll: what is gone back over, and where gradients are taken."""
 
     def __init__(self, gradients: GradientSource, question: ScoreRequest) -> None:
-        """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags), DefinitionError (functions that lack)."""
+        """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags),
+        DefinitionError (functions that lack).
+        """
         self.gradients, self.question = gradients, question
         assert isinstance(question.options, UnrollOptions)
         self.options = question.options
@@ -214,7 +229,8 @@ class Unroll:
         if lacking := [name for name in needed if not definition.has(name)]:
             raise DefinitionError(
                 f"{definition.path.name} lacks {' and '.join(f'{name}()' for name in lacking)}",
-                "--curvature gauss-newton takes the loss in two parts: outputs(model, batch) and loss_from_outputs(outputs, batch)",
+                "--curvature gauss-newton takes the loss in two parts: outputs(model, batch) and "
+                "loss_from_outputs(outputs, batch)",
                 "--curvature hessian needs loss() only",
             )
         self.functions = Functions(*map(definition.raw, ("loss", *needed)))
@@ -236,7 +252,8 @@ class Unroll:
         longest = max(segment.stop - segment.first for segment in self.plan.segments)
         if not self.options.replay and longest > 1:
             self.gradients.reporter.note(
-                f"up to {longest:,} steps have the gradients and curvature of the checkpoint before them; --replay takes each where it was"
+                f"up to {longest:,} steps have the gradients and curvature of the checkpoint "
+                "before them; --replay takes each where it was"
             )
         self.gradients.run.model.at(self.plan.segments[0].checkpoint)
         self.check()
@@ -276,7 +293,9 @@ class Unroll:
     def curvature(
         self, ids: np.ndarray, weights: Tensor, width: int
     ) -> list[Callable[[], Curvature]]:
-        """What makes the curvature of a batch's loss with the parameters that the model has, part by part of the batch."""
+        """What makes the curvature of a batch's loss with the parameters that the model has, part
+        by part of the batch.
+        """
         gradients, columns = self.gradients, list(self.plan.columns)
         size, example_bytes = (
             gradients.budget.batch_size("train", columns),
@@ -312,11 +331,13 @@ class Unroll:
     def alone(self, why: str) -> None:
         self.together = False
         self.gradients.reporter.note(
-            f"queries go back over steps one at a time, the same but slower: vmap can't batch this model ({why})"
+            "queries go back over steps one at a time, the same but slower: vmap can't batch this "
+            f"model ({why})"
         )
 
     def check(self) -> None:
-        """Compare the curvature of a few training examples with differences of gradients, on a copy of the model in float64.
+        """Compare the curvature of a few training examples with differences of gradients, on a copy
+        of the model in float64.
 
         Raises GradientError where they differ; a note where the model does not run in float64.
         """
@@ -327,14 +348,18 @@ class Unroll:
             verify(model, list(self.plan.columns), self.functions, batch, len(ids))
         except GradientError:
             raise
-        except Exception as error:  # whatever a model does that float64 or a copy can't; the work itself is another matter
+        # whatever a model does that float64 or a copy can't; the work itself is another matter
+        except Exception as error:
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             self.gradients.reporter.note(
-                f"curvature was not compared with differences of gradients, which takes a copy in float64 ({what})"
+                "curvature was not compared with differences of gradients, which takes a copy in "
+                f"float64 ({what})"
             )
 
     def places(self, stop: int) -> Iterator[tuple[int, Checkpoint, dict[str, Moments] | None]]:
-        """The steps below `stop`, last first; the model stands where the gradients of each are taken."""
+        """The steps below `stop`, last first; the model stands where the gradients of each are
+        taken.
+        """
         if self.options.replay:
             replayed = ReplayedSteps(self.gradients, self.plan)
             yield from replayed.back(stop)
