@@ -1,7 +1,6 @@
-"""Which part of the work is mine: `--shard i/n`, a stretch of the training examples; torchrun's
-ranks, which share one job.
+"""Which part of the work a process does: its shard of the training examples, or its rank's share.
 
-Importing it imports nothing heavy: the command line asks for its place before any work.
+Importing this module imports nothing heavy.
 """
 
 import datetime
@@ -23,12 +22,8 @@ if TYPE_CHECKING:
     Ids = range | np.ndarray  # rising example ids
 
 T = TypeVar("T")
-COARSE, FINE = (
-    4096,
-    64,
-    # shards are cut at multiples of these: units of the cache begin at powers of two, COARSE is their
-    # most
-)
+# Shards begin at multiples of these. Units of the cache begin at powers of two, COARSE at most.
+COARSE, FINE = 4096, 64
 EXPECTED = (
     "expected: i/n (shard i of n, counted from 1), or auto or auto/n in a job array of Slurm or "
     "Kubernetes"

@@ -1,4 +1,6 @@
-"""The house keeps its shape: who may import whom, how quickly it answers, and that help and docs cover every command."""
+"""The house keeps its shape: who may import whom, how quickly it answers, and that help and docs
+cover every command.
+"""
 
 import ast
 import re
@@ -214,7 +216,8 @@ def test_help_leaves_torch_alone(arguments):
         f"import sys; sys.argv = ['influence', *{arguments}]\n"
         "from influence_cli.cli import main\n"
         "try: main()\n"
-        "except SystemExit: print('LOADED', [m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules])"
+        "except SystemExit: print('LOADED', [m for m in ('torch', 'numpy', 'safetensors') if m in "
+        "sys.modules])"
     )
     assert loaded.rstrip().endswith("LOADED []")
 
@@ -267,3 +270,81 @@ def test_the_command_reference_is_up_to_date():
     assert (ROOT.parent / "docs" / "commands.md").read_text() == space["reference"](), (
         "run: python docs/generate.py"
     )
+
+
+# names that say nothing of their content (a participle, a pronoun), and what to use: a noun
+EMPTY_NAMES = set(
+    [
+        "found",
+        "whole",
+        "there",
+        "asked",
+        "taken",
+        "held",
+        "apart",
+        "ours",
+        "theirs",
+        "mine",
+        "going",
+        "few",
+        "each",
+        "told",
+    ]
+)
+# what still exceeds a limit; a line goes when its file is split, and no line is added
+LONG_FUNCTIONS = {
+    "cli.check.check", "cli.evaluate.evaluate", "cli.inspect.inspect", "cli.inspect.setting_rows",
+    "cli.opening.open_shared",
+    "cli.score.score", "cli.trace.trace", "diagnostics.gradient_check.check_gradients",
+    "evaluate.step_removals.rows", "gradients.curvature.verify",
+    "methods.reverse.embedding_store._identify", "methods.reverse.embedding_store.ensure",
+    "methods.reverse.segments.plan", "output.tables._terminal",
+}  # fmt: skip
+LONG_FILES = {
+    "cli.inspect", "diagnostics.gradient_check", "evaluate.step_removals", "gradients.capture", "gradients.curvature",
+    "gradients.projection", "methods.reverse.embedding_store",
+    "methods.reverse.unroll_scores",
+}  # fmt: skip
+
+
+def bound_names(tree: ast.Module) -> set[str]:
+    """The names that a module binds: variables, parameters, attributes, functions, classes."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names_say_what_they_hold(module):
+    assert not {name.lower() for name in bound_names(ast.parse(source(module)))} & EMPTY_NAMES
+    assert not set(module.split(".")) & EMPTY_NAMES
+
+
+def test_no_two_classes_share_a_name():
+    classes = [
+        node.name
+        for module in MODULES
+        for node in ast.walk(ast.parse(source(module)))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(classes) == len(set(classes)), sorted(n for n in classes if classes.count(n) > 1)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_and_files_are_short(module):
+    text = source(module)
+    assert (text.count("\n") > 350) == (module in LONG_FILES)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert (lines > 50) == (f"{module}.{node.name}" in LONG_FUNCTIONS), node.name

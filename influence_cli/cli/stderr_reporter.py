@@ -42,9 +42,13 @@ class StderrReporter(Reporter):
         )
 
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), TextColumn("{task.fields[where]}"),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[where]}"),
+        )
         with Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
         ) as bar:

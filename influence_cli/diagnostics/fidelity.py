@@ -40,8 +40,10 @@ Way = Callable[[str, Form], Form]  # of a column: how its gradients are kept
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Scores kept in some way against others. `error`: |S' - S| / |S| over all pairs, and the most that is to be expected; the others are
-    means over the queries (nan where none of their scores vary).
+    """How scores from stored gradients differ from exact ones.
+
+    `error`: |S' - S| / |S| over all pairs. `allowed`: the most that is expected. The others are
+    means over the queries; nan where no query's scores vary.
     """
 
     kept: str
@@ -205,7 +207,8 @@ def fidelity(
     if narrow:
         expected = 8 * STORE_EPS[settings.store] * float(np.linalg.norm(norms.sum(0)))
         expected += spread_of(projection, sample, norms) if projection else 0.0
-        kept = f"{f'{projection.kind} {projection.numbers} in ' if projection else ''}{str(settings.store).removeprefix('torch.')}"
+        dtype = str(settings.store).removeprefix("torch.")
+        kept = f"{projection.kind} {projection.numbers} in {dtype}" if projection else dtype
         results.append(
             sample.compare(kept, scores["stored"], scores["exact"], expected, projection)
         )

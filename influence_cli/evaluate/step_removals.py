@@ -197,13 +197,13 @@ def retrain(
         for number, removal in enumerate(todo, start=1):
             report_step = partial(advance, where=f"removal {number} of {len(todo)}")
             replay.go_to(here)
-            replay.advance(removal.step, each=report_step)
+            replay.advance(removal.step, report_progress=report_step)
             here = replay.state()
             replay.advance(
                 end.step,
                 Drop(*removal, options_of(request).renormalize),
                 base["max_norm"],
-                each=report_step,
+                report_progress=report_step,
             )
             truth = query_values(gradients, request.queries) - np.array(base["values"])
             results.add({"step": removal.step, "example": removal.example, "truth": truth.tolist()})
@@ -221,7 +221,7 @@ def baseline(
     """
     start = gradients.run.checkpoints[0]
     replay.begin(start)
-    replay.advance(end.step, each=partial(advance, where="the whole run"))
+    replay.advance(end.step, report_progress=partial(advance, where="the whole run"))
     values, distance = query_values(gradients, request.queries), replay.relative_distance(end)
     max_norm = float(np.median(list(replay.clipped.values()))) if replay.clipped else None
     replay.begin(start)
@@ -229,7 +229,7 @@ def baseline(
         end.step,
         max_norm=max_norm,
         reverse=True,
-        each=partial(advance, where="the whole run again"),
+        report_progress=partial(advance, where="the whole run again"),
     )
     again = query_values(gradients, request.queries)
     return {
@@ -304,8 +304,15 @@ def rows(
                 "equal there or their effects are; the means are over the others"
             )
         if len(good):
-            spans = [f"{word} {mean:.3f} [{low:.3f}, {high:.3f}]" for word, mean, (low, high) in zip(
-                ("Spearman", "Pearson"), means, (interval(column, request.seed) for column in good.T), strict=True)]  # fmt: skip
+            spans = [
+                f"{word} {mean:.3f} [{low:.3f}, {high:.3f}]"
+                for word, mean, (low, high) in zip(
+                    ("Spearman", "Pearson"),
+                    means,
+                    (interval(column, request.seed) for column in good.T),
+                    strict=True,
+                )
+            ]
             gradients.reporter.note(
                 f"{method}: {', '.join(spans)}: mean over {len(good)} queries and its 95 % "
                 "interval (bootstrap over queries)"

@@ -49,9 +49,15 @@ class Curvature:
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, weights: Tensor, most: int = 1,
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        functions: Functions,
+        batch: Any,
+        weights: Tensor,
+        most: int = 1,
         alone: Callable[[str], None] = lambda why: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.most, self._alone = model, most, alone
         theta = [model.get_parameter(name) for name in names]
         with twice_differentiable(model, names), PlainWeightNorm():

@@ -43,10 +43,12 @@ class TiedForm(DeferredForm):
         return len(self.factors)
 
     def part(self, at: slice) -> Form:
-        return TiedForm(self.shape, self.factors.part(at), self.rows.part(at))  # type: ignore[arg-type]
+        factors, rows = self.factors.part(at), self.rows.part(at)
+        return TiedForm(self.shape, factors, rows)  # type: ignore[arg-type]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
-        return TiedForm(self.shape, self.factors.to(device, dtype), self.rows.to(device, dtype))  # type: ignore[arg-type]
+        factors, rows = self.factors.to(device, dtype), self.rows.to(device, dtype)
+        return TiedForm(self.shape, factors, rows)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +66,10 @@ class TiedForm(DeferredForm):
         return Dense(self.shape, values)
 
     def sqnorm(self) -> Tensor:
-        """|F|^2 + |R|^2 + 2 <F, R>; a token's row meets only its own column of the left factors. Cost S i for each row."""
+        """|F|^2 + |R|^2 + 2 <F, R>. A token's row meets only its own column of the left factors.
+
+        Cost: S i for each row.
+        """
         squares = self.factors.sqnorm() + self.rows.sqnorm()
         counts = self.rows.offsets.diff()
         N, S, _, i = self.factors.sizes

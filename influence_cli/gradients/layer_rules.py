@@ -303,6 +303,8 @@ BROADCAST = {
     for name in ("add", "sub", "mul", "div")
     for end in ends
 } | {
-    getattr(Tensor, f"__{prefix}{name}__") for prefix in ("", "r", "i") for name in ("add", "sub", "mul", "truediv")
-}  # fmt: skip
+    getattr(Tensor, f"__{prefix}{name}__")
+    for prefix in ("", "r", "i")
+    for name in ("add", "sub", "mul", "truediv")
+}
 EXPAND = {Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to}

@@ -87,9 +87,17 @@ def score_rows(
                 )
                 for part, score in pieces:
                     yield (
-                        "all" if query is None else query, entry.kind, entry.rank, entry.train if groups is None else groups[entry.train],
-                        *([part] if by else []), score, query_label, train_label, query_text, train_text,
-                    )  # fmt: skip
+                        "all" if query is None else query,
+                        entry.kind,
+                        entry.rank,
+                        entry.train if groups is None else groups[entry.train],
+                        *([part] if by else []),
+                        score,
+                        query_label,
+                        train_label,
+                        query_text,
+                        train_text,
+                    )
 
 
 def self_rows(entries: Iterable[Entry], describe: Describe) -> Iterator[Row]:

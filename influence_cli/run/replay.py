@@ -1,7 +1,8 @@
 """Recorded steps, run again with torch's own optimizers: as they were, or without an example.
 
-The model runs in eval mode, as everywhere in this tool: dropout is off and BatchNorm keeps the checkpoint's statistics. Where training ran
-otherwise the replay is a training of its own, close to the recorded one or not; `apart` measures it.
+The model runs in eval mode, as everywhere in this tool: dropout is off and BatchNorm keeps the
+checkpoint's statistics. Where training ran otherwise the replay is a training of its own, close to
+the recorded one or not; `apart` measures it.
 
 B entries of a step.
 """
@@ -36,22 +37,27 @@ Batch = Callable[
 
 @dataclass(frozen=True)
 class Drop:
-    """Leaves one example out of one step. `renormalize`: the other weights grow so that their sum stays."""
+    """Leaves one example out of one step. `renormalize`: the other weights grow so that their sum
+    stays.
+    """
 
     step: int
     example: int
     renormalize: bool = False
 
     def weights(self, examples: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """(B,) the step's weights, 0 for the example. A step of that example alone has nothing to renormalise to: its gradient is 0."""
+        """(B,) the step's weights, 0 for the example. A step of that example alone has nothing to
+        renormalise to: its gradient is 0.
+        """
         left = np.where(examples == self.example, 0.0, weights)
         return left * (weights.sum() / left.sum()) if self.renormalize and left.sum() else left
 
 
 @dataclass(frozen=True)
 class State:
-    """A copy of a replay after `step` steps: trained parameters and optimizer state. All other weights
-    and buffers are those of `base`, the last checkpoint that the replay loaded."""
+    """A copy of a replay after `step` steps: trained parameters and optimizer state. All other
+    weights and buffers are those of `base`, the last checkpoint that the replay loaded.
+    """
 
     step: int
     base: Checkpoint
@@ -61,7 +67,9 @@ class State:
 
 @dataclass(frozen=True)
 class Moments:
-    """Where Adam stood before a step, for one parameter: steps taken, m, v and the parameter itself, each (D,)."""
+    """Where Adam stood before a step, for one parameter: steps taken, m, v and the parameter
+    itself, each (D,).
+    """
 
     count: int
     m: Tensor
@@ -70,20 +78,24 @@ class Moments:
 
 
 class Replay:
-    """The run's model, trained again from a checkpoint on: it holds the parameters and the optimizer state after `step` steps.
+    """The run's model, trained again from a checkpoint on: it holds the parameters and the
+    optimizer state after `step` steps.
 
-    Parameters in none of the trajectory's groups are not trained. `clipped`: of each step that was clipped, its gradient's norm afterwards.
+    Parameters in none of the trajectory's groups are not trained. `clipped`: of each step that was
+    clipped, its gradient's norm afterwards.
     """
 
     def __init__(self, run: Run, batch: Batch, size: int | None = None) -> None:
-        """`size`: entries in one forward pass; the gradients of a larger step are summed. It stands nowhere until `begin`.
+        """`size`: entries in one forward pass; the gradients of a larger step are summed. It stands
+        nowhere until `begin`.
 
         Raises TrajectoryError: no trajectory; an optimizer that is unknown or takes other options.
         """
         if run.trajectory is None:
             raise TrajectoryError(
                 "a replay needs the order of training, and this run has no trajectory",
-                "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which step size",
+                "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at "
+                "which step size",
                 "--trajectory FILE names one elsewhere",
             )
         self.trajectory = run.trajectory
@@ -114,7 +126,9 @@ class Replay:
         )
 
     def begin(self, start: Checkpoint) -> None:
-        """Stand at a checkpoint, with the optimizer state that was saved there. Raises TrajectoryError where there was one, unknown now."""
+        """Stand at a checkpoint, with the optimizer state that was saved there. Raises
+        TrajectoryError where there was one, unknown now.
+        """
         if not self.starts_at(start):
             raise describe_unknown_state(self.trajectory, start)
         for optimizer in self._optimizers.values():
@@ -134,7 +148,8 @@ class Replay:
                     )
                     if not good:
                         raise TrajectoryError(
-                            f"optimizer/{path.name}: {key} of {name} is not finite, or a square below 0"
+                            f"optimizer/{path.name}: {key} of {name} is not finite, or a square "
+                            "below 0"
                         )
             owners = (
                 optimizer
@@ -162,11 +177,13 @@ class Replay:
         drop: Drop | None = None,
         max_norm: float | None = None,
         reverse: bool = False,
-        each: Advance | None = None,
+        report_progress: Advance | None = None,
     ) -> None:
-        """Run the steps up to `stop`, which is where the replay then stands. `each(1)` is called after every one.
+        """Run the steps up to `stop`, which is where the replay then stands. `report_progress(1)`
+        is called after every one.
 
-        `max_norm`: clip by norm at it in place of the recorded factors. `reverse`: each batch backwards, the same step but for rounding.
+        `max_norm`: clip by norm at it in place of the recorded factors. `reverse`: each batch
+        backwards, the same step but for rounding.
         """
         for step in range(self.step, stop):
             line, weights = self.trajectory.lines[step], self.trajectory.weights(step)
@@ -180,16 +197,18 @@ class Replay:
                 optimizer.param_groups[0]["lr"] = rates[number]
             self._model.step(self._optimizers.values())
             self.step = step + 1
-            if each is not None:
-                each(1)
+            if report_progress is not None:
+                report_progress(1)
 
     def gradient(self, step: int) -> list[Tensor]:
-        """That of a step's loss with the parameters that the model has, in the order of `names`; zeros where it is not reached."""
+        """That of a step's loss with the parameters that the model has, in the order of `names`;
+        zeros where it is not reached.
+        """
         self._gradient(step, self.trajectory.lines[step].examples, self.trajectory.weights(step))
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
-        return found
+        return grads
 
     def state(self) -> State:
         """A copy of where the replay stands."""
@@ -214,7 +233,7 @@ class Replay:
 
     def moments(self) -> dict[str, Moments]:
         """Of each parameter where Adam stands, as copies."""
-        found = {}
+        moments = {}
         states_of = (
             state for optimizer in self._optimizers.values() for state in states(optimizer)
         )
@@ -223,14 +242,16 @@ class Replay:
                 state[key].flatten().clone() if state else parameter.new_zeros(parameter.numel())
                 for key in ("exp_avg", "exp_avg_sq")
             )
-            found[name] = Moments(
+            moments[name] = Moments(
                 int(state["step"]) if state else 0, m, v, parameter.detach().flatten().clone()
             )
-        return found
+        return moments
 
     def relative_distance(self, checkpoint: Checkpoint) -> float:
-        """The distance from the replay's parameters to a saved checkpoint's, relative to the distance
-        from the checkpoint where the replay started to the saved one. The replay keeps its place."""
+        """The distance from the replay's parameters to a saved checkpoint's, relative to the
+        distance from the checkpoint where the replay started to the saved one. The replay keeps its
+        place.
+        """
         replayed = self._copy()
         saved, start = self._parameters_at(checkpoint), self._parameters_at(self._start)
         self._model.restore(self._start, self._parameters, replayed)
@@ -247,7 +268,9 @@ class Replay:
 
     # ------------------------------------------------------------ one step
     def _gradient(self, step: int, examples: np.ndarray, weights: np.ndarray) -> None:
-        """Leaves in `grad` that of the sum over the entries of weight x loss. An example left out has weight 0."""
+        """Leaves in `grad` that of the sum over the entries of weight x loss. An example left out
+        has weight 0.
+        """
         if not len(examples):
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -258,11 +281,11 @@ class Replay:
             try:
                 losses = self._definition.raw("loss")(self._model.module, batch)
                 if not isinstance(losses, Tensor) or losses.shape != (len(ids),):
-                    found = (
+                    gradient = (
                         tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                     )
                     raise GradientError(
-                        f"loss() returned {found} for {len(ids)} examples",
+                        f"loss() returned {gradient} for {len(ids)} examples",
                         f"expected: ({len(ids)},), one per example",
                     )
                 total = losses @ torch.as_tensor(
@@ -294,7 +317,9 @@ class Replay:
 
 
 def fitting(key: str, value: Any, parameter: Tensor) -> Any:
-    """A saved state as torch's optimizers hold it: like its parameter, but for the count of steps."""
+    """A saved state as torch's optimizers hold it: like its parameter, but for the count of
+    steps.
+    """
     return (
         value.to(parameter.device, parameter.dtype)
         if isinstance(value, Tensor) and key != "step"
@@ -313,7 +338,9 @@ def copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
-    """Of all their numbers; summed in float32 or the tensors' own wider precision, then in float64."""
+    """Of all their numbers; summed in float32 or the tensors' own wider precision, then in
+    float64.
+    """
     wide = (
         tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float()
         for tensor in tensors

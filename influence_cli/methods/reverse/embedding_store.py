@@ -1,18 +1,17 @@
-"""Data value embeddings on disk: what each occurrence of an example in training did to every
-coordinate of the end.
+"""Data value embeddings on disk: the effect of each occurrence on every coordinate of the end.
 
-DIR/embeddings.json                      what they are of; another run's are refused
-DIR/sample.safetensors                   losses and norms of a few training examples, to see whether
-the definition still gives the same
-DIR/part-000000-000120/                  the steps of a part, made from the identity at its end
-    rows-000090-000120.safetensors       per occurrence (M, n): its effect on the state at the
-    part's end; step and example of each
-    map.safetensors                      (n, n): from the state at the part's end to that at its
-    start; last
+DIR/embeddings.json              what they are of; those of another run are refused
+DIR/sample.safetensors           losses and norms of a few training examples, to detect a change of
+                                 the definition
+DIR/part-000000-000120/          the steps of a part, computed from the identity at its end
+  rows-000090-000120.safetensors per occurrence (M, n): its effect on the state at the part's end,
+                                 with its step and example
+  map.safetensors                (n, n): from the state at the part's end to that at its start;
+                                 written last
 
-The state is the parameters, and for those with momentum its buffer: n numbers. Parts are made side
-by side, and compose: a query, carried from the end of training through the maps, meets each part's
-rows, so that any part's end can be explained (`--at`) by reading only.
+The state is the parameters, and the momentum buffers where there are some: n numbers. Parts are
+computed side by side and compose: a query passes through the maps from the end of training, and
+meets the rows of each part. So any part's end can be explained (`--at`) by reading alone.
 """
 
 import dataclasses

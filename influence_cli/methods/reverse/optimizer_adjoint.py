@@ -1,25 +1,26 @@
-"""The adjoint of an optimizer's own step: what a small change of a step's gradient does to the end
-of training.
+"""The adjoint of one optimizer step: how a change of its gradient changes the end of training.
 
-StepProducts t, with g the (clipped) sum of w x gradient over the entries of its batch (torch's own
-definitions):
+Step t, as torch defines it. g is the (clipped) sum of w x gradient over the entries of the batch:
 
-    SGD    m' = momentum m + g + decay θ;   θ' = θ - rate m'      (Nesterov: θ' = θ - rate (g +
-decay θ + momentum m')) AdamW  m' = β1 m + (1-β1) g;   v' = β2 v + (1-β2) g²;   θ' = (1 - rate
-decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε),  C = 1 - β^t Adam   the same with decay θ added to g
-instead
+    SGD       m' = momentum m + g + decay θ
+              θ' = θ - rate m'
+    Nesterov  θ' = θ - rate (g + decay θ + momentum m')
+    AdamW     m' = β1 m + (1-β1) g
+              v' = β2 v + (1-β2) g²
+              θ' = (1 - rate decay) θ - rate (m'/C1) / (sqrt(v'/C2) + ε),  C = 1 - β^t
+    Adam      the same, but decay θ is added to g
 
-Backward, a_θ, a_m and a_v are the derivatives of a quantity of the final model by θ, m and v. u is
-its derivative by the step's gradient before clipping, so it includes clipping's own derivative.
-Without its entry z the quantity would grow by -w_z g(z).u.
+In reverse, a_θ, a_m and a_v are the derivatives of a quantity of the final model by θ, m and v. u
+is its derivative by the step's gradient before clipping, so it includes the derivative of clipping.
+Without its entry z, the quantity would grow by -w_z g(z).u.
 
-H is the derivative of the batch's gradient by θ, or an approximation to it. Data value embedding
-uses the empirical Fisher, the sum over y of w g(y) g(y)^T (Wang et al. 2024, arXiv:2412.09538, for
-plain SGD: u = -rate a_θ). unroll uses the Hessian or Gauss-Newton's matrix. The rest was derived
-for this project and is tested against real retraining.
+H is the derivative of the batch's gradient by θ, or an approximation to it. dve uses the empirical
+Fisher, the sum over y of w g(y) g(y)^T (Wang et al. 2024, arXiv:2412.09538, for plain SGD:
+u = -rate a_θ). unroll uses the Hessian or the Gauss-Newton matrix. This project derived the rest,
+and tests it against real retraining.
 
-B entries of a batch, D numbers of a parameter, K quantities carried at once: queries, or the
-coordinates of the end itself.
+Letters: B entries of a batch, D numbers of a parameter, K quantities: queries, or the coordinates
+of the end itself.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -32,10 +33,8 @@ from torch import Tensor
 from influence_cli.gradients.forms import Form
 from influence_cli.run.replay import Moments
 
-DENSE_BYTES = (
-    512 << 20
-    # gradients of a batch made dense at once, so that both products of a step are plain matrix products
-)
+# Gradients of a batch that are made dense together: both products of a step are matrix products.
+DENSE_BYTES = 512 << 20
 Pull = Callable[[str, Tensor], None]  # adds H u of a parameter to a tensor (K, D)
 
 

@@ -175,10 +175,17 @@ class PassProgress:
             digest.update(name.encode() + rows.forms[name].dense().values.numpy().tobytes())
         memory = store.folder / "checkpoints.json"
         parts = [
-            self.method, repr(self.options), by == "layer", run.definition.digest, self.gradients.settings.key,
+            self.method,
+            repr(self.options),
+            by == "layer",
+            run.definition.digest,
+            self.gradients.settings.key,
             hashlib.sha256(self.plan.trajectory.path.read_bytes()).hexdigest(),
-            [(segment.first, segment.stop, checkpoint_key(segment.checkpoint, memory)) for segment in self.plan.segments],
-        ]  # fmt: skip
+            [
+                (segment.first, segment.stop, checkpoint_key(segment.checkpoint, memory))
+                for segment in self.plan.segments
+            ],
+        ]
         digest.update(json.dumps(parts).encode())
         self.folder, self._waiting, self._last = (
             store.folder / "back" / digest.hexdigest()[:16],
