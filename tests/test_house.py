@@ -273,24 +273,22 @@ def test_the_command_reference_is_up_to_date():
 
 
 # names that say nothing of their content (a participle, a pronoun), and what to use: a noun
-EMPTY_NAMES = set(
-    [
-        "found",
-        "whole",
-        "there",
-        "asked",
-        "taken",
-        "held",
-        "apart",
-        "ours",
-        "theirs",
-        "mine",
-        "going",
-        "few",
-        "each",
-        "told",
-    ]
-)
+EMPTY_NAMES = {
+    "found",
+    "whole",
+    "there",
+    "asked",
+    "taken",
+    "held",
+    "apart",
+    "ours",
+    "theirs",
+    "mine",
+    "going",
+    "few",
+    "each",
+    "told",
+}
 # what still exceeds a limit; a line goes when its file is split, and no line is added
 LONG_FUNCTIONS = {
     "cli.check.check", "cli.evaluate.evaluate", "cli.inspect.inspect", "cli.inspect.setting_rows",
