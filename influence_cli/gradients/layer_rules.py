@@ -10,7 +10,7 @@ batch), S positions, O x I the weight.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,23 +65,38 @@ def matmul(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
 
 
 def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
-    """Convolution over 1, 2 or 3 axes: the examples as groups of one convolution, whose weight
-    gradient is then each example's own.
-    """
+    """Convolution over 1, 2 or 3 axes: each example's weight gradient, and g summed over places."""
     weight: Tensor = call["weight"]
-    size, groups, kernel = len(x), int(call.get("groups", 1)), tuple(weight.shape[2:])
+    size, kernel = len(x), tuple(weight.shape[2:])
     x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
     stride, padding, dilation = (
         per_axis(call.get(name, default), len(kernel)) for name, default in DEFAULTS.items()
     )
     sides = padded_sides(padding, kernel, dilation)
-    if all(before == after for before, after in sides):
-        padding = tuple(before for before, _ in sides)
-    else:
-        x, padding = (
-            F.pad(x, [number for side in reversed(sides) for number in side]),
-            (0,) * len(kernel),
-        )
+    form = kernel_gradients(call, x, g, size, stride, dilation, sides)
+    return {"weight": form, "bias": over_places(g, size)}
+
+
+def kernel_gradients(
+    call: Arguments,
+    x: Tensor,
+    g: Tensor,
+    size: int,
+    stride: Any,  # a number for each axis
+    dilation: Any,  # as stride
+    sides: Sequence[tuple[int, int]],
+) -> ConvolutionForm:
+    """The weight gradients of a convolution from x (rows, I, ...) to g (rows, O, ...).
+
+    The examples are the groups of one convolution, whose weight gradient holds one gradient per
+    example. `sides`: zeros before and after x on each axis; below 0 cuts. `size`: examples.
+    """
+    weight: Tensor = call["weight"]
+    groups = int(call.get("groups", 1))
+    padding = tuple(before for before, _ in sides)
+    if any(before != after for before, after in sides):
+        x = F.pad(x, [number for side in reversed(sides) for number in side])
+        padding = (0,) * len(sides)
     of_rows = (
         per_example_by_groups
         if x.is_cpu and x.dtype == torch.float32 and weight.shape[1] >= 8
@@ -91,9 +106,13 @@ def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     def gradients(x: Tensor, g: Tensor) -> Tensor:
         return of_rows(x, g, weight, stride, padding, dilation, groups)
 
-    bias = g.flatten(2).sum(2).view(size, -1, weight.shape[0]).sum(1)
-    per_example = ConvolutionForm(tuple(weight.shape), x, g, len(x) // size, gradients)
-    return {"weight": per_example, "bias": Dense((weight.shape[0],), bias)}
+    return ConvolutionForm(tuple(weight.shape), x, g, len(x) // size, gradients)
+
+
+def over_places(g: Tensor, size: int) -> Dense:
+    """(rows, O, places...) summed over places and the rows of each of `size` examples: a bias."""
+    channels = g.shape[1]
+    return Dense((channels,), g.flatten(2).sum(2).view(size, -1, channels).sum(1))
 
 
 def per_example_by_groups(

@@ -538,7 +538,6 @@ class Generated(Undocumented):
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "prelu": (lambda: nn.PReLU(4), (4,)),
-    "conv-transpose": (lambda: nn.ConvTranspose1d(3, 4, 2), (3, 4)),
     "instance-norm": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 4)),
     "bilinear": (lambda: Function(lambda self, x: F.bilinear(x, x, self.w), w=(2, 4, 4)), (3, 4)),
     "einsum": (
