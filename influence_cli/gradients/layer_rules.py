@@ -77,6 +77,22 @@ def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     return {"weight": form, "bias": over_places(g, size)}
 
 
+def transposed_convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
+    """Its weight (I, O/groups, ...) is that of the convolution that maps the output back to the
+    input. So its gradient is that convolution's, with x and g exchanged.
+    """
+    weight: Tensor = call["weight"]
+    size, axes = len(x), weight.ndim - 2
+    x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
+    stride, padding, dilation = (
+        per_axis(call.get(name, default), axes) for name, default in DEFAULTS.items()
+    )
+    extra = per_axis(call.get("output_padding", 0), axes)
+    sides = [(before, before - more) for before, more in zip(padding, extra, strict=True)]
+    form = kernel_gradients(call, g, x, size, stride, dilation, sides)
+    return {"weight": form, "bias": over_places(g, size)}
+
+
 def kernel_gradients(
     call: Arguments,
     x: Tensor,
@@ -282,6 +298,11 @@ CONVOLUTION = Rule(
     convolution,
     rows_first=True,
 )
+TRANSPOSED_CONVOLUTION = Rule(
+    ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    transposed_convolution,
+    rows_first=True,
+)
 MATMUL = Rule(("input", "weight"), matmul, is_matrix, keywords={"other": "weight"})
 ADDMM = Rule(
     ("bias", "input", "weight"),
@@ -298,6 +319,9 @@ RULES: dict[Callable[..., Any], Rule] = {
     F.conv1d: CONVOLUTION,
     F.conv2d: CONVOLUTION,
     F.conv3d: CONVOLUTION,
+    F.conv_transpose1d: TRANSPOSED_CONVOLUTION,
+    F.conv_transpose2d: TRANSPOSED_CONVOLUTION,
+    F.conv_transpose3d: TRANSPOSED_CONVOLUTION,
     F.embedding: Rule(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         embedding,

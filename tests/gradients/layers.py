@@ -151,7 +151,26 @@ def convolution(p: Pick, axes: int) -> Case:
     return within(p, made, groups * inside, *sizes, ways=ROWS)
 
 
+def transposed_convolution(p: Pick, axes: int) -> Case:
+    strides, dilations = [p(1, 3) for _ in range(axes)], [p(1, 3) for _ in range(axes)]
+    kernel, groups, inside = [p(1, 3) for _ in range(axes)], p(1, 3), p(1, 3)
+    options = {
+        "stride": tuple(strides),
+        "dilation": tuple(dilations),
+        # below the larger of stride and dilation, as torch demands
+        "output_padding": tuple(
+            p(0, max(s, d) - 1) for s, d in zip(strides, dilations, strict=True)
+        ),
+        "padding": tuple(p(0, d * (k - 1) // 2) for d, k in zip(dilations, kernel, strict=True)),
+        "groups": groups,
+    }
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    made = kind(groups * inside, groups * p(1, 3), tuple(kernel), bias=p.flag(), **options)
+    return within(p, made, groups * inside, *(p(1, 4) for _ in range(axes)), ways=ROWS)
+
+
 for axes in (1, 2, 3):
+    LAYERS[f"conv-transpose{axes}d"] = lambda p, axes=axes: transposed_convolution(p, axes)  # type: ignore[misc]
     LAYERS[f"conv{axes}d"] = lambda p, axes=axes: convolution(p, axes)  # type: ignore[misc]
 
 
