@@ -1,6 +1,9 @@
 """influence evaluate: how well do scores predict what retraining does, on this run?"""
 
-from typing import Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument
 
@@ -8,6 +11,11 @@ from influence_cli.cli import command, options
 from influence_cli.cli.method_options import flags_group
 from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from influence_cli.evaluate.declaration import Protocol as EvaluationProtocol
+    from influence_cli.evaluate.declaration import Row
+    from influence_cli.methods.request import ScoreRequest
 
 Protocol = Annotated[
     str,
@@ -52,8 +60,7 @@ def evaluate(
     retrainings are stored. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
-    from influence_cli.cli.method_options import build_options, given_flags
-    from influence_cli.errors import UsageProblem
+    from influence_cli.cli.method_options import build_options, given_flags, refuse_flags
     from influence_cli.methods.declaration import option_texts
     from influence_cli.output import tables
 
@@ -62,41 +69,52 @@ def evaluate(
     methods = [METHODS[specs.one_of("--method", name, METHODS)] for name in names]
     sink = tables.TableWriter.open(format, output)
     given = given_flags(protocol_flags)
+    texts = option_texts(chosen.options)
     own_options = build_options(
-        chosen.options,
-        {name: given[name] for name in option_texts(chosen.options) if name in given},
+        chosen.options, {name: value for name, value in given.items() if name in texts}
     )
     specs.check_seed(shared.seed)
     specs.check_rates(methods, lr, lr_weights)
     options_of = specs.options_of_methods(methods, given, chosen.options)
     for evaluated in methods:
-        for flag, value in (("--project", shared.project), ("--layers", shared.layers)):
-            reason = evaluated.reason_against(flag)
-            if value and reason is not None:
-                raise UsageProblem(
-                    f"{flag} does not apply to --method {evaluated.name}: {reason}",
-                    f"leave out {flag}",
-                )
+        refuse_flags(
+            evaluated,
+            {"--project": shared.project is not None, "--layers": bool(shared.layers)},
+        )
+    requests = RequestFlags(shared, queries, (lr, lr_weights), trajectory)
+    sink.write(evaluate_methods(chosen, own_options, options_of, requests), chosen.columns)
 
+
+@dataclass(frozen=True)
+class RequestFlags:
+    """The flags from which each method's request is made."""
+
+    shared: options.Shared
+    queries: str | None
+    rates: tuple[float | None, str | None]
+    trajectory: Path | None
+
+
+def evaluate_methods(
+    protocol: "EvaluationProtocol",
+    own_options: object,
+    options_of: dict[str, object],
+    flags: RequestFlags,
+) -> "Iterator[Row]":
+    """The protocol's rows. `own_options`: the protocol's, `options_of`: those of each method."""
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
     from influence_cli.evaluate.declaration import EvaluationRequest
 
-    opened = open_shared(shared, trajectory)
-    query_ids = opened.ids("--queries", queries, "query")
-    requests = {
-        evaluated.name: score_request(
-            opened,
-            evaluated,
-            options_of[evaluated.name],
-            train=range(0),
-            queries=query_ids,
-            rates=(lr, lr_weights),
-            last_checkpoint=True,
-        )
-        for evaluated in methods
-    }
+    opened = open_shared(flags.shared, flags.trajectory)
+    ids = opened.ids("--queries", flags.queries, "query")
+
+    def request(name: str, own: object) -> "ScoreRequest":
+        method = METHODS[name]
+        return score_request(opened, method, own, range(0), ids, flags.rates, last_checkpoint=True)
+
+    requests = {name: request(name, own) for name, own in options_of.items()}
     work = EvaluationRequest(
-        requests, opened.checkpoints, query_ids, own_options, shared.seed or 0, opened.folder
+        requests, opened.checkpoints, ids, own_options, opened.seed, opened.folder
     )
-    sink.write(chosen.evaluate(opened.gradients, work), chosen.columns)
+    return protocol.evaluate(opened.gradients, work)

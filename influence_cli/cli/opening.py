@@ -123,6 +123,17 @@ class Opened:
         return examples.label(index), examples.text(index)
 
 
+def number_formats(flags: Shared) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """`--precision` and `--store`. Raises UsageProblem for unknown names."""
+    precision = store = None
+    if flags.precision:
+        precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)]
+    if flags.store:
+        known = PRECISIONS | {"int8": torch.int8}
+        store = known[specs.one_of("--store", flags.store, STORE_NAMES)]
+    return precision, store
+
+
 def open_shared(
     flags: Shared, trajectory: Path | None = None, create: bool = True, searched: bool = False
 ) -> Opened:
@@ -132,18 +143,9 @@ def open_shared(
     """
     if flags.cache == "none" and flags.store is not None:
         raise UsageProblem(
-            "--cache none keeps nothing, --store says how to keep it", "give one of them"
+            "--cache none keeps nothing, so --store does not apply", "give one of them"
         )
-    precision = (
-        PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)]
-        if flags.precision
-        else None
-    )
-    store = (
-        (PRECISIONS | {"int8": torch.int8})[specs.one_of("--store", flags.store, STORE_NAMES)]
-        if flags.store
-        else None
-    )
+    precision, store = number_formats(flags)
     projection = specs.projection(flags.project, flags.projection, flags.seed, searched)
     batch_size = specs.batch_size(flags.batch_size)
     place = place_of(os.environ)

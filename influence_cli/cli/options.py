@@ -315,6 +315,18 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The flags that say how scores are made, split and summed."""
+
+    sum_queries: SumQueries = False
+    group_by: GroupBy = None
+    by: By = None
+    lr: Lr = None
+    lr_weights: LrWeights = None
+    normalize: Normalize = False
+
+
+@dataclass(frozen=True)
 class Shown:
     """The flags of every command that prints a ranked table."""
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from influence_cli.methods.declaration import Method
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.output.tables import TableWriter
+    from influence_cli.parallel import Shard
 
 
 @command(
@@ -20,18 +21,13 @@ if TYPE_CHECKING:
 )
 def score(
     shared: options.Shared,
+    scored: options.Scored,
     shown: options.Shown,
     method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
     method: options.Method = options.DEFAULT_METHOD,
     queries: options.Queries = None,
     train: options.Train = None,
     shard: options.Shard = None,
-    sum_queries: options.SumQueries = False,
-    group_by: options.GroupBy = None,
-    by: options.By = None,
-    lr: options.Lr = None,
-    lr_weights: options.LrWeights = None,
-    normalize: options.Normalize = False,
     trajectory: options.Trajectory = None,
 ) -> None:
     """Which training examples lowered each query's loss (proponents), and which raised it?
@@ -40,7 +36,6 @@ def score(
     gradients that the cache lacks. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
-    from influence_cli.cli.method_options import method_options, refuse_flags
     from influence_cli.output import tables
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
@@ -48,20 +43,7 @@ def score(
     top = specs.top(shown.top)
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
-    specs.check_by(by, chosen, group_by)
-    own_options = method_options(chosen, method_flags)
-    refuse_flags(
-        chosen,
-        {
-            "--layers": bool(shared.layers),
-            "--project": shared.project is not None,
-            "--lr": lr is not None,
-            "--lr-weights": lr_weights is not None,
-            "--normalize": normalize,
-            "--shard": part is not None,
-        },
-    )
-    specs.check_shard(part, group_by)
+    own_options = checked_options(chosen, method_flags, shared, scored, part)
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
@@ -69,7 +51,7 @@ def score(
     opened = open_shared(shared, trajectory)
     train_ids = opened.train_ids(train, part)
     if not len(train_ids):  # an empty shard
-        sink.write([], tables.score_columns(by))
+        sink.write([], tables.score_columns(scored.by))
         return
     request = score_request(
         opened,
@@ -77,13 +59,39 @@ def score(
         own_options,
         train=train_ids,
         queries=opened.ids("--queries", queries, "query"),
-        rates=(lr, lr_weights),
-        sum_queries=sum_queries,
-        normalize=normalize,
-        by=by,
-        group_by=group_by,
+        rates=(scored.lr, scored.lr_weights),
+        sum_queries=scored.sum_queries,
+        normalize=scored.normalize,
+        by=scored.by,
+        group_by=scored.group_by,
     )
-    write_scores(opened, chosen, score_rows(opened, chosen, request, top), sink, by)
+    write_scores(opened, chosen, score_rows(opened, chosen, request, top), sink, scored.by)
+
+
+def checked_options(
+    method: "Method",
+    method_flags: object,
+    shared: options.Shared,
+    scored: options.Scored,
+    part: "Shard | None",
+) -> object:
+    """The method's options. Raises UsageProblem for flags that it does not have."""
+    from influence_cli.cli import specs
+    from influence_cli.cli.method_options import method_options, refuse_flags
+
+    specs.check_by(scored.by, method, scored.group_by)
+    own_options = method_options(method, method_flags)
+    given = {
+        "--layers": bool(shared.layers),
+        "--project": shared.project is not None,
+        "--lr": scored.lr is not None,
+        "--lr-weights": scored.lr_weights is not None,
+        "--normalize": scored.normalize,
+        "--shard": part is not None,
+    }
+    refuse_flags(method, given)
+    specs.check_shard(part, scored.group_by)
+    return own_options
 
 
 def score_rows(

@@ -44,10 +44,8 @@ def trace(
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     if chosen.trace is None:
-        raise UsageProblem(
-            f"--method {method} has no scores by step of training",
-            f"expected: {', '.join(TRACED)}",
-        )
+        known = f"expected: {', '.join(TRACED)}"
+        raise UsageProblem(f"--method {method} has no scores by step of training", known)
     stdout = sys.__stdout__ or sys.stdout
     plotted = format == "plot" or (format is None and output is None and stdout.isatty())
     if format == "plot" and output is not None:

@@ -30,7 +30,8 @@ from influence_cli.gradients.example_axes import (
 )
 from influence_cli.gradients.form_ops import merged
 from influence_cli.gradients.forms import Dense, Form
-from influence_cli.gradients.layer_rules import BROADCAST, EXPAND, RULES, Rule
+from influence_cli.gradients.layer_rules import BROADCAST, EXPAND, RULES
+from influence_cli.gradients.rule import Rule
 
 
 class Hooks(Watcher):

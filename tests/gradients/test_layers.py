@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_cli.gradients.capture import Capture
-from influence_cli.gradients.layer_rules import per_example_by_groups, per_example_by_patches
+from influence_cli.gradients.convolution_rules import (
+    per_example_by_groups,
+    per_example_by_patches,
+)
 from tests import reference
 from tests.cases import Case, numbers, squared
 from tests.gradients.capturing import assert_equal, captured
@@ -263,13 +266,12 @@ def test_a_gradient_that_is_zero_but_for_rounding_keeps_its_rule(dtype):
 
 def test_a_wrong_rule_is_not_used(monkeypatch):
     from influence_cli.gradients import layer_rules
+    from influence_cli.gradients.rule import Rule
 
     def wrong(call, x, g):
         return layer_rules.linear(call, x, g * 1.001)
 
-    monkeypatch.setitem(
-        layer_rules.RULES, F.linear, layer_rules.Rule(("input", "weight", "bias"), wrong)
-    )
+    monkeypatch.setitem(layer_rules.RULES, F.linear, Rule(("input", "weight", "bias"), wrong))
     result, expected, capture, _ = captured(Case(lambda: nn.Linear(4, 3), numbers(4)))
     assert capture.others == ("weight", "bias")
     assert capture.why_not_hooked["weight"] == "its rule disagrees with autograd"

@@ -1,0 +1,163 @@
+"""Hook rules of convolutions and transposed convolutions over 1, 2 or 3 axes.
+
+Letters: I input channels, O output channels. Rows: examples, times the rows of each.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from influence_cli.gradients.deferred_forms import ConvolutionForm
+from influence_cli.gradients.forms import Dense
+from influence_cli.gradients.rule import Arguments, Gradients
+
+UNFOLD_BYTES = 2 << 20  # patches that are in memory at once: about the size of a core's cache
+
+
+def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
+    """Convolution over 1, 2 or 3 axes: each example's weight gradient, and g summed over places."""
+    weight: Tensor = call["weight"]
+    size, kernel = len(x), tuple(weight.shape[2:])
+    x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
+    stride, padding, dilation = (
+        per_axis(call.get(name, default), len(kernel)) for name, default in DEFAULTS.items()
+    )
+    sides = padded_sides(padding, kernel, dilation)
+    form = kernel_gradients(call, x, g, size, stride, dilation, sides)
+    return {"weight": form, "bias": over_places(g, size)}
+
+
+def transposed_convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
+    """Its weight (I, O/groups, ...) is that of the convolution that maps the output back to the
+    input. So its gradient is that convolution's, with x and g exchanged.
+    """
+    weight: Tensor = call["weight"]
+    size, axes = len(x), weight.ndim - 2
+    x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
+    stride, padding, dilation = (
+        per_axis(call.get(name, default), axes) for name, default in DEFAULTS.items()
+    )
+    extra = per_axis(call.get("output_padding", 0), axes)
+    sides = [(before, before - more) for before, more in zip(padding, extra, strict=True)]
+    form = kernel_gradients(call, g, x, size, stride, dilation, sides)
+    return {"weight": form, "bias": over_places(g, size)}
+
+
+def kernel_gradients(
+    call: Arguments,
+    x: Tensor,
+    g: Tensor,
+    size: int,
+    stride: Any,  # a number for each axis
+    dilation: Any,  # as stride
+    sides: Sequence[tuple[int, int]],
+) -> ConvolutionForm:
+    """The weight gradients of a convolution from x (rows, I, ...) to g (rows, O, ...).
+
+    The examples are the groups of one convolution, whose weight gradient holds one gradient per
+    example. `sides`: zeros before and after x on each axis; below 0 cuts. `size`: examples.
+    """
+    weight: Tensor = call["weight"]
+    groups = int(call.get("groups", 1))
+    padding = tuple(before for before, _ in sides)
+    if any(before != after for before, after in sides):
+        x = F.pad(x, [number for side in reversed(sides) for number in side])
+        padding = (0,) * len(sides)
+    of_rows = (
+        per_example_by_groups
+        if x.is_cpu and x.dtype == torch.float32 and weight.shape[1] >= 8
+        else per_example_by_patches
+    )
+
+    def gradients(x: Tensor, g: Tensor) -> Tensor:
+        return of_rows(x, g, weight, stride, padding, dilation, groups)
+
+    return ConvolutionForm(tuple(weight.shape), x, g, len(x) // size, gradients)
+
+
+def over_places(g: Tensor, size: int) -> Dense:
+    """(rows, O, places...) summed over places and the rows of each of `size` examples: a bias."""
+    channels = g.shape[1]
+    return Dense((channels,), g.flatten(2).sum(2).view(size, -1, channels).sum(1))
+
+
+def per_example_by_groups(
+    x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """(rows, numbers of the weight), by oneDNN: at the speed of a whole batch's weight gradient
+    (twice that of patches).
+    """
+    rows, axes = len(x), weight.ndim - 2
+    weight_gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[axes - 1]
+    one = (t.reshape(1, -1, *t.shape[2:]) for t in (x, g))
+    shape = (rows * weight.shape[0], *weight.shape[1:])
+    return weight_gradient(
+        next(one), shape, next(one), stride, padding, dilation, rows * groups
+    ).view(rows, -1)
+
+
+def per_example_by_patches(
+    x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """(rows, numbers of the weight), as a linear layer on patches, per group: for few channels,
+    other precisions and other devices.
+    """
+    kernel, rows, out = tuple(weight.shape[2:]), len(x), weight.shape[0] // groups
+    windows = patches(x, kernel, stride, padding, dilation)
+    windows = windows.unflatten(1, (groups, -1))  # (rows, groups, I / groups, *kernel, *places)
+    width, places = math.prod(windows.shape[2 : 3 + len(kernel)]), math.prod(g.shape[2:])
+    left = g.reshape(rows, groups, out, places)
+    values = g.new_empty(rows, groups, out, width)
+    step = max(1, UNFOLD_BYTES // (groups * width * places * g.element_size()))
+    for first in range(0, rows, step):  # few patches at a time: they stay in the cache
+        right = windows[first : first + step].reshape(-1, width, places)
+        torch.bmm(
+            left[first : first + step].flatten(0, 1),
+            right.transpose(1, 2),
+            out=values[first : first + step].view(-1, out, width),
+        )
+    return values.view(rows, -1)
+
+
+DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
+
+
+def per_axis(value: Any, axes: int) -> Any:
+    """One number for each axis; text ('same', 'valid') as it is."""
+    if isinstance(value, str):
+        return value
+    return (
+        tuple(value) * (axes if len(value) == 1 else 1)
+        if isinstance(value, tuple | list)
+        else (value,) * axes
+    )
+
+
+def padded_sides(padding: Any, kernel: tuple[int, ...], dilation: Any) -> list[tuple[int, int]]:
+    """Zeros before and after each axis: 'same' puts the odd one after."""
+    if padding == "same":
+        spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [(span // 2, span - span // 2) for span in spans]
+    return [(0, 0)] * len(kernel) if padding == "valid" else [(p, p) for p in padding]
+
+
+def patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """A view (rows, C, *kernel, *places) of what each place of a convolution's output sees of the
+    padded input.
+    """
+    if any(padding):
+        x = F.pad(x, [number for p in reversed(padding) for number in (p, p)])
+    x = x.contiguous()
+    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    places = [
+        (n - span - 1) // s + 1 for n, span, s in zip(x.shape[2:], spans, stride, strict=True)
+    ]
+    steps = x.stride()
+    within = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
+    between = [step * s for step, s in zip(steps[2:], stride, strict=True)]
+    return x.as_strided((*x.shape[:2], *kernel, *places), (*steps[:2], *within, *between))
