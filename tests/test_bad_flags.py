@@ -70,7 +70,7 @@ WRONG = {
         "No such file",
         "one group name per training example",
     ),
-    "-o nowhere/scores.csv": ("-o nowhere/scores.csv: no such folder",),
+    "-o nowhere/scores.csv": ("-o nowhere/scores.csv: its folder does not exist",),
 }
 
 
@@ -335,7 +335,7 @@ def test_a_group_file_that_is_no_text_is_refused(run, influence, tmp_path):
 
 @pytest.mark.parametrize("command", ["score", "self"])
 def test_an_output_that_is_a_folder_is_refused(command, run, influence, tmp_path):
-    refused(influence(command, run, "-o", tmp_path), 2, f"-o {tmp_path}: a folder is there")
+    refused(influence(command, run, "-o", tmp_path), 2, f"-o {tmp_path} is a folder")
 
 
 def test_parquet_without_its_library_says_what_to_install(run, influence, monkeypatch):

@@ -295,7 +295,7 @@ LONG_FUNCTIONS = {
     "diagnostics.gradient_check.check_gradients",
     "evaluate.step_removals.rows", "gradients.curvature.verify",
     "methods.reverse.embedding_store._identify", "methods.reverse.embedding_store.ensure",
-    "methods.reverse.segments.plan", "output.tables._terminal",
+    "methods.reverse.segments.plan",
 }  # fmt: skip
 LONG_FILES = {
     "cli.inspect", "diagnostics.gradient_check", "evaluate.step_removals", "gradients.capture", "gradients.curvature",

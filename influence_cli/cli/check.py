@@ -22,9 +22,10 @@ def check(
     """
     from influence_cli.cli import specs
     from influence_cli.errors import InfluenceError
-    from influence_cli.output import tables
+    from influence_cli.output.columns import CHECK_COLUMNS
+    from influence_cli.output.tables import TableWriter
 
-    sink = tables.TableWriter.open(format, output)
+    sink = TableWriter.open(format, output)
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
 
@@ -46,7 +47,7 @@ def check(
         (f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note)
         for f in results
     ]
-    sink.write(rows, tables.CHECK_COLUMNS)
+    sink.write(rows, CHECK_COLUMNS)
     frozen = [
         name
         for name, parameter in opened.run.model.module.named_parameters()

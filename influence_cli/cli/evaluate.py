@@ -62,12 +62,12 @@ def evaluate(
     from influence_cli.cli import specs
     from influence_cli.cli.method_options import build_options, given_flags, refuse_flags
     from influence_cli.methods.declaration import option_texts
-    from influence_cli.output import tables
+    from influence_cli.output.tables import TableWriter
 
     chosen = PROTOCOLS[specs.one_of("PROTOCOL", protocol, PROTOCOLS)]
     names = method or list(chosen.default_methods)
     methods = [METHODS[specs.one_of("--method", name, METHODS)] for name in names]
-    sink = tables.TableWriter.open(format, output)
+    sink = TableWriter.open(format, output)
     given = given_flags(protocol_flags)
     texts = option_texts(chosen.options)
     own_options = build_options(

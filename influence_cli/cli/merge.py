@@ -1,4 +1,4 @@
-"""influence merge: partial rankings into one."""
+"""influence merge: one table from the tables of shards."""
 
 from typing import Annotated
 
@@ -11,8 +11,8 @@ Parts = Annotated[
     Argument(
         metavar="PART...",
         help=(
-            "Tables of score or self: csv, tsv, jsonl or parquet by their names; - is csv from "
-            "stdin."
+            "Tables that score or self wrote: csv, tsv, jsonl or parquet by their file names; "
+            "- reads csv from stdin."
         ),
     ),
 ]
@@ -20,31 +20,34 @@ Parts = Annotated[
 
 @command("merge", example="influence merge part-*.csv -o scores.csv")
 def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> None:
-    """Tables that score or self wrote with --shard, merged into the one of all training examples.
+    """Merge the tables that score or self wrote with --shard into one.
 
-    Ranked anew, with every digit: what a run without shards gives. Parts were made with a --top at
-    least as large as the one here.
+    The result is the table of a run without shards, with every digit. Write the parts with a --top
+    at least as large as the one given here.
     """
     import sys
 
     from influence_cli.cli import specs
     from influence_cli.cli.stderr_reporter import StderrReporter
     from influence_cli.errors import UsageProblem
-    from influence_cli.output import merge, tables
+    from influence_cli.output.merge import find_top_of_parts, merge_tables, open_tables
+    from influence_cli.output.tables import TableWriter
     from influence_cli.progress import Reporter
 
-    sink = tables.TableWriter.open(shown.format, shown.output)
+    sink = TableWriter.open(shown.format, shown.output)
     k = specs.top(shown.top)
     if parts.count("-") > 1:
-        raise UsageProblem("two parts are -, stdin is read once", "put one of them into a file")
+        raise UsageProblem(
+            "two parts are -, but stdin can be read only once", "write one of them to a file"
+        )
     reporter = Reporter() if quiet else StderrReporter()
-    opened, columns = merge.open_parts(parts, sys.stdin)
-    sink.write(merge.merged(opened, columns, k), columns)
-    for part in opened:
-        if not part.longest:
-            reporter.note(f"{part.name} has no rows")
-    if (most := merge.shortened(opened, k)) is not None:
+    tables, columns = open_tables(parts, sys.stdin)
+    sink.write(merge_tables(tables, columns, k), columns)
+    for table in tables:
+        if not table.longest:
+            reporter.note(f"{table.name} has no rows")
+    if (top_of_parts := find_top_of_parts(tables, k)) is not None:
         reporter.note(
-            f"the parts have at most {most} rows of each kind and query: with --top {shown.top} "
-            "they might have had more"
+            f"the tables hold at most {top_of_parts} rows per query and kind, so rows of --top "
+            f"{shown.top} may be missing. Write them with --top {shown.top} or more."
         )

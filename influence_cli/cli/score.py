@@ -36,10 +36,11 @@ def score(
     gradients that the cache lacks. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
-    from influence_cli.output import tables
+    from influence_cli.output.columns import score_columns
+    from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    sink = tables.TableWriter.open(shown.format, shown.output)
+    sink = TableWriter.open(shown.format, shown.output)
     top = specs.top(shown.top)
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
@@ -51,7 +52,7 @@ def score(
     opened = open_shared(shared, trajectory)
     train_ids = opened.train_ids(train, part)
     if not len(train_ids):  # an empty shard
-        sink.write([], tables.score_columns(scored.by))
+        sink.write([], score_columns(scored.by))
         return
     request = score_request(
         opened,
@@ -98,7 +99,7 @@ def score_rows(
     opened: "Opened", method: "Method", request: "ScoreRequest", top: int | None
 ) -> Iterator[Sequence[object]]:
     """The rows of the table, query by query. `top`: rows of each kind and query, None: all."""
-    from influence_cli.output import tables
+    from influence_cli.output import columns
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
 
     def new_ranking(queries: int, parts: int) -> Ranking:
@@ -106,7 +107,7 @@ def score_rows(
 
     names = request.groups.names if request.groups else None
     for scored in method.score(opened.gradients, request, new_ranking):
-        yield from tables.score_rows(
+        yield from columns.score_rows(
             scored.ranking,
             scored.queries,
             request.by,
@@ -125,11 +126,11 @@ def write_scores(
     by: str | None,
 ) -> None:
     """Compute the rows and write them. Every rank calls it; rank 0 writes."""
-    from influence_cli.output import tables
+    from influence_cli.output.columns import score_columns
 
     ranks = opened.ranks
     if ranks.count == 1 or (method.ranks_share == "scores" and not ranks.rank):
-        sink.write(rows, tables.score_columns(by))
+        sink.write(rows, score_columns(by))
     elif method.ranks_share == "scores":
         deque(rows, maxlen=0)  # computes this rank's share; rank 0 receives the scores
     elif ranks.rank:
@@ -139,5 +140,5 @@ def write_scores(
             f"all {ranks.count} ranks compute gradients for {method.name}; rank 0 computes scores"
         )
         with opened.gradients.serving():
-            sink.write(rows, tables.score_columns(by))
+            sink.write(rows, score_columns(by))
     ranks.close()

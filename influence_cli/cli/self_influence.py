@@ -19,9 +19,10 @@ def self_influence(
     norms only, which take little disk space.
     """
     from influence_cli.cli import specs
-    from influence_cli.output import tables
+    from influence_cli.output.columns import SELF_COLUMNS, self_rows
+    from influence_cli.output.tables import TableWriter
 
-    sink = tables.TableWriter.open(shown.format, shown.output)
+    sink = TableWriter.open(shown.format, shown.output)
     top = specs.top(shown.top)
     part = specs.shard(shard)
 
@@ -33,12 +34,12 @@ def self_influence(
     opened = open_shared(shared, trajectory)
     train_ids = opened.train_ids(train, part)
     if not len(train_ids):  # an empty shard
-        sink.write([], tables.SELF_COLUMNS)
+        sink.write([], SELF_COLUMNS)
         return
     weights = opened.weights(lr, lr_weights)
     request = ScoreRequest(opened.checkpoints, weights, opened.columns, train_ids)
     ranking: Ranking = FullRanking(1, 0) if top is None else TopRanking(1, 0, top, signed=False)
     rank_self_influence(opened.gradients, request, ranking)
     if opened.ranks.rank == 0:
-        sink.write(tables.self_rows(ranking.entries(0), opened.describe), tables.SELF_COLUMNS)
+        sink.write(self_rows(ranking.entries(0), opened.describe), SELF_COLUMNS)
     opened.ranks.close()

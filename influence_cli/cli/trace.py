@@ -40,7 +40,7 @@ def trace(
     from influence_cli.cli import specs
     from influence_cli.cli.method_options import method_options, refuse_flags
     from influence_cli.errors import UsageProblem
-    from influence_cli.output import tables
+    from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     if chosen.trace is None:
@@ -50,7 +50,7 @@ def trace(
     plotted = format == "plot" or (format is None and output is None and stdout.isatty())
     if format == "plot" and output is not None:
         raise UsageProblem("--format plot is for a terminal, -o is a file", "give one of them")
-    sink = tables.TableWriter.open("csv" if plotted else format, output)
+    sink = TableWriter.open("csv" if plotted else format, output)
     specs.check_stdin(queries, train)
     own_options = method_options(chosen, method_flags)
     refuse_flags(chosen, {"--project": shared.project is not None, "--layers": bool(shared.layers)})
@@ -100,14 +100,15 @@ def write_trace(
     terminal: IO[str] | None,
 ) -> None:
     """Plots in a terminal, else rows."""
-    from influence_cli.output import tables
+    from influence_cli.output.columns import TRACE_COLUMNS
+    from influence_cli.output.tables import to_stdout
 
     if terminal is None:
-        sink.write(trace_rows(opened, pairs), tables.TRACE_COLUMNS)
+        sink.write(trace_rows(opened, pairs), TRACE_COLUMNS)
         return
     from influence_cli.output.trace_plot import trace_plot
 
-    with tables.to_stdout(terminal):
+    with to_stdout(terminal):
         for pair in pairs:
             query = "all queries" if pair.query is None else named(opened, "query", pair.query)
             example = "every step" if pair.example is None else named(opened, "train", pair.example)

@@ -22,7 +22,7 @@ from influence_cli.extraction.memory_budget import floor_power_of_two
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods.request import Groups, ScoredQueries, ScoreRequest
-from influence_cli.output.ranking import Ranking, Shareable
+from influence_cli.output.ranking import MergeableRanking, Ranking
 from influence_cli.parallel import Ranks
 from influence_cli.run.checkpoints import Checkpoint
 
@@ -134,11 +134,11 @@ def blocks_of_rank(ids: Ids, size: int, ranks: Ranks) -> Iterator[np.ndarray]:
 
 
 def merge_rankings(ranks: Ranks, ranking: Ranking) -> None:
-    """Rank 0's ranking takes in those of the others."""
+    """Send the partial rankings of the other ranks to rank 0's ranking."""
     if ranks.count > 1:
-        assert isinstance(ranking, Shareable)
-        for parcel in ranks.collect(ranking.parcels()):
-            ranking.take(parcel)
+        assert isinstance(ranking, MergeableRanking)
+        for partial in ranks.collect(ranking.export_partials()):
+            ranking.import_partial(partial)
 
 
 def sum_groups(

@@ -1,273 +1,216 @@
-"""Partial rankings into one: tables of `score` or `self` over different training examples, merged
-as they are read.
+"""Merges tables of `score` or `self` over different training examples into one.
 
-Parts are in the order in which they were written, so that one pair of each is held at a time, and
-two bytes per training example that tell whether a pair comes twice.
+A shard of a job array writes a partial ranking as a table. The tables are read row by row and
+merged by the function that also merges the rankings of ranks. Memory: one pair of each table, and
+two bytes per training example to find pairs that come twice.
 """
 
 import csv
-import heapq
-import importlib.util
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
 from influence_cli.errors import TableError, UsageProblem
-from influence_cli.output.tables import SCORE_COLUMNS, SELF_COLUMNS, SUFFIXES, Row, score_columns
+from influence_cli.output.columns import SCORE_COLUMNS, SELF_COLUMNS, Row, score_columns
+from influence_cli.output.formats import NumberedRow, read_rows
+from influence_cli.output.ranking import KINDS, SortablePair, merge_partial_rankings
 
-KINDS = ("proponent", "opponent")
-PAGE = 1 << 16  # training ids whose parts are noted together
-AGAIN = "write that part again"
-Lines = Iterator[tuple[int, list[Any]]]  # line number, values
+PAGE = 1 << 16  # consecutive training ids whose tables are noted in one array
+WRITE_AGAIN = "write this table again"
+ALL_QUERIES = -1  # the query `all` as a number
 
-
-class Pair(NamedTuple):
-    """One ranked pair of a part. `key`: its place in the merged order, (query, kind, falling or
-    rising score, id); `rows`: one, or one per part of its score.
-    """
-
-    key: tuple[int, int, float, int]
-    rows: list[list[Any]]
+Place = tuple[int, int, int, int]  # (query, kind, rank, training id); `self` has query and kind 0
 
 
-class Part:
-    """A table, opened, and what was seen of it so far. `longest`: its largest rank; `ends`: the
-    queries with a kind that ends exactly there; `whole`: it has scores of 0, which are ranked only
-    where all are.
+class PartialTable:
+    """An open table, and what it has shown so far.
+
+    `longest`: its largest rank. `ends`: the queries with a kind whose largest rank is `longest`.
+    `has_all_pairs`: it has a score of 0, which only --top all ranks.
     """
 
     def __init__(self, name: str, stdin: IO[str]) -> None:
-        """Raises UsageProblem (can't be opened), TableError (no table)."""
+        """Raises UsageProblem if the file can't be opened, TableError if it is no table."""
         self.name, self.line, self.longest, self.has_all_pairs = name, 0, 0, False
         self.ends: set[int] = set()
-        self._lines = self._guarded(lines_of(name, stdin))
-        _, self.columns = next(self._lines, (0, []))
+        self._rows = self._report_broken_file(read_rows(name, stdin))
+        _, self.columns = next(self._rows, (0, []))
 
-    def _guarded(self, lines: Lines) -> Lines:
-        """The same lines; what a reader says of a broken file becomes a TableError."""
+    def _report_broken_file(self, rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
+        """The same rows. Turns a reader's exception into a TableError."""
         try:
-            for line, values in lines:
+            for line, cells in rows:
                 self.line = line
-                yield line, values
-        except (
-            csv.Error,
-            ValueError,
-            AttributeError,
-            OSError,
-        ) as error:  # ValueError: also of json, of unicode and of pyarrow
+                yield line, cells
+        # the readers of json, unicode and pyarrow raise ValueError, too
+        except (csv.Error, ValueError, AttributeError, OSError) as error:
             if isinstance(error, OSError) and not self.line:
                 raise UsageProblem(
                     f"{self.name} can't be read: {error.strerror or error}",
                     "expected: a table of score or self",
                 ) from error
-            past = f" past line {self.line}" if self.line else ""
-            raise TableError(f"{self.name} can't be read{past}: {error}", AGAIN) from error
+            after = f" after line {self.line}" if self.line else ""
+            raise TableError(f"{self.name} can't be read{after}: {error}", WRITE_AGAIN) from error
 
-    def broken(self, line: int, problem: str, remedy: str = AGAIN) -> TableError:
+    def _broken(self, line: int, problem: str, remedy: str = WRITE_AGAIN) -> TableError:
         return TableError(f"{self.name}, line {line}: {problem}", remedy)
 
-    def pairs(self) -> Iterator[Pair]:
-        """Its pairs. Raises TableError for a row that can't be one, and for one out of order."""
-        columns, before = self.columns, (-2, 0, 0)
-        score, divided = columns.index("score"), len(columns) > len(SCORE_COLUMNS)
-        for identity, group in itertools.groupby(self._rows(), key=lambda row: row[1]):
-            rows, (query, kind, _, train) = list(group), identity
-            line = rows[0][0]
-            if identity[:3] <= before or (len(rows) > 1 and not divided):
-                raise self.broken(
-                    line,
-                    "out of order, or there twice",
-                    "merge takes rows in the order in which score and self write them",
-                )
-            if identity[:2] != before[:2]:
-                self._stretch(before)
-            before = identity[:3]
-            total = math.fsum(values[score] for _, _, values in rows)
-            self.has_all_pairs |= total == 0
-            yield Pair(
-                (query, kind, total if kind else -total, train), [values for _, _, values in rows]
-            )
-        self._stretch(before)
+    def pairs(self, number: int) -> Iterator[SortablePair]:
+        """Its pairs. Section: (query, kind); content: `number` and the rows of the pair.
 
-    def _stretch(self, last: tuple[int, int, int]) -> None:
-        """The rows of a query and kind end with this one."""
+        Raises TableError for a row that can't be a pair, or that is out of order.
+        """
+        score = self.columns.index("score")
+        has_parts = len(self.columns) > len(SCORE_COLUMNS)
+        before = (-2, 0, 0)
+        for place, group in itertools.groupby(self._placed_rows(), key=lambda item: item[0]):
+            lines, rows = zip(*((line, cells) for _, line, cells in group), strict=True)
+            query, kind, rank, train = place
+            if (query, kind, rank) <= before or (len(rows) > 1 and not has_parts):
+                raise self._broken(
+                    lines[0],
+                    "this row is out of order, or comes twice",
+                    "merge expects the rows in the order in which score and self write them",
+                )
+            if (query, kind) != before[:2]:
+                self._end_section(before)
+            before = query, kind, rank
+            total = math.fsum(cells[score] for cells in rows)
+            self.has_all_pairs |= total == 0
+            yield (query, kind), total if kind else -total, train, (number, rows)
+        self._end_section(before)
+
+    def _end_section(self, last: tuple[int, int, int]) -> None:
+        """Note the last rank of a query and kind."""
         query, _, rank = last
         if rank > self.longest:
             self.longest, self.ends = rank, set()
         if rank == self.longest:
             self.ends.add(query)
 
-    def _rows(self) -> Iterator[tuple[int, tuple[int, int, int, int], list[Any]]]:
-        """Line number, (query, kind, rank, train) as numbers, values; a query `all` is -1, `self`
-        has one query and kind.
-        """
+    def _placed_rows(self) -> Iterator[tuple[Place, int, list[Any]]]:
+        """Place, line number and cells of each row. Turns the cells of numbers into numbers."""
         columns = self.columns
-        at = {
-            name: columns.index(name)
-            for name in ("query", "kind", "rank", "train", "score")
-            if name in columns
-        }
-        numbers = [name for name in ("query", "rank", "train") if name in at]
-        for line, values in self._lines:
-            if len(values) != len(columns):
-                raise self.broken(line, f"{len(values)} columns, expected {len(columns)}")
-            name = "score"
+        position = {name: at for at, name in enumerate(columns)}
+        for line, cells in self._rows:
+            if len(cells) != len(columns):
+                raise self._broken(line, f"{len(cells)} columns, expected {len(columns)}")
+            self._parse_numbers(line, cells, position)
+            rank, train = cells[position["rank"]], cells[position["train"]]
+            if not math.isfinite(cells[position["score"]]) or rank < 1 or train < 0:
+                raise self._broken(
+                    line, "the score is not finite, the rank is below 1, or the id is below 0"
+                )
+            if "kind" not in position:
+                yield (0, 0, rank, train), line, cells
+                continue
+            query, kind = cells[position["query"]], cells[position["kind"]]
+            if kind not in KINDS:
+                raise self._broken(line, f"kind is {kind!r}, expected {' or '.join(KINDS)}")
+            number = ALL_QUERIES if query == "all" else query
+            yield (number, KINDS.index(kind), rank, train), line, cells
+
+    def _parse_numbers(self, line: int, cells: list[Any], position: dict[str, int]) -> None:
+        """Parse score, query (a number or `all`), rank and train in place."""
+        for name in ("score", "query", "rank", "train"):
+            at = position.get(name)
+            if at is None or (name == "query" and cells[at] == "all"):
+                continue
             try:
-                values[at[name]] = float(values[at[name]])
-                for name in numbers:
-                    if name != "query" or values[at[name]] != "all":
-                        values[at[name]] = int(values[at[name]])
+                cells[at] = float(cells[at]) if name == "score" else int(cells[at])
             except (TypeError, ValueError):
-                remedy = (
-                    "sums per group can't be merged: torchrun shares the work of --group-by"
-                    if name == "train"
-                    else AGAIN
-                )
-                raise self.broken(
-                    line, f"{name} is {values[at[name]]!r}, expected a number", remedy
-                ) from None
-            if (
-                not math.isfinite(values[at["score"]])
-                or values[at["rank"]] < 1
-                or values[at["train"]] < 0
-            ):
-                raise self.broken(
-                    line, "a score that is not finite, a rank below 1 or an id below 0"
-                )
-            query, kind = (values[at[name]] if name in at else "" for name in ("query", "kind"))
-            if kind and kind not in KINDS:
-                raise self.broken(line, f"kind is {kind!r}, expected {' or '.join(KINDS)}")
-            place = query if isinstance(query, int) else -1, KINDS.index(kind) if kind else 0
-            yield line, (*place, values[at["rank"]], values[at["train"]]), values
+                remedy = WRITE_AGAIN
+                if name == "train":
+                    remedy = "merge can't add sums per group; to share --group-by use torchrun"
+                problem = f"{name} is {cells[at]!r}, expected a number"
+                raise self._broken(line, problem, remedy) from None
 
 
-def open_parts(names: Sequence[str], stdin: IO[str]) -> tuple[list[Part], tuple[str, ...]]:
-    """The tables and their columns. Raises UsageProblem, TableError: other columns than score's or
-    self's, or than the first one's.
+def open_tables(names: Sequence[str], stdin: IO[str]) -> tuple[list[PartialTable], tuple[str, ...]]:
+    """The tables and their columns.
+
+    Raises UsageProblem for a file that can't be opened. Raises TableError for a table that is not
+    of score or self, or whose columns differ from the first table's.
     """
-    parts = [Part(name, stdin) for name in names]
-    known = [part for part in parts if part.columns]
-    for part in known:
-        columns = tuple(part.columns)
+    tables = [PartialTable(name, stdin) for name in names]
+    with_columns = [table for table in tables if table.columns]
+    for table in with_columns:
+        columns = tuple(table.columns)
         by = columns[4] if len(columns) == len(SCORE_COLUMNS) + 1 else None
         if columns not in (SELF_COLUMNS, score_columns(by)):
             raise TableError(
-                f"{part.name} is no table of score or self",
+                f"{table.name} is not a table of score or self",
                 f"found: {', '.join(columns)}"[:300],
-                "merge takes such tables",
+                "give tables that score or self wrote",
             )
-        if part.columns != known[0].columns:
+        if table.columns != with_columns[0].columns:
             raise TableError(
-                f"{part.name} has other columns than {known[0].name}",
-                f"found:    {', '.join(part.columns)}",
-                f"expected: {', '.join(known[0].columns)}",
-                "all parts come from one command, with other shards",
+                f"{table.name} has other columns than {with_columns[0].name}",
+                f"found:    {', '.join(table.columns)}",
+                f"expected: {', '.join(with_columns[0].columns)}",
+                "run the same command for each shard",
             )
-    return parts, tuple(known[0].columns) if known else SCORE_COLUMNS
+    return tables, tuple(with_columns[0].columns) if with_columns else SCORE_COLUMNS
 
 
-def merged(parts: Sequence[Part], columns: Sequence[str], k: int | None) -> Iterator[Row]:
-    """Rows in the order of `score`, ranked anew: k of each query and kind, or all. Raises
-    TableError for a pair that comes twice.
+def merge_tables(
+    tables: Sequence[PartialTable], columns: Sequence[str], k: int | None
+) -> Iterator[Row]:
+    """Rows in the order of `score`, with new ranks: the k first of each query and kind, or all.
+
+    Raises TableError for a pair that comes twice.
     """
-    rank_at, signed = columns.index("rank"), "kind" in columns
-
-    def numbered(number: int, part: Part) -> Iterator[tuple[Pair, int]]:
-        return ((pair, number) for pair in part.pairs())
-
-    streams = [numbered(number, part) for number, part in enumerate(parts, start=1) if part.columns]
-    everything = heapq.merge(*streams, key=lambda item: item[0].key)
-    for _, of_query in itertools.groupby(everything, key=lambda item: item[0].key[0]):
-        pages: dict[int, np.ndarray] = {}
-        for _, of_kind in itertools.groupby(of_query, key=lambda item: item[0].key[1]):
-            rank = 0
-            for (key, rows), number in of_kind:
-                page, at = divmod(key[3], PAGE)
-                if page not in pages:
-                    pages[page] = np.zeros(PAGE, np.uint16)
-                if pages[page][at]:
-                    of = f" of query {rows[0][0]}" if signed else ""
-                    raise TableError(
-                        f"training example {key[3]}{of} stands in both "
-                        f"{parts[pages[page][at] - 1].name} and {parts[number - 1].name}",
-                        "expected: parts of different training examples, each shard once and all "
-                        "of the same count",
-                    )
-                pages[page][at] = number
-                if k is None or (
-                    rank < k and not (signed and key[2] == 0)
-                ):  # a score of 0 is ranked where all are
-                    rank += 1
-                    for row in rows:
-                        row[rank_at] = rank
-                        yield row
+    rank_at, has_kinds = columns.index("rank"), "kind" in columns
+    origins = PairOrigins()
+    partials = [table.pairs(number) for number, table in enumerate(tables) if table.columns]
+    for rank, (section, key, train, (number, rows)) in merge_partial_rankings(partials):
+        other = origins.add(section[0], train, number)
+        if other is not None:
+            of_query = f" of query {rows[0][0]}" if has_kinds else ""
+            names = f"both {tables[other].name} and {tables[number].name}"
+            raise TableError(
+                f"training example {train}{of_query} is in {names}",
+                "expected: tables of different training examples",
+                "give each shard once, all of one count",
+            )
+        if k is None or (rank <= k and not (has_kinds and key == 0)):  # 0: see has_all_pairs
+            for row in rows:
+                row[rank_at] = rank
+                yield row
 
 
-def shortened(parts: Sequence[Part], k: int | None) -> int | None:
-    """Once all is read: how many rows of each query and kind the parts seem to have been cut to,
-    where that is less than `k`; else None.
+class PairOrigins:
+    """Which table each training example of the current query comes from."""
+
+    def __init__(self) -> None:
+        self._query: int | None = None
+        self._pages: dict[int, np.ndarray] = {}  # PAGE ids each; 0: no table, else 1 + its number
+
+    def add(self, query: int, train: int, number: int) -> int | None:
+        """Note that table `number` has a pair. Returns the table that has it already."""
+        if query != self._query:
+            self._query, self._pages = query, {}
+        page_number, at = divmod(train, PAGE)
+        page = self._pages.get(page_number)
+        if page is None:
+            page = self._pages[page_number] = np.zeros(PAGE, np.uint16)
+        if page[at]:
+            return int(page[at]) - 1
+        page[at] = 1 + number
+        return None
+
+
+def find_top_of_parts(tables: Sequence[PartialTable], k: int | None) -> int | None:
+    """The --top with which the tables seem to be written, if it is less than `k`; else None.
+
+    Call it after all rows were read.
     """
-    longest = max((part.longest for part in parts), default=0)
-    cut = any(
-        part.longest == longest and len(part.ends) > 1 and not part.has_all_pairs for part in parts
+    longest = max((table.longest for table in tables), default=0)
+    were_cut = any(
+        table.longest == longest and len(table.ends) > 1 and not table.has_all_pairs
+        for table in tables
     )
-    return longest if cut and longest and (k is None or k > longest) else None
-
-
-# ---------------------------------------------------------------- reading
-def lines_of(name: str, stdin: IO[str]) -> Lines:
-    """Header and rows of a table in the format of its name's ending; `-` is csv from stdin."""
-    format = "csv" if name == "-" else SUFFIXES.get(Path(name).suffix.lower(), "csv")
-    if format == "parquet":
-        yield from _parquet(Path(name))
-        return
-    with (
-        nullcontext(stdin) if name == "-" else Path(name).open(encoding="utf-8", newline="") as file
-    ):
-        yield from (
-            _json(file) if format == "jsonl" else _separated(file, "\t" if format == "tsv" else ",")
-        )
-
-
-def _separated(file: IO[str], delimiter: str) -> Lines:
-    csv.field_size_limit(1 << 30)  # texts may be long
-    reader = csv.reader(file, delimiter=delimiter)
-    for values in reader:
-        yield reader.line_num, values
-    if not reader.line_num:
-        raise ValueError("an empty file, without the line of columns")
-
-
-def _json(file: IO[str]) -> Lines:
-    columns: list[str] = []
-    for line, text in enumerate(file, start=1):
-        row = json.loads(text)
-        if not columns:
-            columns = list(row)
-            yield 0, columns
-        if list(row) != columns:
-            raise ValueError(f"found {', '.join(row)}, expected {', '.join(columns)}")
-        yield line, list(row.values())
-
-
-def _parquet(path: Path) -> Lines:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UsageProblem(
-            f"{path}: parquet needs pyarrow", "install it: pip install 'influence-cli[parquet]'"
-        )
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        yield 0, list(file.schema_arrow.names)
-        rows = (
-            zip(*(column.to_pylist() for column in batch.columns), strict=True)
-            for batch in file.iter_batches(batch_size=1024)
-        )
-        for line, values in enumerate(itertools.chain.from_iterable(rows), start=1):
-            yield line, list(values)
+    return longest if were_cut and longest and (k is None or k > longest) else None

@@ -1,8 +1,12 @@
-"""Streaming rankings: the top and bottom k of scores that arrive in blocks, or all of them sorted
-on disk. Ties go by training id.
+"""Rankings of scores that arrive in blocks: the top k, or all pairs sorted on disk.
 
-N examples of a block, Q queries, P parts of a score. Memory does not grow with the number of
-examples.
+Memory does not grow with the number of examples. Pairs of equal score are in the order of their
+training ids.
+
+The ranks of a job and the shards of a job array rank different training examples each. One
+function merges their partial rankings: `merge_partial_rankings`.
+
+Shape letters: N examples of a block, Q queries, P parts of a score, M kept pairs.
 """
 
 import heapq
@@ -18,8 +22,28 @@ import numpy as np
 from influence_cli.errors import OutputError
 from influence_cli.storage.scratch import spill_arrays
 
-RUN_BYTES = 64 << 20  # scores sorted in memory at once, where all are ranked
-READ_ROWS = 1 << 17  # rows of all sorted runs read at once while they are merged
+KINDS = ("proponent", "opponent")
+RUN_BYTES = 64 << 20  # scores that FullRanking sorts in memory at once
+READ_ROWS = 1 << 17  # rows of all sorted runs in memory while they are merged
+
+# (section, key, training id, content). A section has ranks of its own: the proponents or the
+# opponents of a query. `key`: -score of a proponent, score of an opponent, so a smaller key ranks
+# higher. Any: a section is a number or a tuple of numbers, a content what the caller likes.
+SortablePair = tuple[Any, float, int, Any]
+
+
+def merge_partial_rankings(
+    partials: Iterable[Iterator[SortablePair]],
+) -> Iterator[tuple[int, SortablePair]]:
+    """Merge sorted partial rankings of different training examples into (rank, pair).
+
+    Ranks start at 1 in each section. Holds one pair of each partial ranking in memory.
+    """
+    rank, section = 0, None
+    for pair in heapq.merge(*partials):
+        rank = rank + 1 if pair[0] == section else 1
+        section = pair[0]
+        yield rank, pair
 
 
 class Entry(NamedTuple):
@@ -35,137 +59,142 @@ class Entry(NamedTuple):
 
 
 class Ranking(ABC):
-    """Of `queries` queries at once. Blocks come in any order, each training id once."""
+    """Ranks the training examples of `queries` queries at once.
+
+    Blocks come in any order, each training id once.
+    """
 
     def __init__(self, queries: int, parts: int) -> None:
         self.queries, self.parts = queries, parts
 
     @abstractmethod
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
-        """A block: ids (N,), scores (Q, N) float64, and (P, Q, N) parts of them."""
+        """Add a block: ids (N,), scores (Q, N) float64, and their parts (P, Q, N)."""
 
     @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
-        """Proponents by falling score, then opponents by rising score, of the query at this
-        position.
-        """
+        """Proponents by falling score, then opponents by rising score. `query`: its position."""
 
 
-class Shareable(Ranking):
-    """One that several processes can add to, each apart, before their parts become one."""
+class MergeableRanking(Ranking):
+    """A ranking that takes in the partial rankings of other ranks."""
 
     @abstractmethod
-    def parcels(self) -> Iterator[Any]:
-        """What is ranked so far, in pieces small beside all of it that another process can
-        `take`.
+    def export_partials(self) -> Iterator[Any]:
+        """This rank's partial rankings, to be sent to another rank. Any: a subclass knows its
+        own.
         """
 
     @abstractmethod
-    def take(self, parcel: Any) -> None:
-        """A piece of another ranking, of other examples for the same queries, as if they had been
-        added here.
-        """
+    def import_partial(self, partial: Any) -> None:
+        """Add a partial ranking of another rank, of the same queries and other examples."""
+
+    @abstractmethod
+    def sorted_partials(self, query: int) -> Iterable[Iterator[SortablePair]]:
+        """The partial rankings of a query. Section: 0 proponents, 1 opponents; content: parts."""
+
+    def entries(self, query: int) -> Iterator[Entry]:
+        merged = merge_partial_rankings(self.sorted_partials(query))
+        for rank, (kind, key, train, parts) in merged:
+            yield Entry(KINDS[kind], rank, train, key if kind else -key, parts)
 
 
 @dataclass
-class _Best:
-    """The k best of each query and one kind so far, by query, then falling key (falling = better),
-    then id; parts (P, M) beside them.
+class BestPairs:
+    """The k best pairs of each query and one kind, by query, then falling value, then id.
+
+    `queries`, `values`, `ids`: (M,); `parts`: (P, M). `values`: scores of proponents, -scores of
+    opponents.
     """
 
     queries: np.ndarray
-    keys: np.ndarray
+    values: np.ndarray
     ids: np.ndarray
     parts: np.ndarray
 
+    def pairs(self, query: int, kind: int) -> Iterator[SortablePair]:
+        """The pairs of a query, best first."""
+        first, last = np.searchsorted(self.queries, [query, query + 1])
+        for at in range(first, last):
+            parts = tuple(self.parts[:, at].tolist()) if len(self.parts) else ()
+            yield kind, -float(self.values[at]), int(self.ids[at]), parts
 
-class TopRanking(Shareable):
-    """The k highest scores above 0 and the k lowest below 0; with `signed` False simply the k
-    highest.
+
+class TopRanking(MergeableRanking):
+    """The k highest scores above 0 and the k lowest below 0.
+
+    With `signed` False: the k highest scores of any sign.
     """
 
     def __init__(self, queries: int, parts: int, k: int, signed: bool = True) -> None:
         super().__init__(queries, parts)
         self.k, self.signed = k, signed
         empty = np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), np.empty((parts, 0))
-        self._best = [_Best(*empty) for _ in range(2 if signed else 1)]
+        self._best = [BestPairs(*empty) for _ in range(2 if signed else 1)]
+        self._imported: list[list[BestPairs]] = []
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
         for kind, sign in enumerate((1, -1)[: len(self._best)]):
             bars = self._bars(kind, sign, scores)[:, None]
-            good = np.flatnonzero(
-                scores >= bars if sign > 0 else scores <= -bars
-            )  # equal: may still win by its id
+            # a score equal to its bar may still win by its id
+            good = np.flatnonzero(scores >= bars if sign > 0 else scores <= -bars)
             query, at = np.divmod(good, scores.shape[1])
-            if len(at):
-                self._merge(
-                    kind,
-                    _Best(
-                        query,
-                        sign * scores[query, at],
-                        ids[at],
-                        parts[:, query, at] if parts is not None else no_parts(at),
-                    ),
-                )
-
-    def parcels(self) -> Iterator[list[_Best]]:
-        yield self._best
-
-    def take(self, parcel: list[_Best]) -> None:
-        for kind, best in enumerate(parcel):
-            self._merge(kind, best)
+            if not len(at):
+                continue
+            good_parts = parts[:, query, at] if parts is not None else np.empty((0, len(at)))
+            self._keep_best(kind, BestPairs(query, sign * scores[query, at], ids[at], good_parts))
 
     def _bars(self, kind: int, sign: int, scores: np.ndarray) -> np.ndarray:
-        """(Q,): a key below its query's is not among the k best of those kept nor, where fewer are
-        kept, of this block. Never sorts.
+        """(Q,): a value below its query's bar is not among the k best of the kept pairs, nor, if
+        fewer than k are kept, of this block. Never sorts.
         """
         best, least = self._best[kind], max(0, scores.shape[1] - self.k)
         bars = np.full(self.queries, -np.inf)
         full = np.flatnonzero(np.bincount(best.queries, minlength=self.queries) == self.k)
-        bars[full] = best.keys[np.searchsorted(best.queries, full, side="right") - 1]
-        open = np.flatnonzero(np.isneginf(bars))
-        if len(open):
-            bars[open] = np.partition(sign * scores[open], least, axis=1)[:, least]
+        bars[full] = best.values[np.searchsorted(best.queries, full, side="right") - 1]
+        not_full = np.flatnonzero(np.isneginf(bars))
+        if len(not_full):
+            bars[not_full] = np.partition(sign * scores[not_full], least, axis=1)[:, least]
         return np.maximum(bars, np.nextafter(0, 1)) if self.signed else bars
 
-    def _merge(self, kind: int, new: _Best) -> None:
+    def _keep_best(self, kind: int, new: BestPairs) -> None:
+        """Keep the k best of the kept and the new pairs of each query."""
         best = self._best[kind]
-        query, keys, ids = (
-            np.concatenate(pair)
-            for pair in ((best.queries, new.queries), (best.keys, new.keys), (best.ids, new.ids))
-        )
-        order = np.lexsort((ids, -keys, query))
-        sorted_ = query[order]
-        kept = order[np.arange(len(order)) - np.searchsorted(sorted_, sorted_) < self.k]
-        parts = (
-            np.concatenate([best.parts, new.parts], axis=1)[:, kept] if self.parts else best.parts
-        )
-        self._best[kind] = _Best(query[kept], keys[kept], ids[kept], parts)
+        queries = np.concatenate([best.queries, new.queries])
+        values = np.concatenate([best.values, new.values])
+        ids = np.concatenate([best.ids, new.ids])
+        order = np.lexsort((ids, -values, queries))
+        sorted_queries = queries[order]
+        place = np.arange(len(order)) - np.searchsorted(sorted_queries, sorted_queries)
+        kept = order[place < self.k]
+        parts = best.parts
+        if self.parts:
+            parts = np.concatenate([best.parts, new.parts], axis=1)[:, kept]
+        self._best[kind] = BestPairs(queries[kept], values[kept], ids[kept], parts)
+
+    def export_partials(self) -> Iterator[list[BestPairs]]:
+        yield self._best
+
+    def import_partial(self, partial: list[BestPairs]) -> None:
+        self._imported.append(partial)
+
+    def sorted_partials(self, query: int) -> Iterator[Iterator[SortablePair]]:
+        for partial in (self._best, *self._imported):
+            for kind, best in enumerate(partial):
+                yield best.pairs(query, kind)
 
     def entries(self, query: int) -> Iterator[Entry]:
-        for kind, sign, best in zip(("proponent", "opponent"), (1, -1), self._best, strict=False):
-            first, last = np.searchsorted(best.queries, [query, query + 1])
-            for rank, at in enumerate(range(first, last), start=1):
-                score = float(sign * best.keys[at])
-                yield Entry(
-                    kind,
-                    rank,
-                    int(best.ids[at]),
-                    score,
-                    tuple(best.parts[:, at].tolist()) if self.parts else (),
-                )
+        return (entry for entry in super().entries(query) if entry.rank <= self.k)
 
 
-def no_parts(at: np.ndarray) -> np.ndarray:
-    return np.empty((0, len(at)))
+class FullRanking(MergeableRanking):
+    """Every pair, sorted in runs in a temporary folder, and merged when read.
 
-
-class FullRanking(Shareable):
-    """Every pair: spilled to a temporary folder in sorted runs, merged when read. Zeros are the
-    last proponents.
+    Pairs of score 0 are the last proponents.
     """
 
     def __init__(self, queries: int, parts: int, run_bytes: int = RUN_BYTES) -> None:
+        """Raises OutputError if no temporary folder can be created."""
         super().__init__(queries, parts)
         self._row = np.dtype(
             [("kind", "i1"), ("key", "f8"), ("id", "i8"), ("parts", "f8", (parts,))]
@@ -175,95 +204,76 @@ class FullRanking(Shareable):
             self._folder = tempfile.TemporaryDirectory(prefix="influence-ranking-")
         except OSError as error:
             raise OutputError(
-                f"--top all has no place to spill to: {error}",
-                "TMPDIR names a folder that can be written",
+                f"--top all can't create a temporary folder: {error}",
+                "name a folder that can be written: TMPDIR=FOLDER",
             ) from error
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
-        self._waiting, self._runs = 0, 0
-        self._sizes: list[int] = []
+        self._pending_ids = 0
+        self._run_sizes: list[int] = []  # rows per query of each run on disk
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
         for first in range(0, len(ids), self._rows):
             at = slice(first, first + self._rows)
-            self._pending.append(
-                (
-                    ids[at].copy(),
-                    scores[:, at].copy(),
-                    parts[:, :, at].copy() if self.parts and parts is not None else None,
-                )
-            )
-            self._waiting += len(ids[at])
-            if self._waiting >= self._rows:
+            pending_parts = parts[:, :, at].copy() if self.parts and parts is not None else None
+            self._pending.append((ids[at].copy(), scores[:, at].copy(), pending_parts))
+            self._pending_ids += len(ids[at])
+            if self._pending_ids >= self._rows:
                 self._spill()
 
     def _spill(self) -> None:
-        """Sort what waits, per query, into a run: one file with Q sorted stretches."""
-        if not self._waiting:
+        """Sort the pending pairs into a run."""
+        if not self._pending_ids:
             return
         ids = np.concatenate([ids for ids, _, _ in self._pending])
+        self._write_run((self._sort_pending(query, ids) for query in range(self.queries)), len(ids))
+        self._pending, self._pending_ids = [], 0
 
-        def stretches() -> Iterator[np.ndarray]:
-            for query in range(self.queries):
-                scores = np.concatenate([scores[query] for _, scores, _ in self._pending])
-                rows = np.empty(len(ids), self._row)
-                rows["kind"], rows["key"], rows["id"] = scores < 0, -np.abs(scores), ids
-                if self.parts:
-                    rows["parts"] = np.concatenate(
-                        [parts[:, query] for _, _, parts in self._pending if parts is not None],
-                        axis=1,
-                    ).T
-                yield rows[np.lexsort((rows["id"], rows["key"], rows["kind"]))]
+    def _sort_pending(self, query: int, ids: np.ndarray) -> np.ndarray:
+        scores = np.concatenate([scores[query] for _, scores, _ in self._pending])
+        rows = np.empty(len(ids), self._row)
+        rows["kind"], rows["key"], rows["id"] = scores < 0, -np.abs(scores), ids
+        if self.parts:
+            rows["parts"] = np.concatenate(
+                [parts[:, query] for _, _, parts in self._pending if parts is not None], axis=1
+            ).T
+        return rows[np.lexsort((rows["id"], rows["key"], rows["kind"]))]
 
-        self._write(stretches(), len(ids))
-        self._pending, self._waiting = [], 0
-
-    def _write(self, stretches: Iterable[np.ndarray], size: int) -> None:
-        """A run: a sorted stretch of `size` rows per query."""
+    def _write_run(self, rows_per_query: Iterable[np.ndarray], size: int) -> None:
+        """Write a run: `size` sorted rows per query."""
         try:
-            spill_arrays(Path(self._folder.name) / f"{self._runs}", stretches)
+            spill_arrays(self._run_path(len(self._run_sizes)), rows_per_query)
         except OSError as error:
             raise OutputError(
-                f"--top all could not be spilled to {self._folder.name}: {error.strerror or error}",
-                f"it needs {self._row.itemsize} bytes a pair",
-                "TMPDIR names a folder on a larger disk",
+                f"--top all can't write to {self._folder.name}: {error.strerror or error}",
+                f"it needs {self._row.itemsize} bytes per pair",
+                "name a folder on a larger disk: TMPDIR=FOLDER",
             ) from error
-        self._sizes.append(size)
-        self._runs += 1
+        self._run_sizes.append(size)
 
-    def parcels(self) -> Iterator[np.ndarray]:
+    def _run_path(self, run: int) -> Path:
+        return Path(self._folder.name) / f"{run}"
+
+    def export_partials(self) -> Iterator[np.ndarray]:
         """One run at a time, (Q, rows)."""
         self._spill()
-        for run in range(self._runs):
-            yield np.fromfile(Path(self._folder.name) / f"{run}", self._row).reshape(
-                self.queries, -1
-            )
+        for run in range(len(self._run_sizes)):
+            yield np.fromfile(self._run_path(run), self._row).reshape(self.queries, -1)
 
-    def take(self, parcel: np.ndarray) -> None:
-        self._write(parcel, parcel.shape[1])
+    def import_partial(self, partial: np.ndarray) -> None:
+        self._write_run(partial, partial.shape[1])
 
-    def _run(self, run: int, query: int) -> Iterator[tuple[int, float, int, tuple[float, ...]]]:
-        size, step = self._sizes[run], max(64, READ_ROWS // self._runs)
-        for first in range(
-            0, size, step
-        ):  # opened anew each time: there may be more runs than a process may have open files
+    def sorted_partials(self, query: int) -> Iterator[Iterator[SortablePair]]:
+        self._spill()
+        return (self._read_run(run, query) for run in range(len(self._run_sizes)))
+
+    def _read_run(self, run: int, query: int) -> Iterator[SortablePair]:
+        size, step = self._run_sizes[run], max(64, READ_ROWS // len(self._run_sizes))
+        # fromfile opens the file each time: there may be more runs than a process may open files
+        for first in range(0, size, step):
             offset = (query * size + first) * self._row.itemsize
-            rows = np.fromfile(
-                Path(self._folder.name) / f"{run}",
-                self._row,
-                min(step, size - first),
-                offset=offset,
-            )
+            count = min(step, size - first)
+            rows = np.fromfile(self._run_path(run), self._row, count, offset=offset)
             parts = map(tuple, rows["parts"].tolist()) if self.parts else [()] * len(rows)
             yield from zip(
                 rows["kind"].tolist(), rows["key"].tolist(), rows["id"].tolist(), parts, strict=True
             )
-
-    def entries(self, query: int) -> Iterator[Entry]:
-        self._spill()
-        rank, last = 0, -1
-        for kind, key, id, parts in heapq.merge(
-            *(self._run(run, query) for run in range(self._runs))
-        ):
-            rank = rank + 1 if kind == last else 1
-            last = kind
-            yield Entry("opponent" if kind else "proponent", rank, id, key if kind else -key, parts)

@@ -151,7 +151,7 @@ def test_more_rows_than_the_parts_may_have_is_said(run, tmp_path, influence):
     paths = parts_of(influence, tmp_path, 2, "score", run, "--top", 4)
     assert influence("merge", *paths, "--top", 4).err == ""
     assert influence("merge", *paths, "--top", 5).err == (
-        "note: the parts have at most 4 rows of each kind and query: with --top 5 they might have had more\n"
+        "note: the tables hold at most 4 rows per query and kind, so rows of --top 5 may be missing. Write them with --top 5 or more.\n"
     )
     assert "at most 4 rows" in influence("merge", *paths, "--top", "all").err
     paths = parts_of(influence, tmp_path, 2, "score", run, "--top", "all", "--queries", "0")
@@ -173,39 +173,39 @@ BROKEN = {
     "groups": (
         HEAD + "0,proponent,1,cats,2.0,,,,\n",
         "bad.csv, line 2: train is 'cats'",
-        "sums per group can't be merged",
+        "merge can't add sums per group",
     ),
     "a query's name": (HEAD + "every,proponent,1,6,2.0,,,,\n", "bad.csv, line 2: query is 'every'"),
     "not finite": (
         HEAD + "0,proponent,1,5,nan,,,,\n",
-        "bad.csv, line 2: a score that is not finite",
+        "bad.csv, line 2: the score is not finite",
     ),
-    "rank 0": (HEAD + "0,proponent,0,5,1.0,,,,\n", "bad.csv, line 2", "a rank below 1"),
+    "rank 0": (HEAD + "0,proponent,0,5,1.0,,,,\n", "bad.csv, line 2", "the rank is below 1"),
     "another kind": (
         HEAD + "0,friend,1,5,1.0,,,,\n",
         "bad.csv, line 2: kind is 'friend', expected proponent or opponent",
     ),
     "ranks fall": (
         HEAD + "0,proponent,2,5,1.0,,,,\n0,proponent,1,6,2.0,,,,\n",
-        "bad.csv, line 3: out of order",
+        "bad.csv, line 3: this row is out of order",
         "score and self write them",
     ),
     "queries fall": (
         HEAD + "2,proponent,1,9,1.0,,,,\n1,proponent,1,9,1.0,,,,\n",
-        "bad.csv, line 3: out of order",
+        "bad.csv, line 3: this row is out of order",
     ),
     "kinds swapped": (
         HEAD + "0,opponent,1,8,-1.0,,,,\n0,proponent,1,9,1.0,,,,\n",
-        "bad.csv, line 3: out of order",
+        "bad.csv, line 3: this row is out of order",
     ),
     "a row twice": (
         HEAD + "0,proponent,1,5,1.0,,,,\n0,proponent,1,5,1.0,,,,\n",
-        "bad.csv, line 2: out of order, or there twice",
+        "bad.csv, line 2: this row is out of order, or comes twice",
     ),
-    "no columns": ("", "bad.csv can't be read: an empty file"),
+    "no columns": ("", "bad.csv can't be read: the file is empty"),
     "another table": (
         "step,score\n1,2\n",
-        "bad.csv is no table of score or self",
+        "bad.csv is not a table of score or self",
         "found: step, score",
     ),
     "parts of scores": (
@@ -256,14 +256,14 @@ def test_json_rows_must_be_alike(tmp_path, influence):
     refused(
         influence("merge", tmp_path / "bad.jsonl", "-o", tmp_path / "out.csv"),
         1,
-        "bad.jsonl can't be read past line 1",
+        "bad.jsonl can't be read after line 1",
         "expected query",
     )
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n{'no': json}\n")
     refused(
         influence("merge", tmp_path / "bad.jsonl", "-o", tmp_path / "out.csv"),
         1,
-        "bad.jsonl can't be read past line 1",
+        "bad.jsonl can't be read after line 1",
     )
 
 
@@ -280,7 +280,7 @@ def test_a_pair_that_comes_twice_is_refused_naming_both_parts(
     refused(
         result,
         1,
-        "training example 3 of query 2 stands in both",
+        "training example 3 of query 2 is in both",
         "one.csv",
         "two.csv",
         "each shard once",
@@ -331,11 +331,10 @@ def test_cached_shards_are_what_scoring_all_needs(run, tmp_path, influence):
 # ---------------------------------------------------------------- memory
 FLAT = """
 import resource, sys
-from influence_cli.output import tables
 from influence_cli.output import merge
 count = int(sys.argv[1])
-parts, columns = merge.open_parts(sys.argv[2:], sys.stdin)
-rows = sum(1 for _ in merge.merged(parts, columns, None))
+parts, columns = merge.open_tables(sys.argv[2:], sys.stdin)
+rows = sum(1 for _ in merge.merge_tables(parts, columns, None))
 print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

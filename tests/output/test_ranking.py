@@ -94,6 +94,29 @@ def test_parts_stay_with_their_pair(make):
             assert entry.parts == tuple(parts[:, query, entry.train])
 
 
+@given(SCORES, st.integers(1, 12), st.lists(st.integers(0, 59)), st.integers(1, 4))
+@pytest.mark.parametrize("full", [False, True])
+def test_merged_rankings_of_ranks_equal_one_ranking(full, scores, k, cuts, count):
+    """Each rank ranks every `count`-th block; rank 0 takes in the others' partial rankings."""
+    parts = np.array([[scores, scores[::-1]], [scores[::-1], scores]])
+    values = parts.sum(0)
+
+    def new_ranking():
+        return FullRanking(2, 2, run_bytes=2000) if full else TopRanking(2, 2, k)
+
+    ranks = [new_ranking() for _ in range(count)]
+    blocks = np.split(np.arange(len(scores)), sorted({cut % len(scores) for cut in cuts} - {0}))
+    for number, ids in enumerate(blocks):
+        ranks[number % count].add(ids, values[:, ids], parts[:, :, ids])
+    for rank in ranks[1:]:
+        for partial in rank.export_partials():
+            ranks[0].import_partial(partial)
+    for query in range(2):
+        assert found(ranks[0], query) == expected(values[query], None if full else k)
+        for entry in ranks[0].entries(query):
+            assert entry.parts == tuple(parts[:, query, entry.train])
+
+
 FLAT = """
 import resource, sys
 import numpy as np

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from influence_cli.errors import OutputError, UsageProblem
-from influence_cli.output import tables
+from influence_cli.output.columns import SCORE_COLUMNS, score_columns
+from influence_cli.output.tables import TableWriter
+from influence_cli.output.terminal import word_shares, word_style
 
 ROWS = [
     (0, "proponent", 1, 7, 0.1 + 0.2, "a", "b,c", 'say "hi"', "two\nlines"),
@@ -17,7 +19,7 @@ ROWS = [
 
 def text(format: str, rows=ROWS) -> str:
     out = io.StringIO()
-    tables.TableWriter(format, None, out).write(iter(rows), tables.SCORE_COLUMNS)
+    TableWriter(format, None, out).write(iter(rows), SCORE_COLUMNS)
     return out.getvalue()
 
 
@@ -26,7 +28,7 @@ def test_delimited_text_keeps_every_digit_and_every_character(format, delimiter)
     content = text(format)
     assert "\r" not in content
     head, *rows = csv.reader(io.StringIO(content), delimiter=delimiter)
-    assert tuple(head) == tables.SCORE_COLUMNS
+    assert tuple(head) == SCORE_COLUMNS
     assert [
         [type(value)(cell) for value, cell in zip(row, cells, strict=True)]
         for row, cells in zip(ROWS, rows, strict=True)
@@ -36,13 +38,13 @@ def test_delimited_text_keeps_every_digit_and_every_character(format, delimiter)
 def test_jsonl_keeps_numbers_as_numbers():
     rows = [json.loads(line) for line in text("jsonl").splitlines()]
     assert [tuple(row.values()) for row in rows] == ROWS
-    assert tuple(rows[0]) == tables.SCORE_COLUMNS
+    assert tuple(rows[0]) == SCORE_COLUMNS
 
 
 @pytest.mark.parametrize("rows", [ROWS, []])
 def test_parquet_has_typed_columns(tmp_path, rows):
     pq = pytest.importorskip("pyarrow.parquet")
-    tables.TableWriter.open(None, tmp_path / "x.parquet").write(iter(rows), tables.SCORE_COLUMNS)
+    TableWriter.open(None, tmp_path / "x.parquet").write(iter(rows), SCORE_COLUMNS)
     table = pq.read_table(tmp_path / "x.parquet")
     assert [tuple(row.values()) for row in table.to_pylist()] == rows
     assert str(table.schema.field("score").type) == "double"
@@ -64,12 +66,12 @@ def test_an_output_file_is_whole_or_not_there(tmp_path):
     target = tmp_path / "out.csv"
     target.write_text("before")
     with pytest.raises(RuntimeError):
-        tables.TableWriter.open("csv", target).write(broken(), tables.SCORE_COLUMNS)
+        TableWriter.open("csv", target).write(broken(), SCORE_COLUMNS)
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(OutputError, match="can't be written"):
-        tables.TableWriter("csv", tmp_path / "no" / "out.csv", io.StringIO()).write(
-            iter(ROWS), tables.SCORE_COLUMNS
+        TableWriter("csv", tmp_path / "no" / "out.csv", io.StringIO()).write(
+            iter(ROWS), SCORE_COLUMNS
         )
 
 
@@ -85,22 +87,22 @@ def test_the_format_follows_flag_then_file_then_terminal(tmp_path):
         (None, None, io.StringIO(), "csv"),
         ("tsv", tmp_path / "x.jsonl", io.StringIO(), "tsv"),
     ]:
-        assert tables.TableWriter.open(asked, output, stdout).format == expected
+        assert TableWriter.open(asked, output, stdout).format == expected
     with pytest.raises(UsageProblem, match="unknown"):
-        tables.TableWriter.open("xml", None)
+        TableWriter.open("xml", None)
     with pytest.raises(UsageProblem, match="binary"):
-        tables.TableWriter.open("parquet", None, Terminal())
+        TableWriter.open("parquet", None, Terminal())
 
 
 def test_words_are_coloured_by_their_share_of_the_pair():
-    columns = tables.score_columns("word")
+    columns = score_columns("word")
     rows = [
         (0, "proponent", 1, 7, "good", 3.0, "", "", "", ""),
         (0, "proponent", 1, 7, "film", -0.9, "", "", "", ""),
         (0, "proponent", 1, 7, "the", 0.1, "", "", "", ""),
         (0, "proponent", 2, 8, "film", 0.0, "", "", "", ""),
     ]
-    shares = tables.word_shares(rows, columns)
+    shares = word_shares(rows, columns)
     assert shares == [0.75, -0.225, 0.025, 0.0]
-    assert [tables._shade(share) for share in shares] == ["bold green", "red", "dim green", "dim"]
-    assert tables.word_shares(rows, tables.SCORE_COLUMNS) == []
+    assert [word_style(share) for share in shares] == ["bold green", "red", "dim green", "dim"]
+    assert word_shares(rows, SCORE_COLUMNS) == []

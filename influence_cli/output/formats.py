@@ -1,0 +1,132 @@
+"""Writes and reads tables as csv, tsv, jsonl and parquet.
+
+Rows are written and read one by one, so memory does not grow with the table.
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, Any
+
+from influence_cli.errors import UsageProblem
+from influence_cli.output.columns import FLOATS, IDS, WHOLE_NUMBERS, Row
+
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+LONGEST_CELL = 1 << 30  # characters; csv's own limit of 131,072 is too low for texts
+FIRST_ROWS = 1000  # of a parquet file: they decide whether ids are integers
+ROW_GROUP = 64_000  # rows of a parquet row group
+READ_BATCH = 1024  # rows of a parquet file in memory
+
+NumberedRow = tuple[int, list[Any]]  # line number, cells; Any: a number, a str or None
+
+
+def format_of(path: Path) -> str:
+    """The format of a file name's ending; csv for an unknown ending."""
+    return SUFFIXES.get(path.suffix.lower(), "csv")
+
+
+def require_pyarrow(subject: str) -> None:
+    """Raises UsageProblem if pyarrow is not installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UsageProblem(
+            f"{subject} needs pyarrow", "install it: pip install 'influence-cli[parquet]'"
+        )
+
+
+# ---------------------------------------------------------------- writing
+def write_rows(rows: Iterable[Row], columns: Sequence[str], format: str, file: IO[str]) -> None:
+    """Write the header and the rows. `format`: csv, tsv, jsonl or parquet."""
+    if format == "parquet":
+        write_parquet(iter(rows), columns, file)
+    elif format == "jsonl":
+        for row in rows:
+            file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+    else:
+        writer = csv.writer(file, delimiter=DELIMITERS[format], lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)  # csv writes the repr of a float: every digit
+
+
+def write_parquet(rows: Iterator[Row], columns: Sequence[str], file: IO[str]) -> None:
+    """A column of ids is int64 if the first rows hold integers there, else string."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first_rows = list(itertools.islice(rows, FIRST_ROWS))
+
+    def type_of(position: int, name: str) -> Any:  # Any: pyarrow has no types
+        if name in FLOATS:
+            return pa.float64()
+        holds_ids = name in IDS and all(isinstance(row[position], int) for row in first_rows)
+        return pa.int64() if holds_ids or name in WHOLE_NUMBERS else pa.string()
+
+    schema = pa.schema([(name, type_of(at, name)) for at, name in enumerate(columns)])
+    row_groups = iter(lambda: list(itertools.islice(rows, ROW_GROUP)), [])
+    file.flush()
+    binary = file.buffer  # type: ignore[attr-defined]  # IO[str] lacks it, text files have it
+    with pq.ParquetWriter(binary, schema) as writer:
+        for group in itertools.chain([first_rows], row_groups):
+            cells = [list(cells) for cells in zip(*group, strict=True)] or [[] for _ in columns]
+            writer.write_table(pa.table(cells, schema=schema))
+
+
+# ---------------------------------------------------------------- reading
+def read_rows(name: str, stdin: IO[str]) -> Iterator[NumberedRow]:
+    """The header, then the rows, of a file in the format of its name's ending.
+
+    `-` is csv from stdin. A broken file raises csv.Error, ValueError, AttributeError or OSError.
+    """
+    format = "csv" if name == "-" else format_of(Path(name))
+    if format == "parquet":
+        yield from read_parquet(Path(name))
+        return
+    with (
+        nullcontext(stdin) if name == "-" else Path(name).open(encoding="utf-8", newline="") as file
+    ):
+        yield from read_jsonl(file) if format == "jsonl" else read_csv(file, DELIMITERS[format])
+
+
+def read_csv(file: IO[str], delimiter: str) -> Iterator[NumberedRow]:
+    csv.field_size_limit(LONGEST_CELL)
+    reader = csv.reader(file, delimiter=delimiter)
+    for cells in reader:
+        yield reader.line_num, cells
+    if not reader.line_num:
+        raise ValueError("the file is empty; expected a header line")
+
+
+def read_jsonl(file: IO[str]) -> Iterator[NumberedRow]:
+    columns: list[str] = []
+    for line, text in enumerate(file, start=1):
+        row = json.loads(text)
+        if not columns:
+            columns = list(row)
+            yield 0, columns
+        if list(row) != columns:
+            raise ValueError(f"found {', '.join(row)}, expected {', '.join(columns)}")
+        yield line, list(row.values())
+
+
+def read_parquet(path: Path) -> Iterator[NumberedRow]:
+    require_pyarrow(f"{path}: parquet")
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        yield 0, list(file.schema_arrow.names)
+        rows = (
+            zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            for batch in file.iter_batches(batch_size=READ_BATCH)
+        )
+        for line, cells in enumerate(itertools.chain.from_iterable(rows), start=1):
+            yield line, list(cells)
