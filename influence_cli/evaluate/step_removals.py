@@ -39,7 +39,7 @@ from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.definition import describe_failure
 from influence_cli.run.replay import Drop, Replay
 from influence_cli.run.run import Run
-from influence_cli.run.trajectory import Trajectory
+from influence_cli.run.trajectory import Trajectory, missing_trajectory
 
 VERSION = 1  # of the results on file
 # a replay that ends so far from the saved checkpoint, of the way that training went, is another
@@ -95,12 +95,7 @@ def check(run: Run, start: Checkpoint, end: Checkpoint) -> Trajectory:
     """
     trajectory = run.trajectory
     if trajectory is None:
-        raise TrajectoryError(
-            "tsloo trains again along the recorded steps, and this run has no trajectory",
-            "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which "
-            "step size",
-            "--trajectory FILE names one elsewhere",
-        )
+        raise missing_trajectory("tsloo")
     if end.step > trajectory.steps:
         raise TrajectoryError(
             f"{trajectory.path.name} ends before {end.name}",

@@ -29,6 +29,7 @@ from influence_cli.run.definition import describe_failure
 from influence_cli.run.optimizer_state import read_state, state_path
 from influence_cli.run.optimizers import build_optimizers, describe_unknown_state, is_stateful
 from influence_cli.run.run import Run
+from influence_cli.run.trajectory import missing_trajectory
 
 Batch = Callable[
     [np.ndarray], Any
@@ -92,12 +93,7 @@ class Replay:
         Raises TrajectoryError: no trajectory; an optimizer that is unknown or takes other options.
         """
         if run.trajectory is None:
-            raise TrajectoryError(
-                "a replay needs the order of training, and this run has no trajectory",
-                "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at "
-                "which step size",
-                "--trajectory FILE names one elsewhere",
-            )
+            raise missing_trajectory("replay")
         self.trajectory = run.trajectory
         self._folder, self._definition, self._model, self._batch, self._size = (
             run.folder,

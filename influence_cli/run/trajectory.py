@@ -75,3 +75,14 @@ class Trajectory:
             if not group.names or set(names) & set(group.names):
                 return number
         return None
+
+
+def missing_trajectory(what: str) -> TrajectoryError:
+    """The one error of everything that needs the order of training. `what`: who needs it."""
+    return TrajectoryError(
+        f"{what} needs the order of training, and this run has no trajectory",
+        "expected: RUN/trajectory.jsonl, with the batch and the learning rate of each step",
+        "--trajectory FILE names one elsewhere; TrajectoryRecorder writes one:",
+        'with TrajectoryRecorder("RUN", model, optimizer, checkpoint_every=100) as recorder:',
+        "    for indices, batch in loader: ...; recorder.step(indices); optimizer.step()",
+    )

@@ -388,7 +388,7 @@ def test_a_recursion_that_runs_away_is_an_error_and_never_a_number(tmp_path, inf
         "\n".join([head, *(json.dumps(json.loads(line) | {"lr": 60.0}) for line in lines)]) + "\n"
     )
     result = dve(influence, run)
-    refused(result, 1, "ran away at step", "save checkpoints closer together", "--replay")
+    refused(result, 1, "diverged at step", "save checkpoints closer together", "--replay")
     assert result.out == ""
 
 
@@ -411,17 +411,17 @@ def headed(run, **changes):
 REFUSED_HEADERS = {
     "adam": (
         {"optimizer": {"name": "adam"}},
-        "going back over steps of adam takes both its moments",
-        "--replay gives them",
+        "needs the moment estimates of adam at every step",
+        "--replay recovers them",
     ),
     "adamw": (
         {"optimizer": {"name": "AdamW"}},
-        "going back over steps of adamw takes both its moments",
-        "--replay gives them",
+        "needs the moment estimates of adamw at every step",
+        "--replay recovers them",
     ),
     "another optimizer": (
         {"optimizer": {"name": "lion"}},
-        "can't go back over steps of lion",
+        "dve has no adjoint for steps of lion",
         "expected: sgd",
     ),
     "no optimizer": ({"optimizer": None}, "the header names no optimizer", '"name": "sgd"'),
@@ -539,6 +539,6 @@ def test_inspect_says_what_dve_would_take(tmp_path, influence):
     assert row.split()[3:7] == ["4", "5", "5", "0"]
     headed(run, optimizer={"name": "adam"})
     assert (
-        "for --method dve: trajectory.jsonl: going back over steps of adam takes both its moments"
+        "for --method dve: dve needs the moment estimates of adam at every step"
         in influence("inspect", run, "--lr", "1").err
     )

@@ -140,7 +140,7 @@ def test_a_replay_from_few_checkpoints_is_that_from_all(
         monkeypatch.setattr(replayed_steps, "STATE_BYTES", room)
         result = influence("score", few, *flags, "--cache", "none")
         found = of_steps(result)
-        assert "training that was run again came to 3 saved checkpoints" in result.err
+        assert "replay: it reproduced 3 saved checkpoints" in result.err
         largest = max(float(values.abs().max()) for values in wanted.values())
         assert (
             max(float((wanted[key] - found[key]).abs().max()) for key in wanted) < 1e-10 * largest
@@ -229,7 +229,7 @@ def test_a_training_that_was_not_as_recorded_is_refused_with_what_may_differ(tmp
     refused(
         unroll(influence, run, "--replay"),
         1,
-        "training does not come to checkpoints/step-000012",
+        "does not reproduce checkpoints/step-000012",
         "dropout, BatchNorm",
     )
 
@@ -339,6 +339,6 @@ def test_inspect_says_what_it_costs_in_trainings_and_no_gradients_of_training_ex
     result = influence("inspect", run, "--method", "unroll", "--replay", "--lr", "1")
     assert result.code == 0
     assert "trainings of its 12 steps for 5 queries, 1 of them to re-run the steps" in result.out
-    assert "both its moments" not in result.err
+    assert "moment estimates" not in result.err
     assert "  train" not in result.out.split("gradients")[1].split("setting")[0]
     assert "up to 4 steps" in unroll(influence, train(tmp_path / "sgd", every=4)).err

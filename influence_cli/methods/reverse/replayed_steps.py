@@ -109,20 +109,15 @@ class ReplayedSteps:
         distance = self.replay.relative_distance(checkpoint)
         if not distance <= FAR:
             raise TrajectoryError(
-                f"run again, training does not come to {checkpoint.name}: it ends {distance:.2g} "
-                "of the way there apart from it",
-                "a replay runs in eval mode, on the batches and step sizes of the trajectory; "
-                "training may have differed by",
-                "dropout, BatchNorm's batch statistics, data augmentation, another precision, the "
-                "state in optimizer/,",
-                "or steps that were not recorded as they were",
+                f"replaying the recorded steps does not reproduce {checkpoint.name}: relative "
+                f"distance {distance:.2g} (limit {FAR})",
+                "a replay runs in eval mode, with the trajectory's batches and learning rates",
+                "possible causes: dropout, BatchNorm's batch statistics, data augmentation, "
+                "another precision, the state in optimizer/, or steps that were recorded wrongly",
                 *(
                     []
                     if self.plan.adam
-                    else [
-                        "without --replay each segment has the gradients of the checkpoint before "
-                        "it"
-                    ]
+                    else ["without --replay, all steps use gradients of the previous checkpoint"]
                 ),
             )
         return distance
@@ -138,10 +133,10 @@ class ReplayedSteps:
         off = self.distances[worst]
         many = f"{len(self.distances)} saved checkpoint{'s' * (len(self.distances) != 1)}"
         if not off:
-            return f"replay: training that was run again came to {many} bit by bit"
+            return f"replay: it reproduced {many} bit for bit"
         said = (
-            f"replay: training that was run again came to {many}, each within {off:.2g} of the way "
-            f"since the one before (step {worst:,})"
+            f"replay: it reproduced {many}; the largest relative distance is {off:.2g} "
+            f"(step {worst:,})"
         )
         return (
             said

@@ -17,17 +17,7 @@ from influence_cli.run.optimizers import OPTIMIZERS, read_options
 from influence_cli.run.parameters import Column
 from influence_cli.run.replay import Moments
 from influence_cli.run.run import Run
-from influence_cli.run.trajectory import Trajectory
-
-NO_TRAJECTORY = (
-    "expected: RUN/trajectory.jsonl, which says what was trained on, when, and at which step size. "
-    "Three lines record it:",
-    "    with influence_cli.TrajectoryRecorder(RUN, model, optimizer, checkpoint_every=100) as "
-    "recorder:",
-    "        ...                                   # your training loop",
-    "        recorder.step(indices)                # before each optimizer.step()",
-    "--trajectory FILE names one elsewhere; --method tracin needs none",
-)
+from influence_cli.run.trajectory import Trajectory, missing_trajectory
 
 
 @dataclass(frozen=True)
@@ -151,9 +141,7 @@ def plan(
     """
     trajectory = run.trajectory
     if trajectory is None:
-        raise TrajectoryError(
-            f"{method} needs the order of training, and this run has no trajectory", *NO_TRAJECTORY
-        )
+        raise missing_trajectory(method)
     check_optimizer(trajectory, replay, method)
     if at is not None and at not in [checkpoint.step for checkpoint in checkpoints]:
         steps = listed([checkpoint.step for checkpoint in checkpoints], 20)
@@ -237,17 +225,15 @@ def check_optimizer(trajectory: Trajectory, replay: bool, method: str) -> None:
         )
     if trajectory.optimizer not in OPTIMIZERS:
         raise TrajectoryError(
-            f"{trajectory.path.name}: {method} can't go back over steps of {trajectory.optimizer}, "
-            "whose step has no adjoint here",
+            f"{trajectory.path.name}: {method} has no adjoint for steps of {trajectory.optimizer}",
             "expected: sgd (with momentum, nesterov, weight_decay), adam or adamw; --method tracin "
             "reads gradients alone",
         )
     if trajectory.optimizer != "sgd" and not replay:
         raise TrajectoryError(
-            f"{trajectory.path.name}: going back over steps of {trajectory.optimizer} takes both "
-            "its moments at every step",
-            "--replay gives them: it runs the recorded steps again; a frozen preconditioner is far "
-            "off, so none is used",
+            f"{method} needs the moment estimates of {trajectory.optimizer} at every step, and "
+            "checkpoints do not store them",
+            "--replay recovers them by re-running the recorded steps",
             "--method tracin reads gradients alone",
         )
     for number, group in enumerate(trajectory.groups):

@@ -278,12 +278,11 @@ def check_growth(start: Tensor, now: Tensor, step: int) -> None:
     if bad.any():
         growth = float((now[bad] / start[bad])[0])
         raise GradientError(
-            f"going back over training ran away at step {step}: what is carried grew {growth:.3g} "
-            "times",
-            "where the gradients of one checkpoint stand for all steps to the next, the step size "
-            "can be too large for that",
-            "--replay takes each gradient where its step was; or save checkpoints closer together, "
-            "or begin later (--steps)",
+            f"backpropagating through training diverged at step {step}: the query gradient grew "
+            f"{growth:,.0f}-fold",
+            "all steps between two checkpoints use gradients of the first one, and the learning "
+            "rate can be too large for that",
+            "use --replay, save checkpoints closer together, or begin later (--steps)",
         )
 
 
