@@ -132,7 +132,7 @@ class Hooks(Watcher):
         leading = (
             axis.dim == 0
             if rule.rows_first
-            else axis.dim < max(1, x.ndim - len(call.get("normalized_shape", (0,))))
+            else axis.dim < max(1, x.ndim - rule.feature_axes(call))
         )
         lookup = not x.is_floating_point()  # of an embedding every axis is a position
         if axis.dim != result.dim or {axis.inner, result.inner} == {False, True}:

@@ -122,6 +122,10 @@ def plain_sum(call: Arguments) -> bool:
     return is_matrix(call) and call.get("beta", 1) == 1 and call.get("alpha", 1) == 1
 
 
+def normalized_axes(call: Arguments) -> int:
+    return len(call["normalized_shape"])
+
+
 CONVOLUTION = Rule(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     convolution,
@@ -156,8 +160,14 @@ RULES: dict[Callable[..., Any], Rule] = {
         embedding,
         reads_only,
     ),
-    F.layer_norm: Rule(("input", "normalized_shape", "weight", "bias", "eps"), layer_norm),
-    F.rms_norm: Rule(("input", "normalized_shape", "weight", "eps"), rms_norm),
+    F.layer_norm: Rule(
+        ("input", "normalized_shape", "weight", "bias", "eps"),
+        layer_norm,
+        feature_axes=normalized_axes,
+    ),
+    F.rms_norm: Rule(
+        ("input", "normalized_shape", "weight", "eps"), rms_norm, feature_axes=normalized_axes
+    ),
     F.group_norm: Rule(
         ("input", "num_groups", "weight", "bias", "eps"), group_norm, rows_first=True
     ),

@@ -1,5 +1,6 @@
 """Every layer rule against batch-size-one autograd over random shapes, and which way each parameter goes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from influence_cli.gradients.convolution_rules import (
     per_example_by_groups,
     per_example_by_patches,
 )
+from influence_cli.gradients.layer_rules import RULES
 from tests import reference
 from tests.cases import Case, numbers, squared
 from tests.gradients.capturing import assert_equal, captured
@@ -276,6 +278,24 @@ def test_a_wrong_rule_is_not_used(monkeypatch):
     assert capture.others == ("weight", "bias")
     assert capture.why_not_hooked["weight"] == "its rule disagrees with autograd"
     assert_equal(result.forms, expected)
+
+
+@pytest.mark.parametrize("convolve", [F.conv1d, F.conv_transpose1d])
+def test_a_convolution_without_a_batch_axis_falls_back(convolve):
+    """A kernel of one number over an axis that holds the examples: no rule, but right gradients."""
+    made = Function(lambda self, x: convolve(x.T, self.w).T, w=(3, 3, 1))
+    result, expected, capture, notes = captured(Case(lambda: made, numbers(3)))
+    assert capture.others == ("w",)
+    assert capture.at_once
+    assert not notes
+    assert_equal(result.forms, expected)
+
+
+def test_the_page_on_layers_names_every_function_that_has_a_rule():
+    page = (Path(__file__).parents[2] / "docs" / "adding-a-layer.md").read_text()
+    listed = page.split("## Layers with a rule")[1]
+    names = {function.__name__.strip("_") for function in RULES}
+    assert not {name for name in names if f"`{name}`" not in listed}
 
 
 # ------------------------------------------------------------ convolutions in both ways
