@@ -22,8 +22,14 @@ from common import machine, opened
 from safetensors.torch import save_model
 
 from influence_cli.cache.quantize import as_stored, pack
-from influence_cli.diagnostics.fidelity import Fidelity, Sample, Way, exactly, projected
-from influence_cli.diagnostics.gradient_check import spread
+from influence_cli.diagnostics.fidelity import (
+    Fidelity,
+    KeepForm,
+    Sample,
+    keep_exact,
+    projected_by,
+)
+from influence_cli.diagnostics.finding import spread_evenly
 from influence_cli.gradients.form_ops import from_tensors
 from influence_cli.gradients.forms import Form, Projected
 from influence_cli.gradients.projection import Projection
@@ -136,7 +142,7 @@ def trained(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, rate / 10)
 
     def mean_loss(tensors: tuple[torch.Tensor, ...], most: int = 2000) -> float:
-        some = spread(len(tensors[0]), most)
+        some = spread_evenly(len(tensors[0]), most)
         with torch.no_grad():
             return float(space["loss"](model, [tensor[some] for tensor in tensors]).mean())
 
@@ -172,7 +178,7 @@ def sampled(run: Path, layers: list[str]) -> Sample:
     """Exact gradients of 20 queries and 200 training examples, evenly spread."""
     found = opened(run, "none", layers=layers)
     ids = {"train": range(len(found.run.train)), "query": range(len(found.run.query))}
-    return Sample.of(found.gradients, found.checkpoints, list(found.columns), ids)
+    return Sample.draw(found.gradients, found.checkpoints, list(found.columns), ids)
 
 
 # ---------------------------------------------------------------- projections
@@ -188,11 +194,13 @@ def projections(name: str, sample: Sample) -> dict[tuple[str, int], Fidelity]:
             for kind in KINDS[:-1]
             for numbers in SIZES
         }
-        ways: dict[tuple[str, int], Way] = {
-            key: projected(projection) for key, projection in maps.items()
+        ways: dict[tuple[str, int], KeepForm] = {
+            key: projected_by(projection) for key, projection in maps.items()
         }
         ways |= {(KINDS[-1], numbers): gaussian.way(numbers) for numbers in SIZES}
-        scores, _ = sample.scores({"exact": exactly} | {str(key): way for key, way in ways.items()})
+        scores, _ = sample.compute_scores(
+            {"exact": keep_exact} | {str(key): way for key, way in ways.items()}
+        )
         for key in ways:
             drawn[key].append(
                 sample.compare(str(key), scores[str(key)], scores["exact"], 0.0, maps.get(key))
@@ -226,7 +234,7 @@ class Gaussian:
             name: torch.randn(numbers, size, generator=random) for name, size in shapes.items()
         }
 
-    def way(self, numbers: int) -> Way:
+    def way(self, numbers: int) -> KeepForm:
         def keep(name: str, form: Form) -> Form:
             values = torch.cat([part @ self.maps[name][:numbers].T for _, part in form.parts()])
             return Projected(form.shape, values / numbers**0.5)
@@ -257,15 +265,15 @@ def stores(name: str, sample: Sample) -> None:
     heads += ("Pearson", "Spearman", "top-10 overlap")
     print(f"\n{name}, stored:\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for kind, before in {
-        "exact": exactly,
-        "tensor-sketch 256": projected(Projection("tensor-sketch", 256)),
+        "exact": keep_exact,
+        "tensor-sketch 256": projected_by(Projection("tensor-sketch", 256)),
     }.items():
-        ways: dict[str, Way] = {"as they are": before}
+        ways: dict[str, KeepForm] = {"as they are": before}
         for store in STORES:
             ways[f"{store}"] = stored(before, store)
             ways[f"{store}, tiny"] = stored(before, store, TINY)
             ways[f"{store}, bare"] = bare(before, store)
-        scores, _ = sample.scores(ways)
+        scores, _ = sample.compute_scores(ways)
         exact = scores["as they are"]
         for store in STORES:
             found, tiny, plain = (
@@ -289,12 +297,12 @@ def times(form: Form, factor: float) -> Form:
     return from_tensors(form.kind, form.shape, scaled)
 
 
-def stored(before: Way, store: torch.dtype, scale: float = 1.0) -> Way:
+def stored(before: KeepForm, store: torch.dtype, scale: float = 1.0) -> KeepForm:
     """As read after it was written; `scale`: the gradients are written that much smaller."""
     return lambda name, form: times(as_stored(times(before(name, form), scale), store), 1 / scale)
 
 
-def bare(before: Way, store: torch.dtype) -> Way:
+def bare(before: KeepForm, store: torch.dtype) -> KeepForm:
     """Gradients of 1e-12 cast to what is stored, as they would be without a scale."""
 
     def keep(name: str, form: Form) -> Form:
@@ -305,7 +313,7 @@ def bare(before: Way, store: torch.dtype) -> Way:
     return keep
 
 
-def bytes_of(sample: Sample, before: Way, store: torch.dtype) -> float:
+def bytes_of(sample: Sample, before: KeepForm, store: torch.dtype) -> float:
     """Of one training example's gradients, in the form in which the cache keeps them."""
     rows = next(iter(sample.read("train", sample.checkpoints[0], sample.train[:16])))
     packed = [

@@ -1,6 +1,15 @@
-"""influence check: are the gradients right, and is the cache whole?"""
+"""influence check: are the gradients correct, and is the cache complete?"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
+
+if TYPE_CHECKING:
+    from influence_cli.cli.opening import Opened
+    from influence_cli.diagnostics.finding import Finding
+
+SHOWN = 8  # names in a message
 
 
 @command("check", example="influence check my_run --layers head")
@@ -12,16 +21,15 @@ def check(
     format: options.Format = None,
     output: options.Output = None,
 ) -> None:
-    """Are the gradients right on this model, and is the cache whole? Exit code 1 where not.
+    """Are the gradients correct on this model, and is the cache complete? Exit code 1 if not.
 
-    Takes gradients of a few examples by the fast way and by plain autograd, in other batches,
-    again, and summed; reads every file of the cache. One row per check and parameter: the worst
-    error, relative, and the rounding that is allowed. With --project, or with a --store narrower
-    than the precision, scores of a sample of pairs are compared with exact ones: the error, and
-    what theory allows.
+    check computes gradients of a few examples by the fast path and by plain autograd, in other
+    batches, again, and summed. It reads every file of the cache. The table has one row per check
+    and parameter: the worst relative error, and the rounding error that is allowed. With --project,
+    or with a --store narrower than the precision, it compares the scores of a sample of pairs with
+    exact ones.
     """
     from influence_cli.cli import specs
-    from influence_cli.errors import InfluenceError
     from influence_cli.output.columns import CHECK_COLUMNS
     from influence_cli.output.tables import TableWriter
 
@@ -30,54 +38,60 @@ def check(
     target = specs.target(target_correlation)
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.diagnostics.fidelity import fidelity_findings
-    from influence_cli.diagnostics.gradient_check import findings
+    from influence_cli.diagnostics.cache_check import check_cache
+    from influence_cli.diagnostics.fidelity import check_fidelity
+    from influence_cli.diagnostics.gradient_check import check_gradients
 
     opened = open_shared(shared, create=False, searched=target is not None)
     ids = {
         "train": opened.ids("--train", train, "train"),
         "query": opened.ids("--queries", queries, "query"),
     }
-    columns = list(opened.columns)
-    results = findings(opened.gradients, opened.checkpoints, columns, ids)
-    results += fidelity_findings(
-        opened.gradients, opened.checkpoints, columns, ids, shared.projection, target
-    )
+    request = opened.gradients, opened.checkpoints, list(opened.columns), ids
+    findings = [
+        *check_gradients(*request),
+        *check_cache(opened.gradients, opened.checkpoints),
+        *check_fidelity(*request, shared.projection, target),
+    ]
     rows = [
         (f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note)
-        for f in results
+        for f in findings
     ]
     sink.write(rows, CHECK_COLUMNS)
-    frozen = [
-        name
-        for name, parameter in opened.run.model.module.named_parameters()
-        if not parameter.requires_grad
-    ]
+    note_frozen_parameters(opened)
+    raise_failures(findings)
+
+
+def note_frozen_parameters(opened: "Opened") -> None:
+    from influence_cli.errors import listed
+
+    parameters = opened.run.model.module.named_parameters()
+    frozen = [name for name, parameter in parameters if not parameter.requires_grad]
     if frozen:
-        opened.reporter.note(
-            f"{len(frozen)} frozen parameters have no gradients: "
-            f"{', '.join(frozen[:8])}{', ...' if len(frozen) > 8 else ''}"
+        names = listed(frozen, SHOWN)
+        opened.reporter.note(f"{len(frozen)} frozen parameters have no gradients: {names}")
+
+
+def raise_failures(findings: "Sequence[Finding]") -> None:
+    """Raises InfluenceError if a check failed. It names the failed checks and says what to do."""
+    from influence_cli.errors import InfluenceError
+
+    failed = [finding for finding in findings if not finding.passed]
+    if not failed:
+        return
+    details = [
+        f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}"
+        for f in failed[:SHOWN]
+    ]
+    if len(failed) > SHOWN:
+        details.append(f"and {len(failed) - SHOWN} more")
+    checks = {finding.check for finding in failed}
+    if "target" in checks:
+        details.append("the target needs a larger --project K: see the last row of the table")
+    if "cache" in checks:
+        details.append("delete a damaged cache file; the next command computes it again")
+    if checks - {"target", "cache"}:
+        details.append(
+            "do not trust scores of these parameters; leave a parameter out: --layers '!NAME'"
         )
-    failed = [f for f in results if not f.passed]
-    if failed:
-        raise InfluenceError(
-            f"{len(failed)} of {len(results)} checks failed",
-            *(
-                f"{f.check} of {f.split} examples: {f.subject}{f' ({f.note})' if f.note else ''}"
-                for f in failed[:8]
-            ),
-            *([f"and {len(failed) - 8} more"] if len(failed) > 8 else []),
-            *(
-                ["a target that is missed asks for a larger --project K; the last row names one"]
-                if any(f.check == "target" for f in failed)
-                else []
-            ),
-            *(
-                [
-                    "scores of these parameters can't be trusted; --layers '!NAME' leaves one out; "
-                    "a damaged cache file may be deleted"
-                ]
-                if any(f.check != "target" for f in failed)
-                else []
-            ),
-        )
+    raise InfluenceError(f"{len(failed)} of {len(findings)} checks failed", *details)

@@ -1,11 +1,8 @@
-"""influence inspect: a dry run. What is there, what it weighs, what it would cost, what would be
-reused.
-"""
+"""influence inspect: a dry run. It shows the run, its size, the cost, and what the cache has."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
@@ -16,9 +13,23 @@ from influence_cli.progress import format_bytes, format_duration
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.cli.opening import Opened
+    from influence_cli.diagnostics.cost_estimate import GradientCount, Speed
+    from influence_cli.diagnostics.fidelity import Fidelity
+    from influence_cli.methods.declaration import Method
 
-Row = tuple[str, ...]
-SECONDS = 1.5  # how long gradients are taken to measure their time
+Cells = tuple[str, ...]
+Titled = tuple[str, Cells, list[Cells]]  # title, heads and rows of a table
+CHECKPOINT_HEADS = ("step", "file", "size", "weight", "from")
+PARAMETER_HEADS = ("name", "layer", "shape", "way", "form", "bytes per example")
+GRADIENT_HEADS = ("split", "examples", "x checkpoints", "cached", "to compute", "to store")
+FIDELITY_HEADS = (
+    "kept", "numbers per example", "relative error", "expected below",
+    "Pearson", "Spearman", "top-10 overlap",
+)  # fmt: skip
+SETTING_HEADS = ("setting", "value")
+RIGHT_ALIGNED = {
+    "step", "size", "bytes per example", *GRADIENT_HEADS[1:], *FIDELITY_HEADS[1:],
+}  # fmt: skip
 
 
 @command("inspect", example="influence inspect my_run --layers head --store float16")
@@ -42,71 +53,39 @@ def inspect(
     """
     from influence_cli.cli import specs
     from influence_cli.cli.method_options import method_options, refuse_flags
-    from influence_cli.cli.opening import open_shared
-    from influence_cli.cli.requests import score_request
-    from influence_cli.extraction import machine
-    from influence_cli.output.tables import to_stdout
 
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     own_options = method_options(chosen, method_flags)
     refuse_flags(chosen, {"--project": shared.project is not None})
+
+    from influence_cli.cli.opening import open_shared
+    from influence_cli.extraction.machine import check_fits
+
     opened = open_shared(shared, trajectory, create=False, searched=target is not None)
     ids = {
         "train": opened.ids("--train", train, "train"),
         "query": opened.ids("--queries", queries, "query"),
     }
-    weights = checkpoint_rows(opened, lr, lr_weights)
+    checkpoints = checkpoint_cells(opened, lr, lr_weights)
     if not chosen.caches_train:
         del ids["train"]
-    lacking = {
-        split: opened.gradients.count_uncached(
-            split, [(point, wanted) for point in opened.checkpoints], list(opened.columns)
-        )
-        for split, wanted in ids.items()
-    }
-    measured = measure(opened, needs(opened, lacking)[0])
-    cells = gradient_rows(opened, ids, lacking)
-    kept = fidelity_rows(opened, ids, shared.projection, target) if "train" in ids else []
-    stdout = sys.__stdout__ or sys.stdout
-    with to_stdout(stdout), redirect_stdout(stdout):
-        show("checkpoints", ("step", "file", "size", "weight", "from"), weights)
-        show(
-            "parameters",
-            ("name", "layer", "shape", "way", "form", "bytes per example"),
-            parameter_rows(opened),
-        )
-        show(
-            "gradients",
-            ("split", "examples", "x checkpoints", "cached", "to compute", "to store"),
-            cells,
-        )
-        if kept:
-            heads = (
-                "kept",
-                "numbers per example",
-                "relative error",
-                "expected below",
-                "Pearson",
-                "Spearman",
-                "top-10 overlap",
-            )
-            show("scores of a sample of pairs, against exact ones", heads, kept)
-        settings = setting_rows(opened, lacking, measured)
-        if chosen.estimate_cost is not None:
-            request = score_request(
-                opened, chosen, own_options, range(0), ids["query"], sum_queries=sum_queries
-            )
-            settings.append((method, chosen.estimate_cost(opened.gradients, request)))
-        show("", ("setting", "value"), settings)
-    if not chosen.caches_train:
-        return
-    stored, memory = needs(opened, lacking)
-    machine.check_fits(opened.folder, stored, memory)
+    counts, settings = estimate(opened, ids)
+    tables = [
+        ("checkpoints", CHECKPOINT_HEADS, checkpoints),
+        ("parameters", PARAMETER_HEADS, parameter_cells(opened)),
+        ("gradients", GRADIENT_HEADS, gradient_cells(opened, counts)),
+    ]
+    if chosen.caches_train:
+        tables += fidelity_tables(opened, ids, shared.projection, target)
+    settings += method_cost_cells(opened, chosen, own_options, ids["query"], sum_queries)
+    print_tables([*tables, ("", SETTING_HEADS, settings)])
+    if chosen.caches_train:
+        check_fits(opened.folder, *total_needs(counts.values()))
 
 
-def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) -> list[Row]:
+def checkpoint_cells(opened: "Opened", lr: float | None, lr_weights: str | None) -> list[Cells]:
     from influence_cli.run.learning_rates import NoLearningRate
 
     weights = {checkpoint.step: ("unknown", "not found") for checkpoint in opened.checkpoints}
@@ -121,53 +100,110 @@ def checkpoint_rows(opened: "Opened", lr: float | None, lr_weights: str | None) 
     ]
 
 
-def parameter_rows(opened: "Opened") -> list[Row]:
-    known, ways = (
-        opened.gradients.budget.sizes("train", list(opened.columns)).forms,
-        opened.gradients.extractor.ways("train", list(opened.columns)),
-    )
+def parameter_cells(opened: "Opened") -> list[Cells]:
+    source, columns = opened.gradients, list(opened.columns)
+    forms = source.budget.sizes("train", columns).forms
+    ways = source.extractor.ways("train", columns)
     return [
         (
             " = ".join(column.names),
             column.layer,
             " x ".join(map(str, column.shape)) or "1",
             ways[name],
-            known[name][0],
-            format_bytes(known[name][1]),
+            forms[name][0],
+            format_bytes(forms[name][1]),
         )
         for name, column in opened.columns.items()
     ]
 
 
-def gradient_rows(opened: "Opened", ids: "dict[str, Ids]", lacking: dict[str, int]) -> list[Row]:
-    rows: list[Row] = []
-    for split, wanted in ids.items():
-        total, missing = len(wanted) * len(opened.checkpoints), lacking[split]
-        stored, _ = opened.gradients.budget.needs(split, list(opened.columns), missing)
-        rows.append(
-            (
-                split,
-                f"{len(wanted):,}",
-                f"{total:,}",
-                f"{total - missing:,}",
-                f"{missing:,}",
-                format_bytes(stored),
-            )
-        )
-    return rows + (method_rows(opened) if "train" in ids else [])
+def estimate(
+    opened: "Opened", ids: "dict[str, Ids]"
+) -> "tuple[dict[str, GradientCount], list[Cells]]":
+    """The gradients of each split, and what the missing ones cost."""
+    from influence_cli.diagnostics import cost_estimate
+
+    source, columns, folder = opened.gradients, list(opened.columns), opened.folder
+    counts = {}
+    for split, split_ids in ids.items():
+        ids_at = [(checkpoint, split_ids) for checkpoint in opened.checkpoints]
+        counts[split] = cost_estimate.count_gradients(source, split, ids_at, columns)
+    disk_bytes, _ = total_needs(counts.values())
+    speed = cost_estimate.measure_speed(source, opened.checkpoints[0], columns, folder, disk_bytes)
+    missing = sum(count.missing for count in counts.values())
+    seconds = cost_estimate.estimate_seconds(source, columns, speed, missing, disk_bytes)
+    peak = cost_estimate.estimate_peak_bytes(
+        source, columns, speed, counts["train"].missing if "train" in counts else 0
+    )
+    return counts, setting_cells(opened, disk_bytes, speed, seconds, peak)
 
 
-def method_rows(opened: "Opened") -> list[Row]:
-    """Of methods that read some rows only: what they would read, where the run has what they
-    need.
-    """
+def total_needs(counts: "Iterable[GradientCount]") -> tuple[int, int]:
+    """Bytes of disk for all splits, and bytes of memory for the largest."""
+    pairs = [(count.disk_bytes, count.memory_bytes) for count in counts]
+    return sum(disk for disk, _ in pairs), max(memory for _, memory in pairs)
+
+
+def setting_cells(
+    opened: "Opened", disk_bytes: int, speed: "Speed", seconds: float, peak: int
+) -> list[Cells]:
+    from influence_cli.diagnostics.cost_estimate import free_disk_bytes
+
+    source, columns, folder = opened.gradients, list(opened.columns), opened.folder
+    cache = "none: nothing is kept"
+    if folder is not None:
+        absent = "" if folder.exists() else " (not existing yet)"
+        needed, free = format_bytes(disk_bytes), format_bytes(free_disk_bytes(folder))
+        cache = f"{folder}{absent}, {needed} to store, {free} free"
+    precision, store = (
+        str(dtype).removeprefix("torch.")
+        for dtype in (source.settings.precision, source.settings.store)
+    )
+    batch = source.budget.batch_size("train", columns)
+    unit = source.budget.unit_size("train", columns, "values")
+    milliseconds = f"{speed.gradient_seconds * 1e3:.3g} ms per gradient"
+    disk_speed = f", {format_bytes(speed.disk_speed)}/s to disk" if speed.disk_speed else ""
+    return [
+        ("cache", cache),
+        ("precision", f"{precision}, stored as {store}"),
+        ("device", f"{source.device}, batches of {batch}, units of {unit}"),
+        ("memory", f"about {format_bytes(peak)} at most while gradients are computed"),
+        ("time to compute", f"about {format_duration(seconds)} ({milliseconds}{disk_speed})"),
+    ]
+
+
+def method_cost_cells(
+    opened: "Opened", method: "Method", own_options: object, queries: "Ids", sum_queries: bool
+) -> list[Cells]:
+    """What the method itself costs, if it can tell."""
     from influence_cli.cli.requests import score_request
+
+    if method.estimate_cost is None:
+        return []
+    request = score_request(opened, method, own_options, range(0), queries, sum_queries=sum_queries)
+    return [(method.name, method.estimate_cost(opened.gradients, request))]
+
+
+def gradient_cells(opened: "Opened", counts: "dict[str, GradientCount]") -> list[Cells]:
+    cells = [count_cells(split, count) for split, count in counts.items()]
+    return cells + (method_cells(opened) if "train" in counts else [])
+
+
+def count_cells(name: str, count: "GradientCount") -> Cells:
+    cached = count.total - count.missing
+    numbers = count.examples, count.total, cached, count.missing
+    return (name, *(f"{number:,}" for number in numbers), format_bytes(count.disk_bytes))
+
+
+def method_cells(opened: "Opened") -> list[Cells]:
+    """The gradients of methods that read some rows only, if the run has what they need."""
+    from influence_cli.cli.requests import score_request
+    from influence_cli.diagnostics.cost_estimate import count_gradients
     from influence_cli.errors import InfluenceError
 
     if opened.run.trajectory_path is None:
         return []
-    rows: list[Row] = []
-    columns = list(opened.columns)
+    cells: list[Cells] = []
     for name, method in METHODS.items():
         if method.list_rows is None:
             continue
@@ -177,197 +213,66 @@ def method_rows(opened: "Opened") -> list[Row]:
         except InfluenceError as error:
             opened.reporter.note(f"for --method {name}: {error.headline}")
             continue
-        total = sum(len(ids) for _, ids in ids_at)
-        missing = opened.gradients.count_uncached("train", ids_at, columns)
-        stored, _ = opened.gradients.budget.needs("train", columns, missing)
-        examples = len({int(index) for _, ids in ids_at for index in ids})
-        counts = f"{examples:,}", f"{total:,}", f"{total - missing:,}", f"{missing:,}"
-        rows.append((f"train, for {name}", *counts, format_bytes(stored)))
-    return rows
+        count = count_gradients(opened.gradients, "train", ids_at, list(opened.columns))
+        cells.append(count_cells(f"train, for {name}", count))
+    return cells
 
 
-def fidelity_rows(
+def fidelity_tables(
     opened: "Opened", ids: "dict[str, Ids]", kind: str | None, target: float | None
-) -> list[Row]:
-    """What is kept, and, with a target, projections up to the one that reaches it."""
-    from influence_cli.diagnostics.fidelity import chosen_kind, fidelity, search
+) -> list[Titled]:
+    """The kept gradients; with a target also projections up to the first that reaches it.
 
-    columns = list(opened.columns)
-    results = fidelity(opened.gradients, opened.checkpoints, columns, ids)
+    No table if the gradients are exact and there is no target.
+    """
+    from influence_cli.diagnostics import fidelity
+
+    source, columns = opened.gradients, list(opened.columns)
+    results = fidelity.measure_fidelity(source, opened.checkpoints, columns, ids)
     if target is not None:
-        tried = search(
-            opened.gradients,
-            opened.checkpoints,
-            columns,
-            ids,
-            chosen_kind(opened.gradients, kind),
-            target,
-        )
-        reached = tried[-1].reached >= target
+        tried = fidelity.search_projection(source, opened.checkpoints, columns, ids, kind, target)
+        last = tried[-1]
+        reached = "is the smallest tried that reaches"
+        missed = "is the largest tried and does not reach"
         opened.reporter.note(
-            f"{tried[-1].kept} "
-            f"{'is the first to reach' if reached else 'is the last tried, and does not reach'} "
-            f"{target}"
+            f"{last.kept} {reached if last.reached >= target else missed} {target}"
         )
         results += tried
-    exact = opened.gradients.exact().budget.sizes("train", columns).example_bytes(columns)
-    if results and results[-1].numbers * opened.gradients.settings.store.itemsize > exact:
+    exact_bytes = source.exact().budget.sizes("train", columns).example_bytes(columns)
+    if results and results[-1].numbers * source.settings.store.itemsize > exact_bytes:
         opened.reporter.note(
-            f"{results[-1].kept} keeps more than exact gradients in their cheapest form, {exact:,} "
-            "bytes an example, do"
+            f"{results[-1].kept} stores more than exact gradients, which take {exact_bytes:,} "
+            "bytes per example"
         )
-    return [
-        (
-            f.kept,
-            f"{f.numbers:,}",
-            f"{f.error:.4f}",
-            f"{f.allowed:.4f}",
-            f"{f.pearson:.4f}",
-            f"{f.spearman:.4f}",
-            f"{f.overlap:.2f}",
-        )
-        for f in results
-    ]
+    cells = [fidelity_cells(result) for result in results]
+    title = "scores of a sample of pairs, against exact ones"
+    return [(title, FIDELITY_HEADS, cells)] if cells else []
 
 
-def setting_rows(opened: "Opened", lacking: dict[str, int], measured: "Measured") -> list[Row]:
-    import shutil
-
-    def name(dtype: object) -> str:
-        return str(dtype).removeprefix("torch.")
-
-    gradients, folder, columns = opened.gradients, opened.folder, list(opened.columns)
-    place, stored = "none: nothing is kept", 0
-    if folder is not None:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        stored, _ = needs(opened, lacking)
-        place = (
-            f"{folder}{'' if folder.exists() else ' (not existing yet)'}, {format_bytes(stored)} "
-            f"to store, {format_bytes(shutil.disk_usage(existing).free)} free"
-        )
-    seconds = sum(lacking.values()) * measured.seconds
-    if (
-        measured.disk
-    ):  # a unit is written while the next is computed; the last has nothing to hide behind
-        last = gradients.budget.needs("train", columns, 1)[0] * gradients.budget.unit_size(
-            "train", columns, "values"
-        )
-        seconds = (
-            max(seconds + stored * measured.beside, stored / measured.disk)
-            + min(stored, last) / measured.disk
-        )
-    units = (
-        gradients.budget.needs("train", columns, lacking.get("train", 0))[1]
-        - gradients.budget.needs("train", columns, 0)[1]
-    )
-    batch, unit = (
-        gradients.budget.batch_size("train", columns),
-        gradients.budget.unit_size("train", columns, "values"),
-    )
-    return [
-        ("cache", place),
-        (
-            "precision",
-            f"{name(gradients.settings.precision)}, stored as {name(gradients.settings.store)}",
-        ),
-        ("device", f"{gradients.device}, batches of {batch}, units of {unit}"),
-        (
-            "memory",
-            f"about {format_bytes(measured.peak + units)} at most while gradients are computed",
-        ),
-        (
-            "time to compute",
-            f"about {format_duration(seconds)} ({measured.seconds * 1e3:.3g} ms per "
-            f"gradient{measured.disk_speed})",
-        ),
-    ]
+def fidelity_cells(result: "Fidelity") -> Cells:
+    figures = result.error, result.allowed, result.pearson, result.spearman
+    numbers = (f"{figure:.4f}" for figure in figures)
+    return (result.kept, f"{result.numbers:,}", *numbers, f"{result.overlap:.2f}")
 
 
-def needs(opened: "Opened", lacking: dict[str, int]) -> tuple[int, int]:
-    """Bytes on disk, and bytes of memory at work, of what is to be computed."""
-    both = [
-        opened.gradients.budget.needs(split, list(opened.columns), count)
-        for split, count in lacking.items()
-    ]
-    return sum(stored for stored, _ in both), max(memory for _, memory in both)
+def print_tables(tables: Sequence[Titled]) -> None:
+    from influence_cli.output.tables import to_stdout
+
+    stdout = sys.__stdout__ or sys.stdout
+    with to_stdout(stdout), redirect_stdout(stdout):
+        for title, heads, rows in tables:
+            print_table(title, heads, rows)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Seconds per gradient, peak bytes of this process so far, bytes per second of the cache's disk
-    (0: not measured), and by how many seconds a byte that is written slows down what is computed
-    beside it.
-    """
-
-    seconds: float
-    peak: int
-    disk: float = 0.0
-    beside: float = 0.0
-
-    @property
-    def disk_speed(self) -> str:
-        return f", {format_bytes(self.disk)}/s to disk" if self.disk else ""
-
-
-def measure(opened: "Opened", stored: int) -> Measured:
-    """Batches of training examples for about two seconds at the first checkpoint, and 128 MB of
-    zeros to the cache's disk, in the way in which `stored` bytes are written, beside more of
-    them.
-    """
-    import time
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numpy as np
-
-    from influence_cli.cache.store import DIRECT_FROM
-    from influence_cli.extraction import machine
-
-    gradients, names, first = opened.gradients, list(opened.columns), opened.checkpoints[0]
-    batch, total = gradients.budget.batch_size("train", names), len(opened.run.train)
-
-    def take(going_on: Callable[[], bool]) -> tuple[float, int]:
-        started, done = time.perf_counter(), 0
-        while not done or going_on():
-            ids = np.arange(done % total, min(done % total + batch, total))
-            gradients.extractor.rows_at(first, "train", names, ids)
-            done += len(ids)
-        return time.perf_counter() - started, done
-
-    gradients.extractor.rows_at(
-        first, "train", names, np.arange(min(batch, total))
-    )  # loads, checks and warms up
-    until = time.perf_counter() + SECONDS
-    elapsed, done = take(lambda: time.perf_counter() < until)
-    seconds, peak = elapsed / done, machine.peak_memory()
-    if opened.folder is None:
-        return Measured(seconds, peak)
-    with ThreadPoolExecutor(1) as thread:
-        writing = thread.submit(machine.disk_speed, opened.folder, stored > DIRECT_FROM)
-        elapsed, done = take(lambda: not writing.done())
-    return Measured(
-        seconds, peak, writing.result(), max(0.0, elapsed - done * seconds) / machine.TRIAL_BYTES
-    )
-
-
-def show(title: str, heads: Row, rows: Sequence[Row]) -> None:
-    """A plain table, the same in a terminal and in a pipe; numbers to the right."""
-    numeric = {
-        "step",
-        "size",
-        "bytes per example",
-        "numbers per example",
-        "examples",
-        "x checkpoints",
-        "cached",
-        "to compute",
-        "to store",
-    }
-    numeric |= {"relative error", "expected below", "Pearson", "Spearman", "top-10 overlap"}
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    for row in ((title,), heads, *rows) if title else rows:
+def print_table(title: str, heads: Cells, rows: Sequence[Cells]) -> None:
+    """A plain table, the same in a terminal and in a pipe. No title: no heads."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    if title:
+        print(title)
+    for row in (heads, *rows) if title else rows:
         cells = [
-            cell.rjust(w) if head in numeric else cell.ljust(w)
-            for cell, w, head in zip(row, widths, heads, strict=False)
+            cell.rjust(width) if head in RIGHT_ALIGNED else cell.ljust(width)
+            for cell, width, head in zip(row, widths, heads, strict=True)
         ]
-        print("  ".join(cells).rstrip() if row == (title,) else "  " + "  ".join(cells).rstrip())
+        print("  " + "  ".join(cells).rstrip())
     print()

@@ -1,11 +1,10 @@
-"""How far projected gradients, and numbers stored in few bits, are from exact ones: on a sample of
-the run's own pairs.
+"""Measures how scores from projected or narrowly stored gradients differ from exact ones.
 
-A pair's score here is the inner product of its gradients, summed over parameters and over the
-checkpoints looked at. Sampled examples are taken exactly, a few at a time, and multiplied as they
-are, as they would be projected, and as they would be read from disk.
+It computes the scores of a sample of the run's own pairs three times: from exact gradients, from
+projected ones, and from what the cache would return. The score here is the inner product of two
+gradients, summed over parameters and over the sampled checkpoints.
 
-N train, Q query.
+Shape letters: N train, Q query, C columns (parameters).
 """
 
 import dataclasses
@@ -19,31 +18,29 @@ import torch
 from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.quantize import STORE_EPS, as_stored
-from influence_cli.diagnostics.gradient_check import Finding, spread
+from influence_cli.diagnostics.finding import CHECKPOINTS, Finding, spread_evenly
 from influence_cli.evaluate.correlation import pearson, spearman
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.projection import Projection
 from influence_cli.run.checkpoints import Checkpoint
 
-TRAIN, QUERIES, CHECKPOINTS, TOP = 200, 20, 3, 10
-QUERY_BYTES = 1 << 30  # exact gradients of the sampled queries; at least two
-STEP = 16  # training examples held at once
-LADDERS = (
-    (16, 32, 64, 128, 256, 512),
-    (1024, 2048, 4096, 8192),
-)  # K that are tried; the second where the first are not enough
-SQUARES = ((16, 64, 256, 1024), (4096, 16384))
+TRAIN, QUERIES, TOP = 200, 20, 10  # sampled training examples and queries; highest scores compared
+QUERY_BYTES = 1 << 30  # exact gradients of the sampled queries in memory; at least two queries
+STEP = 16  # training examples whose exact gradients are in memory
+# the K that a search tries; the second group if the first does not reach the target
+LADDERS = ((16, 32, 64, 128, 256, 512), (1024, 2048, 4096, 8192))
+SQUARE_LADDERS = ((16, 64, 256, 1024), (4096, 16384))  # kronecker needs squares
 
-Way = Callable[[str, Form], Form]  # of a column: how its gradients are kept
+KeepForm = Callable[[str, Form], Form]  # (column, exact gradients) -> the gradients that are kept
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How scores from stored gradients differ from exact ones.
+    """How scores S' from kept gradients differ from exact scores S.
 
-    `error`: |S' - S| / |S| over all pairs. `allowed`: the most that is expected. The others are
-    means over the queries; nan where no query's scores vary.
+    `error`: |S' - S| / |S| over all pairs. `allowed`: the error that theory allows. The other
+    figures are means over the queries; nan if no query's scores vary.
     """
 
     kept: str
@@ -51,13 +48,13 @@ class Fidelity:
     allowed: float
     pearson: float
     spearman: float
-    overlap: float  # of the ten highest
+    overlap: float  # share of the ten highest scores
     pairs: tuple[int, int]
-    numbers: int  # of one example, as dense gradients
+    numbers: int  # per example, as dense gradients
 
     @property
     def reached(self) -> float:
-        """The smaller of the two correlations; of scores that do not vary at all 0."""
+        """The smaller of the two correlations; 0 if the scores do not vary."""
         return min(0.0 if math.isnan(value) else value for value in (self.pearson, self.spearman))
 
     def __str__(self) -> str:
@@ -80,53 +77,57 @@ class Sample:
     queries: np.ndarray
 
     @classmethod
-    def of(
+    def draw(
         cls,
         gradients: GradientSource,
         checkpoints: Sequence[Checkpoint],
         columns: Sequence[str],
         ids: Mapping[str, Ids],
     ) -> "Sample":
-        numbers = sum(gradients.run.columns[name].numel for name in columns) * max(
-            4, gradients.settings.precision.itemsize
-        )
-        most = max(2, min(QUERIES, QUERY_BYTES // numbers))
-        chosen = tuple(checkpoints[i] for i in spread(len(checkpoints), CHECKPOINTS))
-        train, queries = (
-            np.array([ids[s][i] for i in spread(len(ids[s]), n)])
-            for s, n in (("train", TRAIN), ("query", most))
-        )
-        return cls(gradients.exact(), chosen, tuple(columns), train, queries)
+        """Evenly spread training examples, queries and checkpoints."""
+        itemsize = max(4, gradients.settings.precision.itemsize)
+        query_bytes = sum(gradients.run.columns[name].numel for name in columns) * itemsize
+        most_queries = max(2, min(QUERIES, QUERY_BYTES // query_bytes))
 
-    def scores(self, ways: Mapping[str, Way]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Of each way (Q, N) float64 scores; and for each column (columns, Q, N) the products of
-        the norms, summed over checkpoints.
+        def sample_ids(split: str, most: int) -> np.ndarray:
+            return np.array([ids[split][i] for i in spread_evenly(len(ids[split]), most)])
+
+        return cls(
+            gradients.exact(),
+            tuple(checkpoints[i] for i in spread_evenly(len(checkpoints), CHECKPOINTS)),
+            tuple(columns),
+            sample_ids("train", TRAIN),
+            sample_ids("query", most_queries),
+        )
+
+    def compute_scores(
+        self, keeps: Mapping[str, KeepForm]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The (Q, N) float64 scores of each way to keep gradients; and (C, Q, N) products of norms,
+        summed over checkpoints.
         """
-        scores = {way: np.zeros((len(self.queries), len(self.train))) for way in ways}
-        norms = np.zeros((len(self.columns), len(self.queries), len(self.train)))
-        with self.gradients.reporter.progress(
-            "exact gradients to compare with", len(self.checkpoints) * len(self.train)
-        ) as advance:
+        scores = {key: np.zeros((len(self.queries), len(self.train))) for key in keeps}
+        norms_CQN = np.zeros((len(self.columns), len(self.queries), len(self.train)))
+        total = len(self.checkpoints) * len(self.train)
+        with self.gradients.reporter.progress("exact gradients to compare with", total) as advance:
             for checkpoint in self.checkpoints:
                 queries = concat_rows(list(self.read("query", checkpoint, self.queries)))
                 kept = {
-                    way: {name: keep(name, queries.forms[name]).ready() for name in self.columns}
-                    for way, keep in ways.items()
+                    key: {name: keep(name, queries.forms[name]).ready() for name in self.columns}
+                    for key, keep in keeps.items()
                 }
                 for first in range(0, len(self.train), STEP):
                     at = slice(first, first + STEP)
                     rows = concat_rows(list(self.read("train", checkpoint, self.train[at])))
-                    for way, keep in ways.items():
+                    for key, keep in keeps.items():
                         for name in self.columns:
-                            scores[way][:, at] += (
-                                keep(name, rows.forms[name]).dot(kept[way][name]).double().T.numpy()
-                            )
-                    for k, name in enumerate(self.columns):
-                        norms[k, :, at] += np.sqrt(
-                            np.outer(queries.sqnorms[name], rows.sqnorms[name])
-                        )
+                            products_NQ = keep(name, rows.forms[name]).dot(kept[key][name])
+                            scores[key][:, at] += products_NQ.double().T.numpy()
+                    for number, name in enumerate(self.columns):
+                        squares_QN = np.outer(queries.sqnorms[name], rows.sqnorms[name])
+                        norms_CQN[number, :, at] += np.sqrt(squares_QN)
                     advance(len(rows.ids))
-        return scores, norms
+        return scores, norms_CQN
 
     def read(self, split: str, checkpoint: Checkpoint, ids: np.ndarray) -> Iterator[GradientRows]:
         for first in range(0, len(ids), STEP):
@@ -137,85 +138,78 @@ class Sample:
     def compare(
         self,
         kept: str,
-        approximate: np.ndarray,
-        exact: np.ndarray,
-        expected: float,
+        approximate_QN: np.ndarray,
+        exact_QN: np.ndarray,
+        allowed: float,
         projection: Projection | None,
     ) -> Fidelity:
-        """`expected`: the norm of the differences that is to be expected at most."""
+        """`allowed`: the norm of the differences that theory allows."""
         settings = dataclasses.replace(self.gradients.settings, projection=projection)
         numbers = sum(settings.width(self.gradients.run.columns[name]) for name in self.columns)
-        scale = float(np.linalg.norm(exact)) or 1e-300
-        top = min(TOP, exact.shape[1])
-        shared = [
-            len(set(np.argsort(-a)[:top]) & set(np.argsort(-b)[:top])) / top
-            for a, b in zip(approximate, exact, strict=True)
-        ]
-        linear, ranked = (
-            mean([of(a, b) for a, b in zip(approximate, exact, strict=True)])
-            for of in (pearson, spearman)
-        )
-        error = float(np.linalg.norm(approximate - exact)) / scale
+        scale = float(np.linalg.norm(exact_QN)) or 1e-300
+        pairs = list(zip(approximate_QN, exact_QN, strict=True))
         return Fidelity(
             kept,
-            error,
-            expected / scale,
-            linear,
-            ranked,
-            float(np.mean(shared)),
-            exact.shape,
+            float(np.linalg.norm(approximate_QN - exact_QN)) / scale,
+            allowed / scale,
+            mean_without_nan([pearson(a, b) for a, b in pairs]),
+            mean_without_nan([spearman(a, b) for a, b in pairs]),
+            float(np.mean([top_overlap(a, b) for a, b in pairs])),
+            exact_QN.shape,
             numbers,
         )
 
 
-def fidelity(
+def top_overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """The share of the highest scores that two rows have in common."""
+    top = min(TOP, len(a))
+    return len(set(np.argsort(-a)[:top]) & set(np.argsort(-b)[:top])) / top
+
+
+def mean_without_nan(values: Sequence[float]) -> float:
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(np.mean(numbers)) if numbers else math.nan
+
+
+def measure_fidelity(
     gradients: GradientSource,
     checkpoints: Sequence[Checkpoint],
     columns: Sequence[str],
     ids: Mapping[str, Ids],
 ) -> list[Fidelity]:
-    """What the run's projection does to exact scores, and what it does as it is stored; nothing
-    where both are exact.
+    """The run's projection compared with exact scores, and the same as the cache stores it.
+
+    Empty if the run neither projects nor stores in fewer bits.
     """
     settings = gradients.settings
-    projection, narrow = (
-        settings.projection,
-        STORE_EPS[settings.store] > STORE_EPS[settings.precision],
-    )
+    projection = settings.projection
+    narrow = STORE_EPS[settings.store] > STORE_EPS[settings.precision]
     if projection is None and not narrow:
         return []
-    sample = Sample.of(gradients, checkpoints, columns, ids)
-    project = projected(projection) if projection else exactly
-    ways: dict[str, Way] = {
-        "exact": exactly,
+    sample = Sample.draw(gradients, checkpoints, columns, ids)
+    project = projected_by(projection) if projection else keep_exact
+    keeps: dict[str, KeepForm] = {
+        "exact": keep_exact,
         "projected": project,
         "stored": lambda name, form: as_stored(project(name, form), settings.store),
     }
-    scores, norms = sample.scores(ways)
+    scores, norms_CQN = sample.compute_scores(keeps)
+    name = f"{projection.kind} {projection.numbers}" if projection else ""
+    spread = projection_spread(projection, sample, norms_CQN) if projection else 0.0
     results = []
     if projection:
-        expected = spread_of(projection, sample, norms)
         results.append(
-            sample.compare(
-                f"{projection.kind} {projection.numbers}",
-                scores["projected"],
-                scores["exact"],
-                expected,
-                projection,
-            )
+            sample.compare(name, scores["projected"], scores["exact"], spread, projection)
         )
     if narrow:
-        expected = 8 * STORE_EPS[settings.store] * float(np.linalg.norm(norms.sum(0)))
-        expected += spread_of(projection, sample, norms) if projection else 0.0
         dtype = str(settings.store).removeprefix("torch.")
-        kept = f"{projection.kind} {projection.numbers} in {dtype}" if projection else dtype
-        results.append(
-            sample.compare(kept, scores["stored"], scores["exact"], expected, projection)
-        )
+        allowed = 8 * STORE_EPS[settings.store] * float(np.linalg.norm(norms_CQN.sum(0))) + spread
+        kept = f"{name} in {dtype}" if projection else dtype
+        results.append(sample.compare(kept, scores["stored"], scores["exact"], allowed, projection))
     return results
 
 
-def fidelity_findings(
+def check_fidelity(
     gradients: GradientSource,
     checkpoints: Sequence[Checkpoint],
     columns: Sequence[str],
@@ -223,96 +217,79 @@ def fidelity_findings(
     kind: str | None,
     target: float | None,
 ) -> list[Finding]:
-    """As rows of `influence check`: what is kept, against what theory allows and against the
-    target; and the smallest K that reaches it.
+    """The findings of `check`: compares the kept gradients with theory and with the target
+    correlation, and names the smallest K that reaches the target.
     """
-    rows = []
-    for kept in fidelity(gradients, checkpoints, columns, ids):
-        rows.append(Finding("fidelity", "pairs", kept.kept, kept.error, kept.allowed, str(kept)))
+    findings = []
+    for kept in measure_fidelity(gradients, checkpoints, columns, ids):
+        findings.append(
+            Finding("fidelity", "pairs", kept.kept, kept.error, kept.allowed, str(kept))
+        )
         if target is not None:
-            rows.append(
-                Finding(
-                    "target",
-                    "pairs",
-                    kept.kept,
-                    1 - kept.reached,
-                    1 - target,
-                    f"correlation {kept.reached:.4f}, asked {target}",
-                )
+            note = f"correlation {kept.reached:.4f}, target {target}"
+            findings.append(
+                Finding("target", "pairs", kept.kept, 1 - kept.reached, 1 - target, note)
             )
     if target is not None:
-        tried = search(gradients, checkpoints, columns, ids, chosen_kind(gradients, kind), target)
-        note = "the first that reaches it" if tried[-1].reached >= target else "the last tried"
-        rows.append(
-            Finding(
-                "target",
-                "pairs",
-                f"{tried[-1].kept}: {note}",
-                1 - tried[-1].reached,
-                1 - target,
-                str(tried[-1]),
-            )
+        last = search_projection(gradients, checkpoints, columns, ids, kind, target)[-1]
+        result = "the first that reaches it" if last.reached >= target else "the last tried"
+        subject = f"{last.kept}: {result}"
+        findings.append(
+            Finding("target", "pairs", subject, 1 - last.reached, 1 - target, str(last))
         )
-    return rows
+    return findings
 
 
-def chosen_kind(gradients: GradientSource, kind: str | None) -> str:
-    return kind or (
-        gradients.settings.projection.kind if gradients.settings.projection else "tensor-sketch"
-    )
-
-
-def search(
+def search_projection(
     gradients: GradientSource,
     checkpoints: Sequence[Checkpoint],
     columns: Sequence[str],
     ids: Mapping[str, Ids],
-    kind: str,
+    kind: str | None,
     target: float,
 ) -> list[Fidelity]:
     """Projections of rising K, up to the first whose Spearman and Pearson correlations both reach
-    the target, or to the last tried.
+    the target, or to the last K.
+
+    `kind` None: that of the run, else tensor-sketch.
     """
-    sample, results = Sample.of(gradients, checkpoints, columns, ids), []
-    seed = gradients.settings.projection.seed if gradients.settings.projection else 0
-    for ladder in SQUARES if kind == "kronecker" else LADDERS:
-        maps = [Projection(kind, numbers, seed) for numbers in ladder]
-        ways: dict[str, Way] = {"exact": exactly} | {
-            projection.key: projected(projection) for projection in maps
-        }
-        scores, norms = sample.scores(ways)
-        for projection in maps:
-            kept, expected = f"{kind} {projection.numbers}", spread_of(projection, sample, norms)
+    sample, results = Sample.draw(gradients, checkpoints, columns, ids), []
+    current = gradients.settings.projection
+    kind = kind or (current.kind if current else "tensor-sketch")
+    for ladder in SQUARE_LADDERS if kind == "kronecker" else LADDERS:
+        projections = [Projection(kind, k, current.seed if current else 0) for k in ladder]
+        keeps: dict[str, KeepForm] = {"exact": keep_exact}
+        keeps |= {projection.key: projected_by(projection) for projection in projections}
+        scores, norms_CQN = sample.compute_scores(keeps)
+        for projection in projections:
+            name = f"{kind} {projection.numbers}"
+            spread = projection_spread(projection, sample, norms_CQN)
             results.append(
-                sample.compare(kept, scores[projection.key], scores["exact"], expected, projection)
+                sample.compare(name, scores[projection.key], scores["exact"], spread, projection)
             )
             if results[-1].reached >= target:
                 return results
     return results
 
 
-def exactly(name: str, form: Form) -> Form:
+def keep_exact(name: str, form: Form) -> Form:
     return form
 
 
-def projected(projection: Projection) -> Way:
+def projected_by(projection: Projection) -> KeepForm:
     return lambda name, form: projection(name, form)[1]
 
 
-def spread_of(projection: Projection, sample: Sample, norms: np.ndarray) -> float:
-    """Twice the standard deviation that theory allows the differences of all pairs together, and
-    rounding: what is kept exactly is multiplied in another form.
+def projection_spread(projection: Projection, sample: Sample, norms_CQN: np.ndarray) -> float:
+    """Twice the standard deviation that theory allows for the differences of all pairs together,
+    plus rounding error.
+
+    Rounding: a product of gradients that are kept exactly uses another form than the exact one.
     """
     shapes = [sample.gradients.run.columns[name].shape for name in sample.columns]
-    spreads = np.array([projection.spread(shape) for shape in shapes])[:, None, None] * norms
-    eps = STORE_EPS[
-        torch.float64 if sample.gradients.settings.precision == torch.float64 else torch.float32
-    ]
-    return 2 * float(np.sqrt(np.square(spreads).sum())) + 8 * eps * float(
-        np.linalg.norm(norms.sum(0))
-    )
-
-
-def mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
+    spreads_C = np.array([projection.spread(shape) for shape in shapes])
+    spreads_CQN = spreads_C[:, None, None] * norms_CQN
+    double = sample.gradients.settings.precision == torch.float64
+    eps = STORE_EPS[torch.float64 if double else torch.float32]
+    rounding = 8 * eps * float(np.linalg.norm(norms_CQN.sum(0)))
+    return 2 * float(np.sqrt(np.square(spreads_CQN).sum())) + rounding

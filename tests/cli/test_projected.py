@@ -536,7 +536,7 @@ def test_check_fails_where_the_target_is_missed_and_names_the_smallest_size(
         "ok"
     }
     assert "target of pairs examples: tensor-sketch 16" in result.err
-    assert "asks for a larger --project K" in result.err
+    assert "the target needs a larger --project K" in result.err
     assert (
         influence("check", run, "--project", str(wanted), "--target-correlation", "0.99").code == 0
     )
@@ -551,7 +551,7 @@ def test_a_target_without_a_projection_looks_for_one(run, gradients, influence):
 
 
 def test_inspect_shows_what_a_projection_does(run, gradients, influence, monkeypatch):
-    monkeypatch.setattr("influence_cli.cli.inspect.SECONDS", 0.01)
+    monkeypatch.setattr("influence_cli.diagnostics.cost_estimate.SECONDS", 0.01)
     result = influence("inspect", run, "--project", "16", "--cache", "none")
     assert result.code == 0, result.err
     lines = [line.split() for line in result.out.splitlines()]

@@ -10,7 +10,12 @@ import torch
 
 from influence_cli.cli.opening import Opened, open_shared
 from influence_cli.cli.options import Shared
-from influence_cli.diagnostics.fidelity import Fidelity, fidelity, fidelity_findings, search
+from influence_cli.diagnostics.fidelity import (
+    Fidelity,
+    check_fidelity,
+    measure_fidelity,
+    search_projection,
+)
 from influence_cli.gradients.projection import KINDS
 from tests import reference
 from tests.conftest import build_run
@@ -142,7 +147,7 @@ def looked_at(run) -> list[tuple[dict, dict]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_figures_are_those_of_explicit_matrices(kind, run, looked_at):
     of = opened(run, project=16, projection=kind, seed=2)
-    [found] = fidelity(*asked(of))
+    [found] = measure_fidelity(*asked(of))
     assert found.kept == f"{kind} 16"
     assert found.pairs == (20, 200)
     assert found.numbers == 4 * 16 + 12 + 7 + 3  # of 65, 60, 84 and 21 numbers; the biases
@@ -172,7 +177,7 @@ def test_the_error_that_theory_allows(run, looked_at):
         for name in sizes
     }
     for kind, variance in variances.items():
-        [found] = fidelity(*asked(opened(run, project=16, projection=kind)))
+        [found] = measure_fidelity(*asked(opened(run, project=16, projection=kind)))
         expected = 2 * math.sqrt(
             variance * sum((value**2).sum() for value in norms.values()) / (exact**2).sum()
         )
@@ -183,7 +188,7 @@ def test_the_error_that_theory_allows(run, looked_at):
 def test_errors_stay_below_what_is_allowed(kind, run):
     for numbers in (4, 16, 49):
         for seed in (0, 1, 2):
-            [found] = fidelity(
+            [found] = measure_fidelity(
                 *asked(opened(run, project=numbers, projection=kind, seed=seed, steps="12:"))
             )
             assert 0.01 * found.allowed < found.error < found.allowed, (numbers, seed)
@@ -192,7 +197,7 @@ def test_errors_stay_below_what_is_allowed(kind, run):
 def test_a_store_is_compared_with_what_it_stores(run, looked_at):
     """Projected, then int8: the first row is the projection's against exact scores, the second what is read back, against the same."""
     of = opened(run, cache=str(run / "elsewhere"), project=16, store="int8")
-    projection, store = fidelity(*asked(of))
+    projection, store = measure_fidelity(*asked(of))
     assert not any(run.rglob("0*.safetensors"))  # a look, that keeps nothing
     before = scores(looked_at, "tensor-sketch", 16)
     assert reported(projection) == pytest.approx(figures(before, scores(looked_at)), rel=1e-9)
@@ -218,7 +223,7 @@ def rounded(kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("store", ["float32", "float16", "bfloat16", "int8"])
 def test_narrower_stores_of_exact_gradients_are_reported(store, run):
     digits = {"float32": 24, "float16": 11, "bfloat16": 8, "int8": 7}[store]
-    [found] = fidelity(*asked(opened(run, cache=str(run / "elsewhere"), store=store)))
+    [found] = measure_fidelity(*asked(opened(run, cache=str(run / "elsewhere"), store=store)))
     assert found.kept == store
     assert found.numbers == 65 + 60 + 84 + 21 + 12 + 7 + 3
     assert 0.001 < found.error * 2**digits < 4
@@ -226,22 +231,24 @@ def test_narrower_stores_of_exact_gradients_are_reported(store, run):
 
 
 def test_nothing_is_reported_where_nothing_is_lost(run, tmp_path):
-    assert fidelity(*asked(opened(run))) == []
-    assert fidelity(*asked(opened(run, cache=str(tmp_path / "a"), store="float64"))) == []
-    assert fidelity(*asked(opened(run, cache=str(tmp_path / "b"), precision="float32"))) == []
+    assert measure_fidelity(*asked(opened(run))) == []
+    assert measure_fidelity(*asked(opened(run, cache=str(tmp_path / "a"), store="float64"))) == []
     assert (
-        fidelity(
+        measure_fidelity(*asked(opened(run, cache=str(tmp_path / "b"), precision="float32"))) == []
+    )
+    assert (
+        measure_fidelity(
             *asked(opened(run, cache=str(tmp_path / "c"), precision="float32", store="float64"))
         )
         == []
     )
-    assert fidelity_findings(*asked(opened(run)), None, None) == []
+    assert check_fidelity(*asked(opened(run)), None, None) == []
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_a_projection_that_keeps_every_parameter_exactly_is_within_its_bound(precision, run):
     """Not of error 0: the same numbers are multiplied in another form."""
-    found = fidelity_findings(*asked(opened(run, project=4096, precision=precision)), None, None)
+    found = check_fidelity(*asked(opened(run, project=4096, precision=precision)), None, None)
     assert [finding.passed for finding in found] == [True]
     assert found[0].allowed < (1e-4 if precision == "float32" else 1e-12)
 
@@ -254,7 +261,7 @@ def test_scores_that_do_not_vary_correlate_with_nothing(tmp_path):
             "return 0 * model(batch[0]).sum(1)",
         ),
     )
-    [found] = fidelity(*asked(opened(build_run(tmp_path / "run", flat), project=4)))
+    [found] = measure_fidelity(*asked(opened(build_run(tmp_path / "run", flat), project=4)))
     assert found.reached == 0
     assert math.isnan(found.pearson)
     assert found.error == 0
@@ -271,11 +278,11 @@ def test_the_smallest_size_is_the_first_whose_correlations_both_reach_the_target
             break
     assert len(by_hand) in (2, 3)  # neither the first nor one that keeps all exactly
     of = opened(run, project=8, seed=1)  # its kind and size are not those searched for, its seed is
-    found = search(*asked(of), "sparse", target)
+    found = search_projection(*asked(of), "sparse", target)
     assert [one.kept for one in found] == [f"sparse {numbers}" for numbers, *_ in by_hand]
     for one, (_, *wanted) in zip(found, by_hand, strict=True):
         assert (one.error, one.pearson, one.spearman) == pytest.approx(tuple(wanted), rel=1e-9)
-    last = fidelity_findings(*asked(of), "sparse", target)[-1]
+    last = check_fidelity(*asked(of), "sparse", target)[-1]
     assert last.check == "target"
     assert last.subject == f"sparse {by_hand[-1][0]}: the first that reaches it"
     assert last.passed
@@ -298,12 +305,13 @@ WIDE = replaced(
 def test_ladders_go_on_until_all_is_exact(kind, expected, tmp_path):
     """A weight of 2,000 numbers: 1,024 are too few for such a target, and 2,048 keep it as it is."""
     of = opened(build_run(tmp_path / "run", WIDE))
-    found = fidelity_findings(*asked(of), kind, 0.99999)
+    found = check_fidelity(*asked(of), kind, 0.99999)
     assert [finding.subject for finding in found] == [
         f"{kind or 'tensor-sketch'} {expected}: the first that reaches it"
     ]
     sizes = [
-        int(one.kept.split()[1]) for one in search(*asked(of), kind or "tensor-sketch", 0.99999)
+        int(one.kept.split()[1])
+        for one in search_projection(*asked(of), kind or "tensor-sketch", 0.99999)
     ]
     if kind == "kronecker":
         assert sizes == [16, 64, 256, 1024, 4096]
@@ -323,7 +331,7 @@ def test_a_target_out_of_reach_fails_at_the_last_size(kind, last, tmp_path):
         ),
     )
     of = opened(build_run(tmp_path / "run", large, steps=(10,)), layers=["up", "out"])
-    [found] = fidelity_findings(*asked(of), kind, 0.999999)
+    [found] = check_fidelity(*asked(of), kind, 0.999999)
     assert found.subject == f"{kind} {last}: the last tried"
     assert not found.passed
     assert found.allowed == pytest.approx(1e-6)
@@ -331,12 +339,12 @@ def test_a_target_out_of_reach_fails_at_the_last_size(kind, last, tmp_path):
 
 def test_a_target_judges_what_is_kept_too(run):
     of = opened(run, project=16)
-    found = fidelity_findings(*asked(of), None, 0.99)
+    found = check_fidelity(*asked(of), None, 0.99)
     assert [(finding.check, finding.subject.split(":")[0]) for finding in found[:2]] == [
         ("fidelity", "tensor-sketch 16"),
         ("target", "tensor-sketch 16"),
     ]
-    kept = fidelity(*asked(of))[0]
+    kept = measure_fidelity(*asked(of))[0]
     assert not found[1].passed
     assert found[1].error == pytest.approx(1 - min(kept.pearson, kept.spearman))
     assert found[2].passed
