@@ -293,12 +293,12 @@ EMPTY_NAMES = {
 LONG_FUNCTIONS = {
     
     
-    "evaluate.step_removals.rows", "gradients.curvature.verify",
+    "gradients.curvature.verify",
     "methods.reverse.embedding_store._identify", "methods.reverse.embedding_store.ensure",
     "methods.reverse.segments.plan",
 }  # fmt: skip
 LONG_FILES = {
-    "evaluate.step_removals", "gradients.capture", "gradients.curvature",
+    "gradients.capture", "gradients.curvature",
     "gradients.projection", "methods.reverse.embedding_store",
     "methods.reverse.unroll_scores",
 }  # fmt: skip

@@ -1,7 +1,7 @@
-"""What a method says that leaving an example out of one step would do: the part of its score that
-is about that step.
+"""What a method predicts for leaving an example out of one step: the part of its score that is
+about that step.
 
-R removals, Q queries.
+Shape letters: R removals, P parts of a score, Q queries, N training examples.
 """
 
 import dataclasses
@@ -17,101 +17,86 @@ from influence_cli.output.ranking import Entry, Ranking
 
 
 class Removal(NamedTuple):
-    """All entries of an example in one step."""
+    """All occurrences of an example in one step."""
 
     step: int
     example: int
 
 
-class PredictedEffects(Ranking):
-    """Not ranked: every score as it came."""
+class UnrankedScores(Ranking):
+    """Keeps every score in memory, in the order of arrival."""
 
     def __init__(self, queries: int, parts: int) -> None:
         super().__init__(queries, parts)
-        self._ids = np.empty(0, np.int64)
-        self._all = np.empty((1 + parts, queries, 0))  # scores, then their parts
+        self._ids_N = np.empty(0, np.int64)
+        self._scores_PQN = np.empty((1 + parts, queries, 0))  # part 0 is the complete score
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
-        totals = (
-            scores[None]
-            if parts is None or not self.parts
-            else np.concatenate([scores[None], parts])
-        )
-        self._ids, self._all = (
-            np.concatenate([self._ids, ids]),
-            np.concatenate([self._all, totals], axis=2),
-        )
+        block_PQN = scores[None]
+        if self.parts and parts is not None:
+            block_PQN = np.concatenate([block_PQN, parts])
+        self._ids_N = np.concatenate([self._ids_N, ids])
+        self._scores_PQN = np.concatenate([self._scores_PQN, block_PQN], axis=2)
 
     def entries(self, query: int) -> Iterator[Entry]:
-        for at in np.argsort(self._ids, kind="stable"):
-            scores = self._all[:, query, at].tolist()
-            yield Entry(
-                "opponent" if scores[0] < 0 else "proponent",
-                1 + int(at),
-                int(self._ids[at]),
-                scores[0],
-                tuple(scores[1:]),
-            )
+        """By training id; ranks count arrivals."""
+        for at in np.argsort(self._ids_N, kind="stable"):
+            score, *parts = self._scores_PQN[:, query, at].tolist()
+            kind = "opponent" if score < 0 else "proponent"
+            yield Entry(kind, 1 + int(at), int(self._ids_N[at]), score, tuple(parts))
 
-    def of(self, example: int, part: int) -> np.ndarray:
-        """(Q,) the score of an example, or a part of it counted from 1."""
-        return self._all[part, :, np.flatnonzero(self._ids == example)[0]]
+    def score_of(self, example: int, part: int) -> np.ndarray:
+        """(Q,) the score of an example (part 0), or a part of it, counted from 1."""
+        return self._scores_PQN[part, :, np.flatnonzero(self._ids_N == example)[0]]
 
 
-def scores(
-    gradients: GradientSource, method: Method, question: ScoreRequest, removals: Sequence[Removal]
+def predict_effects(
+    source: GradientSource, method: Method, request: ScoreRequest, removals: Sequence[Removal]
 ) -> np.ndarray:
-    """(R, Q). Of the score by step where the method has it; else of the part of the checkpoint from
-    which the step went on; else all.
+    """(R, Q): the part of the score for the step, if the method has parts by step.
+
+    Else the part of the checkpoint before the step, else the complete score.
     """
     by = next((part for part in ("step", "checkpoint") if part in method.parts), None)
     examples = np.unique([removal.example for removal in removals])
-    question = dataclasses.replace(question, train=examples, by=by)
-    names = [part_of(removal, question) for removal in removals]
-    return np.concatenate(
-        [
-            of_answer(answer, removals, names)
-            for answer in method.score(gradients, question, PredictedEffects)
-        ],
-        axis=1,
-    )
+    request = dataclasses.replace(request, train=examples, by=by)
+    parts = [part_name(removal, request) for removal in removals]
+    results = method.score(source, request, UnrankedScores)
+    return np.concatenate([select_parts(scored, removals, parts) for scored in results], axis=1)
 
 
-def part_of(removal: Removal, question: ScoreRequest) -> str | None:
-    """The name of the part that is about this removal: its step, or the checkpoint before it (the
-    first, where none is).
+def part_name(removal: Removal, request: ScoreRequest) -> str | None:
+    """The part that is about this removal: its step, or the checkpoint before it (the first one if
+    no checkpoint is before it).
     """
-    if question.by == "checkpoint":
-        steps = [checkpoint.step for checkpoint in question.checkpoints]
+    if request.by == "checkpoint":
+        steps = [checkpoint.step for checkpoint in request.checkpoints]
         return str(steps[max(0, int(np.searchsorted(steps, removal.step, side="right")) - 1)])
-    return str(removal.step) if question.by == "step" else None
+    return str(removal.step) if request.by == "step" else None
 
 
-def of_answer(
-    answer: ScoredQueries, removals: Sequence[Removal], names: Sequence[str | None]
+def select_parts(
+    scored: ScoredQueries, removals: Sequence[Removal], names: Sequence[str | None]
 ) -> np.ndarray:
-    """(R, Q) of the queries of one answer. An example that stood in a step several times has
-    several parts there; they add.
+    """(R, Q) parts of the scores of some queries.
+
+    An example that occurs several times in a step has several parts there; they are added.
     """
-    ranking = answer.ranking
-    assert isinstance(ranking, PredictedEffects)
-    if answer.split is None:
-        parts = [0 if name is None else 1 + answer.parts.index(name) for name in names]
-        return np.array(
-            [
-                ranking.of(removal.example, part)
-                for removal, part in zip(removals, parts, strict=True)
-            ]
-        )
-    effects = np.zeros((len(removals), ranking.queries))
+    ranking = scored.ranking
+    assert isinstance(ranking, UnrankedScores)
+    pairs = list(zip(removals, names, strict=True))
+    if scored.split is None:
+        parts = [0 if name is None else 1 + scored.parts.index(name) for name in names]
+        examples = [removal.example for removal in removals]
+        return np.array([ranking.score_of(*pair) for pair in zip(examples, parts, strict=True)])
+    effects_RQ = np.zeros((len(removals), ranking.queries))
     for query in range(ranking.queries):
         entries = list(ranking.entries(query))
         sums: dict[tuple[int, str], float] = {}
-        for entry, pieces in zip(entries, answer.split(query, entries), strict=True):
-            for part, score in pieces:
+        for entry, parts_of_entry in zip(entries, scored.split(query, entries), strict=True):
+            for part, score in parts_of_entry:
                 sums[entry.train, part] = sums.get((entry.train, part), 0.0) + score
-        effects[:, query] = [
-            sums.get((removal.example, name or ""), 0.0)
-            for removal, name in zip(removals, names, strict=True)
+        effects_RQ[:, query] = [
+            sums.get((removal.example, name or ""), 0.0) for removal, name in pairs
         ]
-    return effects
+    return effects_RQ

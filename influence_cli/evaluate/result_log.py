@@ -1,6 +1,4 @@
-"""Results of long work, a JSON object a line, appended as they come: stopped at any moment, what is
-there counts the next time.
-"""
+"""A log of finished results, one JSON object per line. A later run continues it."""
 
 import json
 import os
@@ -11,15 +9,16 @@ from influence_cli.errors import CacheError
 from influence_cli.storage.atomic import LineLog, report_disk_errors
 
 
-class Results:
-    """`records`: those on file, then those added. Without a file they are in memory only."""
+class ResultLog:
+    """`records`: those of the file, then the added ones. No file: in memory only."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises CacheError for a file that can't be read. A last line without its end, of a
-        process that was killed, is dropped.
+        """Drops an incomplete last line, which a killed process left.
+
+        Raises CacheError for a file that can't be read.
         """
         self._path = path
-        self.records: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []  # Any: JSON
         if path is None or not path.is_file():
             return
         with report_disk_errors(path.parent):
@@ -33,11 +32,12 @@ class Results:
             except ValueError as error:
                 raise CacheError(
                     f"{path} line {number} can't be read: {error}",
-                    "delete the file; its results are taken again",
+                    "delete the file; the same command computes its results again",
                 ) from error
             self.records.append(record)
 
     def add(self, record: dict[str, Any]) -> None:
+        """Append a record to the file and to `records`."""
         self.records.append(record)
         if self._path is not None:
             with report_disk_errors(self._path.parent):

@@ -1,18 +1,21 @@
-"""Trajectory-specific leave-one-out (Wang et al. 2024, arXiv:2412.09538): one example is left out
-of one recorded step, training goes on from there to its end, and what that did to each query is
-compared with what the scores said.
+"""Measures what leaving one example out of one recorded step does (Wang et al. 2024,
+arXiv:2412.09538).
 
-truth[r, q] = m(theta' of removal r, q) - m(theta, q), both at the end; m is the query's loss, or
--measure where the definition has one. Above 0: the example was a proponent, without it the loss is
-higher. m(theta) is that of a replay of the whole run.
+Training continues from that step to its end without the example. The measured effects are compared
+with the scores (evaluate/agreement.py).
 
-R removals, Q queries.
+effects[r, q] = m(theta' of removal r, q) - m(theta, q), both at the end; m is the query's loss, or
+-measure if the definition has one. An effect above 0: the example was a proponent, without it the
+loss is higher. m(theta) is that of a replay of the complete run.
+
+Shape letters: R removals, Q queries.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +30,10 @@ from influence_cli.errors import (
     UsageProblem,
     is_out_of_memory,
 )
-from influence_cli.evaluate.correlation import interval, pearson, spearman
-from influence_cli.evaluate.declaration import EvaluationRequest
-from influence_cli.evaluate.predicted_effects import Removal, scores
-from influence_cli.evaluate.result_log import Results
+from influence_cli.evaluate.agreement import agreement_rows, root_mean_square
+from influence_cli.evaluate.declaration import EvaluationRequest, Row
+from influence_cli.evaluate.predicted_effects import Removal, predict_effects
+from influence_cli.evaluate.result_log import ResultLog
 from influence_cli.evaluate.tsloo import TslooOptions
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.table import METHODS
@@ -41,11 +44,11 @@ from influence_cli.run.replay import Drop, Replay
 from influence_cli.run.run import Run
 from influence_cli.run.trajectory import Trajectory, missing_trajectory
 
-VERSION = 1  # of the results on file
-# a replay that ends so far from the saved checkpoint, of the way that training went, is another
-# training
-FAR = 0.01
-ABOVE_NOISE = 10  # effects smaller than so many times the noise are rounding in part
+VERSION = 1  # of the stored results
+LARGE_DISTANCE = 0.01  # from a replay to the saved checkpoint, relative to the way of training
+ABOVE_NOISE = 10  # effects below this multiple of the noise are partly rounding error
+
+Record = dict[str, Any]  # Any: a line of the result log; keys: see measure_baseline, retrain
 
 
 def options_of(request: EvaluationRequest) -> TslooOptions:
@@ -53,45 +56,44 @@ def options_of(request: EvaluationRequest) -> TslooOptions:
     return request.options
 
 
-def evaluate(gradients: GradientSource, request: EvaluationRequest) -> Iterator[tuple[Any, ...]]:
-    """A row per method and query, then its `mean` over queries and all pairs `pooled`. Notes say
-    the intervals of the means.
+def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Row]:
+    """One row per method and query, then the method's `mean` over queries and all pairs `pooled`.
+
+    Notes give the intervals of the means.
     """
-    run, reporter, options = gradients.run, gradients.reporter, options_of(request)
+    run, reporter, options = source.run, source.reporter, options_of(request)
     start, end = run.checkpoints[0], request.checkpoints[-1]
-    trajectory = check(run, start, end)
-    size = gradients.budget.batch_size("train", list(run.columns))
-    replay = Replay(run, lambda ids: gradients.extractor.batch("train", ids)[0], size)
+    trajectory = check_trajectory(run, start, end)
+    size = source.budget.batch_size("train", list(run.columns))
+    replay = Replay(run, lambda ids: source.extractor.batch("train", ids)[0], size)
     replay.begin(start)
     for note in trajectory.notes:
         reporter.note(note)
-    removals = sample(trajectory, range(start.step, end.step), options.removals, request.seed)
+    steps = range(start.step, end.step)
+    removals = draw_removals(trajectory, steps, options.removals, request.seed)
     if len(removals) < options.removals:
         reporter.note(
-            f"--removals {options.removals}: examples and steps make {len(removals)}, all of them "
-            "are removed"
+            f"the run has only {len(removals)} occurrences (step, example), fewer than --removals "
+            f"{options.removals}; tsloo removes each of them"
         )
     predicted = {
-        name: scores(gradients, METHODS[name], question, removals)
-        for name, question in request.requests.items()
+        name: predict_effects(source, METHODS[name], score_request, removals)
+        for name, score_request in request.requests.items()
     }
-    results = Results(
-        request.folder / "evaluate" / f"tsloo-{digest(gradients, request, start, end)}.jsonl"
-        if request.folder
-        else None
-    )
-    retrain(gradients, replay, end, removals, request, results)
-    base = next(record for record in results.records if "values" in record)
-    done = truths(results)
-    truth = np.array([done[removal] for removal in removals])
-    noise = np.abs(np.array(base["again"]) - np.array(base["values"]))
-    say(reporter, base, end, truth, noise)
-    return rows(gradients, request, predicted, truth, noise)
+    log = ResultLog(log_path(source, request, start, end))
+    retrain(source, replay, end, removals, request, log)
+    baseline = find_baseline(log)
+    assert baseline is not None
+    measured = measured_effects(log)
+    effects_RQ = np.array([measured[removal] for removal in removals])
+    noise_Q = np.abs(np.array(baseline["again"]) - np.array(baseline["values"]))
+    note_limits(reporter, baseline, end, effects_RQ, noise_Q)
+    return agreement_rows(source, request, predicted, effects_RQ, noise_Q)
 
 
-def check(run: Run, start: Checkpoint, end: Checkpoint) -> Trajectory:
-    """Raises TrajectoryError: no trajectory, or one that ends too early; UsageProblem where no step
-    was recorded between the two.
+def check_trajectory(run: Run, start: Checkpoint, end: Checkpoint) -> Trajectory:
+    """Raises TrajectoryError: no trajectory, or one that ends too early; UsageProblem if no step
+    was recorded between the two checkpoints.
     """
     trajectory = run.trajectory
     if trajectory is None:
@@ -99,46 +101,49 @@ def check(run: Run, start: Checkpoint, end: Checkpoint) -> Trajectory:
     if end.step > trajectory.steps:
         raise TrajectoryError(
             f"{trajectory.path.name} ends before {end.name}",
-            f"it has the steps 0 to {trajectory.steps - 1:,}; a checkpoint of step "
-            f"{trajectory.steps:,} is the last it can explain",
-            "--steps leaves later checkpoints out; or the trajectory is of another run",
+            f"it records steps 0 to {trajectory.steps - 1:,}, so it explains checkpoints up to "
+            f"step {trajectory.steps:,}",
+            "leave out later checkpoints with --steps, or give the trajectory of this run with "
+            "--trajectory FILE",
         )
     if end.step == start.step:
         raise UsageProblem(
-            "no step lies between the first checkpoint of the run and the last one selected: both "
-            f"are {end.name}",
-            "expected: a checkpoint to train from and a later one, as those of step 0 and of the "
-            "last step",
+            "no step lies between the first checkpoint of the run and the last selected one",
+            f"found: both are {end.name}",
+            "select a later checkpoint with --steps",
         )
     return trajectory
 
 
-def sample(trajectory: Trajectory, steps: range, number: int, seed: int) -> list[Removal]:
-    """The first `number` of one fixed order of all (step, example): more of them later are these
-    and others.
+def draw_removals(trajectory: Trajectory, steps: range, number: int, seed: int) -> list[Removal]:
+    """The first `number` of one random order of all (step, example) pairs.
+
+    A larger number adds pairs and keeps these.
     """
-    members = [np.unique(trajectory.lines[step].examples) for step in steps]
-    ends = np.cumsum([len(some) for some in members])
+    examples_at = [np.unique(trajectory.lines[step].examples) for step in steps]
+    ends = np.cumsum([len(examples) for examples in examples_at])
     if not len(ends) or not ends[-1]:
         raise UsageProblem(
             f"{trajectory.path.name}: steps {steps.start} to {steps.stop - 1} have no examples",
-            "nothing can be left out",
+            "tsloo has nothing to remove",
+            "select other checkpoints with --steps",
         )
     removals = []
     for at in np.random.default_rng(seed).permutation(ends[-1])[:number]:
         line = int(np.searchsorted(ends, at, side="right"))
-        removals.append(Removal(steps[line], int(members[line][at - ends[line]])))
+        removals.append(Removal(steps[line], int(examples_at[line][at - ends[line]])))
     return removals
 
 
-# ---------------------------------------------------------------- the truth
-def digest(
-    gradients: GradientSource, request: EvaluationRequest, start: Checkpoint, end: Checkpoint
-) -> str:
-    """What the truth depends on: of the training set only what the definition says of it."""
-    run, settings = gradients.run, gradients.settings
+# ---------------------------------------------------------------- measured effects
+def log_path(
+    source: GradientSource, request: EvaluationRequest, start: Checkpoint, end: Checkpoint
+) -> Path | None:
+    """The result log, named after a digest of all that the measured effects depend on."""
+    run, settings = source.run, source.settings
     assert run.trajectory is not None
-    assert request.folder is not None
+    if request.folder is None:
+        return None
     parts = [
         VERSION,
         run.definition.digest,
@@ -151,110 +156,105 @@ def digest(
         [int(query) for query in request.queries],
         run.query.digests(request.queries).tolist(),
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return request.folder / "evaluate" / f"tsloo-{digest}.jsonl"
 
 
-def truths(results: Results) -> dict[Removal, list[float]]:
-    """(Q,) the truth of each removal so far."""
+def find_baseline(log: ResultLog) -> Record | None:
+    return next((record for record in log.records if "values" in record), None)
+
+
+def measured_effects(log: ResultLog) -> dict[Removal, list[float]]:
+    """(Q,) measured effects of each removal so far."""
     return {
         Removal(record["step"], record["example"]): record["truth"]
-        for record in results.records
+        for record in log.records
         if "truth" in record
     }
 
 
 def retrain(
-    gradients: GradientSource,
+    source: GradientSource,
     replay: Replay,
     end: Checkpoint,
     removals: Sequence[Removal],
     request: EvaluationRequest,
-    results: Results,
+    log: ResultLog,
 ) -> None:
-    """Adds to `results` what is missing: the whole run twice, then one run per removal, from its
+    """Add what the log lacks: the complete run twice, then one training per removal from its
     step on.
     """
-    known = truths(results)
-    todo = sorted(removal for removal in removals if removal not in known)
-    base = next((record for record in results.records if "values" in record), None)
-    step_count = end.step - gradients.run.checkpoints[0].step
-    steps = (
-        sum(end.step - removal.step for removal in todo)
-        + (todo[-1].step if todo else 0)
-        + (0 if base else 2 * step_count)
-    )
-    with gradients.reporter.progress("training again", steps) as advance:
-        if base is None:
-            base = baseline(gradients, replay, end, request, advance)
-            results.add(base)
-        replay.begin(gradients.run.checkpoints[0])
-        here = replay.state()
-        for number, removal in enumerate(todo, start=1):
-            report_step = partial(advance, where=f"removal {number} of {len(todo)}")
-            replay.go_to(here)
+    start = source.run.checkpoints[0]
+    known = measured_effects(log)
+    missing = sorted(removal for removal in removals if removal not in known)
+    baseline = find_baseline(log)
+    steps = sum(end.step - removal.step for removal in missing)
+    steps += missing[-1].step if missing else 0  # up to the last removal, without any
+    steps += 0 if baseline else 2 * (end.step - start.step)
+    with source.reporter.progress("retraining", steps) as advance:
+        if baseline is None:
+            baseline = measure_baseline(source, replay, end, request, advance)
+            log.add(baseline)
+        replay.begin(start)
+        state = replay.state()
+        for number, removal in enumerate(missing, start=1):
+            report_step = partial(advance, where=f"removal {number} of {len(missing)}")
+            replay.go_to(state)
             replay.advance(removal.step, report_progress=report_step)
-            here = replay.state()
-            replay.advance(
-                end.step,
-                Drop(*removal, options_of(request).renormalize),
-                base["max_norm"],
-                report_progress=report_step,
-            )
-            truth = query_values(gradients, request.queries) - np.array(base["values"])
-            results.add({"step": removal.step, "example": removal.example, "truth": truth.tolist()})
+            state = replay.state()
+            drop = Drop(*removal, options_of(request).renormalize)
+            replay.advance(end.step, drop, baseline["max_norm"], report_progress=report_step)
+            effects = query_values(source, request.queries) - np.array(baseline["values"])
+            log.add({**removal._asdict(), "truth": effects.tolist()})
 
 
-def baseline(
-    gradients: GradientSource,
+def measure_baseline(
+    source: GradientSource,
     replay: Replay,
     end: Checkpoint,
     request: EvaluationRequest,
     advance: Advance,
-) -> dict[str, Any]:
-    """The recorded run; `again`: the same with each batch backwards, clipped as removals are: apart
-    by what is no effect.
+) -> Record:
+    """The recorded run, replayed twice.
+
+    `values`: m of each query. `again`: m after a replay with each batch in reverse order, clipped
+    like removals; the difference is noise. `apart`: relative distance to the saved checkpoint.
     """
-    start = gradients.run.checkpoints[0]
+    start = source.run.checkpoints[0]
     replay.begin(start)
-    replay.advance(end.step, report_progress=partial(advance, where="the whole run"))
-    values, distance = query_values(gradients, request.queries), replay.relative_distance(end)
+    replay.advance(end.step, report_progress=partial(advance, where="the complete run"))
+    values, distance = query_values(source, request.queries), replay.relative_distance(end)
     max_norm = float(np.median(list(replay.clipped.values()))) if replay.clipped else None
     replay.begin(start)
-    replay.advance(
-        end.step,
-        max_norm=max_norm,
-        reverse=True,
-        report_progress=partial(advance, where="the whole run again"),
-    )
-    again = query_values(gradients, request.queries)
+    report_step = partial(advance, where="the complete run again")
+    replay.advance(end.step, max_norm=max_norm, reverse=True, report_progress=report_step)
     return {
         "values": values.tolist(),
-        "again": again.tolist(),
+        "again": query_values(source, request.queries).tolist(),
         "apart": distance,
         "max_norm": max_norm,
     }
 
 
-def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
-    """(Q,) m of each query as the model is now, float64. With autograd on: a loss may take
-    derivatives of its own.
+def query_values(source: GradientSource, queries: Ids) -> np.ndarray:
+    """(Q,) m of each query at the model's current weights, float64.
+
+    Autograd is on: a loss may differentiate by itself.
     """
-    definition, size = (
-        gradients.run.definition,
-        gradients.budget.batch_size("train", list(gradients.run.columns)),
-    )
+    definition = source.run.definition
+    size = source.budget.batch_size("train", list(source.run.columns))
     name = "measure" if definition.has("measure") else "loss"
     parts = []
     for first in range(0, len(queries), size):
         ids = np.array(queries[first : first + size])
-        batch, _ = gradients.extractor.batch("query", ids)
+        batch, _ = source.extractor.batch("query", ids)
         try:
-            values = definition.raw(name)(gradients.run.model.module, batch)
+            values = definition.raw(name)(source.run.model.module, batch)
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise InfluenceError(
                     f"out of memory in a batch of {len(ids)} queries",
-                    "--batch-size N takes fewer at once",
+                    "compute fewer queries at once: --batch-size N",
                 ) from error
             raise describe_failure(definition, name, error) from error
         if not isinstance(values, Tensor) or values.shape != (len(ids),):
@@ -263,120 +263,40 @@ def query_values(gradients: GradientSource, queries: Ids) -> np.ndarray:
                 f"expected: a tensor of shape ({len(ids)},)",
             )
         parts.append(values.detach().cpu().double().numpy())
-    all_values = np.concatenate(parts)
-    if not np.isfinite(all_values).all():
-        query = int(np.asarray(queries)[~np.isfinite(all_values)][0])
+    values_Q = np.concatenate(parts)
+    if not np.isfinite(values_Q).all():
+        query = int(np.asarray(queries)[~np.isfinite(values_Q)][0])
         raise GradientError(
-            f"training diverged when it was run again: {name}() of query {query} is not finite at "
-            "its end",
-            "look at the trajectory's lr, weights and clip: are they those of the run?",
+            f"retraining diverged: {name}() of query {query} is not finite at its end",
+            "check lr, weights and clip in the trajectory: are they those of the run?",
         )
-    return -all_values if name == "measure" else all_values
+    return -values_Q if name == "measure" else values_Q
 
 
-# ---------------------------------------------------------------- the table
-def rows(
-    gradients: GradientSource,
-    request: EvaluationRequest,
-    predicted: dict[str, np.ndarray],
-    truth: np.ndarray,
-    noise: np.ndarray,
-) -> Iterator[tuple[Any, ...]]:
-    """`mean`: of the rows above it. `pooled`: over all pairs at once; its noise is the root mean
-    square.
-    """
-    queries, effects = [int(query) for query in request.queries], truth.std(axis=0)
-    for method, scored in predicted.items():
-        pairs_Q2 = np.array(
-            [[spearman(a, b), pearson(a, b)] for a, b in zip(scored.T, truth.T, strict=True)]
-        )
-        good = pairs_Q2[~np.isnan(pairs_Q2).any(axis=1)]
-        means = good.mean(axis=0) if len(good) else np.full(2, np.nan)
-        if len(good) < len(queries):
-            gradients.reporter.note(
-                f"{method}: {len(queries) - len(good)} of {len(queries)} queries have no "
-                "correlation, since the scores of all removals are "
-                "equal there or their effects are; the means are over the others"
-            )
-        if len(good):
-            spans = [
-                f"{word} {mean:.3f} [{low:.3f}, {high:.3f}]"
-                for word, mean, (low, high) in zip(
-                    ("Spearman", "Pearson"),
-                    means,
-                    (interval(column, request.seed) for column in good.T),
-                    strict=True,
-                )
-            ]
-            gradients.reporter.note(
-                f"{method}: {', '.join(spans)}: mean over {len(good)} queries and its 95 % "
-                "interval (bootstrap over queries)"
-            )
-        for query, pair, effect, floor in zip(queries, pairs_Q2, effects, noise, strict=True):
-            yield (
-                method,
-                str(query),
-                *shown(pair),
-                len(truth),
-                float(effect),
-                float(floor),
-                gradients.run.query.label(query),
-            )
-        yield (
-            method,
-            "mean",
-            *shown(means),
-            len(truth),
-            float(effects.mean()),
-            float(noise.mean()),
-            "",
-        )
-        pooled = spearman(scored.ravel(), truth.ravel()), pearson(scored.ravel(), truth.ravel())
-        yield (
-            method,
-            "pooled",
-            *shown(pooled),
-            len(truth),
-            float(truth.std()),
-            root_mean_square(noise),
-            "",
-        )
-
-
-def shown(values: Iterable[float]) -> list[float | None]:
-    """Empty where there is no correlation."""
-    return [None if np.isnan(value) else float(value) for value in values]
-
-
-def root_mean_square(values: np.ndarray) -> float:
-    return float(np.sqrt(np.square(values).mean()))
-
-
-def say(
+def note_limits(
     reporter: Reporter,
-    base: Mapping[str, Any],
+    baseline: Mapping[str, Any],  # Any: a record
     end: Checkpoint,
-    truth: np.ndarray,
-    noise: np.ndarray,
+    effects_RQ: np.ndarray,
+    noise_Q: np.ndarray,
 ) -> None:
-    """What of the truth should not be taken at its word."""
-    distance_note = (
-        f"the replay ends {base['apart']:.2g} of the way that training went from {end.name}"
-    )
-    if base["apart"] > FAR:
-        distance_note += (
-            ": it ran otherwise (dropout, BatchNorm, another machine or precision), and the truth "
-            "is that of the replay"
+    """Notes that say how far the measured effects can be trusted."""
+    distance = baseline["apart"]
+    note = f"relative distance from the replay to {end.name}: {distance:.2g}"
+    if distance > LARGE_DISTANCE:
+        note += (
+            f" (limit {LARGE_DISTANCE}). The replay differs from the recorded training (dropout, "
+            "BatchNorm, another machine or precision). The measured effects are those of the replay"
         )
-    reporter.note(distance_note)
-    if base["max_norm"] is not None:
+    reporter.note(note)
+    if baseline["max_norm"] is not None:
         reporter.note(
-            "clipped steps: from a removal on, gradients are clipped at a norm of "
-            f"{base['max_norm']:.4g}, the median of those recorded"
+            "the run clipped gradients. After a removal, tsloo clips them at a norm of "
+            f"{baseline['max_norm']:.4g}, the median of the recorded ones"
         )
-    if 0 < truth.std() < ABOVE_NOISE * root_mean_square(noise):
+    noise = root_mean_square(noise_Q)
+    if 0 < effects_RQ.std() < ABOVE_NOISE * noise:
         reporter.note(
-            f"effects ({truth.std():.2g}) are hardly above the noise of training the same again "
-            f"({root_mean_square(noise):.2g}): "
-            "--precision float64 lowers it"
+            f"the effects ({effects_RQ.std():.2g}) are hardly larger than the noise of retraining "
+            f"({noise:.2g}). Use --precision float64 to lower the noise"
         )

@@ -121,7 +121,7 @@ def test_fewer_removals_are_the_first_of_more():
     class Trajectory:
         lines = [type("Line", (), {"examples": np.array([1, 2, 2, 5])})] * 4
 
-    few, more = (step_removals.sample(Trajectory, range(4), number, 0) for number in (3, 9))
+    few, more = (step_removals.draw_removals(Trajectory, range(4), number, 0) for number in (3, 9))
     assert more[:3] == few
     assert len(set(more)) == 9
 
