@@ -16,8 +16,8 @@ from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding, sp
 from influence_cli.errors import CacheError, listed
 from influence_cli.extraction import revalidate
 from influence_cli.extraction.source import GradientSource
-from influence_cli.gradients.capture import rounding
 from influence_cli.gradients.forms import Form, Projected
+from influence_cli.gradients.tolerances import rounding
 from influence_cli.run.checkpoints import Checkpoint
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding, spread_evenly
 from influence_cli.extraction.source import GradientSource
-from influence_cli.gradients.capture import Capture, Captured, rounding
+from influence_cli.gradients.capture import Capture, Captured
 from influence_cli.gradients.forms import Form
+from influence_cli.gradients.tolerances import rounding
 from influence_cli.run.checkpoints import Checkpoint
 
 ORDER = ("gradients", "batches", "repeats", "coverage", "outputs")

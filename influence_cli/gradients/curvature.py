@@ -1,50 +1,59 @@
-"""A batch's exact curvature at the parameters that a model has: for a direction u, g(z).u of every
-example z, and H u. No per-example gradient is formed.
+"""The exact curvature of one batch at the parameters that the model holds.
 
-With L(v) = sum over z of v_z loss(z), the batch's gradient G = dL(w) / dtheta is taken with its own
-tape and differentiated once more: d(G.u)/dtheta = H u (Pearlmutter 1994, "Fast exact multiplication
-by the Hessian") and d(G.u)/dv = the products g(z).u. One backward pass through the backward pass
-gives both; the forward pass and its backward are shared by all directions. This takes fewer passes
-than forward mode and works for more layers (docs/log.md has both measured); it asks for layers
-whose backward can be differentiated.
+For a direction u it gives the products g(z).u of every example z, and H u. It forms no gradient of
+a single example.
 
-B examples, K directions, D numbers of a parameter.
+Let L(v) = sum over z of v_z loss(z), and G = dL(w)/dtheta with its own graph. Then
+H u = d(G.u)/dtheta (Pearlmutter 1994, "Fast exact multiplication by the Hessian") and
+g(z).u = d(G.u)/dv_z. One backward pass through the backward pass gives both. All directions share
+the forward pass and its backward pass. Forward mode would take more passes and work for fewer
+layers (docs/log.md).
+
+Letters: B examples, K directions, D numbers of a parameter.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from influence_cli.errors import GradientError, is_out_of_memory
-from influence_cli.gradients.capture import checked, differing, frozen, rounding
+from influence_cli.gradients.double_backward import (
+    PlainWeightNorm,
+    differentiable_gradients,
+    explained,
+    no_second_derivative,
+    twice_differentiable,
+    vector_jacobian_products,
+)
+from influence_cli.gradients.quantity import checked
+from influence_cli.gradients.tolerances import rounding
 
 Directions = dict[str, Tensor]  # per parameter (K, D)
 
 
 @dataclass(frozen=True)
 class Functions:
-    """What the definition says of a batch. `outputs`, `loss_from_outputs`: given for Gauss-Newton,
-    which keeps the loss's own curvature by the outputs and leaves out that of the outputs by the
-    parameters: J^T S J.
+    """The definition's functions of a batch. With `outputs` and `loss_from_outputs` the curvature
+    is that of Gauss-Newton, J^T S J: the curvature S of the loss in the outputs, without that of
+    the outputs in the parameters.
     """
 
+    # Any: the user's batch
     loss: Callable[[nn.Module, Any], Tensor]
     outputs: Callable[[nn.Module, Any], Tensor] | None = None
     loss_from_outputs: Callable[[Tensor, Any], Tensor] | None = None
 
 
 class Curvature:
-    """Of one batch at the parameters the model has now. `weights` (B,); `most`: directions taken in
-    one pass, by vmap; `alone` hears why not, where a layer can't be batched so, and directions go
-    one by one.
+    """The curvature of one batch, whose examples have the weights `weights` (B,).
 
-    Raises GradientError: a layer whose backward can't be differentiated; a loss that is not one
+    `at_once`: directions that one pass computes, by vmap. Where a layer does not allow vmap,
+    `on_no_vmap` hears the reason, and each direction takes its own pass.
+
+    Raises GradientError: a layer whose backward pass is not differentiable; a loss that is not one
     number per example.
     """
 
@@ -53,341 +62,187 @@ class Curvature:
         model: nn.Module,
         names: Sequence[str],
         functions: Functions,
-        batch: Any,
+        batch: Any,  # the user's
         weights: Tensor,
-        most: int = 1,
-        alone: Callable[[str], None] = lambda why: None,
+        at_once: int = 1,
+        on_no_vmap: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self.model, self.most, self._alone = model, most, alone
-        theta = [model.get_parameter(name) for name in names]
+        self.model, self.at_once, self._on_no_vmap = model, at_once, on_no_vmap
+        parameters = [model.get_parameter(name) for name in names]
         with twice_differentiable(model, names), PlainWeightNorm():
-            self._way: _Hessian | _GaussNewton = (
-                _Hessian(functions.loss, model, batch, weights, theta)
+            self._products: HessianProducts | GaussNewtonProducts = (
+                HessianProducts(functions.loss, model, batch, weights, parameters)
                 if functions.outputs is None
-                else _GaussNewton(functions, model, batch, weights, theta)
+                else GaussNewtonProducts(functions, model, batch, weights, parameters)
             )
-        pairs = zip(names, self._way.grads, strict=True)
-        self.names = [
-            name for name, grad in pairs if grad is not None
-        ]  # those that the batch's loss depends on
-        self._weights = self._way.v.detach()
+        grads = zip(names, self._products.grads, strict=True)
+        self._grads = {name: grad for name, grad in grads if grad is not None}
+        self.names = list(self._grads)  # the parameters that the batch's loss depends on
+        self._weights = self._products.weights.detach()
 
     def gradient(self) -> dict[str, Tensor]:
-        """(D,) the sum over the batch of w g, of the parameters that the loss depends on."""
-        pairs = zip(self.names, (grad for grad in self._way.grads if grad is not None), strict=True)
-        return {name: grad.detach().reshape(-1) for name, grad in pairs}
+        """(D,) per parameter: the sum over the batch of w g."""
+        return {name: grad.detach().reshape(-1) for name, grad in self._grads.items()}
 
     def through(
         self, u: Mapping[str, Tensor], by_parameter: bool = False
     ) -> tuple[dict[str, Tensor], Directions]:
-        """(B, K) products g(z).u, as one (named "") or `apart` by parameter, which takes a pass for
-        each; and H u.
+        """(B, K) products g(z).u, and H u, for directions `u` of (K, D) per parameter.
+
+        The products are summed over the parameters, under the name "". `by_parameter`: one entry
+        per parameter instead; each takes a pass of its own.
         """
-        width = len(next(iter(u.values())))
+        K = len(next(iter(u.values())))
         products: list[dict[str, Tensor]] = []
-        pulls: list[Directions] = []
-        for first in range(0, width, self.most):
-            some = [u[name][first : first + self.most] for name in self.names]
+        curved: list[Directions] = []
+        for first in range(0, K, self.at_once):
+            directions = [u[name][first : first + self.at_once] for name in self.names]
             try:
-                part, pull = self._through(some, by_parameter)
+                products_of_part, curved_part = self._through(directions, by_parameter)
             except RuntimeError as error:
-                if self.most == 1 or is_out_of_memory(error):
+                if self.at_once == 1 or is_out_of_memory(error):
                     raise explained(error) from error
-                self.most = 1
-                self._alone(" ".join(str(error).split())[:100])
+                self.at_once = 1
+                self._on_no_vmap(" ".join(str(error).split())[:100])
                 return self.through(u, by_parameter)
-            products.append(part)
-            pulls.append(pull)
+            products.append(products_of_part)
+            curved.append(curved_part)
         if len(products) == 1:
-            return products[0], pulls[0]
+            return products[0], curved[0]
         return (
             {name: torch.cat([part[name] for part in products], dim=1) for name in products[0]},
-            {name: torch.cat([pull[name] for pull in pulls]) for name in self.names},
+            {name: torch.cat([part[name] for part in curved]) for name in self.names},
         )
 
     def _through(
-        self, some: list[Tensor], by_parameter: bool
+        self, directions: list[Tensor], by_parameter: bool
     ) -> tuple[dict[str, Tensor], Directions]:
-        grads = [grad for grad in self._way.grads if grad is not None]
+        grads = list(self._grads.values())
         shaped = [
             value.to(grad.dtype).view(-1, *grad.shape)
-            for value, grad in zip(some, grads, strict=True)
+            for value, grad in zip(directions, grads, strict=True)
         ]
         with twice_differentiable(self.model, self.names):
-            products, pull = self._way.through(
-                grads, shaped, [self.model.get_parameter(name) for name in self.names]
-            )
-            self._check(products, grads, shaped)
-            by_name = {"": products.T}
+            parameters = [self.model.get_parameter(name) for name in self.names]
+            products_KB, curved = self._products.through(grads, shaped, parameters)
+            self._check_products(products_KB, grads, shaped)
+            by_name = {"": products_KB.T}
             if by_parameter:
                 by_name = {
-                    name: self._way.products([grad], [direction]).T
+                    name: self._products.products([grad], [direction]).T
                     for name, grad, direction in zip(self.names, grads, shaped, strict=True)
                 }
-        return by_name, {
-            name: value.reshape(len(value), -1)
-            for name, value in zip(self.names, pull, strict=True)
-        }
+        pairs = zip(self.names, curved, strict=True)
+        return by_name, {name: value.reshape(len(value), -1) for name, value in pairs}
 
-    def _check(self, products: Tensor, grads: list[Tensor], u: list[Tensor]) -> None:
-        """The sum of w g(z).u is G.u, unless a backward left torch's tape, so that nothing could be
-        differentiated through it.
+    def _check_products(
+        self, products_KB: Tensor, grads: list[Tensor], directions: list[Tensor]
+    ) -> None:
+        """Raise GradientError unless the sum of w g(z).u is G.u. It is not where a backward pass
+        left torch's graph, so that autograd could not differentiate it.
         """
-        total = torch.stack(
-            [d.reshape(len(d), -1) @ g.detach().flatten() for d, g in zip(u, grads, strict=True)]
-        ).sum(0)
-        sizes = torch.stack(
-            [
-                d.reshape(len(d), -1).norm(dim=1) * g.detach().norm()
-                for d, g in zip(u, grads, strict=True)
-            ]
-        ).sum(0)
-        parts = products * self._weights
-        difference, scale = (
-            (parts.sum(1) - total).abs(),
-            torch.maximum(parts.abs().sum(1), total.abs()),
-        )
-        if bool((difference > 0.01 * scale + rounding(total.dtype) * sizes).any()):
-            raise no_second_derivative("a layer or loss whose backward can be taken only once")
+        flat = [
+            (direction.reshape(len(direction), -1), grad.detach().flatten())
+            for direction, grad in zip(directions, grads, strict=True)
+        ]
+        totals_K = torch.stack([direction @ grad for direction, grad in flat]).sum(0)
+        sizes = [direction.norm(dim=1) * grad.norm() for direction, grad in flat]
+        sizes_K = torch.stack(sizes).sum(0)
+        weighted_KB = products_KB * self._weights
+        difference_K = (weighted_KB.sum(1) - totals_K).abs()
+        scale_K = torch.maximum(weighted_KB.abs().sum(1), totals_K.abs())
+        if bool((difference_K > 0.01 * scale_K + rounding(totals_K.dtype) * sizes_K).any()):
+            raise no_second_derivative(
+                "a layer or loss whose backward pass autograd can't differentiate"
+            )
 
 
-class _Hessian:
+class HessianProducts:
+    """Products with the Hessian of the loss."""
+
     def __init__(
         self,
-        loss: Callable[..., Tensor],
+        loss: Callable[[nn.Module, Any], Tensor],  # Any: the user's batch
         model: nn.Module,
         batch: Any,
         weights: Tensor,
-        theta: list[nn.Parameter],
+        parameters: list[nn.Parameter],
     ) -> None:
-        self.losses = checked("loss()", loss(model, batch), len(weights))
-        self.v = weights.detach().to(self.losses.dtype, copy=True).requires_grad_()
-        self.grads = differentiated(self.losses @ self.v, theta)
+        losses = checked("loss()", loss(model, batch), len(weights))
+        self.weights = weights.detach().to(losses.dtype, copy=True).requires_grad_()
+        self.grads = differentiable_gradients(losses @ self.weights, parameters)
 
     def through(
-        self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]
+        self, grads: list[Tensor], u: list[Tensor], parameters: list[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor]]:
-        *pull, products = derivatives(grads, [*theta, self.v], u)
-        return products, pull
+        """(K, B) products g(z).u, and H u per parameter."""
+        *curved, products_KB = vector_jacobian_products(grads, [*parameters, self.weights], u)
+        return products_KB, curved
 
     def products(self, grads: list[Tensor], u: list[Tensor]) -> Tensor:
         """(K, B)."""
-        return derivatives(grads, [self.v], u)[0]
+        return vector_jacobian_products(grads, [self.weights], u)[0]
 
 
-class _GaussNewton:
-    """G = J^T c at c = dL/d(outputs); d(G.u)/dc = J u, through the loss S J u and the products, and
-    J^T S J u by a plain backward pass.
+class GaussNewtonProducts:
+    """Products with J^T S J. With c = dL/d(outputs), G = J^T c and d(G.u)/dc = J u. Through the
+    loss J u becomes S J u and the products g(z).u. A plain backward pass gives J^T S J u.
     """
 
     def __init__(
         self,
         functions: Functions,
         model: nn.Module,
-        batch: Any,
+        batch: Any,  # the user's
         weights: Tensor,
-        theta: list[nn.Parameter],
+        parameters: list[nn.Parameter],
     ) -> None:
         assert functions.outputs is not None
         assert functions.loss_from_outputs is not None
-        self.out = functions.outputs(model, batch)
-        if not isinstance(self.out, Tensor) or not self.out.requires_grad:
-            what = (
-                "a tensor that is not differentiable"
-                if isinstance(self.out, Tensor)
-                else f"a {type(self.out).__name__}"
-            )
-            raise GradientError(
-                f"outputs() returned {what}",
-                "expected: a tensor (B, ...) that depends on the model's parameters",
-            )
-        self.cut = self.out.detach().requires_grad_()
-        again = checked(
-            "loss_from_outputs()", functions.loss_from_outputs(self.cut, batch), len(weights)
+        self.outputs = check_outputs(functions.outputs(model, batch))
+        self.cut_outputs = self.outputs.detach().requires_grad_()
+        losses = checked(
+            "loss_from_outputs()",
+            functions.loss_from_outputs(self.cut_outputs, batch),
+            len(weights),
         )
-        self.v = weights.detach().to(again.dtype, copy=True).requires_grad_()
-        (by_out,) = differentiated(again @ self.v, [self.cut])
-        if by_out is None:
+        self.weights = weights.detach().to(losses.dtype, copy=True).requires_grad_()
+        (output_grads,) = differentiable_gradients(losses @ self.weights, [self.cut_outputs])
+        if output_grads is None:
             raise GradientError(
                 "loss_from_outputs() does not depend on the outputs",
                 "expected: loss() as a function of outputs()",
             )
-        self.by_out = by_out
-        self.c = by_out.detach().requires_grad_()
-        self.grads = differentiated(self.out, theta, self.c)
+        self.output_grads = output_grads
+        self.cotangent = output_grads.detach().requires_grad_()
+        self.grads = differentiable_gradients(self.outputs, parameters, self.cotangent)
 
     def through(
-        self, grads: list[Tensor], u: list[Tensor], theta: list[nn.Parameter]
+        self, grads: list[Tensor], u: list[Tensor], parameters: list[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor]]:
-        along = derivatives(grads, [self.c], u)[0]
-        curved, products = derivatives([self.by_out], [self.cut, self.v], [along])
-        return products, derivatives([self.out], theta, [curved])
+        """(K, B) products g(z).u, and J^T S J u per parameter."""
+        jacobian_u = vector_jacobian_products(grads, [self.cotangent], u)
+        curved_outputs, products_KB = vector_jacobian_products(
+            [self.output_grads], [self.cut_outputs, self.weights], jacobian_u
+        )
+        return products_KB, vector_jacobian_products([self.outputs], parameters, [curved_outputs])
 
     def products(self, grads: list[Tensor], u: list[Tensor]) -> Tensor:
-        return derivatives([self.by_out], [self.v], [derivatives(grads, [self.c], u)[0]])[0]
+        """(K, B)."""
+        jacobian_u = vector_jacobian_products(grads, [self.cotangent], u)
+        return vector_jacobian_products([self.output_grads], [self.weights], jacobian_u)[0]
 
 
-def differentiated(
-    total: Tensor, theta: Sequence[Tensor], along: Tensor | None = None
-) -> list[Tensor | None]:
-    """The gradient with its own tape; None of what is not reached."""
-    try:
-        derivatives = torch.autograd.grad(total, theta, along, create_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        raise explained(error) from error
-    return [grad if grad is None or not grad.is_sparse else grad.to_dense() for grad in derivatives]
-
-
-def derivatives(of: list[Tensor], by: Sequence[Tensor], along: list[Tensor]) -> list[Tensor]:
-    """The derivatives of sum of `of` x `along`, for each of K `along`: (K, *shape). Zeros of what
-    is not reached.
-    """
-    width = len(along[0])
-    present = [
-        (value, direction)
-        for value, direction in zip(of, along, strict=True)
-        if value.requires_grad
-    ]
-    if not present:  # a loss that is linear in the parameters
-        return [value.new_zeros(width, *value.shape) for value in by]
-    values, directions = zip(*present, strict=True)
-    differentiable = [value for value in by if value.requires_grad]
-    if width > 1:
-        results = torch.autograd.grad(
-            values,
-            differentiable,
-            directions,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
-    else:
-        one = torch.autograd.grad(
-            values,
-            differentiable,
-            [direction[0] for direction in directions],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        results = tuple(value if value is None else value[None] for value in one)
-    by_id = {id(value): grad for value, grad in zip(differentiable, results, strict=True)}
-    grads = [by_id.get(id(value)) for value in by]
-    return [
-        value.new_zeros(width, *value.shape) if grad is None else grad.detach()
-        for value, grad in zip(by, grads, strict=True)
-    ]
-
-
-@contextlib.contextmanager
-def twice_differentiable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Kernels whose backward can be differentiated: attention in plain products, no cuDNN,
-    embeddings' gradients dense.
-    """
-    sparse = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    ]
-    try:
-        for module in sparse:
-            module.sparse = False
-        with (
-            frozen(model, names),
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.cudnn.flags(enabled=False),
-        ):
-            yield
-    finally:
-        for module in sparse:
-            module.sparse = True
-
-
-class PlainWeightNorm(TorchFunctionMode):
-    """torch 2.13 differentiates weight norm a second time as if its norms were constants."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:
-            v, g, dim = (*args, 0)[:3]
-            return v * (g / torch.norm_except_dim(v, 2, dim))
-        return func(*args, **(kwargs or {}))
-
-
-def explained(error: RuntimeError) -> Exception:
-    if "is not implemented" not in str(error) and "double backward" not in str(error).lower():
-        return error
-    return no_second_derivative(str(error).splitlines()[0])
-
-
-def no_second_derivative(what: str) -> GradientError:
-    return GradientError(
-        f"exact curvature needs a second derivative that torch does not have: {what}",
-        "expected: layers and losses whose backward can be differentiated",
-        "--layers leaves layers out, other operations may do the same (an Embedding and a mean for "
-        "an EmbeddingBag)",
-        "--method dve takes the empirical Fisher, which needs first derivatives only",
+def check_outputs(outputs: Any) -> Tensor:  # whatever the user's function returns
+    """The outputs themselves. Raises GradientError unless they are a differentiable tensor."""
+    if isinstance(outputs, Tensor) and outputs.requires_grad:
+        return outputs
+    returned = (
+        "a tensor that is not differentiable"
+        if isinstance(outputs, Tensor)
+        else f"a {type(outputs).__name__}"
     )
-
-
-# ---------------------------------------------------------------- before any work
-def verify(
-    model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, size: int
-) -> None:
-    """Compare the curvature of a first batch with differences of plain gradients; Gauss-Newton's
-    gradient with that of loss().
-
-    `model` and `batch` in float64; the model's parameters are put back. Raises GradientError where
-    they differ.
-    """
-    weights = torch.full(
-        (size,), 1 / size, dtype=torch.float64, device=model.get_parameter(names[0]).device
+    raise GradientError(
+        f"outputs() returned {returned}",
+        "expected: a tensor (B, ...) that depends on the model's parameters",
     )
-    curvature = Curvature(model, names, functions, batch, weights)
-    theta = {name: model.get_parameter(name) for name in curvature.names}
-
-    def gradient() -> dict[str, Tensor]:
-        with twice_differentiable(model, names):
-            losses = checked("loss()", functions.loss(model, batch), size)
-            grads = torch.autograd.grad(losses @ weights, list(theta.values()), allow_unused=True)
-        return {
-            n: (torch.zeros_like(p) if g is None else g).flatten()
-            for (n, p), g in zip(theta.items(), grads, strict=True)
-        }
-
-    here = gradient()
-    if differing(curvature.gradient(), here):
-        raise GradientError(
-            "loss_from_outputs(outputs()) is not loss(): its gradient is another one",
-            "expected: the same loss, in two parts, that depends on the model through the outputs "
-            "only",
-            "--curvature hessian needs loss() only",
-        )
-    generator = torch.Generator().manual_seed(0)
-    u = {
-        n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
-        for n, p in theta.items()
-    }
-    _, pull = curvature.through({name: value.flatten()[None] for name, value in u.items()})
-    if functions.outputs is not None:
-        return
-    before = {name: value.detach().clone() for name, value in theta.items()}
-    errors = []
-    for by in (1e-6, 1e-8):  # the smaller one crosses fewer kinks
-        with torch.no_grad():
-            for name, value in theta.items():
-                value.copy_(before[name] + by * u[name])
-        moved_gradient = gradient()
-        with torch.no_grad():
-            for name, value in theta.items():
-                value.copy_(before[name])
-        off = torch.cat(
-            [(moved_gradient[name] - here[name]) / by - pull[name][0] for name in theta]
-        ).norm()
-        size_of = torch.cat([pull[name][0] for name in theta]).norm()
-        errors.append(
-            float(off / (size_of + 1e-9 * torch.cat(list(here.values())).norm() / by))
-        )  # rounding
-    if min(errors) > 0.02:
-        raise no_second_derivative(
-            f"second derivatives are {min(errors):.0%} apart from differences of first ones"
-        )

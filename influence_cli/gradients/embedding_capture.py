@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, is_out_of_memory
-from influence_cli.gradients.capture import Captured, Quantity, checked, close, frozen, rounding
+from influence_cli.gradients.capture import Captured
 from influence_cli.gradients.form_ops import concat, distance, merged
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.layer_rules import embedding
+from influence_cli.gradients.probe_checks import random_quantity
+from influence_cli.gradients.quantity import Quantity, checked, frozen
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
+from influence_cli.gradients.tolerances import close, rounding
 
 MASK = "attention_mask"  # of a batch that is a mapping: 0 where a position is padding
 
@@ -64,12 +67,7 @@ class EmbeddingCapture:
         again = [self._taken(single, 1) for single in singles]
         for (losses, rows), (losses_again, rows_again) in zip(alone, again, strict=True):
             if not close(losses, losses_again) or not alike(rows, rows_again):
-                raise GradientError(
-                    f"{self.name} is random: {float(losses):.6g}, and {float(losses_again):.6g} "
-                    "when the same example is taken again",
-                    "look for functional dropout (F.dropout needs training=self.training), noise "
-                    "or sampling",
-                )
+                raise random_quantity(self.name, float(losses), float(losses_again))
         self.sample = {self.column: Postings.of(alone[0][1])}
         if size < 2:
             return

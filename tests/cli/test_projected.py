@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from influence_cli.cache.store import Store
-from influence_cli.gradients.projection import KINDS
+from influence_cli.gradients.projection_kinds import KINDS
 from tests import reference
 from tests.conftest import build_run
 from tests.gradients.test_projection import by_matrix

@@ -16,7 +16,7 @@ from influence_cli.diagnostics.fidelity import (
     measure_fidelity,
     search_projection,
 )
-from influence_cli.gradients.projection import KINDS
+from influence_cli.gradients.projection_kinds import KINDS
 from tests import reference
 from tests.conftest import build_run
 from tests.gradients.test_projection import by_matrix

@@ -16,7 +16,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from influence_cli.errors import GradientError
 from influence_cli.gradients.batches import to
-from influence_cli.gradients.curvature import Curvature, Functions, PlainWeightNorm, verify
+from influence_cli.gradients.curvature import Curvature, Functions
+from influence_cli.gradients.curvature_check import check_curvature
+from influence_cli.gradients.double_backward import PlainWeightNorm
 from tests import reference
 from tests.cases import (
     CASES,
@@ -253,7 +255,7 @@ def test_products_and_gradients_equal_autograd_one_by_one(name):
         assert_near(apart, products)
         assert_near({"": sum(apart.values())}, found)
         assert_near(again, along)
-        assert name != "no-vmap" or curvature.most == 1
+        assert name != "no-vmap" or curvature.at_once == 1
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -364,7 +366,7 @@ def test_a_function_that_is_differentiable_once_is_refused():
 def test_wrong_functions_are_refused(functions, says):
     model, names, batch, _ = made(Case(lambda: nn.Linear(4, 3), numbers(4)))
     with pytest.raises(GradientError, match=says):
-        verify(model, names, functions, batch, 5)
+        check_curvature(model, names, functions, batch, 5)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -372,7 +374,7 @@ def test_every_kind_passes_the_comparison_before_work(name):
     case = KINDS[name]
     model, names, batch, _ = made(case)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    verify(model, names, Functions(case.loss), batch, 5)
+    check_curvature(model, names, Functions(case.loss), batch, 5)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -94,8 +94,11 @@ def in_turn(model: nn.Module, batches: list[Any], loss=squared) -> tuple[Capture
     capture = Capture(model, loss, names, note=others.append)
     first = batches[0]
     capture.probe(first[:2], [first[i : i + 1] for i in range(2)])
-    at_once = capture._at_once
-    capture._at_once = lambda batch, names: (others.append(tuple(names)), at_once(batch, names))[1]  # type: ignore[method-assign]
+    at_once = capture._by_torch_func
+    capture._by_torch_func = lambda batch, names: (
+        others.append(tuple(names)),
+        at_once(batch, names),
+    )[1]  # type: ignore[method-assign]
     for batch in batches:
         singles = [batch[i : i + 1] for i in range(len(batch))]
         result = capture(batch, lambda i, singles=singles: singles[i], len(batch))

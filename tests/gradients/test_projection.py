@@ -8,21 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from influence_cli.gradients import projection as module
+from influence_cli.gradients import tensor_sketch
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.deferred_forms import ConvolutionForm, TiedForm
 from influence_cli.gradients.form_ops import merged
 from influence_cli.gradients.forms import Dense, Factors, Form
-from influence_cli.gradients.projection import (
-    KINDS,
-    Fold,
-    Projection,
-    Sided,
-    Tables,
-    TensorSketch,
-    matrix,
-)
+from influence_cli.gradients.projection import Projection, matrix_shape
+from influence_cli.gradients.projection_kinds import KINDS
+from influence_cli.gradients.projection_map import FactoredMap
+from influence_cli.gradients.random_tables import Tables
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
+from influence_cli.gradients.tensor_sketch import CountSketch
 from tests import reference
 from tests.cases import CASES, Case, tokens
 from tests.cases import numbers as numbers_of
@@ -32,7 +28,7 @@ CPU = torch.device("cpu")
 
 def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """The K x D matrix of a projection, entry by entry from its random numbers."""
-    o, i = matrix(shape)
+    o, i = matrix_shape(shape)
     tables = Tables(seed, name, o, i, CPU, torch.float64)
     if kind == "sparse":
         places, signs = tables.order("both", o * i) % numbers, tables.signs("both", o * i)
@@ -42,7 +38,10 @@ def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ..
         return out
     out = torch.zeros(numbers, o, i, dtype=torch.float64)
     if kind == "tensor-sketch":
-        left, right = Fold(tables, "left", o, numbers), Fold(tables, "right", i, numbers)
+        left, right = (
+            CountSketch(tables, "left", o, numbers),
+            CountSketch(tables, "right", i, numbers),
+        )
         for a in range(o):
             for b in range(i):
                 out[(left.places[a] + right.places[b]) % numbers, a, b] = (
@@ -132,8 +131,8 @@ def test_every_form_is_multiplied_by_the_matrix_of_its_definition(kind, form):
 
 @pytest.mark.parametrize("adding", [0, 1e9], ids=["by matrix", "in the frequency domain"])
 def test_both_ways_of_a_tensor_sketch_are_its_matrix(adding, monkeypatch):
-    monkeypatch.setattr(module, "ADDING", adding)
-    monkeypatch.setattr(module, "PART_BYTES", 5000)  # some examples at a time
+    monkeypatch.setattr(tensor_sketch, "ADDING", adding)
+    monkeypatch.setattr(tensor_sketch, "PART_BYTES", 5000)  # some examples at a time
     for name in ("factors", "tied"):
         gradients = forms()[name]
         for numbers in (8, 25, 27, 400):
@@ -209,7 +208,7 @@ def test_groups_of_a_convolution_have_places_of_their_own():
     weight = expected["0.weight"]  # (N, 6, 2, 3, 3)
     rows = weight.flatten(2)
     tables = Tables(0, "0.weight", 6, 18, CPU, torch.float64)
-    left, right = Fold(tables, "left", 6, 20), Fold(tables, "right", 18, 20)
+    left, right = CountSketch(tables, "left", 6, 20), CountSketch(tables, "right", 18, 20)
     assert len(set(left.places.tolist())) == 6
     wanted = torch.zeros(len(rows), 20, dtype=torch.float64)
     for channel in range(6):
@@ -324,9 +323,9 @@ def test_tables_differ_between_parameters_sides_and_seeds_and_stay_for_ever():
 
 def test_places_are_even_and_without_collisions_where_there_is_room():
     tables = Tables(0, "a", 1, 1, CPU, torch.float64)
-    counts = np.bincount(Fold(tables, "left", 104, 16).places.numpy(), minlength=16)
+    counts = np.bincount(CountSketch(tables, "left", 104, 16).places.numpy(), minlength=16)
     assert sorted(counts) == [6] * 8 + [7] * 8
-    assert len(set(Fold(tables, "left", 12, 16).places.tolist())) == 12
+    assert len(set(CountSketch(tables, "left", 12, 16).places.tolist())) == 12
 
 
 def test_any_two_products_meet_with_a_chance_of_one_in_k():
@@ -340,7 +339,9 @@ def test_any_two_products_meet_with_a_chance_of_one_in_k():
         met = dict.fromkeys(pairs, 0)
         for seed in range(300):
             tables = Tables(seed, "a", o, i, CPU, torch.float64)
-            left, right = (Fold(tables, *side).places for side in (("left", o, K), ("right", i, K)))
+            left, right = (
+                CountSketch(tables, *side).places for side in (("left", o, K), ("right", i, K))
+            )
             for pair in pairs:
                 (a, b), (c, d) = pair
                 if max(a, c) < o and max(b, d) < i:
@@ -387,6 +388,6 @@ def test_projections_stay_on_their_device(kind, positions):
         torch.empty(6, positions, 70, device=meta),
     )
     sketch = KINDS[kind](Tables(0, "w", 80, 70, meta, torch.float32), 64)
-    assert isinstance(sketch, TensorSketch | Sided)
+    assert isinstance(sketch, FactoredMap)
     for found in (sketch.factors(form), sketch.dense(torch.empty(6, 5600, device=meta))):
         assert found.device == meta and len(found) == 6

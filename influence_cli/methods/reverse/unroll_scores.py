@@ -27,7 +27,8 @@ from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.errors import DefinitionError, GradientError, InfluenceError
 from influence_cli.extraction.source import GradientSource
-from influence_cli.gradients.curvature import Curvature, Functions, verify
+from influence_cli.gradients.curvature import Curvature, Functions
+from influence_cli.gradients.curvature_check import check_curvature
 from influence_cli.methods.pairwise import RankingFactory
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.methods.reverse import occurrences, reverse_pass
@@ -345,7 +346,7 @@ class Unroll:
         try:
             model = copy.deepcopy(self.gradients.run.model.module).double()
             batch, _ = self.gradients.extractor.batch("train", ids, torch.float64)
-            verify(model, list(self.plan.columns), self.functions, batch, len(ids))
+            check_curvature(model, list(self.plan.columns), self.functions, batch, len(ids))
         except GradientError:
             raise
         # whatever a model does that float64 or a copy can't; the work itself is another matter
