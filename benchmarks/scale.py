@@ -19,7 +19,7 @@ from pathlib import Path
 from common import machine, opened, plan_of
 from stream import LAYERS, make_run
 
-from influence_cli.parallel import Shard
+from influence_cli.parallel.shards import Shard
 
 
 def measured(name: str, work: Callable[[], object]) -> object:

@@ -1,13 +1,11 @@
-"""The kinds of failure a user can meet. The command line prints each once: what, where, found and
-expected, what to do.
-"""
+"""The kinds of failure that a user can meet. The command line prints an error once."""
 
 
 class InfluenceError(Exception):
-    """A known mistake: a headline (subject and finding), then detail lines, the last of which says
-    what to do.
+    """A known mistake. The headline says what is wrong with what; the details say what was found
+    and expected, and what to do.
 
-    `exit_code` 1: the run or the cache has a problem; 2: the command line has.
+    `exit_code` 1: a problem of the run or the cache; 2: of the command line.
     """
 
     exit_code = 1
@@ -21,13 +19,13 @@ class InfluenceError(Exception):
 
 
 class UsageProblem(InfluenceError):
-    """A flag or an argument that does not fit the run, the machine or another flag."""
+    """A flag or argument that does not fit the run, the machine or another flag."""
 
     exit_code = 2
 
 
 class DefinitionError(InfluenceError):
-    """definition.py can't be loaded, lacks a function, or a function of it fails or returns the
+    """definition.py can't be loaded, lacks a function, or one of its functions fails or returns the
     wrong thing.
     """
 
@@ -45,7 +43,7 @@ class TrajectoryError(InfluenceError):
 
 
 class GradientError(InfluenceError):
-    """A loss without a usable gradient: not per example, not differentiable, not finite, or too
+    """A loss without usable gradients: not per example, not differentiable, not finite, or too
     large for memory.
     """
 
@@ -55,7 +53,7 @@ class CacheError(InfluenceError):
 
 
 class RankLost(InfluenceError):
-    """Another process of a shared job is gone: it failed, which it says itself, or was killed."""
+    """Another rank exited: it failed (and reports its own error) or was killed."""
 
 
 class OutputError(InfluenceError):
@@ -63,12 +61,12 @@ class OutputError(InfluenceError):
 
 
 class TableError(InfluenceError):
-    """A table that can't be read, or does not belong with the others."""
+    """A table that can't be read, or that does not fit the other tables."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's, a device's, or torch's on a CPU,
-    which is a plain RuntimeError.
+    """Whether memory ran out: Python's MemoryError, a device's error, or torch's plain RuntimeError
+    on a CPU.
     """
     text = str(error)
     return (

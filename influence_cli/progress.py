@@ -1,25 +1,24 @@
-"""How long work speaks to whoever waits for it. The base class is silent; the command line has one
-that writes to stderr.
+"""Progress and notes for long-running work. The base class is silent; the command line's writes to
+stderr.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Advance = Callable[
-    ..., None
-]  # advance(examples, where=""): so many more done, and where the work stands
+Advance = Callable[..., None]  # advance(examples, where=""): examples done since the last call
 
 
 class Reporter:
-    """Notes (things a user should know) and progress (how far the work is)."""
+    """Receives notes (what a user should know) and progress."""
 
     def note(self, message: str) -> None:
-        """Say one thing, once."""
+        """Report a message; a repeated message is dropped."""
 
     @contextmanager
     def progress(self, doing: str, total: int) -> Iterator[Advance]:
-        """A stretch of work over `total` (checkpoint, example) pairs; yields the function that
-        advances it.
+        """Work on `total` (checkpoint, example) pairs. Yields the function that advances it.
+
+        `doing`: a label such as "gradients of train examples".
         """
 
         def silent(examples: int, where: str = "") -> None:

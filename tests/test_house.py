@@ -78,7 +78,7 @@ MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in ROOT.rglob("*.py")
     if ("templates" not in path.parts and path.parent != ROOT)
-    or path.stem in ("errors", "progress", "parallel")
+    or path.stem in ("errors", "progress")
 )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from influence_cli.errors import UsageProblem
-from influence_cli.parallel import FINE, Shard, parse_shard
+from influence_cli.parallel.shards import FINE, Shard, parse_shard
 
 SLURM = {
     "SLURM_ARRAY_TASK_ID": "7",
@@ -57,7 +57,7 @@ READ = [
 REFUSED = [
     ("0/8", {}, "no such shard", "1/8 to 8/8"),
     ("9/8", {}, "no such shard", "1/8 to 8/8"),
-    ("1/0", {}, "no shards"),
+    ("1/0", {}, "the number of shards is 0"),
     *(
         (spec, {}, "expected: i/n")
         for spec in ("", "3", "auto/", "/8", "-1/8", "1/8/2", "1.5/8", "Auto", "²/8")
@@ -148,7 +148,7 @@ def test_large_shards_are_cut_where_units_begin():
 
 
 def test_a_place_is_found_without_torch():
-    code = "import sys; from influence_cli.parallel import parse_shard; parse_shard('1/2', {}); print({'torch', 'numpy'} & {*sys.modules})"
+    code = "import sys; from influence_cli.parallel.shards import parse_shard; parse_shard('1/2', {}); print({'torch', 'numpy'} & {*sys.modules})"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

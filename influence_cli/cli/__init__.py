@@ -1,5 +1,5 @@
-"""The commands: words and flags only. Each imports what it needs when it runs, so that --help is
-instant.
+"""The commands: words and flags only. Each one imports what it needs when it runs, so --help is
+fast.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import typer
 from influence_cli import __version__
 from influence_cli.cli.options import NUMBERS, OUT, RANKED, RUN, Debug
 from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
-from influence_cli.parallel import place_of
+from influence_cli.parallel.ranks import place_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,27 +27,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Headings in the order of --help; the options of methods and protocols come between.
+# Headings in the order of --help; those of methods and protocols have number 3
 HEADING_ORDER = {RUN: 1, RANKED: 2, NUMBERS: 4, OUT: 5}
 OUT_OF_MEMORY = (
-    "fewer --queries or --layers at once need less; finished units are kept",
-    "--debug shows where it happened",
+    "select fewer --queries or --layers at once; finished units are kept",
+    "see where it happened: --debug",
 )
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised where it came so that temporary files are removed."""
+    """SIGTERM as an exception, so that temporary files are removed."""
 
 
 def command(
     name: str, example: str, ranks: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function to the command line. A parameter that is a group of flags (a dataclass of
-    options.py) stands for each of them. `ranks`: torchrun may run it in several processes, which
-    share its work.
+    """Add a function to the command line.
 
-    Everything a command can end with is mapped to its message and exit code here. stdout is kept
-    for the table.
+    A parameter whose type is a dataclass of options.py becomes one flag per field. `ranks`: the
+    processes of torchrun share the work of this command.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -74,7 +72,7 @@ def command(
                     **{field.name: flags.pop(field.name) for field in dataclasses.fields(kind)}
                 )
             report(
-                lambda: function(**flags) if ranks else alone(name, lambda: function(**flags)),
+                lambda: function(**flags) if ranks else run_alone(name, lambda: function(**flags)),
                 debug,
             )
 
@@ -87,14 +85,12 @@ def command(
 
 
 def help_text(function: Callable[..., None]) -> str:
-    """The docstring, each paragraph as one line, so that the terminal wraps it."""
+    """The docstring with one line per paragraph; the terminal wraps it."""
     return "\n\n".join(" ".join(part.split()) for part in (getdoc(function) or "").split("\n\n"))
 
 
 def heading_order(parameter: Parameter) -> int:
-    """Sort key that keeps the flags of one heading together; what has no heading (arguments) comes
-    first.
-    """
+    """Sort key: arguments, which have no heading, then the flags heading by heading."""
     arguments = get_args(parameter.annotation)
     heading = getattr(arguments[1], "rich_help_panel", None) if arguments else None
     if not isinstance(heading, str):
@@ -102,20 +98,22 @@ def heading_order(parameter: Parameter) -> int:
     return HEADING_ORDER.get(heading, 3)
 
 
-def alone(name: str, work: Callable[[], None]) -> None:
-    """Work of a command that several ranks would all do, rather than share."""
+def run_alone(name: str, work: Callable[[], None]) -> None:
+    """Run a command whose work ranks can't share. Raises UsageProblem if there are several."""
     count = place_of(os.environ).count
     if count > 1:
         raise UsageProblem(
             f"influence {name} runs as one process, WORLD_SIZE is {count}",
-            "torchrun is for cache, score and self",
+            "start it without torchrun; torchrun can run cache, score and self",
         )
     work()
 
 
 def report(work: Callable[[], None], debug: bool) -> None:
-    """Run a command's work; raises typer.Exit with the code that its end means. Of several ranks
-    the first speaks; another one only of an error of its own.
+    """Run a command, print its error once, and raise typer.Exit with the exit code.
+
+    stdout is reserved for the table: what other code prints goes to stderr. Rank 0 reports the
+    errors of a job; another rank reports only its own.
     """
 
     def terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -123,7 +121,7 @@ def report(work: Callable[[], None], debug: bool) -> None:
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        with redirect_stdout(sys.stderr):  # what the user's own code prints is talk
+        with redirect_stdout(sys.stderr):
             work()
     except (InfluenceError, MemoryError, RuntimeError) as error:
         if isinstance(error, typer.Exit) or not (
@@ -142,13 +140,13 @@ def report(work: Callable[[], None], debug: bool) -> None:
             print(f"{f'[rank {rank}] ' if rank else ''}error: {known}", file=sys.stderr)
         silence_stdout()
         raise typer.Exit(known.exit_code) from None
-    except BrokenPipeError:  # `| head`: the reader has enough
+    except BrokenPipeError:  # `| head` has read enough
         silence_stdout()
         raise typer.Exit(0) from None
     except (KeyboardInterrupt, Terminated) as stop:
         if not place_of(os.environ).rank:
             print(
-                "interrupted: finished work is kept; the same command goes on from here",
+                "interrupted: finished work is kept. Run the same command to resume.",
                 file=sys.stderr,
             )
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
@@ -157,8 +155,8 @@ def report(work: Callable[[], None], debug: bool) -> None:
 
 
 def silence_stdout() -> None:
-    """What is left in stdout's buffer has nowhere to go: let the interpreter's last flush write it
-    to nothing.
+    """Send the rest of stdout's buffer to /dev/null, so that the interpreter's last flush does not
+    fail.
     """
     try:
         sys.stdout.flush()
@@ -186,7 +184,7 @@ def influence(
 
 
 def register() -> None:
-    """Import the commands, which add themselves to `app`."""
+    """Import the commands; each one adds itself to `app`."""
     from influence_cli.cli import (  # noqa: F401
         cache,
         check,

@@ -18,7 +18,8 @@ from influence_cli.extraction.machine import keep_freed_memory
 from influence_cli.extraction.source import GradientSource, open_store
 from influence_cli.gradients.projection import Projection
 from influence_cli.methods.request import Groups
-from influence_cli.parallel import Place, Ranks, Shard, open_ranks, place_of
+from influence_cli.parallel.ranks import Place, Ranks, open_ranks, place_of
+from influence_cli.parallel.shards import Shard
 from influence_cli.progress import Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.learning_rates import CHOICES, Weight, weigh_checkpoints

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from influence_cli.methods.declaration import Method
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.output.tables import TableWriter
-    from influence_cli.parallel import Shard
+    from influence_cli.parallel.shards import Shard
 
 
 @command(

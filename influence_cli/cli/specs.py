@@ -12,7 +12,8 @@ import numpy as np
 from influence_cli.errors import UsageProblem, listed
 from influence_cli.methods.declaration import Method, OptionText, flag_of, option_texts
 from influence_cli.methods.table import METHODS
-from influence_cli.parallel import Shard, parse_shard, place_of
+from influence_cli.parallel.ranks import place_of
+from influence_cli.parallel.shards import Shard, parse_shard
 
 EXPECTED = (
     "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"

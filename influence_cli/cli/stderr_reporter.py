@@ -1,6 +1,4 @@
-"""What goes to stderr: notes, and progress as a bar in a terminal or a plain line now and then in a
-log.
-"""
+"""Writes notes and progress to stderr: a bar in a terminal, a line every 30 seconds in a log."""
 
 import datetime
 import sys
@@ -10,16 +8,16 @@ from contextlib import contextmanager
 
 from influence_cli.progress import Advance, Reporter
 
-EVERY = 30.0  # seconds between the lines of a log
+LOG_SECONDS = 30.0  # between the lines of a log
 
 
 class StderrReporter(Reporter):
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._notes: set[str] = set()
 
     def note(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._notes:
+            self._notes.add(message)
             print(f"note: {message}", file=sys.stderr, flush=True)
 
     @contextmanager
@@ -52,21 +50,14 @@ class StderrReporter(Reporter):
         with Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
         ) as bar:
-            task, started, done = (
-                bar.add_task(doing, total=total, rate="", where=""),
-                time.monotonic(),
-                0,
-            )
+            task = bar.add_task(doing, total=total, rate="", where="")
+            started, done = time.monotonic(), 0
 
             def advance(examples: int, where: str = "") -> None:
                 nonlocal done
                 done += examples
-                bar.update(
-                    task,
-                    advance=examples,
-                    where=where,
-                    rate=f"{done / max(1e-9, time.monotonic() - started):,.0f}/s",
-                )
+                rate = done / max(1e-9, time.monotonic() - started)
+                bar.update(task, advance=examples, where=where, rate=f"{rate:,.0f}/s")
 
             yield advance
 
@@ -77,15 +68,10 @@ class StderrReporter(Reporter):
             nonlocal last, done
             done += examples
             now = time.monotonic()
-            if now - last >= EVERY:
+            if now - last >= LOG_SECONDS:
                 last, rate = now, done / (now - started)
                 left = datetime.timedelta(seconds=round((total - done) / rate))
-                print(
-                    f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left, {where}".rstrip(
-                        ", "
-                    ),
-                    file=sys.stderr,
-                    flush=True,
-                )
+                line = f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left, {where}"
+                print(line.rstrip(", "), file=sys.stderr, flush=True)
 
         return advance

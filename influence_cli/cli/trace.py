@@ -106,7 +106,7 @@ def write_trace(
     if terminal is None:
         sink.write(trace_rows(opened, pairs), TRACE_COLUMNS)
         return
-    from influence_cli.output.trace_plot import trace_plot
+    from influence_cli.output.trace_plot import print_trace
 
     with to_stdout(terminal):
         for pair in pairs:
@@ -115,7 +115,7 @@ def write_trace(
             series = pair.trace.series(pair.position, pair.example)
             title = f"{query}, {example}: {sum(score for _, score in series):.4g}"
             first = pair.trace.first
-            trace_plot(title, series, range(first, first + len(pair.trace.sums)), terminal)
+            print_trace(title, series, range(first, first + len(pair.trace.sums)), terminal)
 
 
 def named(opened: "Opened", split: str, index: int) -> str:

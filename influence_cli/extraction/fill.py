@@ -20,7 +20,7 @@ from influence_cli.extraction.extractor import GradientExtractor
 from influence_cli.extraction.machine import check_fits
 from influence_cli.extraction.memory_budget import SizeRecord
 from influence_cli.extraction.work_plan import CheckpointWork, WorkPlan, WorkUnit
-from influence_cli.parallel import Ranks
+from influence_cli.parallel.ranks import Ranks
 from influence_cli.progress import Advance
 from influence_cli.run.checkpoints import Checkpoint
 

@@ -19,7 +19,7 @@ from influence_cli.extraction.cached_rows import CachedRows
 from influence_cli.extraction.extractor import GradientExtractor
 from influence_cli.extraction.fill import CacheFiller, FillRequest
 from influence_cli.gradients.forms import Form
-from influence_cli.parallel import Ranks
+from influence_cli.parallel.ranks import Ranks
 from influence_cli.progress import Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.run import Run

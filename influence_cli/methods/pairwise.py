@@ -23,7 +23,7 @@ from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods.request import Groups, ScoredQueries, ScoreRequest
 from influence_cli.output.ranking import MergeableRanking, Ranking
-from influence_cli.parallel import Ranks
+from influence_cli.parallel.ranks import Ranks
 from influence_cli.run.checkpoints import Checkpoint
 
 QUERY_BYTES = 2 << 30  # query gradients in memory, over all checkpoints; more queries: more passes

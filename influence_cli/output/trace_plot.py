@@ -1,4 +1,4 @@
-"""Influence over training time as bars in a terminal."""
+"""Plots influence over training time as bars in a terminal."""
 
 from collections.abc import Sequence
 from typing import IO
@@ -10,11 +10,11 @@ UP, DOWN = " ▁▂▃▄▅▆▇█", " ▔🮂🮃▀🮄🮅🮆█"
 HEIGHT = 4  # lines above and below the axis
 
 
-def trace_plot(
+def print_trace(
     title: str, series: Sequence[tuple[int, float]], steps: range, file: IO[str]
 ) -> None:
-    """One series of (step, score): a bar for each stretch of steps, the sum of its scores;
-    proponents upward.
+    """Plot a series of (step, score). A bar is the sum of the scores of some consecutive steps;
+    bars of proponents point up.
     """
     console = Console(file=file, highlight=False)
     width = max(10, min(console.width - 14, len(steps)))
@@ -27,7 +27,7 @@ def trace_plot(
     for sign, style in ((1, "green"), (-1, "red")):
         extent = high if sign > 0 else low
         lines = [
-            bars([sign * value / top for value in bins], line, sign)
+            draw_line([sign * value / top for value in bins], line, sign)
             for line in range(HEIGHT)
             if top and extent > line * top / HEIGHT
         ]
@@ -46,9 +46,7 @@ def trace_plot(
     console.print()
 
 
-def bars(values: Sequence[float], line: int, sign: int) -> str:
-    """The cells of one line away from the axis: how much of it each value, a share of the height,
-    fills.
-    """
+def draw_line(values: Sequence[float], line: int, sign: int) -> str:
+    """The cells of one line; line 0 touches the axis. `values`: shares of the height."""
     cells = UP if sign > 0 else DOWN
     return "".join(cells[round(8 * min(1.0, max(0.0, value * HEIGHT - line)))] for value in values)

@@ -15,7 +15,7 @@ import torch
 from influence_cli.cli import opening
 from influence_cli.errors import UsageProblem
 from influence_cli.extraction import fill
-from influence_cli.parallel import Place, Ranks
+from influence_cli.parallel.ranks import Place, Ranks
 from tests.cli.test_merge import DEFINITION as TEXTS
 from tests.conftest import build_run
 from tests.refusals import refused, replaced
@@ -295,9 +295,7 @@ def test_ranks_that_can_not_meet_are_told_of_torchrun(run, influence, monkeypatc
 def test_ranks_that_were_started_again_are_refused(run, influence, monkeypatch, second_of_two):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    refused(
-        influence("score", run), 2, "torchrun started the ranks again", "leave out --max-restarts"
-    )
+    refused(influence("score", run), 2, "torchrun restarted the ranks", "leave out --max-restarts")
 
 
 def test_one_rank_is_a_process_like_any_other(run, influence, monkeypatch):

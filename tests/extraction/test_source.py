@@ -200,9 +200,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturb
     assert out == ""
     assert "Traceback" not in err
     if code > 0:
-        assert err.endswith(
-            "interrupted: finished work is kept; the same command goes on from here\n"
-        )
+        assert err.endswith("interrupted: finished work is kept. Run the same command to resume.\n")
         assert not list(run.rglob(".tmp-*"))
     kept = files(run)
     assert 9 <= len(kept) < len(whole), "work was lost, or the process was too fast to be stopped"
