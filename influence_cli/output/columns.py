@@ -49,22 +49,26 @@ def score_rows(
     `groups`: names that replace training ids. `split`: computes the parts of a score.
     """
     for position in range(ranking.queries):
-        query = queries[position] if queries is not None else "all"
-        query_label, query_text = describe("query", query) if isinstance(query, int) else ("", "")
+        query: int | str = "all"
+        query_label = query_text = ""
+        if queries is not None:
+            query = queries[position]
+            query_label, query_text = describe("query", queries[position])
         entries = ranking.entries(position)
         while page := list(itertools.islice(entries, SPLIT_ENTRIES)):
-            if split is not None:
-                scores = split(position, page)
-            elif by:
-                scores = [list(zip(parts, entry.parts, strict=True)) for entry in page]
-            else:
-                scores = [[("", entry.score)] for entry in page]
-            for entry, parts_of_entry in zip(page, scores, strict=True):
-                label, text = describe("train", entry.train) if groups is None else ("", "")
-                train = entry.train if groups is None else groups[entry.train]
-                for part, score in parts_of_entry:
-                    first_cells = query, entry.kind, entry.rank, train, *([part] if by else [])
-                    yield (*first_cells, score, query_label, label, query_text, text)
+            scores = split(position, page) if split is not None else None
+            for number, (kind, rank, index, score, entry_parts) in enumerate(page):
+                label, text = describe("train", index) if groups is None else ("", "")
+                train = index if groups is None else groups[index]
+                if not by:
+                    yield (query, kind, rank, train, score, query_label, label, query_text, text)
+                    continue
+                named_parts = scores[number] if scores else zip(parts, entry_parts, strict=True)
+                for part, part_score in named_parts:
+                    yield (
+                        query, kind, rank, train, part, part_score,
+                        query_label, label, query_text, text,
+                    )  # fmt: skip
 
 
 def self_rows(entries: Iterable[Entry], describe: DescribeExample) -> Iterator[Row]:
