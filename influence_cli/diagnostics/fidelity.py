@@ -113,7 +113,9 @@ class Sample:
             for checkpoint in self.checkpoints:
                 queries = concat_rows(list(self.read("query", checkpoint, self.queries)))
                 kept = {
-                    key: {name: keep(name, queries.forms[name]).ready() for name in self.columns}
+                    key: {
+                        name: keep(name, queries.forms[name]).as_queries() for name in self.columns
+                    }
                     for key, keep in keeps.items()
                 }
                 for first in range(0, len(self.train), STEP):

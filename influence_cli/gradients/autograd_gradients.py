@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from influence_cli.gradients.batches import leaves, map_tensors
+from influence_cli.gradients.batches import Batch, leaves, map_tensors
 from influence_cli.gradients.quantity import Quantity, checked, frozen
 
 LossesAndGradients = tuple[Tensor, dict[str, Tensor]]  # (B,), and per parameter the gradients
@@ -24,7 +24,7 @@ class QuantityModule(nn.Module):
         super().__init__()
         self.model, self._quantity = model, quantity
 
-    def forward(self, batch: Any) -> Any:  # the user's batch and tensor
+    def forward(self, batch: Batch) -> Any:  # the user's batch and tensor
         return self._quantity(self.model, batch)
 
 
@@ -33,7 +33,7 @@ def gradients_by_torch_func(
     quantity: Quantity,
     names: Sequence[str],
     label: str,
-    batch: Any,  # the user's
+    batch: Batch,
     batched: Sequence[bool],
 ) -> LossesAndGradients:
     """Losses (B,) and gradients (B, *shape) of all examples: vmap of the gradient at a batch of
@@ -82,7 +82,7 @@ def gradients_by_autograd(
     quantity: Quantity,
     names: Sequence[str],
     label: str,
-    batch: Any,  # the user's
+    batch: Batch,
     size: int = 1,
 ) -> LossesAndGradients:
     """Losses (size,), and per parameter the gradient of their sum: of one example for a batch of

@@ -1,5 +1,5 @@
-"""What a collate function may return: a tensor, tuple, list, dict or any mapping, nested as it
-likes.
+"""Batches as a collate function returns them: tensors in nested tuples, lists, mappings and
+dataclasses.
 """
 
 import dataclasses
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+Batch = Any  # whatever the user's collate function returns
 
-def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Any) -> Any:
+
+def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Batch) -> Batch:
     """A copy of `batch` with `apply` on every tensor in it; mappings, tuples, lists, named tuples
     and dataclasses keep their type.
     """
@@ -17,10 +19,10 @@ def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Any) -> Any:
         return apply(batch)
     if isinstance(batch, Mapping):
         mapped = {key: map_tensors(apply, value) for key, value in batch.items()}
-        # a mapping of another type (OrderedDict, a tokenizer's BatchEncoding) keeps it where it can
-        # be built from a dict
+        # keep another type of mapping (OrderedDict, a tokenizer's BatchEncoding) if it can be built
+        # from a dict
         try:
-            return type(batch)(mapped)  # type: ignore[call-arg]
+            return type(batch)(mapped)  # type: ignore[call-arg]  # most mappings accept it
         except TypeError:
             return mapped
     if isinstance(batch, tuple):
@@ -38,8 +40,8 @@ def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     return batch
 
 
-def to(batch: Any, device: torch.device, precision: torch.dtype | None) -> Any:
-    """The batch on `device`, its floating-point tensors cast to `precision` (None: as they are)."""
+def to(batch: Batch, device: torch.device, precision: torch.dtype | None) -> Batch:
+    """The batch on `device`, with floating-point tensors in `precision` (None: unchanged)."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(
@@ -49,7 +51,7 @@ def to(batch: Any, device: torch.device, precision: torch.dtype | None) -> Any:
     return map_tensors(move, batch)
 
 
-def leaves(batch: Any) -> list[torch.Tensor]:
+def leaves(batch: Batch) -> list[torch.Tensor]:
     """Every tensor of the batch, in the order in which `map_tensors` meets them."""
     tensors: list[torch.Tensor] = []
 
@@ -61,8 +63,6 @@ def leaves(batch: Any) -> list[torch.Tensor]:
     return tensors
 
 
-def without_tensors(batch: Any) -> Any:
-    """What of the batch is not a tensor, in place: equal for two batches whose other content is the
-    same for all examples.
-    """
+def without_tensors(batch: Batch) -> Batch:
+    """The batch with None in place of each tensor, to compare the other contents of two batches."""
     return map_tensors(lambda tensor: None, batch)

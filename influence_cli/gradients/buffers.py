@@ -1,4 +1,4 @@
-"""The gradients of many examples, gathered batch after batch without a second copy."""
+"""Collect the gradients of many examples, batch after batch, without a second copy."""
 
 from collections.abc import Mapping
 
@@ -11,11 +11,11 @@ from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 
 class FormBuffer:
-    """The gradients of `count` examples, batch after batch, on the CPU: in buffers that are filled,
-    where all batches have one form; from a GPU into pinned memory, without waiting for it.
+    """The gradients of `count` examples, on the CPU.
 
-    Parameters whose tensors are one in each batch (a layer's left factors are the gradients of its
-    bias) share one buffer.
+    Where all batches have the same form, it copies them into one buffer. From a GPU it copies into
+    pinned memory, without waiting for the GPU. Parameters that share a tensor in each batch share a
+    buffer: a layer's left factors are the gradients of its bias.
     """
 
     def __init__(self, count: int) -> None:
@@ -24,12 +24,11 @@ class FormBuffer:
         self._others: dict[str, list[Form]] = {}
 
     def add(self, forms: Mapping[str, Form]) -> None:
-        """The next batch: a form of its examples per parameter."""
+        """Add the next batch: a form per parameter."""
         size = len(next(iter(forms.values())))
         at = slice(self._filled, self._filled + size)
-        copied: dict[
-            tuple[int, int], tuple[int, int]
-        ] = {}  # tensors of this batch -> the buffers they are in
+        # tensors of this batch -> the buffers that hold them
+        copied: dict[tuple[int, int], tuple[int, int]] = {}
         for name, form in forms.items():
             if not self._filled and not isinstance(form, EmbeddingRows):
                 self._buffers[name] = self._begin(form, copied)
@@ -46,7 +45,9 @@ class FormBuffer:
         self._filled += size
 
     def _begin(self, form: Form, shared: dict[tuple[int, int], tuple[int, int]]) -> Form:
-        """An empty buffer like `form`, of other parameters' tensors where they hold the same."""
+        """An empty buffer like `form`. It uses the buffer of another parameter that has the same
+        tensor.
+        """
         tensors = {}
         known = {
             identity(value): value
@@ -65,8 +66,9 @@ class FormBuffer:
         return from_tensors(form.kind, form.shape, tensors)
 
     def done(self) -> dict[str, Form]:
+        """All gradients that were added."""
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies from a GPU go on while it computes
+            torch.cuda.synchronize()  # the GPU copies while Python continues
         return self._buffers | {name: concat(parts) for name, parts in self._others.items()}
 
 

@@ -21,7 +21,7 @@ from influence_cli.gradients.autograd_gradients import (
     gradients_by_autograd,
     gradients_by_torch_func,
 )
-from influence_cli.gradients.batches import leaves, map_tensors, without_tensors
+from influence_cli.gradients.batches import Batch, leaves, map_tensors, without_tensors
 from influence_cli.gradients.example_axes import AxisPlan, Unhooked, make_plan
 from influence_cli.gradients.form_ops import cheapest, smallest
 from influence_cli.gradients.forms import Form
@@ -91,7 +91,7 @@ class Capture:
         return tuple(name for name in self.names if name not in self.hooked)
 
     # ------------------------------------------------------------ choosing the way
-    def probe(self, batch: Any, singles: Sequence[Any]) -> None:
+    def probe(self, batch: Batch, singles: Sequence[Batch]) -> None:
         """Check the loss on a first batch and choose the way. `singles`: its examples, each
         collated as a batch of one.
 
@@ -132,7 +132,7 @@ class Capture:
             )
 
     def _why_not_at_once(
-        self, batch: Any, singles: Sequence[Any], alone: Sequence[LossesAndGradients]
+        self, batch: Batch, singles: Sequence[Batch], alone: Sequence[LossesAndGradients]
     ) -> str:
         """Compare whole batches with single examples. Returns the reason where they differ."""
         size, first = len(singles), leaves(singles[0])
@@ -163,7 +163,7 @@ class Capture:
             return ""
         return "its batched gradients differ from those of single examples"
 
-    def _choose_hooked(self, batch: Any, losses: Tensor, expected: dict[str, Tensor]) -> None:
+    def _choose_hooked(self, batch: Batch, losses: Tensor, expected: dict[str, Tensor]) -> None:
         """Find the parameters for which rules and single examples agree. Keep the reason for each
         of the others.
         """
@@ -192,7 +192,7 @@ class Capture:
             self.why_not_hooked |= wrong
             self.hooked = tuple(name for name in self.hooked if name not in wrong)
 
-    def _make_plan(self, batch: Any, size: int) -> AxisPlan:
+    def _make_plan(self, batch: Batch, size: int) -> AxisPlan:
         """The plan of a batch, from its first two examples and the same two twice."""
         sample_size = min(2, size)
         flags = iter(self._batched * 2)
@@ -207,7 +207,7 @@ class Capture:
 
     # ------------------------------------------------------------ capturing
     def __call__(
-        self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
+        self, batch: Batch, singles: Callable[[int], Batch], size: int, values: bool = True
     ) -> Captured:
         """The gradients of a batch of `size`. `singles(i)`: example i as a batch of one. `values`
         False: norms and losses only.
@@ -241,7 +241,7 @@ class Capture:
         return form.sqnorm(), form
 
     def _batch(
-        self, batch: Any, size: int, values: bool
+        self, batch: Batch, size: int, values: bool
     ) -> tuple[Tensor, dict[str, NormsAndForm]] | None:
         """Losses and gradients of all examples at once. None, and a note, where this batch does
         not allow it.
@@ -265,7 +265,7 @@ class Capture:
             return None
 
     def _rules_on(
-        self, batch: Any, size: int, values: bool
+        self, batch: Batch, size: int, values: bool
     ) -> tuple[Tensor | None, dict[str, NormsAndForm]]:
         """By rules. A batch whose operations differ from the plan gets its own plan. Returns
         nothing where that fails, too.
@@ -284,7 +284,7 @@ class Capture:
 
     def _by_rules(
         self,
-        batch: Any,
+        batch: Batch,
         size: int,
         keep: Callable[[str, Form], Any],  # Any: whatever `keep` returns
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -296,12 +296,12 @@ class Capture:
             hooks.finish(checked(self.name, losses, size, traced=True))
         return losses.detach(), hooks.captured
 
-    def _by_torch_func(self, batch: Any, names: Sequence[str]) -> LossesAndGradients:
+    def _by_torch_func(self, batch: Batch, names: Sequence[str]) -> LossesAndGradients:
         return gradients_by_torch_func(
             self.model, self.quantity, names, self.name, batch, self._batched
         )
 
-    def single(self, batch: Any, size: int = 1) -> LossesAndGradients:
+    def single(self, batch: Batch, size: int = 1) -> LossesAndGradients:
         """Plain autograd: losses, and the gradient of their sum. `batch`: of one, or of `size`."""
         return gradients_by_autograd(self.model, self.quantity, self.names, self.name, batch, size)
 

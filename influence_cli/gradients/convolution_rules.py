@@ -1,11 +1,11 @@
 """Hook rules of convolutions and transposed convolutions over 1, 2 or 3 axes.
 
-Letters: I input channels, O output channels. Rows: examples, times the rows of each.
+Letters: I input channels, O output channels, C channels, D numbers of the weight. Rows: the
+examples, times the rows of each.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from influence_cli.gradients.deferred_forms import ConvolutionForm
 from influence_cli.gradients.forms import Dense
 from influence_cli.gradients.rule import Arguments, Gradients
 
+PerAxis = tuple[int, ...]  # one number for each axis
 UNFOLD_BYTES = 2 << 20  # patches that are in memory at once: about the size of a core's cache
 
 
@@ -24,28 +25,24 @@ def convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     weight: Tensor = call["weight"]
     size, kernel = len(x), tuple(weight.shape[2:])
     x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
-    stride, padding, dilation = (
-        per_axis(call.get(name, default), len(kernel)) for name, default in DEFAULTS.items()
-    )
-    sides = padded_sides(padding, kernel, dilation)
+    stride, dilation = (per_axis(call.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    sides = padded_sides(call.get("padding", 0), kernel, dilation)
     form = kernel_gradients(call, x, g, size, stride, dilation, sides)
-    return {"weight": form, "bias": over_places(g, size)}
+    return {"weight": form, "bias": sum_over_places(g, size)}
 
 
 def transposed_convolution(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
-    """Its weight (I, O/groups, ...) is that of the convolution that maps the output back to the
-    input. So its gradient is that convolution's, with x and g exchanged.
+    """Its weight (I, O/groups, ...) is the weight of the convolution that maps the output back to
+    the input. So its gradient is that of this convolution, with x and g exchanged.
     """
     weight: Tensor = call["weight"]
     size, axes = len(x), weight.ndim - 2
     x, g = x.flatten(0, 1).to(weight.dtype), g.flatten(0, 1).to(weight.dtype)
-    stride, padding, dilation = (
-        per_axis(call.get(name, default), axes) for name, default in DEFAULTS.items()
-    )
-    extra = per_axis(call.get("output_padding", 0), axes)
+    stride, dilation = (per_axis(call.get(name, 1), axes) for name in ("stride", "dilation"))
+    padding, extra = (per_axis(call.get(name, 0), axes) for name in ("padding", "output_padding"))
     sides = [(before, before - more) for before, more in zip(padding, extra, strict=True)]
     form = kernel_gradients(call, g, x, size, stride, dilation, sides)
-    return {"weight": form, "bias": over_places(g, size)}
+    return {"weight": form, "bias": sum_over_places(g, size)}
 
 
 def kernel_gradients(
@@ -53,8 +50,8 @@ def kernel_gradients(
     x: Tensor,
     g: Tensor,
     size: int,
-    stride: Any,  # a number for each axis
-    dilation: Any,  # as stride
+    stride: PerAxis,
+    dilation: PerAxis,
     sides: Sequence[tuple[int, int]],
 ) -> ConvolutionForm:
     """The weight gradients of a convolution from x (rows, I, ...) to g (rows, O, ...).
@@ -80,17 +77,23 @@ def kernel_gradients(
     return ConvolutionForm(tuple(weight.shape), x, g, len(x) // size, gradients)
 
 
-def over_places(g: Tensor, size: int) -> Dense:
+def sum_over_places(g: Tensor, size: int) -> Dense:
     """(rows, O, places...) summed over places and the rows of each of `size` examples: a bias."""
     channels = g.shape[1]
     return Dense((channels,), g.flatten(2).sum(2).view(size, -1, channels).sum(1))
 
 
 def per_example_by_groups(
-    x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    stride: PerAxis,
+    padding: PerAxis,
+    dilation: PerAxis,
+    groups: int,
 ) -> Tensor:
-    """(rows, numbers of the weight), by oneDNN: at the speed of a whole batch's weight gradient
-    (twice that of patches).
+    """(rows, D) by oneDNN, at the speed of a whole batch's weight gradient, twice that of
+    patches.
     """
     rows, axes = len(x), weight.ndim - 2
     weight_gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[axes - 1]
@@ -102,10 +105,16 @@ def per_example_by_groups(
 
 
 def per_example_by_patches(
-    x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    stride: PerAxis,
+    padding: PerAxis,
+    dilation: PerAxis,
+    groups: int,
 ) -> Tensor:
-    """(rows, numbers of the weight), as a linear layer on patches, per group: for few channels,
-    other precisions and other devices.
+    """(rows, D) as a linear layer on patches, per group: for few channels, other precisions and
+    other devices.
     """
     kernel, rows, out = tuple(weight.shape[2:]), len(x), weight.shape[0] // groups
     windows = patches(x, kernel, stride, padding, dilation)
@@ -114,7 +123,7 @@ def per_example_by_patches(
     left = g.reshape(rows, groups, out, places)
     values = g.new_empty(rows, groups, out, width)
     step = max(1, UNFOLD_BYTES // (groups * width * places * g.element_size()))
-    for first in range(0, rows, step):  # few patches at a time: they stay in the cache
+    for first in range(0, rows, step):  # so few that patches stay in the cache
         right = windows[first : first + step].reshape(-1, width, places)
         torch.bmm(
             left[first : first + step].flatten(0, 1),
@@ -124,31 +133,29 @@ def per_example_by_patches(
     return values.view(rows, -1)
 
 
-DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
+def per_axis(value: int | Sequence[int], axes: int) -> PerAxis:
+    """One number for each axis."""
+    if isinstance(value, Sequence):
+        return tuple(value) * (axes if len(value) == 1 else 1)
+    return (value,) * axes
 
 
-def per_axis(value: Any, axes: int) -> Any:
-    """One number for each axis; text ('same', 'valid') as it is."""
-    if isinstance(value, str):
-        return value
-    return (
-        tuple(value) * (axes if len(value) == 1 else 1)
-        if isinstance(value, tuple | list)
-        else (value,) * axes
-    )
-
-
-def padded_sides(padding: Any, kernel: tuple[int, ...], dilation: Any) -> list[tuple[int, int]]:
-    """Zeros before and after each axis: 'same' puts the odd one after."""
+def padded_sides(
+    padding: str | int | Sequence[int], kernel: PerAxis, dilation: PerAxis
+) -> list[tuple[int, int]]:
+    """Zeros before and after each axis. 'same' puts the odd one after."""
     if padding == "same":
         spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [(span // 2, span - span // 2) for span in spans]
-    return [(0, 0)] * len(kernel) if padding == "valid" else [(p, p) for p in padding]
+    numbers = per_axis(0 if isinstance(padding, str) else padding, len(kernel))  # text: 'valid'
+    return [(number, number) for number in numbers]
 
 
-def patches(x: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """A view (rows, C, *kernel, *places) of what each place of a convolution's output sees of the
-    padded input.
+def patches(
+    x: Tensor, kernel: PerAxis, stride: PerAxis, padding: PerAxis, dilation: PerAxis
+) -> Tensor:
+    """A view (rows, C, *kernel, *places): the part of the padded input that each place of the
+    output reads.
     """
     if any(padding):
         x = F.pad(x, [number for p in reversed(padding) for number in (p, p)])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, is_out_of_memory
+from influence_cli.gradients.batches import Batch
 from influence_cli.gradients.double_backward import (
     PlainWeightNorm,
     differentiable_gradients,
@@ -41,10 +42,9 @@ class Functions:
     the outputs in the parameters.
     """
 
-    # Any: the user's batch
-    loss: Callable[[nn.Module, Any], Tensor]
-    outputs: Callable[[nn.Module, Any], Tensor] | None = None
-    loss_from_outputs: Callable[[Tensor, Any], Tensor] | None = None
+    loss: Callable[[nn.Module, Batch], Tensor]
+    outputs: Callable[[nn.Module, Batch], Tensor] | None = None
+    loss_from_outputs: Callable[[Tensor, Batch], Tensor] | None = None
 
 
 class Curvature:
@@ -62,7 +62,7 @@ class Curvature:
         model: nn.Module,
         names: Sequence[str],
         functions: Functions,
-        batch: Any,  # the user's
+        batch: Batch,
         weights: Tensor,
         at_once: int = 1,
         on_no_vmap: Callable[[str], None] = lambda reason: None,
@@ -162,9 +162,9 @@ class HessianProducts:
 
     def __init__(
         self,
-        loss: Callable[[nn.Module, Any], Tensor],  # Any: the user's batch
+        loss: Callable[[nn.Module, Batch], Tensor],
         model: nn.Module,
-        batch: Any,
+        batch: Batch,
         weights: Tensor,
         parameters: list[nn.Parameter],
     ) -> None:
@@ -193,7 +193,7 @@ class GaussNewtonProducts:
         self,
         functions: Functions,
         model: nn.Module,
-        batch: Any,  # the user's
+        batch: Batch,
         weights: Tensor,
         parameters: list[nn.Parameter],
     ) -> None:

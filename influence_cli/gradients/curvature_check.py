@@ -4,12 +4,12 @@ Letters: B examples, D numbers of a parameter.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import GradientError
+from influence_cli.gradients.batches import Batch
 from influence_cli.gradients.curvature import Curvature, Functions
 from influence_cli.gradients.double_backward import no_second_derivative, twice_differentiable
 from influence_cli.gradients.quantity import checked
@@ -27,7 +27,7 @@ class PlainGradient:
         model: nn.Module,
         names: Sequence[str],
         functions: Functions,
-        batch: Any,  # the user's
+        batch: Batch,
         weights: Tensor,
     ) -> None:
         self.model, self.names, self.functions = model, names, functions
@@ -62,7 +62,7 @@ class PlainGradient:
 
 
 def check_curvature(
-    model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, size: int
+    model: nn.Module, names: Sequence[str], functions: Functions, batch: Batch, size: int
 ) -> None:
     """Compare the curvature of a batch of `size` with differences of gradients; for Gauss-Newton
     compare its gradient with that of loss().

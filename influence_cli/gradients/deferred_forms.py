@@ -1,5 +1,8 @@
-"""Forms that live only from a layer's backward pass to whoever keeps its gradients: what would be
-large is formed there, or not at all.
+"""Forms that live only from a layer's backward pass until capture stores its gradients. Large
+tensors are formed at that point, or never.
+
+Letters: N examples, S positions, o x i a weight, D numbers of a parameter, m rows of the layer's
+batch per example.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 
 class DeferredForm(Form):
-    """Kept as dense gradients, if at all."""
+    """A form that is stored as dense gradients."""
 
     def tensors(self) -> dict[str, Tensor]:
         return self.dense().tensors()
@@ -43,12 +46,15 @@ class TiedForm(DeferredForm):
         return len(self.factors)
 
     def part(self, at: slice) -> Form:
-        factors, rows = self.factors.part(at), self.rows.part(at)
-        return TiedForm(self.shape, factors, rows)  # type: ignore[arg-type]
+        return self._with(self.factors.part(at), self.rows.part(at))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
-        factors, rows = self.factors.to(device, dtype), self.rows.to(device, dtype)
-        return TiedForm(self.shape, factors, rows)  # type: ignore[arg-type]
+        return self._with(self.factors.to(device, dtype), self.rows.to(device, dtype))
+
+    def _with(self, factors: Form, rows: Form) -> Form:
+        assert isinstance(factors, Factors)
+        assert isinstance(rows, EmbeddingRows)
+        return TiedForm(self.shape, factors, rows)
 
     @property
     def device(self) -> torch.device:
@@ -66,22 +72,21 @@ class TiedForm(DeferredForm):
         return Dense(self.shape, values)
 
     def sqnorm(self) -> Tensor:
-        """|F|^2 + |R|^2 + 2 <F, R>. A token's row meets only its own column of the left factors.
-
-        Cost: S i for each row.
+        """|F|^2 + |R|^2 + 2 <F, R>. A token's row multiplies only its own column of the left
+        factors. Cost: S i per row.
         """
         squares = self.factors.sqnorm() + self.rows.sqnorm()
         counts = self.rows.offsets.diff()
         N, S, _, i = self.factors.sizes
-        most = int(counts.max()) if N else 0
+        longest = int(counts.max()) if N else 0
         within = torch.arange(len(self.rows.ids), device=self.device) - torch.repeat_interleave(
             self.rows.offsets[:-1], counts
         )
-        values = self.rows.values.new_zeros(N, most, i)  # an example's rows, then zeros
+        values = self.rows.values.new_zeros(N, longest, i)  # an example's rows, then zeros
         values[self.rows.example, within] = self.rows.values
-        ids = counts.new_zeros(N, most)
+        ids = counts.new_zeros(N, longest)
         ids[self.rows.example, within] = self.rows.ids
-        left = self.factors.left.gather(2, ids.unsqueeze(1).expand(N, S, most))
+        left = self.factors.left.gather(2, ids.unsqueeze(1).expand(N, S, longest))
         both = (
             torch.bmm(self.factors.right, values.transpose(1, 2))
             .mul_(left)
@@ -93,14 +98,14 @@ class TiedForm(DeferredForm):
 
 @dataclass(frozen=True)
 class ConvolutionForm(DeferredForm):
-    """Gradients of a convolution's weight, taken from its input x and the gradient g at its output
-    (both (B m, ...), m rows an example).
+    """Gradients of a convolution's weight, from its input x (N m, ...) and the gradient g at its
+    output (N m, ...).
     """
 
     kind = "convolved"
     x: Tensor
     g: Tensor
-    rows: int  # of an example
+    rows: int  # m
     gradients: Callable[[Tensor, Tensor], Tensor]  # (x, g) -> (rows, D)
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, is_out_of_memory
+from influence_cli.gradients.batches import Batch
 from influence_cli.gradients.capture import Captured
 from influence_cli.gradients.form_ops import concat, distance, merged
 from influence_cli.gradients.forms import Form
@@ -55,7 +56,7 @@ class EmbeddingCapture:
         self.sample: dict[str, Form] = {}
         self._axis = 0  # of the token ids: the examples
 
-    def probe(self, batch: Any, singles: Sequence[Any]) -> None:
+    def probe(self, batch: Batch, singles: Sequence[Batch]) -> None:
         """Settle whether batches are taken as such: where they agree with their examples taken
         alone.
 
@@ -95,7 +96,7 @@ class EmbeddingCapture:
         )
 
     def __call__(
-        self, batch: Any, singles: Callable[[int], Any], size: int, values: bool = True
+        self, batch: Batch, singles: Callable[[int], Batch], size: int, values: bool = True
     ) -> Captured:
         """A batch of `size`; `singles(i)`: example i collated alone. `values` False: norms and
         losses only.
@@ -109,7 +110,7 @@ class EmbeddingCapture:
             losses.double(), {self.column: rows.sqnorm()}, {self.column: rows} if values else {}
         )
 
-    def _batch(self, batch: Any, size: int) -> tuple[Tensor, Any] | None:
+    def _batch(self, batch: Batch, size: int) -> tuple[Tensor, Any] | None:
         """All examples at once; None where this batch can't be taken so, which is said."""
         try:
             return self._taken(batch, size)
@@ -122,7 +123,7 @@ class EmbeddingCapture:
             )
             return None
 
-    def _taken(self, batch: Any, size: int) -> tuple[Tensor, Any]:
+    def _taken(self, batch: Batch, size: int) -> tuple[Tensor, Any]:
         """Losses (size,), and the rows of each example, summed over the calls of the module."""
         calls: list[tuple[Tensor, Tensor]] = []
 
@@ -219,7 +220,7 @@ def watching(module: nn.Module, after: Any, before: Any) -> Iterator[None]:
             hook.remove()
 
 
-def mask_of(batch: Any, ids: Tensor) -> Tensor | None:
+def mask_of(batch: Batch, ids: Tensor) -> Tensor | None:
     """The batch's attention mask where it is one of these ids."""
     mask = batch.get(MASK) if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None

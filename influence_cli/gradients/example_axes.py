@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from influence_cli.gradients.batches import Batch
+
 
 class Unhooked(Exception):
     """The hooks can't take this batch: its operations are not those of the plan, or some gradient
@@ -69,7 +71,7 @@ class AxisPlan:
     activations: float = 0.0
 
 
-def make_plan(forward: Callable[[Any], Any], two: Any, twice: Any, size: int) -> AxisPlan:
+def make_plan(forward: Callable[[Batch], Any], two: Batch, twice: Batch, size: int) -> AxisPlan:
     """The plan of `forward`, from a batch of `size` examples and one of the same examples twice.
 
     Raises Unhooked where the two runs differ in more than sizes.

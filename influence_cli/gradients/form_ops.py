@@ -1,5 +1,5 @@
-"""From one form to another: the cheapest exact form, the sum and the distance of two, several one
-after the other, and back from a file.
+"""Operations on forms: the cheapest exact form, sums, distances, concatenation, and reading from a
+file.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ def from_tensors(kind: str, shape: Sequence[int], tensors: dict[str, Tensor]) ->
 
 
 def cheapest(form: Form) -> Form:
-    """The same gradients in the exact form of fewer bytes, of those it can become: factors S (o +
-    i), dense o i.
+    """The same gradients in the exact form with the fewest numbers: factors S (o + i), dense
+    o i.
     """
     if isinstance(form, Factors):
         _, S, o, i = form.sizes
@@ -33,16 +33,16 @@ def cheapest(form: Form) -> Form:
 
 
 def merged(first: Form, second: Form) -> Form:
-    """The sum of two forms of the same examples: a parameter that is used twice has one
-    gradient.
-    """
+    """The sum of two forms of the same examples, as for a parameter that is used twice."""
     if isinstance(first, Factors) and isinstance(second, Factors):
         pairs = zip(first.tensors().values(), second.tensors().values(), strict=True)
         return Factors(first.shape, *(torch.cat(pair, dim=1) for pair in pairs))
     if isinstance(first, EmbeddingRows) and isinstance(second, EmbeddingRows):
         tokens, size = first.shape[0], len(first)
         keys = torch.cat([part.example * tokens + part.ids for part in (first, second)])
-        distinct, place = torch.unique(keys, return_inverse=True)  # rising: by example, then by id
+        distinct, place = torch.unique(
+            keys, return_inverse=True
+        )  # ascending by example, then by id
         values = first.values.new_zeros(len(distinct), first.values.shape[1])
         values.index_add_(0, place, torch.cat([first.values, second.values]))
         counts = torch.bincount(distinct // tokens, minlength=size)
@@ -57,10 +57,14 @@ def merged(first: Form, second: Form) -> Form:
     if isinstance(second, EmbeddingRows) and isinstance(first, Factors):
         return TiedForm(first.shape, first, second)
     if isinstance(second, EmbeddingRows) and isinstance(first, TiedForm):
-        return TiedForm(first.shape, first.factors, merged(first.rows, second))  # type: ignore[arg-type]
+        rows = merged(first.rows, second)
+        assert isinstance(rows, EmbeddingRows)
+        return TiedForm(first.shape, first.factors, rows)
     tied, other = (first, second) if isinstance(first, TiedForm) else (second, first)
     if isinstance(tied, TiedForm) and isinstance(other, Factors):
-        return TiedForm(tied.shape, merged(tied.factors, other), tied.rows)  # type: ignore[arg-type]
+        factors = merged(tied.factors, other)
+        assert isinstance(factors, Factors)
+        return TiedForm(tied.shape, factors, tied.rows)
     values = first.values.clone() if isinstance(first, Dense) else first.dense().values
     if isinstance(second, EmbeddingRows):  # an example's ids are distinct
         values.view(len(second), second.shape[0], -1)[second.example, second.ids] += second.values
@@ -70,7 +74,7 @@ def merged(first: Form, second: Form) -> Form:
 
 
 def distance(first: Form, second: Form) -> Tensor:
-    """(N,) float64: the norm of the difference of two gradients of each example."""
+    """(N,) float64: the norm of the difference of each example's two gradients."""
     pair = [form.rows() if isinstance(form, Postings) else form for form in (first, second)]
     if all(isinstance(form, EmbeddingRows) for form in pair):
         first_values, second_values = (
@@ -87,8 +91,8 @@ def distance(first: Form, second: Form) -> Tensor:
 
 
 def side_by_side(forms: Sequence[Form]) -> Form | None:
-    """One form of projected gradients that stand side by side in memory, as they are kept; None
-    where they do not.
+    """One form of projected gradients that are adjacent in memory, as the cache keeps them. None
+    where they are not.
     """
     if len(forms) == 1:
         return forms[0]
@@ -114,13 +118,15 @@ def side_by_side(forms: Sequence[Form]) -> Form | None:
 
 
 def concat(forms: Sequence[Form]) -> Form:
-    """The examples of several forms of one parameter, one after the other; dense where the kinds
+    """The examples of several forms of one parameter. The result is dense where the kinds
     differ.
     """
     if len(forms) == 1:
         return forms[0]
     if all(isinstance(form, Postings) for form in forms):
-        return Postings.of(concat([form.rows() for form in forms]))  # type: ignore[attr-defined,arg-type]
+        rows = concat([form.rows() for form in forms if isinstance(form, Postings)])
+        assert isinstance(rows, EmbeddingRows)
+        return Postings.of(rows)
     if len({form.kind for form in forms}) > 1:
         forms = [form.dense() for form in forms]
     first = forms[0]
@@ -143,7 +149,7 @@ def concat(forms: Sequence[Form]) -> Form:
 
 
 def padded(form: Factors, positions: int) -> Factors:
-    """Factors of more positions, the added ones zero."""
+    """Factors with more positions; the new ones are zero."""
     more = positions - form.left.shape[1]
     if not more:
         return form
@@ -154,8 +160,8 @@ def padded(form: Factors, positions: int) -> Factors:
 
 
 def smallest(gradients: Tensor, embedding: bool) -> Form:
-    """(B, *shape) gradients in the exact form of fewer bytes: rows where most rows of an embedding
-    are zero, else dense.
+    """(B, *shape) gradients in the exact form with the fewest bytes: rows if most rows of an
+    embedding are zero, else dense.
     """
     shape = tuple(gradients.shape[1:])
     if embedding and len(shape) == 2:

@@ -1,11 +1,10 @@
-"""The forms of per-example gradients as dense numbers and factors, and the one linear-operator
-interface of all forms.
+"""The forms of per-example gradients: dense numbers and factors, and the interface of all forms.
 
-Seen as a matrix of N rows and D columns, each form gives products with other gradients (`dot`),
-with vectors (`matvec`), of its transpose with vectors (`rmatvec`), and squared norms of its rows.
-What is cheapest is counted, not tried: disk by bytes, products by multiplications.
+A form is a matrix of N rows and D columns. It multiplies with other gradients (`dot`) and with
+vectors (`matvec`), its transpose multiplies with vectors (`rmatvec`), and it gives squared norms of
+its rows. Counts choose the cheapest form: bytes on disk, multiplications in products.
 
-N examples, Q queries, D numbers of a parameter (of shape o x i), S positions, K vectors or
+Letters: N examples, Q queries, D numbers of a parameter (of shape o x i), S positions, K vectors or
 projected numbers.
 """
 
@@ -18,23 +17,19 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-PART_BYTES = 16 << 20  # dense gradients made from factors at once
+PART_BYTES = 16 << 20  # dense gradients that are computed from factors at once
 
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """The gradients of N examples for one parameter of `shape`. Subclasses say how they are
-    held.
-    """
+    """The gradients of N examples for one parameter of `shape`."""
 
     kind: ClassVar[str]
     shape: tuple[int, ...]
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name; the values among them are floating point, with one leading axis
-        of rows.
-        """
+        """What the cache stores, by name. Floating-point tensors have rows on their first axis."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -49,13 +44,11 @@ class Form(ABC):
         """The examples at these positions, in this order."""
 
     def part(self, at: slice) -> "Form":
-        """A stretch of the examples, as a view of the same memory."""
+        """Consecutive examples, as a view of the same memory."""
         return type(self)(self.shape, **{name: value[at] for name, value in self.tensors().items()})
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some of the examples at a time as (n, D) dense matrices; one may be overwritten by the
-        next.
-        """
+        """Dense matrices (n, D) of some examples at a time. The next one may overwrite it."""
         numbers = torch.Size(self.shape).numel() * torch.finfo(self.dtype).bits // 8
         step = max(1, PART_BYTES // max(1, numbers))
         for first in range(0, len(self), step):
@@ -76,8 +69,8 @@ class Form(ABC):
 
     @abstractmethod
     def dot(self, queries: "Form", memo: "Memo | None" = None) -> Tensor:
-        """Inner products with the queries' gradients: (N, Q). `memo` shares those of tensors that
-        several parameters have in common.
+        """Inner products with the queries' gradients: (N, Q). `memo`: products of tensors that
+        several parameters share.
         """
 
     @abstractmethod
@@ -86,7 +79,7 @@ class Form(ABC):
 
     @abstractmethod
     def rmatvec(self, weights: Tensor) -> Tensor:
-        """G^T w for the columns of (N, K), a weighted sum of the gradients: (D, K)."""
+        """G^T w for the columns of (N, K), weighted sums of the gradients: (D, K)."""
 
     def add_to(self, sums: Tensor, weights: Tensor) -> None:
         """sums (K, D) += w^T G for (N, K) weights."""
@@ -96,8 +89,8 @@ class Form(ABC):
     def sqnorm(self) -> Tensor:
         """Squared norm of each example's gradient: (N,), float64 wherever the device has it."""
 
-    def ready(self) -> "Form":
-        """The form in which these gradients, as queries, are multiplied with fewest operations."""
+    def as_queries(self) -> "Form":
+        """The form that multiplies with the fewest operations, for use as queries."""
         return self
 
     @property
@@ -131,7 +124,7 @@ class Dense(Form):
         return type(self)(self.shape, self.values[index])
 
     def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
-        if not isinstance(queries, Dense):  # it knows better how to meet a matrix
+        if not isinstance(queries, Dense):  # other forms multiply with a matrix more cheaply
             return queries.matvec(self.values.T).T
         return products(self.values, queries.dense().values, memo)
 
@@ -150,9 +143,7 @@ class Dense(Form):
 
 @dataclass(frozen=True)
 class Projected(Dense):
-    """K numbers per example whose inner products are those of the gradients in expectation; not
-    convertible back.
-    """
+    """K numbers per example, whose inner products are those of the gradients in expectation."""
 
     kind = "projected"
 
@@ -181,8 +172,8 @@ class Factors(Form):
 
     @property
     def dense_is_cheaper(self) -> bool:
-        """Whether norms cost less from dense gradients, S o i, than from Gram matrices over the
-        positions, S^2 (o + i).
+        """Whether norms cost less from dense gradients (S o i) than from Gram matrices over the
+        positions (S^2 (o + i)).
         """
         _, S, o, i = self.sizes
         return S * (o + i) >= o * i
@@ -197,7 +188,7 @@ class Factors(Form):
         return Factors(self.shape, self.left[index], self.right[index])
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """In one reused buffer."""
+        """All parts use the same buffer."""
         N, _, o, i = self.sizes
         step = max(1, PART_BYTES // (o * i * self.left.element_size()))
         buffer = self.left.new_empty(min(step, N), o, i)
@@ -208,8 +199,8 @@ class Factors(Form):
             )
             yield at, part.view(len(part), -1)
 
-    def ready(self) -> Form:
-        """Over S positions each, a pair costs S^2 (o + i) from factors and o i from dense
+    def as_queries(self) -> Form:
+        """A pair of S positions each costs S^2 (o + i) from factors, and o i from dense
         gradients.
         """
         _, S, o, i = self.sizes
@@ -261,9 +252,8 @@ class Factors(Form):
             grams.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) for grams in (lefts, rights)
         ]
         square_sums = lefts.mul_(rights).sum(2).sum(1, dtype=torch.float64)
-        if (
-            self.left.dtype == torch.float32
-        ):  # where that under- or overflows, or positions cancel, once more in float64
+        if self.left.dtype == torch.float32:
+            # again in float64 where float32 under- or overflows, or positions cancel
             sound = square_sums > 1e-6 * traces[0] * traces[1]
             for value in (square_sums, *traces):
                 sound &= in_range(value, torch.float32)
@@ -274,16 +264,15 @@ class Factors(Form):
         return square_sums
 
 
-Memo = dict[
-    tuple[Any, ...], tuple[Tensor, StorageWeakRef, StorageWeakRef]
-]  # products taken, by where their factors lie, while they do
+# products by the addresses of their factors, valid while the factors' memory lives
+# Any: addresses, shapes and strides
+Memo = dict[tuple[Any, ...], tuple[Tensor, StorageWeakRef, StorageWeakRef]]
 
 HALVES = (torch.float16, torch.bfloat16)
 
-# oneDNN's float32 product, 1.3 times as fast as MKL's on the AMD processor of the benchmarks, and
-# the same bits wherever its factors lie in
-# memory, which MKL's are not; torch offers it to its own compiler only
-FAST = (
+# oneDNN's float32 product. On the AMD processor of the benchmarks it is 1.3 times as fast as MKL's,
+# and its bits do not depend on the alignment of memory. torch exports it for its compiler only.
+ONEDNN_LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available()
     else None
@@ -291,15 +280,15 @@ FAST = (
 
 
 def products(left: Tensor, right: Tensor, memo: Memo | None = None) -> Tensor:
-    """(N, Q) inner products of the rows of (N, K) and (Q, K). `memo`: of the same tensors they are
-    taken once.
+    """(N, Q) inner products of the rows of (N, K) and (Q, K). `memo`: keeps them for the next call
+    with the same tensors.
     """
     key = tuple((value.data_ptr(), value.shape, value.stride()) for value in (left, right))
     if memo is not None and key in memo and not any(storage.expired() for storage in memo[key][1:]):
         return memo[key][0]
     result = (
-        FAST(right, left, None, "none", [], "").T
-        if FAST and left.is_cpu and left.dtype == torch.float32
+        ONEDNN_LINEAR(right, left, None, "none", [], "").T
+        if ONEDNN_LINEAR and left.is_cpu and left.dtype == torch.float32
         else left @ right.T
     )
     if memo is not None:
@@ -312,14 +301,14 @@ def products(left: Tensor, right: Tensor, memo: Memo | None = None) -> Tensor:
 
 
 def squares(values: Tensor) -> Tensor:
-    """Sum of squares of each row of an (N, D) tensor, float64: stretches of 1,024 in the tensor's
-    precision, their sum in float64.
+    """Sum of squares of each row of an (N, D) tensor, float64.
 
-    Rows that would under- or overflow so are taken in float64 throughout.
+    It sums 1,024 numbers at a time in the tensor's precision, and these sums in float64. Rows that
+    under- or overflow are computed again in float64.
     """
     if (
         values.is_cuda
-    ):  # as fast as memory is read, and without asking the device whether it was right
+    ):  # as fast as reading memory, and needs no check, which would wait for the GPU
         return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
     if values.dtype in HALVES:
         values = values.float()
@@ -338,8 +327,6 @@ def squares(values: Tensor) -> Tensor:
 
 
 def in_range(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which sums of squares are surely of terms that a precision can hold, but for 1e-8 of the
-    sum.
-    """
+    """Which sums of squares lost at most 1e-8 of themselves to under- or overflow."""
     limits = torch.finfo(dtype)
     return (sums > limits.tiny * 1e8) & (sums < limits.max)

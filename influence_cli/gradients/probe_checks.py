@@ -1,13 +1,13 @@
 """What makes gradients meaningless, found on the first examples of a run."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from influence_cli.errors import GradientError, listed
 from influence_cli.gradients.autograd_gradients import LossesAndGradients
+from influence_cli.gradients.batches import Batch
 from influence_cli.gradients.tolerances import close, differing
 
 
@@ -23,8 +23,8 @@ def check_eval_mode(model: nn.Module, name: str) -> None:
 
 
 def check_not_random(
-    single: Callable[[Any], LossesAndGradients],  # Any: the user's batch of one
-    batches: Sequence[Any],
+    single: Callable[[Batch], LossesAndGradients],
+    batches: Sequence[Batch],
     first_results: Sequence[LossesAndGradients],
     name: str,
 ) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import GradientError
+from influence_cli.gradients.batches import Batch
 
-# (model, batch) -> (B,), smaller is better. Any: the user's batch.
-Quantity = Callable[[nn.Module, Any], Tensor]
+# (model, batch) -> (B,), smaller is better
+Quantity = Callable[[nn.Module, Batch], Tensor]
 
 
 def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:

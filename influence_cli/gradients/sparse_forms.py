@@ -1,6 +1,6 @@
 """The forms of an embedding's gradients: few rows of a V x d matrix, by example or by token.
 
-N examples, Q queries, T stored rows, U distinct tokens, V x d the embedding, K vectors.
+Letters: N examples, Q queries, T stored rows, U distinct tokens, V x d the embedding, K vectors.
 """
 
 import math
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from influence_cli.gradients.forms import PART_BYTES, Dense, Form, Memo, products, squares
 
-PAIRS = 128  # pairs of a token's rows from which a product of its own is faster
+PAIRS = 128  # from this many pairs of rows on, one product per token is faster
 
 
 @dataclass(frozen=True)
 class EmbeddingRows(Form):
-    """Few rows of a V x d matrix: example n has the rows `ids[offsets[n]:offsets[n+1]]`, rising."""
+    """Few rows of a V x d matrix: example n has the rows `ids[offsets[n]:offsets[n+1]]`, in
+    ascending order.
+    """
 
     kind = "rows"
     ids: Tensor  # (T,) int64
@@ -42,12 +44,12 @@ class EmbeddingRows(Form):
         out[self.example, self.ids] = self.values
         return Dense(self.shape, out.flatten(1))
 
-    def part(self, at: slice) -> "Form":
+    def part(self, at: slice) -> "EmbeddingRows":
         offsets = self.offsets[at.start : at.stop + 1]
         rows = slice(int(offsets[0]), int(offsets[-1]))
         return EmbeddingRows(self.shape, self.ids[rows], self.values[rows], offsets - offsets[0])
 
-    def take(self, index: Tensor) -> "Form":
+    def take(self, index: Tensor) -> "EmbeddingRows":
         counts = self.offsets.diff()[index]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         within = torch.arange(int(offsets[-1]), device=self.ids.device) - torch.repeat_interleave(
@@ -57,18 +59,18 @@ class EmbeddingRows(Form):
         return EmbeddingRows(self.shape, self.ids[place], self.values[place], offsets)
 
     def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
-        """Only rows of one token meet."""
+        """Only rows of the same token contribute."""
         if isinstance(queries, EmbeddingRows | Postings):
-            return Postings.of(self).dot(queries.ready(), memo)
+            return Postings.of(self).dot(queries.as_queries(), memo)
         return self.matvec(queries.dense().values.T)
 
-    def ready(self) -> Form:
+    def as_queries(self) -> Form:
         return Postings.of(self)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         K = vectors.shape[1]
         out = self.values.new_zeros(len(self), K)
-        for k in range(K):  # one at a time: T x d numbers, whatever K
+        for k in range(K):  # one at a time: T x d numbers of memory, whatever K
             products = (self.values * vectors[:, k].reshape(self.shape[0], -1)[self.ids]).sum(1)
             out[:, k].index_add_(0, self.example, products)
         return out
@@ -80,7 +82,7 @@ class EmbeddingRows(Form):
         return rows.flatten(1).T
 
     def add_to(self, sums: Tensor, weights: Tensor) -> None:
-        """Only the rows that are there are touched: T x d numbers for each of K, whatever V."""
+        """It touches only stored rows: T x d numbers for each of K, whatever V."""
         for out, w in zip(sums.view(len(sums), self.shape[0], -1), weights.T, strict=True):
             out.index_add_(0, self.ids, self.values * w[self.example, None])
 
@@ -94,15 +96,15 @@ class EmbeddingRows(Form):
 
 @dataclass(frozen=True)
 class Postings(Form):
-    """Rows in the order of their tokens, an inverted index: token `tokens[u]` has the rows
-    `starts[u]:starts[u+1]`, by rising example.
+    """An inverted index: token `tokens[u]` has the rows `starts[u]:starts[u+1]`, in ascending order
+    of examples.
 
-    The form in which word embeddings are kept: what two texts have in common is found by token, and
-    one token's rows lie together.
+    The cache keeps word embeddings in this form: the common tokens of two texts are quick to find,
+    and the rows of one token are adjacent.
     """
 
     kind = "postings"
-    tokens: Tensor  # (U,) int64, rising
+    tokens: Tensor  # (U,) int64, ascending
     starts: Tensor  # (U+1,) int64
     example: Tensor  # (T,) int64
     values: Tensor  # (T, d)
@@ -138,14 +140,14 @@ class Postings(Form):
         return self.rows().dense()
 
     def part(self, at: slice) -> "Form":
-        return Postings.of(self.rows().part(at))  # type: ignore[arg-type]
+        return Postings.of(self.rows().part(at))
 
     def take(self, index: Tensor) -> "Form":
-        return Postings.of(self.rows().take(index))  # type: ignore[arg-type]
+        return Postings.of(self.rows().take(index))
 
     def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
-        """Cost d for each pair of rows of one token: a product for each token that many of both
-        have, the others pair by pair.
+        """Cost d per pair of rows of one token. A token with many pairs gets one matrix product;
+        all other pairs are multiplied one by one.
         """
         if isinstance(queries, EmbeddingRows):
             queries = Postings.of(queries)
@@ -155,11 +157,10 @@ class Postings(Form):
         if not len(self.tokens):
             return out
         place = torch.searchsorted(self.tokens, queries.tokens).clamp(max=len(self.tokens) - 1)
-        other_rows = (
-            (self.tokens[place] == queries.tokens).nonzero().flatten()
-        )  # of the tokens that both have
+        # of the tokens that both sides have
+        other_rows = (self.tokens[place] == queries.tokens).nonzero().flatten()
         own_rows = place[other_rows]
-        meeting = torch.stack(
+        common = torch.stack(
             [
                 self.starts[:-1][own_rows],
                 self.starts.diff()[own_rows],
@@ -167,19 +168,18 @@ class Postings(Form):
                 queries.starts.diff()[other_rows],
             ]
         )
-        often = meeting[1] * meeting[3] > PAIRS
-        for a, n, b, m in meeting[:, often].T.tolist():
+        often = common[1] * common[3] > PAIRS
+        for a, n, b, m in common[:, often].T.tolist():
             at = self.example[a : a + n, None] * Q + queries.example[b : b + m]
             out.view(-1).index_add_(
                 0,
                 at.flatten(),
                 products(queries.values[b : b + m], self.values[a : a + n]).T.flatten(),
             )
-        for row, yours in pairs(
-            meeting[:, ~often], max(1, PART_BYTES // (2 * self.values[:1].nbytes))
-        ):
-            at = self.example[row] * Q + queries.example[yours]
-            out.view(-1).index_add_(0, at, (self.values[row] * queries.values[yours]).sum(1))
+        limit = max(1, PART_BYTES // (2 * self.values[:1].nbytes))
+        for row, query_row in pairs(common[:, ~often], limit):
+            at = self.example[row] * Q + queries.example[query_row]
+            out.view(-1).index_add_(0, at, (self.values[row] * queries.values[query_row]).sum(1))
         return out
 
     def select(self, kept: Tensor) -> "Postings":
@@ -213,15 +213,15 @@ class Postings(Form):
         return norms.new_zeros(len(self)).index_add_(0, self.example, norms)
 
 
-def pairs(meeting: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each column (a, n, b, m) all pairs (a + i, b + j) with i < n and j < m; at most `most` at
-    once.
+def pairs(common: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each column (a, n, b, m) all pairs (a + i, b + j) with i < n and j < m, at most `limit`
+    at once.
     """
-    (own_rows, _, other_rows, columns), counts = meeting, meeting[1] * meeting[3]
+    (own_rows, _, other_rows, columns), counts = common, common[1] * common[3]
     entry = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     within = torch.arange(len(entry), device=counts.device) - (counts.cumsum(0) - counts)[entry]
     first, second = (
         own_rows[entry] + within // columns[entry],
         other_rows[entry] + within % columns[entry],
     )
-    yield from zip(first.split(most), second.split(most), strict=True) if len(entry) else ()
+    yield from zip(first.split(limit), second.split(limit), strict=True) if len(entry) else ()

@@ -213,7 +213,7 @@ def query_rows(
 ) -> GradientRows:
     """Query gradients at one checkpoint, in memory, each in the form whose products cost least."""
     rows = concat_rows(list(source.read("query", checkpoint, list(request.columns), ids)))
-    forms = {name: form.ready() for name, form in rows.forms.items()}
+    forms = {name: form.as_queries() for name, form in rows.forms.items()}
     return dataclasses.replace(rows, forms=forms)
 
 

@@ -147,7 +147,7 @@ def test_products_of_any_two_forms_equal_the_dense_ones(kinds, dtype, data):
     allowed = (
         1e-12 if dtype == torch.float64 else 1e-5
     )  # of the largest: at most 49 x 36 terms of eps 6e-8 each, of random sign
-    for queries in (theirs, theirs.ready()):
+    for queries in (theirs, theirs.as_queries()):
         for memo in (None, {}):
             found = ours.dot(queries, memo)
             assert found.dtype == dtype
@@ -167,7 +167,7 @@ def test_operators_equal_those_of_the_dense_matrix(kind, data):
     torch.testing.assert_close(form.matvec(vectors), G @ vectors, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(form.rmatvec(weights), G.T @ weights, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(form.sqnorm(), G.square().sum(1), rtol=1e-12, atol=1e-12)
-    for same in (form.ready(), cheapest(form)):
+    for same in (form.as_queries(), cheapest(form)):
         torch.testing.assert_close(same.dense().values, G, rtol=1e-12, atol=1e-12)
     assert cheapest(form).nbytes <= form.nbytes
     first, last = sorted((data.draw(st.integers(0, N)), data.draw(st.integers(0, N))))

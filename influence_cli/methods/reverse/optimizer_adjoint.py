@@ -276,7 +276,7 @@ def gram(gradients: Mapping[str, Form], weights: Tensor, updates: Mapping[str, U
     for name, update in updates.items():
         form = gradients[name]
         product = (
-            update.rate * form.dot(form.ready()).cpu().double()
+            update.rate * form.dot(form.as_queries()).cpu().double()
         )  # not every device has float64
         result = product if result is None else result + product
     assert result is not None
