@@ -1,9 +1,9 @@
-"""Gradients of word embeddings, taken at an embedding module's output: the input path alone,
-whatever else its weight is tied to.
+"""Gradients of word embeddings at the output of an embedding module.
 
-Per example one row for each distinct token: G_w = sum over the positions of w of dl/de (TracIn-WE,
-Yeh et al. 2022, arXiv:2202.11844, section 4). Padding has none: the module's padding_idx, and
-positions that an `attention_mask` of the batch leaves out.
+They follow the input path alone, even if the weight is tied to another layer. Each example has one
+row per distinct token w: G_w = sum over the positions of w of dl/de (TracIn-WE, Yeh et al. 2022,
+arXiv:2202.11844, section 4). Padding has no row: the module's padding_idx, and positions that the
+batch's `attention_mask` excludes.
 """
 
 import functools
@@ -29,7 +29,7 @@ MASK = "attention_mask"  # of a batch that is a mapping: 0 where a position is p
 
 
 class EmbeddingCapture:
-    """Captures `column`: the gradient of `quantity` at the output of the embedding module named
+    """Captures `column`: the gradients of `quantity` at the output of the embedding module named
     `module`, by token.
     """
 
@@ -44,28 +44,22 @@ class EmbeddingCapture:
     ) -> None:
         embedding = model.get_submodule(module)
         assert isinstance(embedding, nn.Embedding)
-        self.model, self.quantity, self.column, self.module, self.name = (
-            model,
-            quantity,
-            column,
-            embedding,
-            name,
-        )
+        self.model, self.quantity, self.name = model, quantity, name
+        self.column, self.module = column, embedding
         self._place, self._note = module or "the model", note
         self.at_once, self.activations = False, 0.0
         self.sample: dict[str, Form] = {}
-        self._axis = 0  # of the token ids: the examples
+        self._axis = 0  # the axis of the token ids that counts examples
 
     def probe(self, batch: Batch, singles: Sequence[Batch]) -> None:
-        """Settle whether batches are taken as such: where they agree with their examples taken
-        alone.
+        """Choose whether to compute whole batches: if they agree with their examples alone.
 
-        Raises GradientError: the module is not called, is not given token ids, or ids past its
-        vocabulary.
+        Raises GradientError: the model does not call the module, or passes it no token ids, or ids
+        past its vocabulary.
         """
         size = len(singles)
-        alone = [self._taken(single, 1) for single in singles]
-        again = [self._taken(single, 1) for single in singles]
+        alone = [self._gradients(single, 1) for single in singles]
+        again = [self._gradients(single, 1) for single in singles]
         for (losses, rows), (losses_again, rows_again) in zip(alone, again, strict=True):
             if not close(losses, losses_again) or not alike(rows, rows_again):
                 raise random_quantity(self.name, float(losses), float(losses_again))
@@ -78,10 +72,10 @@ class EmbeddingCapture:
         )
         for self._axis in (0, 1):
             try:
-                batched, rows = self._taken(batch, size)
+                batched, rows = self._gradients(batch, size)
             except GradientError:
                 raise
-            except Exception as error:  # whatever a model does with a batch; one by one is right
+            except Exception as error:  # whatever a model does with a batch: one by one is right
                 if is_out_of_memory(error):
                     raise
                 continue
@@ -91,52 +85,51 @@ class EmbeddingCapture:
                 return
         self._axis = 0
         self._note(
-            "gradients are taken one example at a time, right but slow: a batch does not give what "
-            "its examples give alone"
+            "influence computes gradients one example at a time, which is right but slow: a batch "
+            "and its examples alone give different gradients"
         )
 
     def __call__(
         self, batch: Batch, singles: Callable[[int], Batch], size: int, values: bool = True
     ) -> Captured:
-        """A batch of `size`; `singles(i)`: example i collated alone. `values` False: norms and
-        losses only.
+        """The gradients of a batch of `size`. `singles(i)`: example i as a batch of one. `values`
+        False: norms and losses only.
         """
         batched = self._batch(batch, size) if self.at_once else None
         if batched is None:
-            parts = [self._taken(singles(i), 1) for i in range(size)]
+            parts = [self._gradients(singles(i), 1) for i in range(size)]
             batched = torch.cat([loss for loss, _ in parts]), concat([part for _, part in parts])
         losses, rows = batched
         return Captured(
             losses.double(), {self.column: rows.sqnorm()}, {self.column: rows} if values else {}
         )
 
-    def _batch(self, batch: Batch, size: int) -> tuple[Tensor, Any] | None:
-        """All examples at once; None where this batch can't be taken so, which is said."""
+    def _batch(self, batch: Batch, size: int) -> tuple[Tensor, Form] | None:
+        """All examples at once. None, and a note, where this batch does not allow it."""
         try:
-            return self._taken(batch, size)
+            return self._gradients(batch, size)
         except Exception as error:  # a batch unlike the first
             if isinstance(error, GradientError) or is_out_of_memory(error):
                 raise
             self._note(
-                "some batches are taken one example at a time, right but slow "
+                "influence computes some batches one example at a time, which is right but slow "
                 f"({type(error).__name__}: {str(error)[:100]})"
             )
             return None
 
-    def _taken(self, batch: Batch, size: int) -> tuple[Tensor, Any]:
-        """Losses (size,), and the rows of each example, summed over the calls of the module."""
+    def _gradients(self, batch: Batch, size: int) -> tuple[Tensor, EmbeddingRows]:
+        """Losses (size,), and each example's rows, summed over the calls of the module."""
         calls: list[tuple[Tensor, Tensor]] = []
 
-        def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            ids = args[0] if args else None
-            output = output.detach().requires_grad_()
-            calls.append((self._ids(ids), output))
+        def cut_output(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            ids, output = args[0].detach(), output.detach().requires_grad_()
+            calls.append((ids[None] if ids.ndim == 0 else ids, output))
             return output
 
         with (
             frozen(self.model),
             torch.enable_grad(),
-            watching(self.module, watch, lambda module, args: self._checked(args)),
+            module_hooks(self.module, lambda module, args: self._check_ids(args), cut_output),
         ):
             losses = self.quantity(self.model, batch)
             if not calls:
@@ -162,7 +155,9 @@ class EmbeddingCapture:
                 f"{self.name} does not depend on the output of the embedding {self._place}",
                 "--embedding NAME chooses another",
             )
-        return losses.detach(), functools.reduce(merged, parts[1:], parts[0])
+        rows = functools.reduce(merged, parts)
+        assert isinstance(rows, EmbeddingRows)
+        return losses.detach(), rows
 
     def _rows(self, ids: Tensor, grad: Tensor, size: int, mask: Tensor | None) -> EmbeddingRows:
         if size == 1:  # whatever their axes are, all positions are its own
@@ -183,35 +178,34 @@ class EmbeddingCapture:
         assert isinstance(rows, EmbeddingRows)
         return rows if mask is None else without_zeros(rows)
 
-    def _checked(self, args: tuple[Any, ...]) -> None:
+    def _check_ids(self, args: tuple[Any, ...]) -> None:  # whatever the model passes
+        """Raise GradientError unless the embedding gets token ids of its vocabulary."""
         ids, tokens = args[0] if args else None, self.module.num_embeddings
         if not isinstance(ids, Tensor) or ids.is_floating_point():
-            difference = (
+            passed = (
                 f"{ids.dtype} of shape {tuple(ids.shape)}"
                 if isinstance(ids, Tensor)
                 else type(ids).__name__
             )
             raise GradientError(
-                f"the embedding {self._place} is given {difference}",
-                "expected: token ids, whole numbers",
-                "look at the batch's ids: .long()",
+                f"the model passes {passed} to the embedding {self._place}",
+                "expected: token ids, a tensor of whole numbers",
+                "convert the batch's ids with .long()",
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
             wrong = int(ids.max()) if int(ids.max()) >= tokens else int(ids.min())
             raise GradientError(
                 f"the embedding {self._place} is given token {wrong}, which is past its vocabulary",
                 f"expected: ids from 0 to {tokens - 1:,}",
-                "another tokenizer than the model's, or a model built with another vocabulary",
+                "check that tokenizer and model have the same vocabulary",
             )
-
-    @staticmethod
-    def _ids(ids: Any) -> Tensor:
-        assert isinstance(ids, Tensor)
-        return ids.detach()[None] if ids.ndim == 0 else ids.detach()
 
 
 @contextmanager
-def watching(module: nn.Module, after: Any, before: Any) -> Iterator[None]:
+def module_hooks(
+    module: nn.Module, before: Callable[..., None], after: Callable[..., Tensor]
+) -> Iterator[None]:
+    """Call `before(module, args)` and `after(module, args, output)` around the module."""
     hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
         yield
@@ -221,13 +215,13 @@ def watching(module: nn.Module, after: Any, before: Any) -> Iterator[None]:
 
 
 def mask_of(batch: Batch, ids: Tensor) -> Tensor | None:
-    """The batch's attention mask where it is one of these ids."""
+    """The batch's attention mask, if it has the shape of these ids."""
     mask = batch.get(MASK) if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.shape == ids.shape else None
 
 
 def without_zeros(rows: EmbeddingRows) -> EmbeddingRows:
-    """Without the rows that no position contributed to."""
+    """Drop the rows to which no position contributed."""
     kept = (rows.values != 0).any(1)
     counts = torch.zeros(len(rows), dtype=torch.int64, device=kept.device).index_add_(
         0, rows.example[kept], kept[kept].long()
@@ -241,15 +235,11 @@ def without_zeros(rows: EmbeddingRows) -> EmbeddingRows:
 
 
 def alike(computed: Form, expected: Form) -> bool:
-    """The same gradients within rounding, relative to the largest."""
+    """Whether the gradients agree within rounding, relative to the largest."""
     largest = float(expected.sqnorm().max().sqrt())
     return bool(
         (
             distance(computed, expected)
-            <= rounding(torch.float32 if largest == 0 else dtype_of(expected)) * largest
+            <= rounding(torch.float32 if largest == 0 else expected.dtype) * largest
         ).all()
     )
-
-
-def dtype_of(form: Form) -> torch.dtype:
-    return next(value.dtype for value in form.tensors().values() if value.is_floating_point())

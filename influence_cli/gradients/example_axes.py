@@ -1,8 +1,7 @@
-"""Which axis of each tensor of a forward pass is the examples: found by running two examples, and
-the same two twice.
+"""Find the axis of examples in each tensor of a forward pass.
 
-The axis that doubles is theirs. The plan lists the calls of torch functions in their order, for
-hooks.py to follow.
+The model runs on two examples, and on the same two twice. The axis that doubles counts examples.
+The plan lists the calls of torch functions in order; hooks.py follows it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,28 +15,31 @@ from torch.overrides import TorchFunctionMode
 
 from influence_cli.gradients.batches import Batch
 
+# Any, here and below: arguments and results of any torch function
+
 
 class Unhooked(Exception):
-    """The hooks can't take this batch: its operations are not those of the plan, or some gradient
-    came past them.
+    """The hooks can't follow this batch: its operations differ from the plan, or some gradient
+    bypasses them.
     """
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Which axis of a tensor is the examples, `inner` where it holds other positions too and the
-    example varies fastest; None: unknown.
+    """The axis of a tensor that counts examples.
+
+    It may count other positions, too. `inner`: then the example varies fastest. None: unknown.
     """
 
     dim: int
     inner: bool | None = False
 
     def tells(self, rows: int, size: int) -> bool:
-        """Whether `rows` along the axis can be told apart into `size` examples."""
+        """Whether `rows` along the axis can be split into `size` examples."""
         return rows == size or (self.inner is not None and rows % size == 0)
 
     def first(self, value: Tensor, size: int) -> Tensor:
-        """(B, m, ...): the examples first, then what else their axis holds."""
+        """(B, m, ...): the examples first, then the other positions of their axis."""
         if value.shape[self.dim] == size:
             return value.movedim(self.dim, 0).unsqueeze(1)
         if not self.tells(value.shape[self.dim], size):
@@ -49,13 +51,14 @@ class Axis:
         return parts.transpose(0, 1) if self.inner else parts
 
 
-MIXED = Axis(-1)  # several axes grow with the examples: a product of examples with each other
+# several axes grow with the examples: products of examples with each other
+MIXED = Axis(-1)
 
 
 @dataclass(frozen=True)
 class TensorCall:
-    """One call of a torch function: the axes of its tensors (None: one for all examples), and of
-    its first result.
+    """One call of a torch function: the axes of its tensors (None: a tensor that all examples
+    share), and of its first result.
     """
 
     function: Callable[..., Any]
@@ -65,14 +68,14 @@ class TensorCall:
 
 @dataclass(frozen=True)
 class AxisPlan:
-    """The calls of a batch, in order. `activations`: bytes per example of what they compute."""
+    """The calls of a batch, in order. `activations`: bytes per example that they compute."""
 
     steps: tuple[TensorCall, ...] = ()
     activations: float = 0.0
 
 
 def make_plan(forward: Callable[[Batch], Any], two: Batch, twice: Batch, size: int) -> AxisPlan:
-    """The plan of `forward`, from a batch of `size` examples and one of the same examples twice.
+    """The plan of `forward`. `two`: a batch of `size` examples. `twice`: the same examples twice.
 
     Raises Unhooked where the two runs differ in more than sizes.
     """
@@ -88,7 +91,7 @@ def make_plan(forward: Callable[[Batch], Any], two: Batch, twice: Batch, size: i
 
 
 class Watcher(TorchFunctionMode):
-    """Sees each call of a torch function. What attention does inside one such call is seen too."""
+    """Sees each call of a torch function, also the linear layers inside attention."""
 
     def __torch_function__(
         self,
@@ -105,8 +108,8 @@ class Watcher(TorchFunctionMode):
         return self.seen(function, args, kwargs)
 
     def attention(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Its projections are calls of F.linear, made where no mode reaches: by the name in
-        torch.nn.functional, restored after.
+        """Attention calls F.linear where no mode sees it. So replace the name in
+        torch.nn.functional, and restore it afterwards.
         """
         plain = F.linear
         F.linear = lambda *a, **k: self.seen(plain, a, k)
@@ -116,12 +119,12 @@ class Watcher(TorchFunctionMode):
             F.linear = plain
 
     def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        raise AssertionError("subclasses say what they do")
+        raise NotImplementedError
 
 
 class Recorder(Watcher):
-    """Keeps the shapes of every call; in the second run, beside `other`, the axes that grew with
-    the examples.
+    """Records the shapes of every call. A second run has the calls of the first in `other`, and
+    records the axes that grew with the examples.
     """
 
     def __init__(self) -> None:
@@ -130,20 +133,19 @@ class Recorder(Watcher):
         self.other: list[tuple[Any, list[torch.Size]]] | None = None
         self.steps: list[TensorCall] = []
         self.size, self.bytes = 0, 0
-        self.untold: bool | None = (
-            None  # how an axis holds examples and positions where its values don't tell
-        )
+        # `inner` of an axis whose values do not show it
+        self.inner_default: bool | None = None
 
     def attention(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Its last projection reads (L * B, E), the examples inside, whose rows are alike for a
-        single key.
+        """Attention's last projection reads (L * B, E), with examples inside. For a single key its
+        rows are equal, so their values do not show it.
         """
         query = kwargs["query"] if "query" in kwargs else args[0]
-        self.untold = True if query.ndim == 3 and query.shape[1] == 2 * self.size else None
+        self.inner_default = True if query.ndim == 3 and query.shape[1] == 2 * self.size else None
         try:
             return super().attention(function, args, kwargs)
         finally:
-            self.untold = None
+            self.inner_default = None
 
     def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given = [value.detach() for value in tensors_in((args, kwargs))]
@@ -156,19 +158,18 @@ class Recorder(Watcher):
             if then is not function or len(shapes) > len(sizes):
                 raise Unhooked("the model computes differently for other batch sizes")
             axes = [
-                find_axis(value, shape, self.size, self.untold)
+                find_axis(value, shape, self.size, self.inner_default)
                 for value, shape in zip(given, sizes, strict=False)
             ]
         result = function(*args, **kwargs)
         outputs = [value.detach() for value in tensors_in((result,))][:1]
-        if outputs and outputs[0].data_ptr() not in {
-            value.data_ptr() for value in given
-        }:  # neither a view nor in place
+        is_new = outputs and outputs[0].data_ptr() not in {value.data_ptr() for value in given}
+        if is_new:  # neither a view nor in place
             self.bytes += outputs[0].numel() * outputs[0].element_size()
         if self.other is not None:
             sizes = self.other[len(self.calls)][1][len(given) :]
             grown = (
-                find_axis(outputs[0], sizes[0], self.size, self.untold)
+                find_axis(outputs[0], sizes[0], self.size, self.inner_default)
                 if outputs and sizes
                 else None
             )
@@ -180,11 +181,11 @@ class Recorder(Watcher):
 def find_axis(
     value: Tensor, shape: torch.Size, size: int, inner: bool | None = None
 ) -> Axis | None:
-    """The axis of `value`, of 2 x `size` examples, that is larger than in `shape`, of `size`;
-    examples i and i + size are the same.
+    """The axis of `value` that is larger than in `shape`. `value` has 2 x `size` examples, of which
+    i and i + size are the same; `shape` has `size`.
 
-    How an axis holds examples and positions shows only where there are several, unlike each other;
-    else `inner` says it. A batch of longer texts may have several where this one has not.
+    An axis may hold positions, too. Only several positions with different values show their order;
+    else `inner` is the answer. Longer texts may have several positions where these have one.
     """
     if value.ndim != len(shape):
         raise Unhooked("the model computes differently for other batch sizes")
@@ -200,9 +201,8 @@ def find_axis(
     rows = shape[grown[0]] // size
     if rows == 1:
         return Axis(grown[0], inner)
-    values = torch.where(
-        torch.isfinite(value), value, torch.zeros_like(value)
-    ).double()  # masks may hold -inf, the same in both
+    # masks may hold -inf, equal in both runs
+    values = torch.where(torch.isfinite(value), value, torch.zeros_like(value)).double()
     scale = float(values.abs().max()) if values.numel() else 0.0
     noise = 64 * torch.finfo(value.dtype).eps * scale if value.is_floating_point() else 0.0
     errors = []

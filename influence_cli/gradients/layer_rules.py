@@ -1,12 +1,12 @@
-"""Hook rules: from a layer's input and the gradient at its output to the per-example gradients of
-its parameters. One function a layer.
+"""Layer rules: from a layer's input and the gradient at its output to the per-example gradients of
+its parameters. One function per layer.
 
-A rule belongs to the function of torch that the layer's module calls (nn.Linear calls F.linear), so
-that modules built on it, subclasses and functional code are seen alike. Padding that nn.ConvNd does
-by itself (reflect, circular) has happened before its function is called.
+A rule belongs to the torch function that the module calls (nn.Linear calls F.linear), so it also
+covers subclasses and functional code. nn.ConvNd pads by itself (reflect, circular) before it calls
+its function.
 
-B examples, m rows of the layer's batch per example (1, unless positions were folded into the
-batch), S positions, O x I the weight.
+Letters: B examples, m rows of the layer's batch per example (1, unless the model folds positions
+into the batch), S positions, O x I the weight.
 """
 
 import math
@@ -31,15 +31,15 @@ def linear(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
 
 
 def matmul(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
-    """y = x W (+ b): a linear layer whose weight stands the other way round, as in GPT-2."""
+    """y = x W (+ b): a linear layer with a transposed weight, as in GPT-2."""
     weight: Tensor = call["weight"]
     left, right = positions(x, weight), positions(g, weight)
     return {"weight": Factors(tuple(weight.shape), left, right), "bias": over_positions(right)}
 
 
 def embedding(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
-    """Lookup of rows: each distinct token's row gets the sum of its positions' gradients; the
-    padding token's gets none.
+    """Lookup of rows: the row of each distinct token gets the sum of its positions' gradients. The
+    padding token gets none.
     """
     weight: Tensor = call["weight"]
     tokens, width = weight.shape
@@ -49,9 +49,8 @@ def embedding(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     if padding is not None:
         real = ids != padding % tokens
         example, ids, values = example[real], ids[real], values[real]
-    keys, place = torch.unique(
-        example * tokens + ids, return_inverse=True
-    )  # rising: by example, then by token
+    # ascending by example, then by token
+    keys, place = torch.unique(example * tokens + ids, return_inverse=True)
     summed = values.new_zeros(len(keys), width).index_add_(0, place, values)
     counts = torch.bincount(keys // tokens, minlength=size)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -85,9 +84,7 @@ def batch_norm(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
 
 
 def affine(shape: tuple[int, ...], normed: Tensor, g: Tensor) -> Gradients:
-    """y = weight * normed + bias over the last axes, of `shape`: sums over the positions before
-    them.
-    """
+    """y = weight * normed + bias over the last axes, of `shape`. Sums over all other axes."""
     size = len(g)
     products, sums = (
         (value.reshape(size, -1, math.prod(shape)).sum(1)) for value in (g * normed, g)
@@ -101,14 +98,14 @@ def positions(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def over_positions(value: Tensor) -> Dense:
-    """(B, S, n) summed over the positions; of one position the same tensor, which is then kept
-    once.
+    """(B, S, n) summed over the positions. With one position it is the same tensor, which the
+    cache stores once.
     """
     return Dense((value.shape[2],), value[:, 0] if value.shape[1] == 1 else value.sum(1))
 
 
 def reads_only(call: Arguments) -> bool:
-    """An embedding that neither rescales its rows nor its gradients."""
+    """Whether an embedding rescales neither its rows nor its gradients."""
     return (
         not call.get("max_norm") and not call.get("scale_grad_by_freq") and call["weight"].ndim == 2
     )
@@ -143,7 +140,7 @@ ADDMM = Rule(
     plain_sum,
     keywords={"input": "bias", "mat1": "input", "mat2": "weight"},
 )
-RULES: dict[Callable[..., Any], Rule] = {
+RULES: dict[Callable[..., Any], Rule] = {  # Any: results of torch functions
     F.linear: Rule(("input", "weight", "bias"), linear, is_matrix),
     torch.matmul: MATMUL,
     Tensor.matmul: MATMUL,
@@ -178,7 +175,7 @@ RULES: dict[Callable[..., Any], Rule] = {
         rows_first=True,
     ),
 }
-# Where a parameter meets a batch by broadcasting; it is given an axis of examples just before.
+# functions that broadcast a parameter to a batch; hooks give it an axis of examples before
 BROADCAST = {
     getattr(owner, f"{name}{end}")
     for owner, ends in ((torch, ("",)), (Tensor, ("", "_")))

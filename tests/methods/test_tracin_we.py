@@ -409,7 +409,7 @@ BAD: dict[str, tuple[tuple, tuple, int, tuple]] = {
         (("words(ids)", "words(ids.float())"),),
         (),
         1,
-        ("the embedding words is given torch.float32", "whole numbers"),
+        ("the model passes torch.float32", "to the embedding words", "whole numbers"),
     ),
     "past the vocabulary": (
         (("words(ids)", "words(ids + 9)"),),
