@@ -84,10 +84,8 @@ class CachedRows:
         if compared:
             self.reporter.note(
                 "definition.py changed since the training gradients were cached; influence "
-                "computed "
-                f"{revalidate.GRADIENTS} of them again at each of {compared} checkpoints: they "
-                "agree, "
-                "so it uses the cache"
+                f"computed {revalidate.GRADIENTS} of them again at each of {compared} "
+                "checkpoints: they agree, so it uses the cache"
             )
 
     def _unchanged(self, unit: Unit) -> np.ndarray:

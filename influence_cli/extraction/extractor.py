@@ -245,9 +245,8 @@ class GradientExtractor:
             return GradientError(
                 f"out of memory: gradients of a batch of {size}",
                 text.splitlines()[0] if text else type(error).__name__,
-                "--batch-size N computes fewer examples at once; --layers GLOB selects fewer "
-                "parameters;"
-                " finished units are kept",
+                "--batch-size N computes fewer examples at once; "
+                "--layers GLOB selects fewer parameters; finished units are kept",
             )
         measured = split == "query" and self.run.definition.has("measure")
         return describe_failure(self.run.definition, "measure" if measured else "loss", error)

@@ -172,12 +172,11 @@ class CacheFiller:
         while lacking := self.plan(request):
             if time.monotonic() > deadline:
                 raise CacheError(
-                    f"{socket.gethostname()} (rank {self.ranks.rank}) does not see {len(lacking)} "
-                    "units"
-                    f" that other ranks wrote {VISIBLE_WITHIN} s ago",
+                    f"{socket.gethostname()} (rank {self.ranks.rank}) does not see "
+                    f"{len(lacking)} units that other ranks wrote {VISIBLE_WITHIN} s ago",
                     f"the first: {lacking[0].unit.path}",
-                    "--cache names a folder that all machines share; run the same command to "
-                    "resume",
+                    "--cache names a folder that all machines share; "
+                    "run the same command to resume",
                 )
             time.sleep(0.5)
             self.rows.forget_indexes()

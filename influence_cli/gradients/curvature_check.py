@@ -100,5 +100,5 @@ def check_curvature(
         distances.append(float(distance / (curved_D.norm() + rounding_error)))
     if min(distances) > LIMIT:
         raise no_second_derivative(
-            f"second derivatives are {min(distances):.0%} apart from differences of first ones"
+            f"second derivatives differ from finite differences by {min(distances):.0%}"
         )

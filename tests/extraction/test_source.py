@@ -1,4 +1,6 @@
-"""What is computed, what is reused, and that no order of work, interruption or neighbour changes a byte."""
+"""What is computed, what is reused, and that no order of work, interruption or neighbour changes a
+byte.
+"""
 
 import os
 import shutil
@@ -115,12 +117,12 @@ def test_no_cache_keeps_nothing_and_scores_the_same(make_run, influence):
     "flags", [["--batch-size", "1"], ["--batch-size", "7"], ["--batch-size", "64"]], ids=" ".join
 )
 def test_the_batch_size_does_not_change_scores(flags, make_run, influence):
-    expected, found = (
+    expected, actual = (
         influence("score", make_run(name), "--precision", "float64", *more).rows
         for name, more in (("a", []), ("b", flags))
     )
-    assert [row["train"] for row in found] == [row["train"] for row in expected]
-    assert [float(row["score"]) for row in found] == pytest.approx(
+    assert [row["train"] for row in actual] == [row["train"] for row in expected]
+    assert [float(row["score"]) for row in actual] == pytest.approx(
         [float(row["score"]) for row in expected], rel=1e-12
     )
 
@@ -128,23 +130,25 @@ def test_the_batch_size_does_not_change_scores(flags, make_run, influence):
 def test_the_unit_size_does_not_change_scores(make_run, influence, monkeypatch):
     expected = influence("score", make_run("a"), "--precision", "float64")
     monkeypatch.setattr(memory_budget, "UNIT_EXAMPLES", 8)
-    found = influence("score", make_run("b"), "--precision", "float64")
-    assert [row["train"] for row in found.rows] == [row["train"] for row in expected.rows]
-    assert [float(r["score"]) for r in found.rows] == pytest.approx(
+    actual = influence("score", make_run("b"), "--precision", "float64")
+    assert [row["train"] for row in actual.rows] == [row["train"] for row in expected.rows]
+    assert [float(r["score"]) for r in actual.rows] == pytest.approx(
         [float(r["score"]) for r in expected.rows], rel=1e-12
     )
 
 
 def test_any_finished_units_plus_the_rest_are_the_same_bytes(make_run, influence, small_units):
-    """Every unit in turn is taken away; computing what is missing gives the same files and the same table."""
+    """Every unit in turn is taken away; computing what is missing gives the same files and the same
+    table.
+    """
     run = make_run()
     table = influence("score", run).out
-    whole = files(run)
-    assert len(whole) == 2 * 3 + 2
-    for name in whole:
+    unit_files = files(run)
+    assert len(unit_files) == 2 * 3 + 2
+    for name in unit_files:
         (run / ".influence" / name).unlink()
         assert influence("score", run).out == table
-        assert files(run) == whole
+        assert files(run) == unit_files
 
 
 def test_the_order_of_work_does_not_change_bytes(make_run, influence, small_units):
@@ -189,8 +193,10 @@ def undisturbed(tmp_path_factory) -> tuple[str, dict[str, bytes]]:
     ("stop", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturbed):
-    """kill -9, SIGTERM and Ctrl-C in the middle: finished units stay, the same command finishes, nothing differs."""
-    table, whole = undisturbed
+    """kill -9, SIGTERM and Ctrl-C in the middle: finished units stay, the same command finishes,
+    nothing differs.
+    """
+    table, unit_files = undisturbed
     run = make_run("stopped", SLOW)
     process = start(run)
     wait_for_units(run, 9, process)
@@ -203,20 +209,22 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturb
         assert err.endswith("interrupted: finished work is kept. Run the same command to resume.\n")
         assert not list(run.rglob(".tmp-*"))
     kept = files(run)
-    assert 9 <= len(kept) < len(whole), "work was lost, or the process was too fast to be stopped"
+    assert 9 <= len(kept) < len(unit_files), (
+        "work was lost, or the process was too fast to be stopped"
+    )
     process = start(run)
     assert process.communicate()[0] == table
-    assert files(run) == whole
+    assert files(run) == unit_files
     assert kept.items() <= files(run).items()
     assert not list(run.rglob(".tmp-*"))
 
 
 def test_two_processes_on_one_cache_do_no_harm(make_run, undisturbed):
-    table, whole = undisturbed
+    table, unit_files = undisturbed
     run = make_run("both", SLOW)
     both = [start(run), start(run)]
     assert [process.communicate()[0] for process in both] == [table, table]
-    assert files(run) == whole
+    assert files(run) == unit_files
 
 
 def test_a_comment_in_the_definition_reuses_the_cache_and_says_so(make_run, influence, captured):
@@ -304,7 +312,9 @@ def test_queries_that_change_under_the_same_definition_are_taken_anew(make_run, 
 
 
 def test_a_corrected_label_is_noticed_whatever_was_cached_before(make_run, influence):
-    """Norms and gradients in overlapping units, and checkpoints cached under different texts of the definition."""
+    """Norms and gradients in overlapping units, and checkpoints cached under different texts of the
+    definition.
+    """
     first = DEFINITION.replace("examples(0, 20)", "examples(0, 3000)")
     fixed = first.replace(
         "return examples(0, 3000)",

@@ -47,8 +47,8 @@ wanted_ids = st.one_of(
 
 
 def holds(unit: Unit, column: str, level: str, example: int) -> bool:
-    there = unit.start <= example < unit.stop if unit.ids is None else example in unit.ids
-    return there and column in unit.columns and level in (unit.level, "norms")
+    in_unit = unit.start <= example < unit.stop if unit.ids is None else example in unit.ids
+    return in_unit and column in unit.columns and level in (unit.level, "norms")
 
 
 @settings(max_examples=300, deadline=None)
@@ -58,17 +58,18 @@ def holds(unit: Unit, column: str, level: str, example: int) -> bool:
     st.sampled_from([1, 2, 4, 8, 16, 64]),
     st.sampled_from(["values", "norms"]),
 )
-def test_what_is_missing(held, ids, size, level):
-    asked = []
+def test_what_is_missing(existing, ids, size, level):
+    starts = []
 
     def unit(checkpoint, columns, start, ids):
-        asked.append(start)
+        starts.append(start)
         return Unit(Path("folder"), "new", tuple(columns), level, "text", start, start + size, ids)
 
     missing = WorkPlan(COLUMNS, level, size, unit)
-    missing.add("checkpoint", ids, UnitIndex(held))
+    missing.add("checkpoint", ids, UnitIndex(existing))
     lacking = {
-        int(i): [c for c in COLUMNS if not any(holds(u, c, level, i) for u in held)] for i in ids
+        int(i): [c for c in COLUMNS if not any(holds(u, c, level, i) for u in existing)]
+        for i in ids
     }
     expected = [i for i, columns in lacking.items() if columns]
     jobs = list(missing)
@@ -79,7 +80,7 @@ def test_what_is_missing(held, ids, size, level):
         assert set(job.unit.columns) == {column for i in job.ids for column in lacking[int(i)]}
         if isinstance(ids, range):
             assert len({int(i) // size for i in job.ids}) == 1
-    assert all(start % size == 0 for start in asked)
+    assert all(start % size == 0 for start in starts)
 
 
 @settings(max_examples=200, deadline=None)
@@ -89,10 +90,10 @@ def test_what_is_missing(held, ids, size, level):
     st.sampled_from(COLUMNS),
     st.sampled_from(["values", "norms"]),
 )
-def test_where_names_the_first_unit_that_holds_each(held, ids, column, level):
+def test_where_names_the_first_unit_that_holds_each(existing, ids, column, level):
     array = np.array(list(ids))
-    found = UnitIndex(held).locate(column, level, array)
-    for i, number in zip(array, found, strict=True):
+    numbers = UnitIndex(existing).locate(column, level, array)
+    for i, number in zip(array, numbers, strict=True):
         assert number == next(
-            (k for k, unit in enumerate(held) if holds(unit, column, level, i)), -1
+            (k for k, unit in enumerate(existing) if holds(unit, column, level, i)), -1
         )

@@ -16,7 +16,9 @@ def captured(
     at_once: bool | None = None,
     hooked: tuple[str, ...] | None = None,
 ):
-    """(result, reference gradients, capture, notes); `at_once` and `hooked` overrule what the probe settled."""
+    """(result, reference gradients, capture, notes); `at_once` and `hooked` overrule what the probe
+    settled.
+    """
     torch.manual_seed(0)
     device = torch.device("cpu")
     model = case.model().to(dtype).eval()
@@ -41,11 +43,13 @@ def captured(
 
 
 def assert_equal(forms: dict[str, Form], expected: dict[str, torch.Tensor]) -> None:
-    """1e-9 of each parameter's gradients; of a thousandth of the whole where those are only rounding (a key's bias before softmax)."""
+    """1e-9 of each parameter's gradients; of a thousandth of the whole where those are only
+    rounding (a key's bias before softmax).
+    """
     assert set(forms) == set(expected)
-    whole = reference.flat(expected).norm()
+    total_norm = reference.flat(expected).norm()
     for name, value in expected.items():
         rows = value.reshape(len(value), -1)
         assert (forms[name].dense().values - rows).norm() <= 1e-9 * max(
-            float(rows.norm()), 1e-3 * float(whole)
+            float(rows.norm()), 1e-3 * float(total_norm)
         ), name

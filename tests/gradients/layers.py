@@ -1,4 +1,6 @@
-"""Layers as data: name -> a model of random sizes around one layer. `Case.falls` names the parameters that no rule takes."""
+"""Layers as data: name -> a model of random sizes around one layer. `Case.falls` names the
+parameters that no rule takes.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,7 +56,9 @@ def averaged(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Within(nn.Module):
-    """A layer as the first one, inside a network (its input needs a gradient), over positions first, or with positions in its batch."""
+    """A layer as the first one, inside a network (its input needs a gradient), over positions
+    first, or with positions in its batch.
+    """
 
     def __init__(self, layer: nn.Module, how: str) -> None:
         super().__init__()
@@ -80,13 +84,15 @@ class Within(nn.Module):
 def within(
     p: Pick, layer: nn.Module, *shape: int, ways: tuple[str, ...] = HOW, vocabulary: int = 0
 ) -> Case:
-    """`layer` on examples of `shape`, in one of `ways`; some of its parameters frozen, others perhaps."""
+    """`layer` on examples of `shape`, in one of `ways`; some of its parameters frozen, others
+    perhaps.
+    """
     how = p.of(*ways)
     if "folded" in how or how == "transposed":
         shape = (p(1, 3), *shape)
-    mine = list(layer.parameters())
-    if p.flag() and len(mine) > 1:
-        mine[p(0, len(mine) - 1)].requires_grad_(False)
+    parameters = list(layer.parameters())
+    if p.flag() and len(parameters) > 1:
+        parameters[p(0, len(parameters) - 1)].requires_grad_(False)
     randomize(layer)
     examples = tokens_of(shape, vocabulary) if vocabulary else numbers(*shape)
     return Case(lambda: Within(layer, how), examples, p.of(squared, averaged))
@@ -176,10 +182,10 @@ for axes in (1, 2, 3):
 
 @layer
 def embedding(p: Pick) -> Case:
-    few = p.flag()  # repeated tokens; where they are folded into the batch, only unlike ones tell the examples apart
-    vocabulary = p(2, 8) if few else 50
+    repeats = p.flag()  # repeated tokens; where they are folded into the batch, only unlike ones tell the examples apart
+    vocabulary = p(2, 8) if repeats else 50
     made = nn.Embedding(vocabulary, p(1, 4), padding_idx=p.of(None, 0, -1), sparse=p.flag())
-    ways = ("plain", "transposed") if few else ("folded", "folded inner")
+    ways = ("plain", "transposed") if repeats else ("folded", "folded inner")
     return within(p, made, *p.sizes(0, 2), ways=ways, vocabulary=vocabulary)
 
 
@@ -217,7 +223,9 @@ for axes in (1, 2, 3):
 
 @layer
 def gpt2_conv1d(p: Pick) -> Case:
-    """A linear layer over folded positions with its weight transposed, as in transformers' GPT-2."""
+    """A linear layer over folded positions with its weight transposed, as in transformers'
+    GPT-2.
+    """
     i, o, bias = p(1, 4), p(1, 4), p.flag()
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -270,16 +278,16 @@ class Attention(nn.Module):
         self.attention, self.cross, self.weights, self.mask = made, cross, weights, mask
 
     def forward(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        asked, keys, values = batch if self.cross else (batch[0],) * 3
+        queries, keys, values = batch if self.cross else (batch[0],) * 3
         options: dict[str, Any] = {"need_weights": self.weights}
         if self.mask == "of keys":  # at least half of them stay
             options["key_padding_mask"] = keys[..., 0] > keys[..., 0].median(1, keepdim=True).values
         elif self.mask:
-            hidden = torch.ones(asked.shape[1], keys.shape[1], dtype=torch.bool).triu(1)
-            options["attn_mask"] = hidden if self.mask == "bool" else hidden.to(asked.dtype) * -3
+            hidden = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).triu(1)
+            options["attn_mask"] = hidden if self.mask == "bool" else hidden.to(queries.dtype) * -3
         if not self.attention.batch_first:
-            asked, keys, values = (value.transpose(0, 1) for value in (asked, keys, values))
-        out, weights = self.attention(asked, keys, values, **options)
+            queries, keys, values = (value.transpose(0, 1) for value in (queries, keys, values))
+        out, weights = self.attention(queries, keys, values, **options)
         out = out if self.attention.batch_first else out.transpose(0, 1)
         return out if weights is None else out * (1 + weights.square().sum((1, 2))[:, None, None])
 
@@ -352,7 +360,9 @@ def decoder_layer(p: Pick) -> Case:
 
 
 class Separate(nn.Module):
-    """Attention as in BERT: the key's bias adds the same to all scores of a query, so that its gradient is zero but for rounding."""
+    """Attention as in BERT: the key's bias adds the same to all scores of a query, so that its
+    gradient is zero but for rounding.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -476,8 +486,8 @@ def layers_of_a_table(p: Pick) -> Case:
             self.first = nn.Linear(width, width)
 
         def forward(self, x: Tensor) -> Tensor:  # the same layers see the batch too
-            asked = self.net(self.queries)
-            return self.net(torch.tanh(self.first(x) + asked)) * asked
+            scale = self.net(self.queries)
+            return self.net(torch.tanh(self.first(x) + scale)) * scale
 
     return Case(Queries, numbers(long, width), p.of(squared, averaged))
 

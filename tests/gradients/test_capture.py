@@ -32,10 +32,10 @@ def test_gradients_equal_autograd_one_by_one(name):
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_in_float32_are_right_to_float32(name):
     result, expected, _, _ = captured(CASES[name], torch.float32)
-    found = torch.cat([form.dense().values.double() for form in result.forms.values()], dim=1)
+    actual = torch.cat([form.dense().values.double() for form in result.forms.values()], dim=1)
     wanted = reference.flat(expected)
     # 1e-5 of the example's whole gradient: float32 keeps 1e-7, the models here lose at most two digits
-    assert ((found - wanted).norm(dim=1) <= 1e-5 * wanted.norm(dim=1)).all()
+    assert ((actual - wanted).norm(dim=1) <= 1e-5 * wanted.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.at_once])
@@ -118,7 +118,9 @@ def test_a_wrong_loss_is_refused(loss, says):
 
 
 def test_text_in_a_batch_stays_with_its_example():
-    """The first two examples are of one source, so that only a rule, not the probe, can know that others differ."""
+    """The first two examples are of one source, so that only a rule, not the probe, can know that
+    others differ.
+    """
     x = torch.randn(6, 3, dtype=torch.float64)
     sources = ["a", "a", "a", "b", "b", "b"]
 

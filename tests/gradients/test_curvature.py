@@ -153,7 +153,9 @@ def curved(
 
 
 class Reference:
-    """Per example: gradients (B, D) and, with each direction, (K, D) second derivatives, as a plain function of the parameters."""
+    """Per example: gradients (B, D) and, with each direction, (K, D) second derivatives, as a plain
+    function of the parameters.
+    """
 
     def __init__(
         self,
@@ -225,14 +227,16 @@ class Reference:
         )
 
 
-def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """1e-9 of each parameter's; of a thousandth of the whole where those are only rounding (a key's bias before softmax)."""
-    assert list(found) == list(expected)
-    whole = torch.cat(list(expected.values()), dim=-1).norm()
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """1e-9 of each parameter's; of a thousandth of the whole where those are only rounding (a key's
+    bias before softmax).
+    """
+    assert list(actual) == list(expected)
+    total_norm = torch.cat(list(expected.values()), dim=-1).norm()
     for name, value in expected.items():
-        assert found[name].shape == value.shape, name
-        assert (found[name] - value).norm() <= 1e-9 * max(
-            float(value.norm()), 1e-3 * float(whole)
+        assert actual[name].shape == value.shape, name
+        assert (actual[name] - value).norm() <= 1e-9 * max(
+            float(value.norm()), 1e-3 * float(total_norm)
         ), name
 
 
@@ -242,18 +246,18 @@ def test_products_and_gradients_equal_autograd_one_by_one(name):
     model, names, batch, singles = made(case)
     slow, u = Reference(model, names, case.loss, singles), directions(model, names)
     g, pull = slow.gradients(), slow.hessian(u)
-    there = [name for name in names if name != "unused"]
-    products = {name: g[name] @ u[name].T for name in there}
+    used = [name for name in names if name != "unused"]
+    products = {name: g[name] @ u[name].T for name in used}
     for most in (1, 2, 3):
         curvature = curved(model, names, Functions(case.loss), batch, most)
-        assert curvature.names == there
-        assert_near(curvature.gradient(), {name: WEIGHTS @ g[name] for name in there})
-        found, along = curvature.through(u)
-        assert_near(found, {"": sum(products.values())})
-        assert_near(along, {name: pull[name] for name in there})
-        apart, again = curvature.through(u, by_parameter=True)
-        assert_near(apart, products)
-        assert_near({"": sum(apart.values())}, found)
+        assert curvature.names == used
+        assert_near(curvature.gradient(), {name: WEIGHTS @ g[name] for name in used})
+        actual, along = curvature.through(u)
+        assert_near(actual, {"": sum(products.values())})
+        assert_near(along, {name: pull[name] for name in used})
+        by_name, again = curvature.through(u, by_parameter=True)
+        assert_near(by_name, products)
+        assert_near({"": sum(by_name.values())}, actual)
         assert_near(again, along)
         assert name != "no-vmap" or curvature.at_once == 1
     assert all(p.grad is None for p in model.parameters())
@@ -291,10 +295,10 @@ def test_gauss_newton_equals_its_explicit_matrix(name):
     for most in (1, 2, 3):
         curvature = curved(model, names, Functions(case.loss, outputs, after), batch, most)
         assert_near(curvature.gradient(), {name: WEIGHTS @ g[name] for name in names})
-        found, along = curvature.through(u, by_parameter=True)
-        assert_near(found, {name: g[name] @ u[name].T for name in names})
+        actual, along = curvature.through(u, by_parameter=True)
+        assert_near(actual, {name: g[name] @ u[name].T for name in names})
         assert_near(along, pull)
-        assert_near(curvature.through(u)[0], {"": sum(found.values())})
+        assert_near(curvature.through(u)[0], {"": sum(actual.values())})
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -307,8 +311,8 @@ def test_a_subset_of_the_parameters_has_its_block_of_the_hessian(freeze):
     slow, u = Reference(model, names, case.loss, singles), directions(model, names)
     curvature = curved(model, names, Functions(case.loss), batch, 3)
     assert curvature.names == chosen
-    found, pull = curvature.through(u, by_parameter=True)
-    assert_near(found, {name: g @ u[name].T for name, g in slow.gradients().items()})
+    actual, pull = curvature.through(u, by_parameter=True)
+    assert_near(actual, {name: g @ u[name].T for name, g in slow.gradients().items()})
     assert_near(pull, slow.hessian(u))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
@@ -349,7 +353,7 @@ def test_a_function_that_is_differentiable_once_is_refused():
         ),
         (
             Functions(lambda model, x: Forgetful.apply(model(x)).sum(1)),
-            "apart from differences of first ones",
+            "differ from finite differences",
         ),
         (
             Functions(

@@ -135,23 +135,23 @@ def drawn(data, *kinds: str, dtype: torch.dtype = torch.float64) -> list[Form]:
 
 
 EXACT = ("dense", "factors", "rows", "postings")
-PAIRS = [(ours, theirs) for ours in EXACT for theirs in EXACT] + [("projected", "projected")]
+PAIRS = [(left, right) for left in EXACT for right in EXACT] + [("projected", "projected")]
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @over_random_sizes(15)
 def test_products_of_any_two_forms_equal_the_dense_ones(kinds, dtype, data):
-    ours, theirs = drawn(data, *kinds, dtype=dtype)
-    G, Q = ours.dense().values.double(), theirs.dense().values.double()
+    left, right = drawn(data, *kinds, dtype=dtype)
+    G, Q = left.dense().values.double(), right.dense().values.double()
     allowed = (
         1e-12 if dtype == torch.float64 else 1e-5
     )  # of the largest: at most 49 x 36 terms of eps 6e-8 each, of random sign
-    for queries in (theirs, theirs.as_queries()):
+    for queries in (right, right.as_queries()):
         for memo in (None, {}):
-            found = ours.dot(queries, memo)
-            assert found.dtype == dtype
-            assert (found - G @ Q.T).abs().max() <= allowed * (1 + (G.abs() @ Q.abs().T).max())
+            actual = left.dot(queries, memo)
+            assert actual.dtype == dtype
+            assert (actual - G @ Q.T).abs().max() <= allowed * (1 + (G.abs() @ Q.abs().T).max())
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -220,14 +220,16 @@ def test_parts_made_a_few_at_a_time_equal_the_whole(monkeypatch):
 
 
 def test_a_memo_shares_products_of_the_same_tensors_only():
-    """Tensors that were converted for one product are gone after it, and others come to lie where they were."""
+    """Tensors that were converted for one product are gone after it, and others come to lie where
+    they were.
+    """
     torch.manual_seed(0)
     query, memo = Dense((300,), torch.randn(5, 300)), {}
     for _ in range(20):
         rows = Dense((300,), torch.randn(40, 300).bfloat16())
-        found = rows.to(torch.device("cpu"), torch.float32).dot(query, memo)
+        actual = rows.to(torch.device("cpu"), torch.float32).dot(query, memo)
         torch.testing.assert_close(
-            found, rows.values.float() @ query.values.T, rtol=1e-4, atol=1e-4
+            actual, rows.values.float() @ query.values.T, rtol=1e-4, atol=1e-4
         )
     shared = Dense((300,), torch.randn(40, 300))
     assert shared.dot(query, memo) is shared.dot(query, memo)
@@ -239,7 +241,9 @@ SCALES = (1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e20, 1e30)
 
 @over_random_sizes(60)
 def test_squares_are_right_at_every_scale(data):
-    """float32's squares reach from 1e-38 to 1e38 only; rows of different scales in one tensor, and within a row."""
+    """float32's squares reach from 1e-38 to 1e38 only; rows of different scales in one tensor, and
+    within a row.
+    """
     width = data.draw(st.sampled_from([1, 3, 1024, 2048, 2049, 5000]))
     rows = [data.draw(st.sampled_from(SCALES)) for _ in range(data.draw(st.integers(1, 5)))]
     torch.manual_seed(data.draw(st.integers(0, 99)))

@@ -1,4 +1,6 @@
-"""Every layer rule against batch-size-one autograd over random shapes, and which way each parameter goes."""
+"""Every layer rule against batch-size-one autograd over random shapes, and which way each parameter
+goes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,9 @@ def test_rules_and_fallback_agree(name, data):
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_use_without_a_rule_falls_back_alone(name):
-    """What is not known goes to torch.func, which is said; the layers around it keep their rules."""
+    """What is not known goes to torch.func, which is said; the layers around it keep their
+    rules.
+    """
     make, shape = UNKNOWN[name]
     case = Case(
         lambda: nn.Sequential(nn.Linear(shape[-1], shape[-1]), make(), nn.Tanh()), numbers(*shape)
@@ -85,9 +89,11 @@ def test_what_torch_func_cannot_batch_is_taken_one_by_one(name):
 
 # ------------------------------------------------------------ batches unlike the one that was planned
 def in_turn(model: nn.Module, batches: list[Any], loss=squared) -> tuple[Capture, list[Any]]:
-    """Probe on the first batch's first two examples; the gradients of every batch are those of autograd.
+    """Probe on the first batch's first two examples; the gradients of every batch are those of
+    autograd.
 
-    Also the parameters that torch.func took, batch by batch, and what was noted: empty where the rules took everything.
+    Also the parameters that torch.func took, batch by batch, and what was noted: empty where the
+    rules took everything.
     """
     model, others = model.double().eval(), []
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -305,7 +311,9 @@ def test_the_page_on_layers_names_every_function_that_has_a_rule():
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @over_random_shapes(25)
 def test_both_ways_of_a_convolution_equal_autograd(axes, data):
-    """float64 to 1e-9; float32 to the rounding of its sums: eps per term of the sum of the terms' absolute values."""
+    """float64 to 1e-9; float32 to the rounding of its sums: eps per term of the sum of the terms'
+    absolute values.
+    """
     p = Pick(data.draw)
     groups, inside, out, rows = p(1, 3), p.of(1, 2, 8, 9), p(1, 3), p(1, 4)
     kernel, stride, padding, dilation = (

@@ -1,4 +1,6 @@
-"""Projections against their definition as explicit matrices, and against what theory says of their inner products."""
+"""Projections against their definition as explicit matrices, and against what theory says of their
+inner products.
+"""
 
 import math
 from collections.abc import Callable
@@ -63,7 +65,9 @@ def explicit(kind: str, numbers: int, seed: int, name: str, shape: tuple[int, ..
 def by_matrix(
     grads: dict[str, Tensor], kind: str, numbers: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Of (N, *shape) gradients what a projection keeps: (N, K), and parameters of at most K numbers as they are."""
+    """Of (N, *shape) gradients what a projection keeps: (N, K), and parameters of at most K numbers
+    as they are.
+    """
     flat = {name: value.reshape(len(value), -1) for name, value in grads.items()}
     return {
         name: value
@@ -74,13 +78,15 @@ def by_matrix(
 
 
 def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
-    """Gradients of five examples in every form that a projection meets: factors cheaper than dense and not, words, tied, a convolution."""
+    """Gradients of five examples in every form that a projection meets: factors cheaper than dense
+    and not, words, tied, a convolution.
+    """
     torch.manual_seed(0)
     made = {
         name: torch.randn(*shape, dtype=dtype)
         for name, shape in {"l": (5, 3, 23), "r": (5, 3, 31), "long": (5, 40, 9)}.items()
     }
-    few = Factors((23, 31), made["l"], made["r"])
+    factors = Factors((23, 31), made["l"], made["r"])
     many = Factors((9, 11), made["long"], torch.randn(5, 40, 11, dtype=dtype))
     rows = EmbeddingRows(
         (23, 31),
@@ -96,13 +102,13 @@ def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
         lambda x, g: (x[:, :, None] * g[:, None]).flatten(1),
     )
     return {
-        "factors": few,
+        "factors": factors,
         "factors of many positions": many,
         "dense": Dense((6, 5, 3), torch.randn(5, 90, dtype=dtype)),
         "vector": Dense((77,), torch.randn(5, 77, dtype=dtype)),
         "rows": rows,
         "postings": Postings.of(rows),
-        "tied": merged(few, rows),
+        "tied": merged(factors, rows),
         "factors of one column": Factors(
             (70, 1), torch.randn(5, 1, 70, dtype=dtype), torch.randn(5, 1, 1, dtype=dtype)
         ),
@@ -122,10 +128,10 @@ def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
 def test_every_form_is_multiplied_by_the_matrix_of_its_definition(kind, form):
     gradients = forms()[form]
     for numbers in (16, 49):
-        norms, found = Projection(kind, numbers, 3)("layer.weight", gradients)
+        norms, actual = Projection(kind, numbers, 3)("layer.weight", gradients)
         dense = gradients.dense().values
         expected = dense @ explicit(kind, numbers, 3, "layer.weight", gradients.shape).T
-        torch.testing.assert_close(found.dense().values, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(actual.dense().values, expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(norms, dense.square().sum(1), rtol=1e-10, atol=1e-10)
 
 
@@ -136,12 +142,12 @@ def test_both_ways_of_a_tensor_sketch_are_its_matrix(adding, monkeypatch):
     for name in ("factors", "tied"):
         gradients = forms()[name]
         for numbers in (8, 25, 27, 400):
-            found = Projection("tensor-sketch", numbers, 1)("w", gradients)[1].dense().values
+            actual = Projection("tensor-sketch", numbers, 1)("w", gradients)[1].dense().values
             expected = (
                 gradients.dense().values
                 @ explicit("tensor-sketch", numbers, 1, "w", gradients.shape).T
             )
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_tied_is_neither_lost_nor_formed():
@@ -155,7 +161,9 @@ def test_what_is_tied_is_neither_lost_nor_formed():
 
 
 class Wordy(nn.Module):
-    """Few positions, many words: embedding and output weight are one parameter, whose gradient is far larger than its factors and rows."""
+    """Few positions, many words: embedding and output weight are one parameter, whose gradient is
+    far larger than its factors and rows.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,8 +178,10 @@ class Wordy(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_model_keeps_the_products_of_its_matrices(kind):
-    """Grouped convolutions (their places are those of all output channels), tied weights, words, many positions."""
-    few = (
+    """Grouped convolutions (their places are those of all output channels), tied weights, words,
+    many positions.
+    """
+    names = (
         "batchnorm-eval",
         "groupnorm-conv1d",
         "tied",
@@ -180,7 +190,7 @@ def test_a_captured_model_keeps_the_products_of_its_matrices(kind):
         "reused",
         "embedding",
     )
-    for name, case in {name: CASES[name] for name in few}.items():
+    for name, case in {name: CASES[name] for name in names}.items():
         numbers = 16
         result, expected, capture = kept(case, Projection(kind, numbers, 5))
         assert capture.hooked, name
@@ -200,7 +210,9 @@ def test_a_captured_model_keeps_the_products_of_its_matrices(kind):
 
 
 def test_groups_of_a_convolution_have_places_of_their_own():
-    """Were both groups folded alike, channels 0 and 2 of a weight of two groups would always meet with one sign."""
+    """Were both groups folded alike, channels 0 and 2 of a weight of two groups would always meet
+    with one sign.
+    """
     case = Case(
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten()), numbers_of(4, 5, 5)
     )
@@ -246,7 +258,9 @@ def test_a_tied_weight_is_projected_without_its_dense_gradients(kind, monkeypatc
 
 
 def kept(case: Case, projection: Projection, before: Callable[[], None] = lambda: None):
-    """(result, reference gradients, capture): what a capture with a projection keeps. `before`: called between its probe and its work."""
+    """(result, reference gradients, capture): what a capture with a projection keeps. `before`:
+    called between its probe and its work.
+    """
     torch.manual_seed(0)
     model = case.model().double().eval()
     items = case.examples()
@@ -275,7 +289,9 @@ def test_small_parameters_are_kept_exactly():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inner_products_are_right_on_average_and_spread_as_theory_allows(kind):
-    """Over 400 seeds: the mean within five standard errors, the spread within the bound that `check` uses."""
+    """Over 400 seeds: the mean within five standard errors, the spread within the bound that
+    `check` uses.
+    """
     torch.manual_seed(1)
     x, y = (
         Factors(
@@ -290,12 +306,12 @@ def test_inner_products_are_right_on_average_and_spread_as_theory_allows(kind):
     drawn = []
     for seed in range(400):
         projection = Projection(kind, 64, seed)
-        ours, theirs = (projection("w", form)[1].dense().values for form in (x, y))
-        drawn.append(ours @ theirs.T)
-    found = torch.stack(drawn)
-    off, spread = found.mean(0) - exact, found.std(0)
+        first, second = (projection("w", form)[1].dense().values for form in (x, y))
+        drawn.append(first @ second.T)
+    actual = torch.stack(drawn)
+    off, spread = actual.mean(0) - exact, actual.std(0)
     assert (off.abs() < 5 * spread / 20).all()
-    assert not torch.allclose(found[0], exact, rtol=1e-3)  # it is a projection, not the identity
+    assert not torch.allclose(actual[0], exact, rtol=1e-3)  # it is a projection, not the identity
     bound = Projection(kind, 64).spread((40, 30)) * torch.outer(
         x.sqnorm().sqrt(), y.sqnorm().sqrt()
     )
@@ -329,7 +345,9 @@ def test_places_are_even_and_without_collisions_where_there_is_room():
 
 
 def test_any_two_products_meet_with_a_chance_of_one_in_k():
-    """Over 300 seeds, of fixed pairs of entries: the same row, column, diagonal and antidiagonal, and neither; near and far apart."""
+    """Over 300 seeds, of fixed pairs of entries: the same row, column, diagonal and antidiagonal,
+    and neither; near and far apart.
+    """
     pairs = [
         ((3, 5), other)
         for other in ((3, 6), (4, 5), (4, 6), (4, 4), (2, 7), (3, 37), (19, 5), (35, 37), (20, 20))
@@ -356,11 +374,11 @@ def test_larger_projections_are_better():
     for numbers in (16, 64, 128):
         off = []
         for seed in range(20):
-            ours, theirs = (
+            first, second = (
                 Projection("tensor-sketch", numbers, seed)("w", form)[1].dense().values
                 for form in (x, y)
             )
-            off.append((ours @ theirs.T - x.dot(y)).square().mean())
+            off.append((first @ second.T - x.dot(y)).square().mean())
         errors.append(float(torch.stack(off).mean()))
     assert errors[1] < 0.4 * errors[0] and errors[2] < 0.7 * errors[1]
 
@@ -369,10 +387,10 @@ def test_larger_projections_are_better():
 def test_lower_precisions(dtype):
     for kind in KINDS:
         for name, form in forms(torch.float32).items():
-            norms, found = Projection(kind, 16)("w", form.to(CPU, dtype))
+            norms, actual = Projection(kind, 16)("w", form.to(CPU, dtype))
             _, expected = Projection(kind, 16)("w", form.to(CPU, dtype).to(CPU, torch.float64))
             scale = norms.max().sqrt()
-            assert float((found.dense().values - expected.dense().values).abs().max() / scale) < (
+            assert float((actual.dense().values - expected.dense().values).abs().max() / scale) < (
                 1e-5 if dtype == torch.float32 else 1e-4
             ), (kind, name)
 
@@ -380,7 +398,9 @@ def test_lower_precisions(dtype):
 @pytest.mark.parametrize("kind", ["tensor-sketch", "khatri-rao", "kronecker"])
 @pytest.mark.parametrize("positions", [1, 12])
 def test_projections_stay_on_their_device(kind, positions):
-    """On the meta device, which has no numbers: nothing is asked of them, and nothing lies on another device."""
+    """On the meta device, which has no numbers: nothing is asked of them, and nothing lies on
+    another device.
+    """
     meta = torch.device("meta")
     form = Factors(
         (80, 70),
@@ -389,5 +409,5 @@ def test_projections_stay_on_their_device(kind, positions):
     )
     sketch = KINDS[kind](Tables(0, "w", 80, 70, meta, torch.float32), 64)
     assert isinstance(sketch, FactoredMap)
-    for found in (sketch.factors(form), sketch.dense(torch.empty(6, 5600, device=meta))):
-        assert found.device == meta and len(found) == 6
+    for actual in (sketch.factors(form), sketch.dense(torch.empty(6, 5600, device=meta))):
+        assert actual.device == meta and len(actual) == 6
