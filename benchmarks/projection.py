@@ -21,6 +21,7 @@ import tsloo
 from common import machine, opened
 from safetensors.torch import save_model
 
+from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.cache.quantize import as_stored, pack
 from influence_cli.diagnostics.fidelity import (
     Fidelity,
@@ -29,7 +30,6 @@ from influence_cli.diagnostics.fidelity import (
     keep_exact,
     projected_by,
 )
-from influence_cli.diagnostics.finding import spread_evenly
 from influence_cli.gradients.form_ops import from_tensors
 from influence_cli.gradients.forms import Form, Projected
 from influence_cli.gradients.projection import Projection

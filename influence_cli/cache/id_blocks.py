@@ -1,5 +1,7 @@
-"""Cuts example ids into the blocks of a fixed grid, so that units and scores depend only on the
-request."""
+"""Selects example ids: the blocks of a fixed grid, and evenly spaced samples.
+
+Units and scores depend only on the request, because the grid is fixed.
+"""
 
 from collections.abc import Iterator
 
@@ -37,3 +39,8 @@ def select_range(ids: Ids, start: int, stop: int) -> np.ndarray:
     if isinstance(ids, range):
         return np.arange(max(start, ids.start), min(stop, ids.stop))
     return ids[np.searchsorted(ids, start) : np.searchsorted(ids, stop)]
+
+
+def spread_evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the positions 0 to `count` - 1, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int)).tolist()

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.cache.identity import check_rows_agree
 from influence_cli.cache.quantize import STORE_EPS
 from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit, read_unit
 from influence_cli.cache.unit_index import UnitIndex
-from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding, spread_evenly
+from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
 from influence_cli.errors import CacheError, listed
 from influence_cli.extraction import revalidate
 from influence_cli.extraction.source import GradientSource

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from influence_cli.cache.gradient_rows import GradientRows, concat_rows
-from influence_cli.cache.id_blocks import Ids
+from influence_cli.cache.id_blocks import Ids, spread_evenly
 from influence_cli.cache.quantize import STORE_EPS, as_stored
-from influence_cli.diagnostics.finding import CHECKPOINTS, Finding, spread_evenly
+from influence_cli.diagnostics.finding import CHECKPOINTS, Finding
 from influence_cli.evaluate.correlation import pearson, spearman
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.id_blocks import Ids
-from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding, spread_evenly
+from influence_cli.cache.id_blocks import Ids, spread_evenly
+from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.capture import Capture, Captured
 from influence_cli.gradients.forms import Form

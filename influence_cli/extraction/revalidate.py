@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.cache.identity import check_items_agree, check_rows_agree
 from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit
@@ -99,7 +100,7 @@ def check_items(
     if all_items or changed or stop <= ITEMS:
         sample = np.arange(stop)
     else:
-        sample = np.unique(np.linspace(0, stop - 1, ITEMS).astype(int))
+        sample = np.array(spread_evenly(stop, ITEMS))
     with reporter.progress(f"comparing {split} examples with the cache", len(sample)) as advance:
         for first in range(0, len(sample), ITEMS):
             ids = sample[first : first + ITEMS]
@@ -123,11 +124,10 @@ def sample_rows(
     units: Sequence[Unit], limit: int, split_size: int
 ) -> Iterator[tuple[Unit, np.ndarray]]:
     """About `limit` examples below `split_size`, evenly spaced over the units and within each."""
-    numbers = np.unique(np.linspace(0, len(units) - 1, min(limit, len(units))).astype(int))
+    numbers = spread_evenly(len(units), limit)
     per_unit = math.ceil(limit / len(numbers))
     for number in numbers:
         unit = units[number]
         ids = unit.example_ids[unit.example_ids < split_size]
         if len(ids):
-            places = np.linspace(0, len(ids) - 1, min(per_unit, len(ids))).astype(int)
-            yield unit, ids[np.unique(places)]
+            yield unit, ids[spread_evenly(len(ids), per_unit)]

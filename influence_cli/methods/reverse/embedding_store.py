@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.cache.identity import check_rows_agree, checkpoint_key
 from influence_cli.cache.unit_file import open_tensor_file
 from influence_cli.errors import CacheError, UsageProblem, listed
@@ -35,7 +36,7 @@ from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.dve import DveOptions
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.segments import ReversePlan
-from influence_cli.methods.reverse.steps import Fisher, Stability, back, prepare, sizes, spread
+from influence_cli.methods.reverse.steps import Fisher, Stability, back, prepare, sizes
 from influence_cli.progress import Advance
 from influence_cli.storage.atomic import read_json, report_disk_errors, write_json
 from influence_cli.storage.safetensors_io import write_tensors
@@ -336,7 +337,8 @@ class Embeddings:
     def _sample(self) -> GradientRows:
         """A few training examples at the first checkpoint, taken now."""
         segment = self.plan.segments[0]
-        ids = spread(self.plan.examples(segment), SAMPLE)
+        examples = self.plan.examples(segment)
+        ids = examples[spread_evenly(len(examples), SAMPLE)]
         rows = self.gradients.extractor.rows_at(
             segment.checkpoint, "train", list(self.plan.columns), ids, "norms"
         )

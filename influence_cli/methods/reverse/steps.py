@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.cache.gradient_rows import GradientRows, concat_rows
+from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.errors import GradientError
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import distance
@@ -299,8 +300,9 @@ def drift(gradients: GradientSource, plan: ReversePlan) -> str | None:
     ]
     cosines: list[tuple[float, Segment]] = []
     columns = list(plan.columns)
-    for segment, after in (frozen[k] for k in spread(np.arange(len(frozen)), DRIFT_SEGMENTS)):
-        ids = spread(plan.examples(segment), DRIFT_EXAMPLES)
+    for segment, after in (frozen[k] for k in spread_evenly(len(frozen), DRIFT_SEGMENTS)):
+        examples = plan.examples(segment)
+        ids = examples[spread_evenly(len(examples), DRIFT_EXAMPLES)]
         gradients.ensure("train", [after], columns, ids)
         before, then = (
             concat_rows(list(gradients.read("train", c, columns, ids)))
@@ -328,13 +330,6 @@ def drift(gradients: GradientSource, plan: ReversePlan) -> str | None:
         f"(after step {where.checkpoint.step:,}); steps between are given the gradients of the "
         "checkpoint before them"
     )
-
-
-def spread(values: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the values, evenly spread."""
-    return values[
-        np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
-    ]
 
 
 def working_dtype(rows: GradientRows) -> torch.dtype:
