@@ -16,7 +16,7 @@ from common import fresh, machine, opened, peak_mb, workload
 
 from influence_cli.methods.dve import DveOptions
 from influence_cli.methods.request import ScoreRequest
-from influence_cli.methods.reverse.segments import plan
+from influence_cli.methods.reverse.plan import build_plan
 from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.learning_rates import weigh_checkpoints
@@ -108,10 +108,10 @@ def score(live, question: ScoreRequest) -> float:
 
 def read(live, question: ScoreRequest) -> float:
     gradients, started = fresh(live, "kept"), time.perf_counter()
-    going = plan(live.run, question.checkpoints, question.columns)
-    for segment in going.segments:
+    plan = build_plan(live.run, question.checkpoints, question.columns)
+    for segment in plan.segments:
         for _ in gradients.read(
-            "train", segment.checkpoint, list(question.columns), going.examples(segment)
+            "train", segment.checkpoint, list(question.columns), plan.examples(segment)
         ):
             pass
     return time.perf_counter() - started

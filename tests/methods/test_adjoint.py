@@ -6,15 +6,10 @@ import pytest
 import torch
 
 from influence_cli.gradients.forms import Dense, Factors
-from influence_cli.methods.reverse.optimizer_adjoint import (
-    Adjoint,
-    FisherBatch,
-    Update,
-    effects,
-    gram,
-    total,
-)
-from influence_cli.methods.reverse.steps import top_eigenvalue
+from influence_cli.methods.reverse.fisher_batch import FisherBatch, weighted_gram
+from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, SgdUpdate
+from influence_cli.methods.reverse.removal_effects import removal_effects, sum_parameters
+from influence_cli.methods.reverse.stability import top_eigenvalue
 from tests import reference
 
 
@@ -30,11 +25,14 @@ def test_the_example_by_hand_to_the_last_digit():
         torch.tensor([[1.0], [3.0]], **double),
         torch.tensor([[-2.0], [-2.0]], **double),
     )
-    one, update = torch.ones(2, **double), {"w": Update(0.05)}
+    one, update = torch.ones(2, **double), {"w": SgdUpdate(0.05)}
     for curvature, embedding in ((h1, -0.05), (g1, -0.0806)):
         adjoint = Adjoint({"w": torch.ones(1, 1, **double)}, {})
-        adjoint.step(FisherBatch(dense(g1), one, dense(curvature)), update)
-        found = effects(total(adjoint.step(FisherBatch(dense(g0), one, dense(g0)), update)), one)
+        adjoint.reverse_step(FisherBatch(dense(g1), one, dense(curvature)), update)
+        found = removal_effects(
+            sum_parameters(adjoint.reverse_step(FisherBatch(dense(g0), one, dense(g0)), update)),
+            one,
+        )
         assert float(found[0, 0]) == pytest.approx(embedding, abs=1e-16)
         assert float(found[0, 0]) * 0.15 == pytest.approx(embedding * 0.15, abs=1e-16)
 
@@ -108,10 +106,12 @@ def test_with_the_exact_curvature_the_embedding_is_the_parameters_change_of_retr
     )
     for t in reversed(range(12)):
         batch, gradients, factors, w, rate = steps[t]
-        update = {"w": Update(rate, setting.momentum, setting.decay, setting.nesterov)}
+        update = {"w": SgdUpdate(rate, setting.momentum, setting.decay, setting.nesterov)}
         entry_of = torch.unique(batch, return_inverse=True)[1] if setting.renormalized else None
-        found = effects(
-            total(adjoint.step(FisherBatch(dense(gradients), w, dense(factors)), update)),
+        found = removal_effects(
+            sum_parameters(
+                adjoint.reverse_step(FisherBatch(dense(gradients), w, dense(factors)), update)
+            ),
             w,
             entry_of,
         )
@@ -122,7 +122,7 @@ def test_with_the_exact_curvature_the_embedding_is_the_parameters_change_of_retr
 
 def test_an_example_that_is_the_whole_batch_takes_the_step_with_it():
     products, w = torch.tensor([[3.0]]), torch.tensor([1.0])
-    assert effects(products, w, torch.tensor([0])).tolist() == [[-3.0]]
+    assert removal_effects(products, w, torch.tensor([0])).tolist() == [[-3.0]]
 
 
 # ---------------------------------------------------------------- anything: whole Jacobians
@@ -154,10 +154,10 @@ def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(
     for t in reversed(range(5)):
         left, right, w, rate, s = steps[t]
         batch = {"w": Factors((3, 4), left, right)}
-        found = effects(
-            adjoint.step(
+        found = removal_effects(
+            adjoint.reverse_step(
                 FisherBatch(batch, w, batch if curved else None),
-                {"w": Update(rate, momentum, decay, nesterov)},
+                {"w": SgdUpdate(rate, momentum, decay, nesterov)},
                 s,
             )["w"],
             w,
@@ -171,10 +171,10 @@ def test_the_largest_eigenvalue_of_a_steps_curvature_is_that_of_the_gram_matrix(
     w = torch.rand(6, generator=generator, dtype=torch.float64)
     rates = {"a": 0.1, "b": 0.3}
     scaled = torch.cat([0.1**0.5 * G, 0.3**0.5 * H], dim=1) * w.sqrt()[:, None]
-    found = gram(
+    found = weighted_gram(
         {"a": Dense((4,), G), "b": Dense((4,), H)},
         w,
-        {name: Update(rate) for name, rate in rates.items()},
+        {name: SgdUpdate(rate) for name, rate in rates.items()},
     )
     assert top_eigenvalue(found) == pytest.approx(
         float(torch.linalg.eigvalsh(scaled.T @ scaled)[-1]), rel=1e-5
@@ -183,7 +183,7 @@ def test_the_largest_eigenvalue_of_a_steps_curvature_is_that_of_the_gram_matrix(
 
 @pytest.mark.parametrize(
     "update",
-    [Update(0.1), Update(0.1, 0.9), Update(0.1, 0.9, nesterov=True)],
+    [SgdUpdate(0.1), SgdUpdate(0.1, 0.9), SgdUpdate(0.1, 0.9, nesterov=True)],
     ids=["sgd", "momentum", "nesterov"],
 )
 def test_past_the_limit_steps_grow_and_before_it_they_shrink(update):

@@ -169,7 +169,7 @@ def test_query_form_is_embedding_form_and_parts_are_the_whole(
     parts = scores(dve(influence, run, "--embeddings", tmp_path / "parts"))
     assert len(list((tmp_path / "parts").glob("part-*"))) >= 3
     monkeypatch.setattr(
-        "influence_cli.methods.reverse.embedding_store.cut", lambda going, size: [(0, 90)]
+        "influence_cli.methods.reverse.embedding_store.cut_parts", lambda plan, size: [(0, 90)]
     )
     whole = scores(dve(influence, run, "--form", "embedding"))
     close(parts, query, 1e-8)
@@ -218,12 +218,20 @@ def test_embeddings_of_something_else_are_refused(tmp_path, influence):
     run = train(tmp_path / "run", steps=20, every=10)
     assert dve(influence, run, "--embeddings", tmp_path / "kept").code == 0
     other = dve(influence, run, "--embeddings", tmp_path / "kept", "--curvature", "none")
-    refused(other, 1, "holds embeddings of something else: curvature differ", "--embeddings DIR")
+    refused(
+        other,
+        1,
+        "holds embeddings of another run or request: curvature differs",
+        "--embeddings DIR",
+    )
     fewer = dve(influence, run, "--embeddings", tmp_path / "kept", "--steps", "0,20")
-    refused(fewer, 1, "checkpoints differ")
+    refused(fewer, 1, "checkpoints differs")
     text = (run / "definition.py").read_text()
     (run / "definition.py").write_text(text + "# a comment\n")
-    assert "training gradients agree" in dve(influence, run, "--embeddings", tmp_path / "kept").err
+    assert (
+        "training gradients are the same"
+        in dve(influence, run, "--embeddings", tmp_path / "kept").err
+    )
     (run / "definition.py").write_text(text.replace('reduction="none")', 'reduction="none") * 2'))
     refused(
         dve(influence, run, "--embeddings", tmp_path / "kept", "--cache", "none"),
@@ -273,9 +281,9 @@ def test_memory_for_few_rows_and_few_queries_gives_the_same_scores(
 ):
     run = train(tmp_path / "run", every=4)
     whole = scores(dve(influence, run))
-    monkeypatch.setattr("influence_cli.methods.reverse.steps.ROWS_BYTES", 1)
+    monkeypatch.setattr("influence_cli.methods.reverse.fisher_steps.ROWS_BYTES", 1)
     monkeypatch.setattr("influence_cli.methods.reverse.reverse_pass.QUERY_BYTES", 1)
-    monkeypatch.setattr("influence_cli.methods.reverse.occurrences.HELD_BYTES", 0)
+    monkeypatch.setattr("influence_cli.methods.reverse.occurrences.MEMORY_BYTES", 0)
     close(scores(dve(influence, run)), whole, 1e-12)
     close(scores(dve(influence, run, "--by", "step")), whole, 1e-12)
 
@@ -472,7 +480,7 @@ def test_no_trajectory_shows_the_lines_that_record_one(tmp_path, influence):
 
 
 BAD_FLAGS = {
-    "--at 5": ("--at 5: no checkpoint there", "0, 4, 8, 12"),
+    "--at 5": ("--at 5: the run has no checkpoint of step 5", "0, 4, 8, 12"),
     "--at 0": ("from before the first step",),
     "--normalize": ("--normalize does not apply to --method dve", "loss changes"),
     "--lr 1": ("--lr does not apply to --method dve", "no learning-rate weights"),
@@ -505,10 +513,10 @@ def test_an_embedding_form_that_does_not_fit_is_refused_before_any_work(
 ):
     run = train(tmp_path / "run", every=4)
     monkeypatch.setattr(
-        "influence_cli.methods.reverse.embedding_store.available_memory", lambda: 1000
+        "influence_cli.methods.reverse.embedding_build.available_memory", lambda: 1000
     )
     result = dve(influence, run, "--form", "embedding")
-    refused(result, 2, "the embedding form carries 27 x 27 numbers back", "--form query")
+    refused(result, 2, "the embedding form propagates 27 x 27 numbers", "--form query")
 
 
 def test_at_and_steps_choose_together(tmp_path, influence):

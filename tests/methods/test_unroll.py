@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load as load_file_of
 from safetensors.torch import save_file
 
-from influence_cli.methods.reverse import replayed_steps, reverse_pass
+from influence_cli.methods.reverse import replayed_steps, resume
 from tests.refusals import refused
 from tests.training import DEFINITION, definition_of, load, train
 
@@ -239,13 +239,13 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
     whole = unroll(influence, run, "--replay", "--by", "step", "--cache", "none").out
     code = (
         "import os, signal, sys\n"
-        "from influence_cli.methods.reverse import reverse_pass\n"
-        "reverse_pass.KEEP_EVERY = 0\n"
-        "keep = reverse_pass.PassProgress.add\n"
-        "def add(self, adjoint, step, *rest):\n"
-        "    if step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    keep(self, adjoint, step, *rest)\n"
-        "reverse_pass.PassProgress.add = add\n"
+        "from influence_cli.methods.reverse import resume\n"
+        "resume.SAVE_SECONDS = 0\n"
+        "add = resume.PassProgress.add\n"
+        "def add_or_die(self, adjoint, effects):\n"
+        "    if effects.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    add(self, adjoint, effects)\n"
+        "resume.PassProgress.add = add_or_die\n"
         "from influence_cli.cli import main\n"
         f"sys.argv = ['influence', 'score', {str(run)!r}, '--method', 'unroll', '--replay', '--by', 'step', '--top', 'all']\n"
         "main()\n"
@@ -254,15 +254,15 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((run / ".influence" / "back").rglob("scores-*.safetensors"))) == 6
     result = unroll(influence, run, "--replay", "--by", "step")
-    assert "going on below step 6" in result.err
+    assert "resuming below step 6" in result.err
     assert result.out == whole
     assert not list((run / ".influence" / "back").iterdir())
 
 
 def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, monkeypatch):
     run = train(tmp_path / "run")
-    monkeypatch.setattr(reverse_pass, "KEEP_EVERY", 0)
-    monkeypatch.setattr(reverse_pass.PassProgress, "done", lambda self: None)
+    monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(resume.PassProgress, "discard", lambda self: None)
     unroll(influence, run)
     for flags in (
         ("--queries", "0:2"),
@@ -272,8 +272,8 @@ def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, m
         ("--replay",),
         ("--by", "layer"),
     ):
-        assert "going on" not in unroll(influence, run, *flags).err
-    assert "going on below step 0" in unroll(influence, run).err
+        assert "resuming" not in unroll(influence, run, *flags).err
+    assert "resuming below step 0" in unroll(influence, run).err
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,14 @@
-"""DVE: data value embedding (Wang et al. 2024, arXiv:2412.09538), trajectory-specific leave-one-out
-from saved checkpoints.
+"""Scores of dve (methods/dve.py), in query form or in embedding form.
 
-score(z, q) sums, over the steps t at which z was trained on, -w u_t . g_t(z), with u_t the
-derivative of the query's loss at the end by the gradient of step t (adjoint.py). For plain SGD this
-is the paper's w eta g_t(z)^T prod_k (I - eta H_k) grad m(theta_T, q). Score > 0: proponent, without
-z at that step the query's loss had ended higher, by about the score.
+Query form: a reverse pass backpropagates the queries' gradients. Embedding form: it backpropagates
+every coordinate of the final model, which gives the data value embedding of each occurrence. On
+disk, embeddings answer any later query (embedding_store.py).
 
-Query form: the queries' gradients are carried back, nothing of size p x p. Embedding form: every
-coordinate of the end is carried back, which gives the data value embedding of each occurrence; kept
-on disk it answers any later query (embeddings.py).
-
-N train, Q query, M occurrences, P parts of a score, p numbers of all parameters.
+Letters: D numbers of all parameters.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
@@ -26,184 +17,159 @@ from influence_cli.extraction.source import GradientSource, IdsAt
 from influence_cli.methods.dve import DveOptions
 from influence_cli.methods.pairwise import RankingFactory
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
-from influence_cli.methods.reverse import occurrences, reverse_pass
-from influence_cli.methods.reverse.embedding_store import STATE_BYTES, Embeddings
-from influence_cli.methods.reverse.occurrences import New, Sums, Totals, Trace
-from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
-from influence_cli.methods.reverse.segments import ReversePlan, plan
-from influence_cli.methods.reverse.steps import Fisher, ReverseStep, Stability, prepare
-from influence_cli.progress import Advance
+from influence_cli.methods.reverse.drift import fill_cache
+from influence_cli.methods.reverse.embedding_build import build_embeddings
+from influence_cli.methods.reverse.embedding_store import EmbeddingStore
+from influence_cli.methods.reverse.fisher_steps import (
+    CachedSteps,
+    FisherStepBuilder,
+    RecomputedSteps,
+)
+from influence_cli.methods.reverse.occurrences import NewSums, Sums, Trace
+from influence_cli.methods.reverse.plan import build_plan
+from influence_cli.methods.reverse.rank_sums import rank_scores, trace_scores
+from influence_cli.methods.reverse.resume import PassProgress, progress_folder
+from influence_cli.methods.reverse.reverse_pass import (
+    StepEffectsOf,
+    adjoint_size,
+    backpropagate,
+    query_gradients,
+    run_passes,
+)
+from influence_cli.methods.reverse.segments import ReversePlan
+from influence_cli.methods.reverse.stability import Stability
+from influence_cli.methods.reverse.steps import StepEffects, StepSource
+
+MAP_BYTES = 2 << 30  # largest (D, D) map for which dve chooses the embedding form by itself
 
 
 def score(
-    gradients: GradientSource, question: ScoreRequest, new_ranking: RankingFactory
+    source: GradientSource, request: ScoreRequest, new_ranking: RankingFactory
 ) -> Iterator[ScoredQueries]:
-    """Scores of every training example asked for, ranked per query."""
-    work = Dve(gradients, question)
-    yield from occurrences.score(question, new_ranking, work.plan, work.passes)
+    """Scores of all requested training examples, ranked per query."""
+    dve = Dve(source, request)
+    yield from rank_scores(request, new_ranking, dve.plan, dve.run_passes)
 
 
-def trace(
-    gradients: GradientSource, question: ScoreRequest
-) -> Iterator[tuple[Ids, occurrences.Trace]]:
-    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of
-    all steps and of `question.train`.
-    """
-    work = Dve(gradients, question)
-    yield from occurrences.trace(question, work.plan, work.passes)
+def trace(source: GradientSource, request: ScoreRequest) -> Iterator[tuple[Ids, Trace]]:
+    """Per pass its query ids (one with --sum-queries) and their scores over training time."""
+    dve = Dve(source, request)
+    yield from trace_scores(request, dve.plan, dve.run_passes)
 
 
-def list_rows(gradients: GradientSource, question: ScoreRequest) -> list[IdsAt]:
+def list_rows(source: GradientSource, request: ScoreRequest) -> list[IdsAt]:
     """The gradients of training examples that the reverse pass reads.
 
-    Raises TrajectoryError where the recorded training can't be followed backwards.
+    Raises TrajectoryError where the reverse pass can't follow the recorded training.
     """
-    reverse_plan = plan(gradients.run, question.checkpoints, question.columns)
-    reverse_plan.trajectory.weights(reverse_plan.steps[-1])
-    gradients.reporter.note(
-        f"trajectory: {len(reverse_plan.steps):,} steps of {reverse_plan.trajectory.optimizer}, "
-        f"{reverse_plan.occurrences():,} occurrences"
+    plan = build_plan(source.run, request.checkpoints, request.columns)
+    plan.trajectory.weights(plan.steps[-1])
+    source.reporter.note(
+        f"trajectory: {len(plan.steps):,} steps of {plan.trajectory.optimizer}, "
+        f"{plan.count_occurrences():,} occurrences"
     )
-    return list(reverse_plan.wanted)
+    return list(plan.examples_by_checkpoint)
 
 
 class Dve:
-    """One question to data value embedding: what is gone back over, and in which form."""
+    """One request to dve: its plan, and its form.
 
-    def __init__(self, gradients: GradientSource, question: ScoreRequest) -> None:
-        """Raises TrajectoryError, UsageProblem (the plan does not fit the run or the flags)."""
-        self.gradients, self.question = gradients, question
-        assert isinstance(question.options, DveOptions)
-        self.options = question.options
-        self.plan = self._plan(self.options.at)
+    Raises TrajectoryError, UsageProblem: the plan does not fit the run or the flags.
+    """
+
+    def __init__(self, source: GradientSource, request: ScoreRequest) -> None:
+        assert isinstance(request.options, DveOptions)
+        self.source, self.request, self.options = source, request, request.options
+        self.plan = self.plan_until(self.options.at)
         self.stability = Stability()
-        if gradients.settings.projection and self.plan.adam:
+        self.check_projection()
+
+    def plan_until(self, at: int | None) -> ReversePlan:
+        """The plan from the checkpoint of step `at`; None: from the last one."""
+        request = self.request
+        replay = self.options.replay
+        return build_plan(self.source.run, request.checkpoints, request.columns, at, replay)
+
+    def check_projection(self) -> None:
+        if not self.source.settings.projection:
+            return
+        if self.plan.adam:
             raise UsageProblem(
-                f"--project with {self.plan.trajectory.optimizer}: its steps are taken number by "
-                "number, which a projection has not",
+                f"--project does not combine with {self.plan.trajectory.optimizer}: its steps "
+                "scale each number of a gradient, and a projection does not keep them",
                 "leave out --project, or use --method tracin",
             )
-        if gradients.settings.projection and self.options.curvature != "none":
-            gradients.reporter.note(
-                "the curvature of projected gradients is biased, the less the larger --project K "
-                "is (docs/methods.md); "
-                "--curvature none is not"
+        if self.options.curvature != "none":
+            self.source.reporter.note(
+                "the curvature of projected gradients is biased: a larger --project K reduces the "
+                "bias, --curvature none avoids it (docs/methods.md)"
             )
 
-    def _plan(self, at: int | None) -> ReversePlan:
-        return plan(
-            self.gradients.run,
-            self.question.checkpoints,
-            self.question.columns,
-            at,
-            self.options.replay,
-        )
+    def run_passes(self, new_sums: NewSums[Sums]) -> Iterator[tuple[Ids, Sums]]:
+        """Raises CacheError (embeddings of another run), GradientError (divergence)."""
+        return run_passes(self.source, self.request, self.plan, new_sums, self.prepare)
 
-    def passes(self, new: New[Sums]) -> Iterator[tuple[Ids, Sums]]:
-        """Raises CacheError (embeddings of something else), GradientError (what is carried back
-        runs away).
-        """
-        return reverse_pass.passes(self.gradients, self.question, self.plan, new, self.work)
-
-    def work(self, folder: Path) -> reverse_pass.Work:
-        if self.embedded():
-            full_plan = self.plan if self.options.at is None else self._plan(None)
-            kept = Embeddings(
-                self.options.embeddings or folder / "embeddings",
-                self.gradients,
-                full_plan,
-                self.plan.end.step,
-                self.options,
+    def prepare(self, folder: Path) -> StepEffectsOf:
+        if self.use_embeddings():
+            store = self.ensure_embeddings(self.options.embeddings or folder / "embeddings")
+            return lambda rows: store.step_effects(
+                query_gradients(rows, self.plan, self.source.device), self.plan.end.step
             )
-            kept.ensure()
-            return lambda rows, totals, advance: self.read(kept, rows, totals, advance)
-        take = self.cached
+        curved = self.options.curvature != "none"
+        builder = FisherStepBuilder(self.source, self.plan, curved, self.stability)
         if self.options.replay:
-            self.gradients.budget.sizes(
-                "train", list(self.plan.columns)
-            )  # probed before the model is moved
-            take = self.replayed
-        else:
-            prepare(self.gradients, self.plan)
-        return lambda rows, totals, advance: self.carry(rows, totals, take, advance)
+            # probes memory before the replay moves the model
+            self.source.budget.sizes("train", list(self.plan.columns))
+            return lambda rows: self.step_effects(rows, RecomputedSteps(builder))
+        fill_cache(self.source, self.plan)
+        return lambda rows: self.step_effects(rows, CachedSteps(builder))
 
-    def read(
-        self, kept: Embeddings, rows: GradientRows, totals: Totals | Trace, advance: Advance
-    ) -> None:
-        for step, checkpoint, examples, effects in kept.scores(
-            reverse_pass.dense(rows, self.plan, self.gradients.device), advance
-        ):
-            totals.add(step, str(checkpoint), examples, {"": effects})
+    def ensure_embeddings(self, folder: Path) -> EmbeddingStore:
+        """Embeddings of all steps: with --at they are read up to its step."""
+        plan = self.plan if self.options.at is None else self.plan_until(None)
+        store = EmbeddingStore(folder, self.source, plan, self.options)
+        store.check_part_ends_at(self.plan.end.step)
+        build_embeddings(store)
+        return store
 
-    def carry(
-        self, rows: GradientRows, totals: Totals | Trace, take: reverse_pass.Take, advance: Advance
-    ) -> None:
-        kept = reverse_pass.PassProgress(
-            self.gradients if self.options.replay else None, self.plan, self.options, "dve"
-        )
+    def step_effects(self, rows: GradientRows, steps: StepSource) -> Iterator[StepEffects]:
+        """The effects of each step in query form. Only a replay is worth saving."""
+        folder = None
+        if self.options.replay:
+            by_layer = self.request.by == "layer"
+            folder = progress_folder(self.source, self.plan, rows, self.options, "dve", by_layer)
+        progress, renormalize = PassProgress(folder), self.options.renormalize
         try:
-            reverse_pass.carry(
-                self.gradients, self.plan, self.options, rows, totals, take, kept, advance
+            yield from backpropagate(
+                self.source, self.request, self.plan, steps, progress, rows, renormalize
             )
         finally:
-            if self.stability.note():
-                self.gradients.reporter.note(str(self.stability.note()))
+            if note := self.stability.note():
+                self.source.reporter.note(note)
 
-    def fisher(self, width: int, wide: torch.dtype) -> Fisher:
-        return Fisher(
-            self.gradients, self.plan, width, wide, self.options.curvature != "none", self.stability
-        )
+    def use_embeddings(self) -> bool:
+        """Whether to use the embedding form, with a note.
 
-    def cached(
-        self, width: int, wide: torch.dtype, stop: int, by_parameter: bool
-    ) -> Iterator[ReverseStep]:
-        return self.fisher(width, wide).cached(self.plan.between(self.plan.steps.start, stop))
-
-    def replayed(
-        self, width: int, wide: torch.dtype, stop: int, by_parameter: bool
-    ) -> Iterator[ReverseStep]:
-        """The gradients of each step's batch are taken when the replay stands there, and not
-        kept.
+        It takes fewer operations where there are more queries than numbers of parameters: 4 D per
+        occurrence and query, or per occurrence and coordinate of the final model.
         """
-        fisher, replayed = self.fisher(width, wide), ReplayedSteps(self.gradients, self.plan)
-        for number, checkpoint, moments in replayed.back(stop):
-            ids = np.unique(self.plan.trajectory.lines[number].examples)
-            if len(ids) or moments:
-                rows = fisher.keep_on_device(
-                    self.gradients.extractor.rows(
-                        f"step {number}", "train", list(self.plan.columns), ids
-                    )
-                )
-                yield fisher.step(number, checkpoint, rows, self.plan.updates(number, moments))
-        self.gradients.reporter.note(replayed.note())
-
-    def embedded(self) -> bool:
-        """Whether the embedding form is taken; says so. Fewer operations: 4 p an occurrence and
-        query, or coordinate of the end.
-        """
-        question, options = self.question, self.options
-        queries, size = (
-            1 if question.sum_queries else len(question.queries),
-            reverse_pass.numbers(self.gradients, self.plan),
-        )
-        if options.replay:
-            cheaper = False
-        elif options.form is None and options.embeddings is None:
-            cheaper = queries > size and size * size * 8 <= STATE_BYTES
-        else:
-            cheaper = options.form == "embedding" or options.embeddings is not None
-        if cheaper and question.by == "layer":
+        request, options = self.request, self.options
+        queries = 1 if request.sum_queries else len(request.queries)
+        size = adjoint_size(self.source, self.plan)
+        requested = options.form == "embedding" or options.embeddings is not None
+        is_cheaper = options.form is None and queries > size and size * size * 8 <= MAP_BYTES
+        embedding = not options.replay and (requested or is_cheaper)
+        if embedding and request.by == "layer":
             raise UsageProblem(
                 "--by layer: embeddings are sums over the layers",
                 "--form query splits scores by layer",
             )
-        why = (
-            f"{queries:,} {'query' if queries == 1 else 'queries'}, {size:,} numbers of parameters"
-            if options.embeddings is None
-            else f"kept in {options.embeddings}"
-        )
-        self.gradients.reporter.note(
-            f"dve in {'embedding' if cheaper else 'query'} form ({why}), curvature "
+        reason = f"embeddings in {options.embeddings}"
+        if options.embeddings is None:
+            noun = "query" if queries == 1 else "queries"
+            reason = f"{queries:,} {noun}, {size:,} numbers of parameters"
+        self.source.reporter.note(
+            f"dve in {'embedding' if embedding else 'query'} form ({reason}), curvature "
             f"{options.curvature}"
         )
-        return cheaper
+        return embedding

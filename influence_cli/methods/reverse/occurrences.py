@@ -1,10 +1,9 @@
-"""Scores over training time, as steps are gone back over: collected from each step's entries, kept
-so that a killed job goes on, summed and ranked.
+"""Sums of effects over the steps of a reverse pass: per example, per step, per occurrence.
 
-N train, Q query, M occurrences, P parts of a score.
+Letters: B entries of a batch, N train, Q query, M occurrences, P parts of a score, T steps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,23 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.id_blocks import Ids, cut_ids
+from influence_cli.cache.id_blocks import Ids
 from influence_cli.errors import OutputError
-from influence_cli.methods.pairwise import RankingFactory
-from influence_cli.methods.request import ScoredQueries, ScoreRequest
-from influence_cli.methods.reverse.optimizer_adjoint import total
+from influence_cli.methods.reverse.removal_effects import sum_parameters
 from influence_cli.methods.reverse.segments import ReversePlan
-from influence_cli.output.ranking import Entry
+from influence_cli.methods.reverse.steps import StepEffects
 from influence_cli.storage.scratch import map_zeros
 
-BLOCK = 4096  # training examples ranked at once
-HELD_BYTES = 1 << 30  # scores held in memory; more lie in a temporary file
+MEMORY_BYTES = 1 << 30  # scores in memory; a larger tensor is in a temporary file
 
 
 @dataclass
 class Occurrences:
-    """Scores of single occurrences: of `examples` (M,) at `steps` (M,), (M, Q) float64; an example
-    twice in a step is two.
+    """Scores of single occurrences: of `examples` (M,) at `steps` (M,), `scores` (M, Q) float64.
+
+    An example that is twice in a step is two occurrences.
     """
 
     steps: np.ndarray
@@ -37,59 +34,25 @@ class Occurrences:
     scores: Tensor
     filled: int = 0
 
-    def add(self, step: int, examples: np.ndarray, scores: Tensor) -> None:
-        at = slice(self.filled, self.filled + len(examples))
-        self.steps[at], self.examples[at], self.scores[at] = step, examples, scores
-        self.filled = at.stop
+    def add(self, step: int, examples: np.ndarray, scores_BQ: Tensor) -> None:
+        rows = slice(self.filled, self.filled + len(examples))
+        self.steps[rows], self.examples[rows], self.scores[rows] = step, examples, scores_BQ
+        self.filled = rows.stop
 
-    def by_step(self, at: np.ndarray, query: int) -> dict[int, float]:
-        """Step -> score of the occurrences at these positions, in their order; those of one step
-        summed.
-        """
+    def by_step(self, rows: np.ndarray, query: int) -> dict[int, float]:
+        """Step -> summed score of these occurrences, in their order."""
         sums: dict[int, float] = {}
-        for step, value in zip(
-            self.steps[at].tolist(),
-            self.scores[torch.from_numpy(at.copy()), query].tolist(),
-            strict=True,
-        ):
-            sums[step] = sums.get(step, 0.0) + value
+        scores = self.scores[torch.from_numpy(rows.copy()), query].tolist()
+        for step, score in zip(self.steps[rows].tolist(), scores, strict=True):
+            sums[step] = sums.get(step, 0.0) + score
         return sums
 
 
 @dataclass
-class Trace:
-    """Scores by step: of all entries of each step together, (T, Q) float64, and of each occurrence
-    of some examples.
-    """
+class ScoreSums:
+    """Scores of the ranked examples, summed over steps: (1 + P, N, Q) float64.
 
-    first: int
-    sums: Tensor
-    totals: "Totals"
-    by: None = None
-
-    def add(self, step: int, part: str, examples: np.ndarray, effects: dict[str, Tensor]) -> None:
-        self.sums[step - self.first] += total(effects).cpu().double().sum(0)
-        self.totals.add(step, part, examples, effects)
-
-    def series(self, query: int, example: int | None) -> list[tuple[int, float]]:
-        """(step, score) of a query, rising: of every step, or of those that an example was trained
-        on.
-        """
-        if example is None:
-            return list(enumerate(self.sums[:, query].tolist(), start=self.first))
-        occurrences = self.totals.occurrences
-        assert occurrences is not None
-        return list(
-            occurrences.by_step(
-                np.flatnonzero(occurrences.examples == example)[::-1], query
-            ).items()
-        )
-
-
-@dataclass
-class Totals:
-    """Scores of the ranked examples while steps are gone back over: (1 + P, N, Q) float64, the
-    whole scores first, then their parts.
+    The first of them are the scores, the others their parts. `by`: what splits a score.
     """
 
     ids: Ids
@@ -99,137 +62,68 @@ class Totals:
     folder: Path
     occurrences: Occurrences | None = None
     scores: Tensor = field(init=False)
-    place: np.ndarray = field(init=False)
+    place: np.ndarray = field(init=False)  # id -> position among the ranked examples, or -1
 
     def __post_init__(self) -> None:
-        self.scores = scratch(
-            self.folder, "totals", (1 + len(self.parts), len(self.ids), self.queries)
-        )
-        last = int(self.ids[-1]) + 1 if len(self.ids) else 0
-        self.place = np.full(last, -1)
+        shape = (1 + len(self.parts), len(self.ids), self.queries)
+        self.scores = zeros(self.folder / "totals", shape)
+        self.place = np.full(int(self.ids[-1]) + 1 if len(self.ids) else 0, -1)
         self.place[np.asarray(self.ids, np.int64)] = np.arange(len(self.ids))
 
-    def add(self, step: int, part: str, examples: np.ndarray, effects: dict[str, Tensor]) -> None:
-        """(B, Q) scores of a step's entries, by part of the model or all as one."""
-        ranked = examples < len(self.place)
-        ranked[ranked] = self.place[examples[ranked]] >= 0
-        if not ranked.any():
+    def add(self, effects: StepEffects) -> None:
+        """Add the effects of a step, of the examples that are ranked."""
+        ranked_B = effects.examples < len(self.place)
+        ranked_B[ranked_B] = self.place[effects.examples[ranked_B]] >= 0
+        if not ranked_B.any():
             return
-        keep = torch.from_numpy(ranked)
-        at = torch.from_numpy(self.place[examples[ranked]])
-        selected = {name: value.cpu()[keep].double() for name, value in effects.items()}
-        totals = total(selected)
+        keep = torch.from_numpy(ranked_B)
+        examples = effects.examples[ranked_B]
+        at = torch.from_numpy(self.place[examples])
+        selected = {name: value.cpu()[keep].double() for name, value in effects.values.items()}
+        totals = sum_parameters(selected)
         self.scores[0].index_add_(0, at, totals)
-        for name, value in (
-            selected.items()
-            if self.by == "layer"
-            else [(part, totals)]
-            if self.by == "checkpoint"
-            else []
-        ):
+        for name, value in self.split(effects.checkpoint, selected, totals).items():
             self.scores[1 + self.parts.index(name)].index_add_(0, at, value)
         if self.occurrences is not None:
-            self.occurrences.add(step, examples[ranked], totals)
+            self.occurrences.add(effects.step, examples, totals)
+
+    def split(
+        self, checkpoint: int, by_layer: dict[str, Tensor], totals: Tensor
+    ) -> dict[str, Tensor]:
+        """Part -> its effects in this step."""
+        if self.by == "layer":
+            return by_layer
+        return {str(checkpoint): totals} if self.by == "checkpoint" else {}
 
 
-Sums = TypeVar("Sums", Totals, Trace)
-New = Callable[[int, Path], Sums]  # (queries, a folder to spill to) -> what collects their scores
+@dataclass
+class Trace:
+    """Scores by step: of each step's batch, `sums` (T, Q) float64, and of single occurrences."""
+
+    first: int
+    sums: Tensor
+    totals: ScoreSums
+
+    def add(self, effects: StepEffects) -> None:
+        self.sums[effects.step - self.first] += sum_parameters(effects.values).cpu().double().sum(0)
+        self.totals.add(effects)
+
+    def series(self, query: int, example: int | None) -> list[tuple[int, float]]:
+        """(step, score) of a query, rising: of each step's batch, or of an example's steps."""
+        if example is None:
+            return list(enumerate(self.sums[:, query].tolist(), start=self.first))
+        occurrences = self.totals.occurrences
+        assert occurrences is not None
+        rows = np.flatnonzero(occurrences.examples == example)[::-1]
+        return list(occurrences.by_step(rows, query).items())
 
 
-def score(
-    question: ScoreRequest,
-    new_ranking: RankingFactory,
-    plan: ReversePlan,
-    passes: "Callable[[New[Totals]], Iterator[tuple[Ids, Totals]]]",
-) -> Iterator[ScoredQueries]:
-    """Scores of every training example asked for, ranked per query. `passes` goes back over
-    training for some queries at a time.
-    """
-
-    def new(width: int, folder: Path) -> Totals:
-        parts = (
-            [str(segment.checkpoint.step) for segment in plan.segments]
-            if question.by == "checkpoint"
-            else question.parts
-        )
-        occurrences = (
-            empty_occurrences(plan, question.train, width, folder)
-            if question.by == "step"
-            else None
-        )
-        return Totals(question.train, parts, question.by, width, folder, occurrences)
-
-    for ids, totals in passes(new):
-        width = totals.queries
-        ranking = new_ranking(width, len(totals.parts))
-        scores = totals.scores
-        if question.groups:
-            sums = torch.zeros(
-                scores.shape[0], len(question.groups.names), width, dtype=torch.float64
-            )
-            sums.index_add_(
-                1, torch.from_numpy(question.groups.of[np.asarray(question.train)]), scores
-            )
-            ranking.add(
-                np.arange(sums.shape[1]), sums[0].T.numpy(), sums[1:].transpose(1, 2).numpy()
-            )
-        else:
-            for block in cut_ids(question.train, BLOCK):
-                part = scores[:, torch.from_numpy(totals.place[block])].transpose(1, 2).numpy()
-                ranking.add(block, part[0], part[1:])
-        split = by_step(totals.occurrences, question) if totals.occurrences else None
-        yield ScoredQueries(
-            None if question.sum_queries else [int(i) for i in ids], ranking, totals.parts, split
-        )
-
-
-def trace(
-    question: ScoreRequest,
-    plan: ReversePlan,
-    passes: "Callable[[New[Trace]], Iterator[tuple[Ids, Trace]]]",
-) -> Iterator[tuple[Ids, Trace]]:
-    """Per pass the queries' ids (one, with --sum-queries) and their scores over training time, of
-    all steps and of `question.train`.
-    """
-
-    def new(width: int, folder: Path) -> Trace:
-        occurrences = empty_occurrences(plan, question.train, width, folder)
-        sums = torch.zeros(len(plan.steps), width, dtype=torch.float64)
-        return Trace(
-            plan.steps.start, sums, Totals(question.train, [], None, width, folder, occurrences)
-        )
-
-    yield from passes(new)
-
-
-def by_step(
-    occurrences: Occurrences, question: ScoreRequest
-) -> Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]]:
-    """Of each ranked pair its steps, rising, and their scores; of a group those of its members."""
-    owner = (
-        occurrences.examples
-        if question.groups is None
-        else question.groups.of[occurrences.examples]
-    )
-    order = np.lexsort((occurrences.steps, owner))
-    owners = owner[order]
-
-    def split(query: int, entries: Sequence[Entry]) -> list[list[tuple[str, float]]]:
-        divided = []
-        for entry in entries:
-            at = slice(*np.searchsorted(owners, [entry.train, entry.train + 1]))
-            divided.append(
-                [
-                    (str(step), value)
-                    for step, value in occurrences.by_step(order[at], query).items()
-                ]
-            )
-        return divided
-
-    return split
+Sums = TypeVar("Sums", ScoreSums, Trace)
+NewSums = Callable[[int, Path], Sums]  # (queries, folder for temporary files) -> empty sums
 
 
 def empty_occurrences(plan: ReversePlan, ids: Ids, queries: int, folder: Path) -> Occurrences:
+    """Space for the occurrences of these examples in the steps of a plan."""
     ranked = np.zeros(int(ids[-1]) + 1 if len(ids) else 0, dtype=bool)
     ranked[np.asarray(ids, np.int64)] = True
     count = 0
@@ -239,19 +133,19 @@ def empty_occurrences(plan: ReversePlan, ids: Ids, queries: int, folder: Path) -
     return Occurrences(
         np.empty(count, np.int64),
         np.empty(count, np.int64),
-        scratch(folder, "occurrences", (count, queries)),
+        zeros(folder / "occurrences", (count, queries)),
     )
 
 
-def scratch(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Zeros, float64: in memory, or in a file where they are many."""
+def zeros(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Zeros, float64: in memory, or in the file `path` if they exceed MEMORY_BYTES."""
     count = int(torch.Size(shape).numel())
-    if count * 8 <= HELD_BYTES:
+    if count * 8 <= MEMORY_BYTES:
         return torch.zeros(shape, dtype=torch.float64)
     try:
-        return torch.from_numpy(map_zeros(folder / name, shape))
+        return torch.from_numpy(map_zeros(path, shape))
     except OSError as error:
         raise OutputError(
-            f"{count * 8:,} bytes of scores have no place in {folder}: {error}",
-            "TMPDIR names a folder on a larger disk",
+            f"no space for {count * 8:,} bytes of scores in {path.parent}: {error}",
+            "set TMPDIR to a folder on a larger disk",
         ) from error

@@ -19,8 +19,8 @@ Fisher, the sum over y of w g(y) g(y)^T (Wang et al. 2024, arXiv:2412.09538, for
 u = -rate a_θ). unroll uses the Hessian or the Gauss-Newton matrix. This project derived the rest,
 and tests it against real retraining.
 
-Letters: B entries of a batch, D numbers of a parameter, K quantities: queries, or the coordinates
-of the end itself.
+Letters: B entries of a batch, D numbers of a parameter, K quantities of the final model: the
+queries' losses, or the coordinates of its own state.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -30,75 +30,33 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import Form
 from influence_cli.run.replay import Moments
 
-# Gradients of a batch that are made dense together: both products of a step are matrix products.
-DENSE_BYTES = 512 << 20
-Pull = Callable[[str, Tensor], None]  # adds H u of a parameter to a tensor (K, D)
+AddCurvature = Callable[[str, Tensor], None]  # adds H u of a parameter to a tensor (K, D)
 
 
-class Batch(Protocol):
-    """One step's batch where the step was taken, or where its gradients are said to be."""
+class StepBatch(Protocol):
+    """The batch of one step: its gradient, and products with its gradients and curvature."""
 
     @property
     def names(self) -> Collection[str]:
-        """The parameters that its loss depends on; torch's optimizers leave the others alone."""
+        """The parameters that the batch's loss depends on. torch's optimizers skip the others."""
 
     def gradient(self) -> Mapping[str, Tensor]:
-        """(D,) the sum of w x gradient, before clipping."""
+        """Per parameter (D,) the sum of w x gradient over the entries, before clipping."""
 
     def through(
         self, u: Mapping[str, Tensor], scale: Mapping[str, float]
-    ) -> tuple[dict[str, Tensor], Pull]:
-        """Per part of the model (B, K): g(z).(scale u), and what adds H (scale u)."""
+    ) -> tuple[dict[str, Tensor], AddCurvature]:
+        """(B, K) products g(z).(scale u), and a function that adds H (scale u).
+
+        `u`: (K, D) per parameter. The products are per parameter, or summed under the name "".
+        """
 
 
-class FisherBatch:
-    """By per-example gradients: H = sum of w h h^T. `curvature`: h of each entry, often the
-    `gradients` themselves; None: H = 0.
-    """
-
-    def __init__(
-        self,
-        gradients: Mapping[str, Form],
-        weights: Tensor,
-        curvature: Mapping[str, Form] | None = None,
-    ) -> None:
-        self.gradients, self.weights, self.curvature = gradients, weights, curvature
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.gradients.keys()
-
-    def gradient(self) -> dict[str, Tensor]:
-        return {
-            name: form.rmatvec(self.weights[:, None]).squeeze(1)
-            for name, form in self.gradients.items()
-        }
-
-    def through(
-        self, u: Mapping[str, Tensor], scale: Mapping[str, float]
-    ) -> tuple[dict[str, Tensor], Pull]:
-        products = {
-            name: scale[name] * self.gradients[name].matvec(value.T) for name, value in u.items()
-        }
-        curvature = self.curvature
-        if curvature is None:
-            return products, lambda name, theta: None
-        along = (
-            products
-            if curvature is self.gradients
-            else {name: scale[name] * curvature[name].matvec(value.T) for name, value in u.items()}
-        )
-        pull = self.weights[:, None] * total(along)
-        return products, lambda name, theta: curvature[name].add_to(theta, pull)
-
-
-# ---------------------------------------------------------------- how a step changes a parameter
 @dataclass(frozen=True)
-class Update:
-    """SGD's."""
+class SgdUpdate:
+    """The rule of SGD for one parameter."""
 
     rate: float
     momentum: float = 0.0
@@ -107,15 +65,16 @@ class Update:
 
     @property
     def stable(self) -> float:
-        """The largest rate x curvature at which steps of this kind don't grow on a quadratic: 2
-        without momentum.
+        """The largest rate x curvature at which such steps do not grow on a quadratic.
+
+        It is 2 without momentum.
         """
         return 2 * (1 + self.momentum) / (1 + 2 * self.momentum * self.nesterov)
 
 
 @dataclass(frozen=True)
 class AdamUpdate:
-    """Adam's and AdamW's (`decoupled`), with where the step stood."""
+    """The rule of Adam or AdamW (`decoupled`) for one parameter. `before`: its state before."""
 
     rate: float
     betas: tuple[float, float]
@@ -128,13 +87,11 @@ class AdamUpdate:
     def momentum(self) -> float:
         return self.betas[0]
 
-    def derivatives(self, gradient: Tensor) -> "tuple[Tensor, Tensor, Tensor]":
-        """(D,) each, at the step's (clipped) gradient: of θ' by m', of θ' by v', of v' by the
-        gradient.
-        """
+    def derivatives(self, gradient_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(D,) each, at the clipped gradient: dθ'/dm', dθ'/dv', dv'/dg."""
         (b1, b2), before = self.betas, self.before
         t = before.count + 1
-        g = gradient if self.decoupled else gradient + self.decay * before.theta
+        g = gradient_D if self.decoupled else gradient_D + self.decay * before.theta
         m = (b1 * before.m + (1 - b1) * g) / (1 - b1**t)
         root = ((b2 * before.v + (1 - b2) * g * g) / (1 - b2**t)).sqrt()
         below = root + self.epsilon
@@ -146,12 +103,14 @@ class AdamUpdate:
         )
 
 
-AnyUpdate = Update | AdamUpdate
+Update = SgdUpdate | AdamUpdate
 
 
 class Adjoint:
-    """a_θ, a_m and a_v of K quantities, for each parameter (K, D); `step` takes them from after a
-    step to before it.
+    """a_θ, a_m and a_v of K quantities, (K, D) per parameter. It moves from step to step.
+
+    `theta`, `moment`, `second`: a_θ, a_m and a_v. `moment` holds the parameters with momentum or
+    Adam, `second` those with Adam. Both are zero at the end of training. Changed in place.
     """
 
     def __init__(
@@ -160,33 +119,29 @@ class Adjoint:
         moment: dict[str, Tensor],
         second: dict[str, Tensor] | None = None,
     ) -> None:
-        """`moment`: of the parameters with momentum or Adam, `second` of those with Adam; zeros at
-        the end of training. All are changed in place.
-        """
         self.theta, self.moment, self.second = theta, moment, second or {}
 
-    def step(
-        self, batch: Batch, updates: Mapping[str, AnyUpdate], clip: float = 1.0
+    @property
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """All three, by name."""
+        return {"theta": self.theta, "moment": self.moment, "second": self.second}
+
+    def reverse_step(
+        self, batch: StepBatch, updates: Mapping[str, Update], clip: float = 1.0
     ) -> dict[str, Tensor]:
-        """One step back. Returns per part of the model (B, K): g(z).u, u after clipping's own
-        derivative.
+        """Move from after a step to before it. Returns (B, K) products g(z).u.
+
+        u includes the derivative of clipping. `clip`: the factor that clipped the gradient.
         """
         updates = {name: update for name, update in updates.items() if name in batch.names}
-        u: dict[str, Tensor] = {}
-        scale = dict.fromkeys(updates, 1.0)
-        adam = any(isinstance(update, AdamUpdate) for update in updates.values())
-        gradient = batch.gradient() if clip != 1 or adam else {}
-        for name, update in updates.items():
-            if isinstance(update, AdamUpdate):
-                u[name] = self._into_adam(name, update, clip * gradient[name])
-            else:
-                u[name], scale[name] = self._into_sgd(name, update)
-        raw, raw_scale = (
-            (unclipped(u, scale, gradient, clip), dict.fromkeys(u, 1.0))
-            if clip != 1
-            else (u, scale)
-        )
-        products, pull = batch.through(raw, raw_scale)
+        has_adam = any(isinstance(update, AdamUpdate) for update in updates.values())
+        gradient = batch.gradient() if clip != 1 or has_adam else {}
+        u, scale = self._directions(updates, gradient, clip)
+        if clip == 1:
+            products, add_curvature = batch.through(u, scale)
+        else:
+            unclipped = unclipped_directions(u, scale, gradient, clip)
+            products, add_curvature = batch.through(unclipped, dict.fromkeys(u, 1.0))
         for name, update in updates.items():
             theta, coupled = self.theta[name], update.decay
             if isinstance(update, AdamUpdate):
@@ -198,13 +153,26 @@ class Adjoint:
                 theta.mul_(1 + coupled * scale[name])
             elif coupled:
                 theta.add_(u[name], alpha=coupled)
-            pull(name, theta)
+            add_curvature(name, theta)
             if name in self.moment:
                 self.moment[name].mul_(update.momentum)
         return products
 
-    def _into_sgd(self, name: str, update: Update) -> tuple[Tensor, float]:
-        """u and what it is to be multiplied by. Leaves a_m of after the step."""
+    def _directions(
+        self, updates: Mapping[str, Update], gradient: Mapping[str, Tensor], clip: float
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Per parameter u by the clipped gradient, (K, D), and a factor of it."""
+        u: dict[str, Tensor] = {}
+        scale = dict.fromkeys(updates, 1.0)
+        for name, update in updates.items():
+            if isinstance(update, AdamUpdate):
+                u[name] = self._adam_direction(name, update, clip * gradient[name])
+            else:
+                u[name], scale[name] = self._sgd_direction(name, update)
+        return u, scale
+
+    def _sgd_direction(self, name: str, update: SgdUpdate) -> tuple[Tensor, float]:
+        """u and its factor. Leaves a_m of after the step."""
         theta = self.theta[name]
         if not update.momentum:
             return theta, -update.rate
@@ -212,91 +180,23 @@ class Adjoint:
         moment.add_(theta, alpha=-update.rate * (update.momentum if update.nesterov else 1))
         return (torch.add(moment, theta, alpha=-update.rate) if update.nesterov else moment), 1.0
 
-    def _into_adam(self, name: str, update: AdamUpdate, gradient: Tensor) -> Tensor:
-        by_m, by_v, v_by_g = update.derivatives(gradient)
+    def _adam_direction(self, name: str, update: AdamUpdate, gradient_D: Tensor) -> Tensor:
+        by_m, by_v, v_by_g = update.derivatives(gradient_D)
         moment, second = self.moment[name], self.second[name]
         moment.addcmul_(self.theta[name], by_m)
         second.addcmul_(self.theta[name], by_v)
         return (1 - update.betas[0]) * moment + v_by_g * second
 
 
-def unclipped(
+def unclipped_directions(
     u: Mapping[str, Tensor], scale: Mapping[str, float], gradient: Mapping[str, Tensor], clip: float
 ) -> dict[str, Tensor]:
-    """u by the gradient before it was clipped by its norm, times `clip`: clip (u - ĝ (ĝ.u))."""
+    """u by the gradient g before clipping by its norm: clip (u - ĝ (ĝ.u)), with ĝ = g / |g|."""
     square = torch.stack([value.double().square().sum().cpu() for value in gradient.values()]).sum()
-    along = torch.stack([scale[name] * (value @ gradient[name]) for name, value in u.items()]).sum(
-        0
-    ) / (float(square) or 1.0)  # (K,)
+    along_K = torch.stack(
+        [scale[name] * (value @ gradient[name]) for name, value in u.items()]
+    ).sum(0) / (float(square) or 1.0)
     return {
-        name: clip * (scale[name] * value - along[:, None] * gradient[name])
+        name: clip * (scale[name] * value - along_K[:, None] * gradient[name])
         for name, value in u.items()
     }
-
-
-def total(products: Mapping[str, Tensor]) -> Tensor:
-    """(B, K): the sum over the parameters."""
-    first, *others = products.values()
-    result = first.clone() if others else first
-    for value in others:
-        result += value
-    return result
-
-
-def effects(products: Tensor, weights: Tensor, entry_of: Tensor | None = None) -> Tensor:
-    """(B, K) by how much the quantity would grow without each entry of a step, from g(z).u: -w_z
-    g(z).u.
-
-    `entry_of` (B,), given where the weights of the others are to grow so that their sum stays (the
-    mean over the rest of a batch): equal numbers are entries of one example, dropped together. Then
-    it is -w_z (g(z) - mean).u / (1 - W_z), W_z the example's share.
-    """
-    lost = -weights[:, None] * products
-    if entry_of is None:
-        return lost
-    shares = torch.zeros(
-        int(entry_of.max()) + 1, dtype=weights.dtype, device=weights.device
-    ).index_add_(0, entry_of, weights)
-    weight_sum = weights.sum()
-    rest = (
-        weight_sum - shares[entry_of][:, None]
-    )  # 0 where the example is the whole batch: then the step itself is dropped
-    return torch.where(
-        rest > 1e-6 * weight_sum,
-        (lost * weight_sum + weights[:, None] * (weights @ products)) / rest,
-        lost,
-    )
-
-
-def gram(gradients: Mapping[str, Form], weights: Tensor, updates: Mapping[str, Update]) -> Tensor:
-    """(B, B) float64: sqrt(w w') times the inner products over all parameters, each times its rate:
-    the eigenvalues of rate x H.
-    """
-    result = None
-    for name, update in updates.items():
-        form = gradients[name]
-        product = (
-            update.rate * form.dot(form.as_queries()).cpu().double()
-        )  # not every device has float64
-        result = product if result is None else result + product
-    assert result is not None
-    root = weights.cpu().double().sqrt()
-    return root[:, None] * result * root[None, :]
-
-
-def densely(gradients: Mapping[str, Form], vectors: int) -> dict[str, Form]:
-    """The same gradients in the form in which products with so many vectors, and sums of that many,
-    are fastest.
-    """
-    dense_forms = dict(gradients)
-    room = DENSE_BYTES
-    for name, form in gradients.items():
-        if form.kind == "factors" and vectors > 1:
-            size = (
-                len(form)
-                * torch.Size(form.shape).numel()
-                * next(iter(form.tensors().values())).element_size()
-            )
-            if size <= room:
-                dense_forms[name], room = form.dense(), room - size
-    return dense_forms
