@@ -40,7 +40,7 @@ from influence_cli.methods.table import METHODS
 from influence_cli.progress import Advance, Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.definition import describe_failure
-from influence_cli.run.replay import Drop, Replay
+from influence_cli.run.replay import DroppedExample, Replay
 from influence_cli.run.run import Run
 from influence_cli.run.trajectory import Trajectory, missing_trajectory
 
@@ -66,7 +66,7 @@ def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Row
     trajectory = check_trajectory(run, start, end)
     size = source.budget.batch_size("train", list(run.columns))
     replay = Replay(run, lambda ids: source.extractor.batch("train", ids)[0], size)
-    replay.begin(start)
+    replay.start_from(start)
     for note in trajectory.notes:
         reporter.note(note)
     steps = range(start.step, end.step)
@@ -195,14 +195,14 @@ def retrain(
         if baseline is None:
             baseline = measure_baseline(source, replay, end, request, advance)
             log.add(baseline)
-        replay.begin(start)
-        state = replay.state()
+        replay.start_from(start)
+        state = replay.save_state()
         for number, removal in enumerate(missing, start=1):
             report_step = partial(advance, where=f"removal {number} of {len(missing)}")
-            replay.go_to(state)
+            replay.restore(state)
             replay.advance(removal.step, report_progress=report_step)
-            state = replay.state()
-            drop = Drop(*removal, options_of(request).renormalize)
+            state = replay.save_state()
+            drop = DroppedExample(*removal, options_of(request).renormalize)
             replay.advance(end.step, drop, baseline["max_norm"], report_progress=report_step)
             effects = query_values(source, request.queries) - np.array(baseline["values"])
             log.add({**removal._asdict(), "truth": effects.tolist()})
@@ -221,11 +221,11 @@ def measure_baseline(
     like removals; the difference is noise. `apart`: relative distance to the saved checkpoint.
     """
     start = source.run.checkpoints[0]
-    replay.begin(start)
+    replay.start_from(start)
     replay.advance(end.step, report_progress=partial(advance, where="the complete run"))
     values, distance = query_values(source, request.queries), replay.relative_distance(end)
     max_norm = float(np.median(list(replay.clipped.values()))) if replay.clipped else None
-    replay.begin(start)
+    replay.start_from(start)
     report_step = partial(advance, where="the complete run again")
     replay.advance(end.step, max_norm=max_norm, reverse=True, report_progress=report_step)
     return {

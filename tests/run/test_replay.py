@@ -6,7 +6,7 @@ import torch
 
 from influence_cli import TrajectoryRecorder
 from influence_cli.errors import TrajectoryError
-from influence_cli.run.replay import Drop, Replay
+from influence_cli.run.replay import DroppedExample, Replay
 from influence_cli.run.run import open_run
 from tests.refusals import replaced
 from tests.training import definition_of, train
@@ -32,7 +32,7 @@ TRAININGS = {
 def opened(folder):
     run = open_run(folder)
     replay = Replay(run, run.train.batch, 3)
-    replay.begin(run.checkpoints[0])
+    replay.start_from(run.checkpoints[0])
     return run, replay
 
 
@@ -50,21 +50,25 @@ def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
         train(tmp_path / "run", batches=order, weights=True, options={"momentum": 0.5})
     )
     replay.advance(6)
-    here = replay.state()
-    replay.advance(12, Drop(6, 7, renormalize))
-    found = replay.state().parameters
+    here = replay.save_state()
+    replay.advance(12, DroppedExample(6, 7, renormalize))
+    found = replay.save_state().parameters
     trajectory = replay.trajectory
     weights = np.where(trajectory.lines[6].examples == 7, 0, trajectory.weights(6))
     line = trajectory.lines[6]._replace(
         weights=weights * (trajectory.weights(6).sum() / weights.sum() if renormalize else 1)
     )
     object.__setattr__(trajectory, "lines", (*trajectory.lines[:6], line, *trajectory.lines[7:]))
-    replay.begin(run.checkpoints[0])
+    replay.start_from(run.checkpoints[0])
     replay.advance(12)
-    assert all(torch.equal(a, b) for a, b in zip(found, replay.state().parameters, strict=True))
-    replay.go_to(here)
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, replay.save_state().parameters, strict=True)
+    )
+    replay.restore(here)
     replay.advance(12)
-    assert all(torch.equal(a, b) for a, b in zip(found, replay.state().parameters, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, replay.save_state().parameters, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
@@ -79,8 +83,8 @@ def test_adam_is_torchs_own(name, tmp_path):
     )
     run, replay = opened(folder)
     replay.advance(12)
-    found = [value.clone() for value in replay.state().parameters]
-    replay.begin(run.checkpoints[0])
+    found = [value.clone() for value in replay.save_state().parameters]
+    replay.start_from(run.checkpoints[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     optimizer = kind(run.model.module.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
     for step, line in enumerate(run.trajectory.lines):
@@ -93,7 +97,7 @@ def test_adam_is_torchs_own(name, tmp_path):
     assert (
         max(
             float((a - b).abs().max())
-            for a, b in zip(found, replay.state().parameters, strict=True)
+            for a, b in zip(found, replay.save_state().parameters, strict=True)
         )
         < 1e-12
     )
@@ -104,7 +108,7 @@ def test_what_cannot_be_run_again_is_refused_by_name(tmp_path):
     path, text = folder / "trajectory.jsonl", (folder / "trajectory.jsonl").read_text()
     run = open_run(folder)
     with pytest.raises(TrajectoryError, match="sgd with momentum had a state there"):
-        Replay(run, run.train.batch).begin(run.checkpoints[1])
+        Replay(run, run.train.batch).start_from(run.checkpoints[1])
     for old, new, says in (
         ('"name": "sgd"', '"name": "lion"', "steps of lion can't be run again"),
         ('"momentum": 0.9', '"inertia": 0.9', "SGD refuses these options"),
@@ -167,7 +171,7 @@ def test_on_one_thread_a_replay_is_the_training_bit_by_bit(kind, tmp_path):
         run = open_run(tmp_path / "run")
         replay = Replay(run, run.train.batch)
         for first, then in ((0, 1), (1, 2)):
-            replay.begin(run.checkpoints[first])
+            replay.start_from(run.checkpoints[first])
             replay.advance(run.checkpoints[then].step)
             assert replay.relative_distance(run.checkpoints[then]) == 0
     finally:

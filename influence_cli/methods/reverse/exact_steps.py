@@ -21,7 +21,7 @@ from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import PassSettings, ReverseStep
 from influence_cli.methods.unroll import UnrollOptions
 from influence_cli.run.definition import Definition
-from influence_cli.run.replay import Moments
+from influence_cli.run.replay_state import Moments
 
 # Working memory of the directions that go through a batch's curvature at once.
 DIRECTION_BYTES = 256 << 20

@@ -30,7 +30,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from influence_cli.run.replay import Moments
+from influence_cli.run.replay_state import Moments
 
 AddCurvature = Callable[[str, Tensor], None]  # adds H u of a parameter to a tensor (K, D)
 

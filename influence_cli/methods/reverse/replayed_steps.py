@@ -13,7 +13,8 @@ from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.progress import Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.optimizers import describe_unknown_state
-from influence_cli.run.replay import Moments, Replay, State
+from influence_cli.run.replay import Replay
+from influence_cli.run.replay_state import Moments, ReplayState
 
 STATE_BYTES = 1 << 30
 ROUNDING = 1e-3  # largest relative distance that rounding explains, as a rule
@@ -33,7 +34,7 @@ class ReplayedSteps:
             lambda ids: source.extractor.batch("train", ids)[0],
             source.budget.requested_batch_size,
         )
-        if not self.replay.starts_at(plan.segments[0].checkpoint):
+        if not self.replay.can_start_from(plan.segments[0].checkpoint):
             raise describe_unknown_state(plan.trajectory, plan.segments[0].checkpoint)
         # step of a checkpoint -> relative distance of the replay from it
         self.distances: dict[int, float] = {}
@@ -46,31 +47,31 @@ class ReplayedSteps:
         starts = [
             segment.first
             for segment in self.plan.segments
-            if self.replay.starts_at(segment.checkpoint)
+            if self.replay.can_start_from(segment.checkpoint)
         ]
         stops = [*starts[1:], self.plan.steps.stop]
         for first, after in reversed(list(zip(starts, stops, strict=True))):
             if first >= stop:
                 continue
-            self.replay.begin(self.plan.segment_at(first).checkpoint)
+            self.replay.start_from(self.plan.segment_at(first).checkpoint)
             # to the next checkpoint, to compare the replay with it
             end = min(after, self.plan.segment_at(stop - 1).stop)
-            for state in self._reversed_states(self.replay.state(), end):
+            for state in self._reversed_states(self.replay.save_state(), end):
                 if state.step < stop:
-                    self.replay.go_to(state)
+                    self.replay.restore(state)
                     yield state.step, self.replay.moments() if self.plan.adam else None
 
-    def _reversed_states(self, first: State, stop: int) -> Iterator[State]:
+    def _reversed_states(self, first: ReplayState, stop: int) -> Iterator[ReplayState]:
         """The states before each step from `first` to `stop`, last first."""
         tensors = 1 + bool(self.plan.with_momentum) + self.plan.adam  # of a parameter's size
         state_bytes = tensors * sum(value.nbytes for value in first.parameters)
         most = max(2, STATE_BYTES // max(1, state_bytes))
         stride = -(-(stop - first.step) // most)
         states = []
-        self.replay.go_to(first)
+        self.replay.restore(first)
         for step in range(first.step, stop):
             if (step - first.step) % stride == 0:
-                states.append(self.replay.state())
+                states.append(self.replay.save_state())
             self._advance(step)
         while states:
             state = states.pop()
@@ -90,7 +91,7 @@ class ReplayedSteps:
         if checkpoint.step == step + 1 and checkpoint.step not in self.distances:
             self.distances[checkpoint.step] = self._compare(checkpoint)
         if following:
-            self.replay.anchor(following.checkpoint)
+            self.replay.continue_from(following.checkpoint)
 
     def _compare(self, checkpoint: Checkpoint) -> float:
         distance = self.replay.relative_distance(checkpoint)

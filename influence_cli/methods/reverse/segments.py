@@ -13,7 +13,7 @@ from influence_cli.methods.reverse.optimizer_adjoint import AdamUpdate, SgdUpdat
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.optimizers import read_options
 from influence_cli.run.parameters import Column
-from influence_cli.run.replay import Moments
+from influence_cli.run.replay_state import Moments
 from influence_cli.run.trajectory import Trajectory
 
 
