@@ -1,4 +1,4 @@
-"""The adjoint of an optimizer's step: by hand, against retraining a linear regression, and against whole Jacobians."""
+"""The adjoint of an optimizer's step: by hand, against retraining, and against whole Jacobians."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,10 @@ def dense(values):
 
 
 def test_the_example_by_hand_to_the_last_digit():
-    """½ squared loss, one weight, sum loss, rate 0.05: E(a) = -0.05 and score -0.0075; by the empirical Fisher E(a) = -0.0806."""
+    """½ squared loss, one weight, sum loss, rate 0.05: E(a) = -0.05 and score -0.0075.
+
+    By the empirical Fisher E(a) = -0.0806.
+    """
     double = {"dtype": torch.float64}
     g1, h1, g0 = (
         torch.tensor([[-0.8], [1.8]], **double),
@@ -29,15 +32,15 @@ def test_the_example_by_hand_to_the_last_digit():
     for curvature, embedding in ((h1, -0.05), (g1, -0.0806)):
         adjoint = Adjoint({"w": torch.ones(1, 1, **double)}, {})
         adjoint.reverse_step(FisherBatch(dense(g1), one, dense(curvature)), update)
-        found = removal_effects(
+        actual = removal_effects(
             sum_parameters(adjoint.reverse_step(FisherBatch(dense(g0), one, dense(g0)), update)),
             one,
         )
-        assert float(found[0, 0]) == pytest.approx(embedding, abs=1e-16)
-        assert float(found[0, 0]) * 0.15 == pytest.approx(embedding * 0.15, abs=1e-16)
+        assert float(actual[0, 0]) == pytest.approx(embedding, abs=1e-16)
+        assert float(actual[0, 0]) * 0.15 == pytest.approx(embedding * 0.15, abs=1e-16)
 
 
-# ---------------------------------------------------------------- linear regression: exactly what retraining does
+# ------------------------------------------------ linear regression: exactly what retraining does
 @dataclass(frozen=True)
 class Setting:
     momentum: float = 0.0
@@ -66,7 +69,10 @@ SETTINGS = {
 
 
 def regression(setting, dropped=None):
-    """Trains by torch's own SGD: parameters at the end, and per step (G, h, w, rate) of ½ squared losses. `dropped`: (step, example)."""
+    """Train with torch's SGD: parameters at the end, and per step (G, h, w, rate).
+
+    The losses are ½ squares. `dropped`: (step, example).
+    """
     generator = torch.Generator().manual_seed(0)
     x, y = (
         torch.randn(30, *shape, generator=generator, dtype=torch.float64) for shape in ((5,), ())
@@ -108,7 +114,7 @@ def test_with_the_exact_curvature_the_embedding_is_the_parameters_change_of_retr
         batch, gradients, factors, w, rate = steps[t]
         update = {"w": SgdUpdate(rate, setting.momentum, setting.decay, setting.nesterov)}
         entry_of = torch.unique(batch, return_inverse=True)[1] if setting.renormalized else None
-        found = removal_effects(
+        actual = removal_effects(
             sum_parameters(
                 adjoint.reverse_step(FisherBatch(dense(gradients), w, dense(factors)), update)
             ),
@@ -117,7 +123,7 @@ def test_with_the_exact_curvature_the_embedding_is_the_parameters_change_of_retr
         )
         for example in batch.tolist():
             change = regression(setting, (t, example))[0] - end
-            assert (found[batch == example].sum(0) - change).abs().max() < 1e-10
+            assert (actual[batch == example].sum(0) - change).abs().max() < 1e-10
 
 
 def test_an_example_that_is_the_whole_batch_takes_the_step_with_it():
@@ -141,9 +147,11 @@ def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(
     for t in range(5):
         left, right = random(4, 2, 3), random(4, 2, 4)
         steps.append((left, right, random(4).abs() / 4, 0.1 / (1 + t), clip if t % 2 else 1.0))
-    whole = [Factors((3, 4), left, right).dense().values for left, right, _, _, _ in steps]
+    dense_gradients = [
+        Factors((3, 4), left, right).dense().values for left, right, _, _, _ in steps
+    ]
     expected = reference.left_out(
-        [(G, G, w, rate, s) for G, (_, _, w, rate, s) in zip(whole, steps, strict=True)],
+        [(G, G, w, rate, s) for G, (_, _, w, rate, s) in zip(dense_gradients, steps, strict=True)],
         query,
         momentum,
         decay,
@@ -154,7 +162,7 @@ def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(
     for t in reversed(range(5)):
         left, right, w, rate, s = steps[t]
         batch = {"w": Factors((3, 4), left, right)}
-        found = removal_effects(
+        actual = removal_effects(
             adjoint.reverse_step(
                 FisherBatch(batch, w, batch if curved else None),
                 {"w": SgdUpdate(rate, momentum, decay, nesterov)},
@@ -162,7 +170,7 @@ def test_steps_back_are_the_transposed_jacobians_of_the_optimizers_step(
             )["w"],
             w,
         )
-        assert (found - expected[t]).abs().max() < 1e-12 * expected[t].abs().max()
+        assert (actual - expected[t]).abs().max() < 1e-12 * expected[t].abs().max()
 
 
 def test_the_largest_eigenvalue_of_a_steps_curvature_is_that_of_the_gram_matrix():
@@ -171,12 +179,12 @@ def test_the_largest_eigenvalue_of_a_steps_curvature_is_that_of_the_gram_matrix(
     w = torch.rand(6, generator=generator, dtype=torch.float64)
     rates = {"a": 0.1, "b": 0.3}
     scaled = torch.cat([0.1**0.5 * G, 0.3**0.5 * H], dim=1) * w.sqrt()[:, None]
-    found = weighted_gram(
+    gram = weighted_gram(
         {"a": Dense((4,), G), "b": Dense((4,), H)},
         w,
         {name: SgdUpdate(rate) for name, rate in rates.items()},
     )
-    assert top_eigenvalue(found) == pytest.approx(
+    assert top_eigenvalue(gram) == pytest.approx(
         float(torch.linalg.eigvalsh(scaled.T @ scaled)[-1]), rel=1e-5
     )
 

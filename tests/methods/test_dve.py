@@ -14,15 +14,15 @@ from tests.training import expected, summed, train
 def scores(result, queries=5, count=24, part=None):
     """(Q, N) from a table of `--top all`, or of one part of each score."""
     assert result.code == 0, result.err
-    found = torch.zeros(queries, count, dtype=torch.float64)
+    actual = torch.zeros(queries, count, dtype=torch.float64)
     for row in result.rows:
         if part is None or row[part[0]] == part[1]:
-            found[int(row["query"]), int(row["train"])] += float(row["score"])
-    return found
+            actual[int(row["query"]), int(row["train"])] += float(row["score"])
+    return actual
 
 
-def close(found, wanted, tolerance=1e-9):
-    assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
+def close(actual, expected_scores, tolerance=1e-9):
+    assert (actual - expected_scores).abs().max() < tolerance * expected_scores.abs().max()
 
 
 def dve(influence, run, *flags):
@@ -109,12 +109,12 @@ def test_curvature_couples_all_selected_parameters(tmp_path, influence):
     parts = scores(dve(influence, run, "--layers", "0")) + scores(
         dve(influence, run, "--layers", "2")
     )
-    whole = scores(dve(influence, run))
+    together = scores(dve(influence, run))
     close(
         scores(dve(influence, run, "--layers", "0")),
         summed(expected(run, names=["0.weight", "0.bias"]), 24),
     )
-    assert (parts - whole).abs().max() > 1e-3 * whole.abs().max()
+    assert (parts - together).abs().max() > 1e-3 * together.abs().max()
 
 
 def test_by_layer_splits_the_entrys_gradient_and_not_the_curvature(tmp_path, influence):
@@ -137,9 +137,9 @@ def test_by_step_has_a_row_for_each_occurrence(tmp_path, influence):
     for step, examples, values in wanted:
         for example, row in zip(examples, values, strict=True):
             by_hand[step, example] += float(row[2])
-    found = {(int(row["step"]), int(row["train"])): float(row["score"]) for row in result.rows}
-    assert found.keys() == by_hand.keys()
-    assert max(abs(found[key] - by_hand[key]) for key in found) < 1e-12
+    by_table = {(int(row["step"]), int(row["train"])): float(row["score"]) for row in result.rows}
+    assert by_table.keys() == by_hand.keys()
+    assert max(abs(by_table[key] - by_hand[key]) for key in by_table) < 1e-12
 
 
 def test_by_checkpoint_sums_the_steps_of_a_segment(tmp_path, influence):
@@ -148,8 +148,8 @@ def test_by_checkpoint_sums_the_steps_of_a_segment(tmp_path, influence):
     for first, last in ((0, 5), (5, 10), (10, 12)):
         wanted = summed(
             [
-                found if first <= found[0] < last else (*found[:2], found[2] * 0)
-                for found in expected(run)
+                step if first <= step[0] < last else (*step[:2], step[2] * 0)
+                for step in expected(run)
             ],
             24,
         )
@@ -171,9 +171,9 @@ def test_query_form_is_embedding_form_and_parts_are_the_whole(
     monkeypatch.setattr(
         "influence_cli.methods.reverse.embedding_store.cut_parts", lambda plan, size: [(0, 90)]
     )
-    whole = scores(dve(influence, run, "--form", "embedding"))
+    one_part = scores(dve(influence, run, "--form", "embedding"))
     close(parts, query, 1e-8)
-    close(parts, whole, 1e-10)
+    close(parts, one_part, 1e-10)
 
 
 def test_embeddings_answer_later_queries_without_a_training_gradient(tmp_path, influence):
@@ -188,16 +188,16 @@ def test_embeddings_answer_later_queries_without_a_training_gradient(tmp_path, i
 
 def test_embeddings_that_were_cut_off_go_on_and_give_the_same_bytes(tmp_path, influence):
     run = train(tmp_path / "run", steps=60, every=20, rate=0.1)
-    whole = dve(influence, run, "--embeddings", tmp_path / "kept").out
+    complete_output = dve(influence, run, "--embeddings", tmp_path / "kept").out
     part = min((tmp_path / "kept").glob("part-*"))
     (part / "map.safetensors").unlink()
     min(part.glob("rows-*")).write_bytes(b"half a file")
-    assert dve(influence, run, "--embeddings", tmp_path / "kept").out == whole
+    assert dve(influence, run, "--embeddings", tmp_path / "kept").out == complete_output
 
 
 def test_a_damaged_file_of_embeddings_is_refused_and_made_again_once_deleted(tmp_path, influence):
     run = train(tmp_path / "run", steps=60, every=20, rate=0.1)
-    whole = dve(influence, run, "--embeddings", tmp_path / "kept").out
+    complete_output = dve(influence, run, "--embeddings", tmp_path / "kept").out
     for path in (
         min((tmp_path / "kept").glob("part-*/rows-*")),
         max((tmp_path / "kept").glob("part-*/map*")),
@@ -211,7 +211,7 @@ def test_a_damaged_file_of_embeddings_is_refused_and_made_again_once_deleted(tmp
             "delete it",
         )
         path.unlink()
-        assert dve(influence, run, "--embeddings", tmp_path / "kept").out == whole
+        assert dve(influence, run, "--embeddings", tmp_path / "kept").out == complete_output
 
 
 def test_embeddings_of_something_else_are_refused(tmp_path, influence):
@@ -263,12 +263,12 @@ def test_cells_that_tracin_cached_are_reused(tmp_path, influence):
 def test_only_the_examples_of_a_segment_are_taken_at_its_checkpoint(tmp_path, influence):
     run = train(tmp_path / "run", every=6, batches=lambda t: [0, 1] if t < 6 else [7, 20])
     assert dve(influence, run).code == 0
-    held = {
+    units = {
         path.parts[-4].split("-")[1]: path.stem
         for path in (run / ".influence").rglob("train/*/*.safetensors")
     }
-    assert set(held) == {"000000000", "000000006", "000000012"}  # the last: a few for the drift
-    assert all(len(name.split("-")) == 3 for name in held.values())  # units of some examples
+    assert set(units) == {"000000000", "000000006", "000000012"}  # the last: a few for the drift
+    assert all(len(name.split("-")) == 3 for name in units.values())  # units of some examples
 
 
 def test_without_a_cache_the_scores_are_the_same(tmp_path, influence):
@@ -280,31 +280,31 @@ def test_memory_for_few_rows_and_few_queries_gives_the_same_scores(
     tmp_path, influence, monkeypatch
 ):
     run = train(tmp_path / "run", every=4)
-    whole = scores(dve(influence, run))
+    all_scores = scores(dve(influence, run))
     monkeypatch.setattr("influence_cli.methods.reverse.fisher_steps.ROWS_BYTES", 1)
     monkeypatch.setattr("influence_cli.methods.reverse.reverse_pass.QUERY_BYTES", 1)
     monkeypatch.setattr("influence_cli.methods.reverse.occurrences.MEMORY_BYTES", 0)
-    close(scores(dve(influence, run)), whole, 1e-12)
-    close(scores(dve(influence, run, "--by", "step")), whole, 1e-12)
+    close(scores(dve(influence, run)), all_scores, 1e-12)
+    close(scores(dve(influence, run, "--by", "step")), all_scores, 1e-12)
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- what a request selects
 def test_train_limits_the_rows_and_never_the_curvature(tmp_path, influence):
     run = train(tmp_path / "run")
-    whole = scores(dve(influence, run))
-    found = scores(dve(influence, run, "--train", "3,10:12"))
-    close(found[:, [3, 10, 11]], whole[:, [3, 10, 11]], 1e-12)
-    assert found.count_nonzero() <= 15
+    all_scores = scores(dve(influence, run))
+    selected = scores(dve(influence, run, "--train", "3,10:12"))
+    close(selected[:, [3, 10, 11]], all_scores[:, [3, 10, 11]], 1e-12)
+    assert selected.count_nonzero() <= 15
 
 
 def test_groups_and_the_mean_of_all_queries(tmp_path, influence):
     run = train(tmp_path / "run")
-    whole = scores(dve(influence, run))
+    all_scores = scores(dve(influence, run))
     mean = dve(influence, run, "--sum-queries")
-    found = torch.zeros(24, dtype=torch.float64)
+    of_mean_query = torch.zeros(24, dtype=torch.float64)
     for row in mean.rows:
-        found[int(row["train"])] = float(row["score"])
-    close(found, whole.mean(0))
+        of_mean_query[int(row["train"])] = float(row["score"])
+    close(of_mean_query, all_scores.mean(0))
     grouped = {
         (row["query"], row["train"]): float(row["score"])
         for row in dve(influence, run, "--group-by", "label").rows
@@ -316,7 +316,7 @@ def test_groups_and_the_mean_of_all_queries(tmp_path, influence):
         )
     ]
     assert grouped["0", "b"] == pytest.approx(
-        float(whole[0][[i for i, label in enumerate(labels) if label == "b"]].sum())
+        float(all_scores[0][[i for i, label in enumerate(labels) if label == "b"]].sum())
     )
     by_step = dve(influence, run, "--group-by", "label", "--by", "step", "--queries", "0")
     assert sum(float(row["score"]) for row in by_step.rows if row["train"] == "b") == pytest.approx(
@@ -343,15 +343,15 @@ def test_renormalized_the_scores_of_a_step_are_centred(tmp_path, influence):
         for flags in ((), ("--renormalize",))
     )
     for step in range(12):
-        whole, centred = (
+        plain, centred = (
             [float(r["score"]) for r in result.rows if r["step"] == str(step)]
             for result in (kept, shared)
         )
         ids = [
             [r["train"] for r in result.rows if r["step"] == str(step)] for result in (kept, shared)
         ]
-        by_id = dict(zip(ids[0], whole, strict=True))
-        assert centred == pytest.approx([(by_id[i] - sum(whole) / 6) * 6 / 5 for i in ids[1]])
+        by_id = dict(zip(ids[0], plain, strict=True))
+        assert centred == pytest.approx([(by_id[i] - sum(plain) / 6) * 6 / 5 for i in ids[1]])
 
 
 def test_steps_outside_the_checkpoints_are_announced(tmp_path, influence):
@@ -361,8 +361,8 @@ def test_steps_outside_the_checkpoints_are_announced(tmp_path, influence):
     result = dve(influence, run)
     assert "steps 8 to 11 come after the last checkpoint" in result.err
     assert (
-        "steps 0 to 3 come before the first checkpoint and have the gradients of checkpoints/step-000004.safetensors"
-        in result.err
+        "steps 0 to 3 come before the first checkpoint and have the gradients of "
+        "checkpoints/step-000004.safetensors" in result.err
     )
     close(scores(result), summed(expected(run, steps=[4, 8]), 24))
 
@@ -375,7 +375,7 @@ def test_drift_is_reported_where_checkpoints_are_sparse_and_only_there(tmp_path,
     assert "drift" not in dve(influence, train(tmp_path / "dense")).err
 
 
-# ---------------------------------------------------------------- what can't be trusted, and what can't be done
+# ------------------------------------------------ divergence, and requests that are refused
 def test_an_unstable_step_is_named(tmp_path, influence):
     run = train(tmp_path / "run", steps=3, rate=0.3)
     path = run / "trajectory.jsonl"

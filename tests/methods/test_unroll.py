@@ -1,4 +1,4 @@
-"""Unroll through the real command against really training again, by torch's own optimizers, in float64."""
+"""Unroll through the real command against retraining by torch's own optimizers, in float64."""
 
 import json
 import shutil
@@ -76,10 +76,10 @@ def unroll(influence, run, *flags):
 def of_steps(result):
     """(step, example) -> (Q,) scores, of a table --by step."""
     assert result.code == 0, result.err
-    found = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
+    scores = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
     for row in result.rows:
-        found[int(row["step"]), int(row["train"])][int(row["query"])] += float(row["score"])
-    return dict(found)
+        scores[int(row["step"]), int(row["train"])][int(row["query"])] += float(row["score"])
+    return dict(scores)
 
 
 def at_the_end(folder, step=12):
@@ -91,7 +91,10 @@ def at_the_end(folder, step=12):
 
 
 def slopes(folder, training, step, example, by=1e-5):
-    """(Q,) -w x the derivative of the queries' losses at the end by the example's weight w in a step, from two trainings."""
+    """(Q,) -w x the derivative of the queries' losses at the end by w, from two trainings.
+
+    w is the example's weight in a step.
+    """
     ends = [
         at_the_end(train(folder / f"{sign}", **training, every=12, tilt=(step, example, sign * by)))
         for sign in (-1, 1)
@@ -107,12 +110,12 @@ def slopes(folder, training, step, example, by=1e-5):
 @pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)
 def test_scores_are_the_derivatives_of_really_training_again(training, tmp_path, influence):
     run = train(tmp_path / "run", **training)
-    found = of_steps(unroll(influence, run, "--by", "step", "--replay"))
+    actual = of_steps(unroll(influence, run, "--by", "step", "--replay"))
     lines = [json.loads(text) for text in (run / "trajectory.jsonl").read_text().splitlines()[1:]]
     for step in (0, 5, 11):
         example = lines[step]["examples"][-1]
         wanted = slopes(tmp_path, training, step, example)
-        assert (found[step, example] - wanted).abs().max() < 2e-6 * wanted.abs().max()
+        assert (actual[step, example] - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -133,27 +136,27 @@ def test_a_replay_from_few_checkpoints_is_that_from_all(
     name, method, tmp_path, influence, monkeypatch
 ):
     """Also where few states fit into memory, so that steps are run again and again."""
-    few, every = (train(tmp_path / f"{n}", **TRAININGS[name], every=n) for n in (5, 1))
+    sparse, dense = (train(tmp_path / f"{n}", **TRAININGS[name], every=n) for n in (5, 1))
     flags = ("--method", method, "--by", "step", "--replay", "--top", "all")
-    wanted = of_steps(influence("score", every, *flags))
+    wanted = of_steps(influence("score", dense, *flags))
     for room in (1 << 30, 0):
         monkeypatch.setattr(replayed_steps, "STATE_BYTES", room)
-        result = influence("score", few, *flags, "--cache", "none")
-        found = of_steps(result)
+        result = influence("score", sparse, *flags, "--cache", "none")
+        actual = of_steps(result)
         assert "replay: it reproduced 3 saved checkpoints" in result.err
         largest = max(float(values.abs().max()) for values in wanted.values())
         assert (
-            max(float((wanted[key] - found[key]).abs().max()) for key in wanted) < 1e-10 * largest
+            max(float((wanted[key] - actual[key]).abs().max()) for key in wanted) < 1e-10 * largest
         )
 
 
 def test_a_saved_optimizer_state_is_where_a_replay_begins(tmp_path, influence):
     run = train(tmp_path / "run", kind=ADAM, rate=0.05, every=4, states=True)
-    whole = of_steps(unroll(influence, run, "--by", "step", "--replay"))
+    all_scores = of_steps(unroll(influence, run, "--by", "step", "--replay"))
     later = of_steps(unroll(influence, run, "--by", "step", "--replay", "--steps", "4:"))
     assert {step for step, _ in later} == set(range(4, 12))
-    largest = max(float(values.abs().max()) for values in whole.values())
-    assert max(float((whole[key] - later[key]).abs().max()) for key in later) < 1e-10 * largest
+    largest = max(float(values.abs().max()) for values in all_scores.values())
+    assert max(float((all_scores[key] - later[key]).abs().max()) for key in later) < 1e-10 * largest
     for path in (run / "optimizer").iterdir():
         path.unlink()
     refused(
@@ -166,7 +169,7 @@ def test_a_saved_optimizer_state_is_where_a_replay_begins(tmp_path, influence):
 
 def test_parts_sum_to_the_score(tmp_path, influence):
     run = train(tmp_path / "run", every=5, options={"momentum": 0.5})
-    whole = {
+    all_scores = {
         (row["query"], row["train"]): float(row["score"]) for row in unroll(influence, run).rows
     }
     for part in ("step", "checkpoint", "layer"):
@@ -174,12 +177,12 @@ def test_parts_sum_to_the_score(tmp_path, influence):
         sums = defaultdict(float)
         for row in result.rows:
             sums[row["query"], row["train"]] += float(row["score"])
-        assert max(abs(sums[key] - whole[key]) for key in whole) < 1e-12 * max(
-            map(abs, whole.values())
+        assert max(abs(sums[key] - all_scores[key]) for key in all_scores) < 1e-12 * max(
+            map(abs, all_scores.values())
         )
     one = unroll(influence, run, "--sum-queries").rows
     for row in one:
-        mean = sum(whole[str(query), row["train"]] for query in range(5)) / 5
+        mean = sum(all_scores[str(query), row["train"]] for query in range(5)) / 5
         assert abs(float(row["score"]) - mean) < 1e-12
 
 
@@ -200,10 +203,10 @@ def test_of_a_linear_model_gauss_newton_is_the_hessian_and_of_others_not(tmp_pat
             )
             for how in ("hessian", "gauss-newton")
         ]
-        apart = float(
+        difference = float(
             (scores[0].sort().values - scores[1].sort().values).abs().max() / scores[0].abs().max()
         )
-        assert (apart < 1e-6) == alike
+        assert (difference < 1e-6) == alike
     refused(
         unroll(influence, train(tmp_path / "without"), "--curvature", "gauss-newton"),
         1,
@@ -236,7 +239,7 @@ def test_a_training_that_was_not_as_recorded_is_refused_with_what_may_differ(tmp
 
 def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influence):
     run = train(tmp_path / "run", kind=ADAMW, rate=0.05, every=4)
-    whole = unroll(influence, run, "--replay", "--by", "step", "--cache", "none").out
+    complete_output = unroll(influence, run, "--replay", "--by", "step", "--cache", "none").out
     code = (
         "import os, signal, sys\n"
         "from influence_cli.methods.reverse import resume\n"
@@ -247,7 +250,8 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
         "    add(self, adjoint, effects)\n"
         "resume.PassProgress.add = add_or_die\n"
         "from influence_cli.cli import main\n"
-        f"sys.argv = ['influence', 'score', {str(run)!r}, '--method', 'unroll', '--replay', '--by', 'step', '--top', 'all']\n"
+        f"sys.argv = ['influence', 'score', {str(run)!r}, '--method', 'unroll', '--replay',\n"
+        "            '--by', 'step', '--top', 'all']\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
@@ -255,7 +259,7 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
     assert len(list((run / ".influence" / "back").rglob("scores-*.safetensors"))) == 6
     result = unroll(influence, run, "--replay", "--by", "step")
     assert "resuming below step 6" in result.err
-    assert result.out == whole
+    assert result.out == complete_output
     assert not list((run / ".influence" / "back").iterdir())
 
 
@@ -315,11 +319,11 @@ def test_trace_and_tsloo_take_it(tmp_path, influence):
 def test_what_is_wrong_with_a_saved_optimizer_state_is_said(tmp_path, influence):
     run = train(tmp_path / "run", kind=ADAM, rate=0.05, every=4, states=True)
     path = run / "optimizer" / "step-000004.safetensors"
-    whole = path.read_bytes()
+    content = path.read_bytes()
     flags = ("--replay", "--steps", "4:")
-    path.write_bytes(whole[:200])
+    path.write_bytes(content[:200])
     refused(unroll(influence, run, *flags), 1, "optimizer/step-000004.safetensors can't be read")
-    state = load_file_of(whole)
+    state = load_file_of(content)
     save_file(
         state | {"exp_avg_sq/0.bias": -state["exp_avg_sq/0.bias"] - 1},
         str(path),

@@ -1,4 +1,4 @@
-"""Recorded steps run again end where the recorded training did, and without an example where training without it does."""
+"""A replay ends where the recorded training did; without an example, where retraining ends."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
     replay.advance(6)
     here = replay.save_state()
     replay.advance(12, DroppedExample(6, 7, renormalize))
-    found = replay.save_state().parameters
+    without_example = replay.save_state().parameters
     trajectory = replay.trajectory
     weights = np.where(trajectory.lines[6].examples == 7, 0, trajectory.weights(6))
     line = trajectory.lines[6]._replace(
@@ -62,12 +62,14 @@ def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
     replay.start_from(run.checkpoints[0])
     replay.advance(12)
     assert all(
-        torch.equal(a, b) for a, b in zip(found, replay.save_state().parameters, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(without_example, replay.save_state().parameters, strict=True)
     )
     replay.restore(here)
     replay.advance(12)
     assert all(
-        torch.equal(a, b) for a, b in zip(found, replay.save_state().parameters, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(without_example, replay.save_state().parameters, strict=True)
     )
 
 
@@ -83,7 +85,7 @@ def test_adam_is_torchs_own(name, tmp_path):
     )
     run, replay = opened(folder)
     replay.advance(12)
-    found = [value.clone() for value in replay.save_state().parameters]
+    without_example = [value.clone() for value in replay.save_state().parameters]
     replay.start_from(run.checkpoints[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     optimizer = kind(run.model.module.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
@@ -97,7 +99,7 @@ def test_adam_is_torchs_own(name, tmp_path):
     assert (
         max(
             float((a - b).abs().max())
-            for a, b in zip(found, replay.save_state().parameters, strict=True)
+            for a, b in zip(without_example, replay.save_state().parameters, strict=True)
         )
         < 1e-12
     )
@@ -139,7 +141,7 @@ def loss(model, batch):
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_on_one_thread_a_replay_is_the_training_bit_by_bit(kind, tmp_path):
-    """A loop as users write it: float32, the mean loss of a batch of 12, recorded by the recorder."""
+    """A loop as users write it: float32, the mean loss of 12 examples, recorded by the recorder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "definition.py").write_text(FLOAT32)
     space = definition_of(tmp_path / "run")
