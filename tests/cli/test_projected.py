@@ -487,7 +487,7 @@ def test_dve_under_adam_is_refused(kind, tmp_path, influence):
             2,
             "--project",
             kind.__name__.lower(),
-            "number by number",
+            "scale each number of a gradient",
         )
     assert influence("score", run, "--project", "4", "--lr", "1").code == 0
 

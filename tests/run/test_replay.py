@@ -85,7 +85,7 @@ def test_adam_is_torchs_own(name, tmp_path):
     )
     run, replay = opened(folder)
     replay.advance(12)
-    without_example = [value.clone() for value in replay.save_state().parameters]
+    replayed = [value.clone() for value in replay.save_state().parameters]
     replay.start_from(run.checkpoints[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     optimizer = kind(run.model.module.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
@@ -99,7 +99,7 @@ def test_adam_is_torchs_own(name, tmp_path):
     assert (
         max(
             float((a - b).abs().max())
-            for a, b in zip(without_example, replay.save_state().parameters, strict=True)
+            for a, b in zip(replayed, replay.save_state().parameters, strict=True)
         )
         < 1e-12
     )
