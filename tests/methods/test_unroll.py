@@ -263,6 +263,21 @@ def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influenc
     assert not list((run / ".influence" / "back").iterdir())
 
 
+@pytest.mark.parametrize("flags", [(), ("--replay",)], ids=["stored", "replay"])
+def test_a_job_killed_after_its_last_step_resumes_without_a_step(
+    flags, tmp_path, influence, monkeypatch
+):
+    run = train(tmp_path / "run")
+    monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.PassProgress, "discard", lambda self: None)
+        complete_output = unroll(influence, run, *flags).out
+    result = unroll(influence, run, *flags)
+    assert result.code == 0
+    assert "resuming below step 0" in result.err
+    assert result.out == complete_output
+
+
 def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, monkeypatch):
     run = train(tmp_path / "run")
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
