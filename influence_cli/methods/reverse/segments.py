@@ -4,6 +4,7 @@ All steps of a segment use gradients taken at the segment's first checkpoint, ea
 batch, learning rate and clipping. With --replay each step uses gradients at its own parameters.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -100,7 +101,9 @@ class ReversePlan:
 
     def segment_at(self, step: int) -> Segment:
         """The segment of a step."""
-        return next(segment for segment in self.segments if segment.first <= step < segment.stop)
+        position = bisect_right(self.segments, step, key=lambda segment: segment.first) - 1
+        assert position >= 0 and step < self.segments[position].stop
+        return self.segments[position]
 
 
 def momentum_of(options: Mapping[str, object]) -> float:
