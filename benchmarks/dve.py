@@ -50,7 +50,7 @@ def main() -> None:
                     lambda q=queries: products(work, flags, q),
                 )
             ]
-            found = min(score(live, question) for _ in range(3))
+            seconds = min(score(live, question) for _ in range(3))
             command = [
                 str(Path(torch.__file__).parents[4] / "bin" / "influence"),
                 "score",
@@ -61,8 +61,8 @@ def main() -> None:
             ]
             _, peak = peak_mb([*command, "--queries", f"0:{queries}"])
             print(
-                f"| {queries} | {flags.steps * flags.batch:,} | {best[0]:.2f} s | {best[1]:.2f} s | {found:.2f} s "
-                f"| {found / max(best):.2f} | {peak:,.0f} |",
+                f"| {queries} | {flags.steps * flags.batch:,} | {best[0]:.2f} s | {best[1]:.2f} s | {seconds:.2f} s "
+                f"| {seconds / max(best):.2f} | {peak:,.0f} |",
                 flush=True,
             )
 
@@ -124,9 +124,9 @@ def products(work, flags: argparse.Namespace, queries: int) -> float:
     weights = torch.randn(queries, flags.batch)
     started = time.perf_counter()
     for _ in range(flags.steps):
-        for gradients, carried in pairs:
-            gradients @ carried.T
-            carried.addmm_(weights, gradients, alpha=1e-9)
+        for gradients, directions in pairs:
+            gradients @ directions.T
+            directions.addmm_(weights, gradients, alpha=1e-9)
     return time.perf_counter() - started
 
 

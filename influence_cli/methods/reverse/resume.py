@@ -81,17 +81,17 @@ class PassProgress:
     def _save(self, adjoint: Adjoint, folder: Path) -> None:
         """Write the effects first: a run resumes from the adjoint."""
         first, last = self._unsaved[-1].step, self._unsaved[0].step
-        carried = {
+        tensors = {
             f"{kind}:{name}": value.cpu()
             for kind, state in adjoint.states.items()
             for name, value in state.items()
         }
-        carried |= {"step": torch.tensor(first), "start": self._start_norms}
+        tensors |= {"step": torch.tensor(first), "start": self._start_norms}
         with report_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"scores-{first:06d}-{last + 1:06d}.safetensors"
             write_tensors(path, pack_effects(self._unsaved), {})
-            write_tensors(folder / "carried.safetensors", carried, {})
+            write_tensors(folder / "carried.safetensors", tensors, {})
         self._unsaved = []
 
     def discard(self) -> None:
