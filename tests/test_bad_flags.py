@@ -49,9 +49,9 @@ WRONG = {
     "--batch-size \u00b2": ("--batch-size \u00b2", "a number from 1, or auto"),
     "--by word": ("--by word", "tracin", "expected: checkpoint, layer"),
     "--by train": ("--by train", "tracin", "expected: checkpoint, layer"),
-    "--steps 40": ("--steps 40: no checkpoint there", "10, 20, 30"),
-    "--steps 10,25": ("--steps 25: no checkpoint there", "10, 20, 30"),
-    "--steps 11:20": ("--steps 11:20: no checkpoint there", "10, 20, 30"),
+    "--steps 40": ("--steps 40: no checkpoint has such a step", "10, 20, 30"),
+    "--steps 10,25": ("--steps 25: no checkpoint has such a step", "10, 20, 30"),
+    "--steps 11:20": ("--steps 11:20: no checkpoint has such a step", "10, 20, 30"),
     "--steps last": ("--steps 'last' can't be read at 'last'", "100,200", "100:500"),
     "--steps 10,": ("--steps '10,' can't be read at ''", "100,200"),
     "--steps 1:2:3": ("--steps '1:2:3' can't be read", "100,200"),
@@ -261,7 +261,10 @@ def test_two_sources_of_rates_are_refused_by_every_command(command, run, influen
 
 def test_a_cache_of_nothing_is_refused(run, influence):
     refused(
-        influence("cache", run, "--cache", "none"), 2, "--cache none keeps nothing", "name a folder"
+        influence("cache", run, "--cache", "none"),
+        2,
+        "--cache none stores nothing",
+        "name a folder",
     )
 
 
@@ -408,4 +411,4 @@ def test_debug_shows_the_trace_of_a_refused_flag_too(run, influence):
     assert result.code == 2
     assert result.out == ""
     assert "Traceback (most recent call last)" in result.err
-    assert "\nerror: --steps 40: no checkpoint there" in result.err
+    assert "\nerror: --steps 40: no checkpoint has such a step" in result.err

@@ -10,17 +10,17 @@ def cache(
     train: options.Train = None,
     shard: options.Shard = None,
 ) -> None:
-    """Compute and keep the gradients that scoring will need; what is there already is left alone.
+    """Compute and store the gradients that scoring needs. Stored gradients are not computed again.
 
-    Stopped at any moment, the same command goes on: at most one unit of work is lost.
+    If it is interrupted, run the same command to resume. At most one unit of work is lost.
     """
     from influence_cli.cli import specs
     from influence_cli.errors import UsageProblem
 
     if shared.cache == "none":
         raise UsageProblem(
-            "influence cache fills a cache, --cache none keeps nothing",
-            "leave it out, or name a folder",
+            "influence cache fills a cache, and --cache none stores nothing",
+            "leave out --cache none, or name a folder",
         )
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
@@ -36,7 +36,7 @@ def cache(
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
         cached = len(ids) * len(opened.checkpoints) - new
         opened.reporter.note(
-            f"{split}: {new:,} gradients computed, {cached:,} were there ({len(ids):,} examples, "
-            f"{len(opened.checkpoints)} checkpoints)"
+            f"{split}: {new:,} gradients computed, {cached:,} were stored already "
+            f"({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
         )
     opened.ranks.close()

@@ -16,7 +16,7 @@ def init(
     directory: Annotated[
         Path,
         Argument(
-            metavar="DIR", help="Where to write it; made if it is not there.", show_default="."
+            metavar="DIR", help="Where to write it; created if it does not exist.", show_default="."
         ),
     ] = Path("."),
     template: Annotated[

@@ -60,9 +60,7 @@ class Opened:
         if shard is None:
             return ids
         shard_ids = shard.of(ids)
-        where = (
-            f"{shard_ids[0]:,} to {shard_ids[-1]:,}" if len(shard_ids) else "none are left for it"
-        )
+        where = f"{shard_ids[0]:,} to {shard_ids[-1]:,}" if len(shard_ids) else "none"
         self.reporter.note(
             f"{shard}: {len(shard_ids):,} of {len(ids):,} training examples, {where}"
         )
@@ -74,7 +72,7 @@ class Opened:
         """
         if lr is not None and lr_weights is not None:
             raise UsageProblem(
-                "--lr and --lr-weights both say how checkpoints weigh", "give one of them"
+                "--lr and --lr-weights both set the weights of checkpoints", "give one of them"
             )
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageProblem(f"--lr {lr}", "expected: a number above 0")
@@ -89,8 +87,8 @@ class Opened:
         zero = [str(weight.step) for weight in weights if weight.is_zero]
         if zero:
             self.reporter.note(
-                f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint counts for "
-                "nothing in the scores"
+                f"the learning rate is 0 at step {', '.join(zero)}: that checkpoint adds "
+                "nothing to the scores"
             )
         return weights
 
@@ -144,7 +142,7 @@ def open_shared(
     """
     if flags.cache == "none" and flags.store is not None:
         raise UsageProblem(
-            "--cache none keeps nothing, so --store does not apply", "give one of them"
+            "--cache none stores nothing, so --store does not apply", "give one of them"
         )
     precision, store = number_formats(flags)
     projection = specs.projection(flags.project, flags.projection, flags.seed, searched)

@@ -128,8 +128,8 @@ def select_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple
         chosen = {step for step in steps if start <= step < stop}
         if not chosen:
             raise UsageProblem(
-                f"--steps {part.strip()}: no checkpoint there",
-                f"there are checkpoints of the steps {listed(steps, 20)}",
+                f"--steps {part.strip()}: no checkpoint has such a step",
+                f"found: checkpoints of the steps {listed(steps, 20)}",
             )
         kept |= chosen
     return tuple(checkpoint for checkpoint in checkpoints if checkpoint.step in kept)

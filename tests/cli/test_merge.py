@@ -325,7 +325,7 @@ def test_cached_shards_are_what_scoring_all_needs(run, tmp_path, influence):
             == 0
         )
     result = influence("cache", run, "--cache", tmp_path / "cache")
-    assert "train: 0 gradients computed, 600 were there" in result.err
+    assert "train: 0 gradients computed, 600 were stored already" in result.err
 
 
 # ---------------------------------------------------------------- memory

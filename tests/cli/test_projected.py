@@ -442,7 +442,7 @@ REFUSED = {
         "a square, such as 16 or 25",
     ),
     "--project 8 --seed -1": ("--seed -1", "a number from 0"),
-    "--store int8 --cache none": ("--cache none keeps nothing",),
+    "--store int8 --cache none": ("--cache none stores nothing",),
     "--store int4": ("--store int4: unknown", "int8"),
 }
 

@@ -208,7 +208,7 @@ def test_units_that_are_seen_late_are_waited_for(run, tmp_path, influence, monke
     )
     result = influence("cache", run, "--cache", tmp_path / "many")
     assert result.code == 0, result.err
-    assert "query: 6 gradients computed, 0 were there" in result.err
+    assert "query: 6 gradients computed, 0 were stored already" in result.err
     assert len(units(tmp_path / "many")) == len(
         units(tmp_path / "one")
     )  # they are there when it returns

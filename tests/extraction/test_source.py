@@ -91,7 +91,7 @@ def test_new_layers_and_examples_compute_only_what_is_missing(make_run, influenc
     captured.clear()
     result = influence("cache", run, "--layers", "2", "--queries", "0")
     assert sum(captured) == 2 * 10
-    assert "train: 20 gradients computed, 20 were there" in result.err
+    assert "train: 20 gradients computed, 20 were stored already" in result.err
     captured.clear()
     influence("cache", run, "--queries", "0")
     columns = {path.parent.name for path in (run / ".influence").glob("*/*/train/*/*.safetensors")}
@@ -396,7 +396,7 @@ def test_a_grown_training_set_keeps_what_it_has(make_run, influence, captured):
     )
     captured.clear()
     result = influence("cache", run)
-    assert "train: 10 gradients computed, 40 were there" in result.err
+    assert "train: 10 gradients computed, 40 were stored already" in result.err
     fresh = make_run("fresh", (run / "definition.py").read_text())
     assert (
         influence("score", run, "--precision", "float64").out

@@ -43,8 +43,8 @@ def measure_drift(source: GradientSource, plan: ReversePlan) -> str | None:
     least, where = min(cosines, key=lambda pair: pair[0])
     median = float(np.median([value for value, _ in cosines]))
     return (
-        "drift: the same examples' gradients at neighbouring checkpoints have a median cosine of "
-        f"{median:.2f}, the least {least:.2f} (after step {where.checkpoint.step:,}). All steps "
+        "drift: gradients of the same examples at neighbouring checkpoints have a median cosine of "
+        f"{median:.2f}, the smallest {least:.2f} (after step {where.checkpoint.step:,}). All steps "
         "between two checkpoints use gradients of the first one"
     )
 

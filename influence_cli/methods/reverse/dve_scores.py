@@ -150,8 +150,8 @@ class Dve:
     def use_embeddings(self) -> bool:
         """Whether to use the embedding form, with a note.
 
-        It takes fewer operations where there are more queries than numbers of parameters: 4 D per
-        occurrence and query, or per occurrence and coordinate of the final model.
+        It takes fewer operations where the final model has fewer numbers than there are queries:
+        4 D per occurrence and query, or 4 D per occurrence and number of the final model.
         """
         request, options = self.request, self.options
         queries = 1 if request.sum_queries else len(request.queries)
@@ -167,7 +167,7 @@ class Dve:
         reason = f"embeddings in {options.embeddings}"
         if options.embeddings is None:
             noun = "query" if queries == 1 else "queries"
-            reason = f"{queries:,} {noun}, {size:,} numbers of parameters"
+            reason = f"{queries:,} {noun}, {size:,} numbers in the final model"
         self.source.reporter.note(
             f"dve in {'embedding' if embedding else 'query'} form ({reason}), curvature "
             f"{options.curvature}"
