@@ -122,7 +122,8 @@ def encode_form(
     for part, value in form.tensors().items():
         name = f"{column}:{part}"
         key = (value.data_ptr(), torch.Size([len(value), value[:1].numel()]))
-        first = names.setdefault(key, name)
+        # tensors without numbers all have the address 0, and are written each
+        first = names.setdefault(key, name) if value.numel() else name
         if first == name or not value.is_contiguous():
             packed |= pack(name, value, storage_dtype)
         else:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids, spread_evenly
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
+from influence_cli.extraction.extractor import check_finite
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.capture import Capture, Captured
 from influence_cli.gradients.forms import Form
@@ -111,7 +112,10 @@ class BatchCheck:
         columns: Sequence[str],
         ids: np.ndarray,
     ) -> None:
-        """Computes the gradients once by plain autograd and once by the fast path."""
+        """Computes the gradients once by plain autograd and once by the fast path.
+
+        Raises GradientError where a loss or a gradient is not finite.
+        """
         capture = source.extractor.capture_for(split, columns)
         assert isinstance(capture, Capture)
         self.source, self.checkpoint, self.split = source, checkpoint, split
@@ -123,6 +127,8 @@ class BatchCheck:
             name: torch.stack([grads[name] for _, grads in references]).flatten(1)
             for name in columns
         }
+        sqnorms = {name: grads.double().square().sum(1) for name, grads in self.grads.items()}
+        check_finite(checkpoint.name, split, ids, self.losses, sqnorms)
         self.fast = losses_and_grads(capture(self.batch, self.single, len(ids)))
         self.scales = ErrorScales.of(self.grads)
 
