@@ -369,7 +369,7 @@ def test_steps_outside_the_checkpoints_are_announced(tmp_path, influence):
 
 def test_drift_is_reported_where_checkpoints_are_sparse_and_only_there(tmp_path, influence):
     assert (
-        "drift: the same examples' gradients"
+        "drift: gradients of the same examples"
         in dve(influence, train(tmp_path / "sparse", every=4)).err
     )
     assert "drift" not in dve(influence, train(tmp_path / "dense")).err
