@@ -48,6 +48,22 @@ class GradientError(InfluenceError):
     """
 
 
+class NonFiniteScore(InfluenceError):
+    """A score that is NaN or infinite. `query`: its position in the request; `train`: the id of
+    the training example, or the number of the group.
+    """
+
+    def __init__(self, query: int, train: int, score: float, where: str = "") -> None:
+        self.query, self.train, self.score = query, train, score
+        super().__init__(
+            f"the score of training example {train} is {score} for query number {query + 1}"
+            " of the request",
+            where or "a product of its gradients is too large for float64, or not a number",
+            "choose a smaller --lr, or --lr-weights none; look for a loss that is scaled up; "
+            "`influence check` finds damaged cache files",
+        )
+
+
 class CacheError(InfluenceError):
     """A cache that can't be written, can't be read, or belongs to something else."""
 

@@ -1197,7 +1197,7 @@ def test_out_of_memory_while_the_model_is_moved_names_the_device(make_run, influ
 
 
 def test_out_of_memory_while_scores_are_summed_is_an_error(cached, influence, monkeypatch):
-    monkeypatch.setattr("influence_cli.methods.inner_products.product", out_of_memory)
+    monkeypatch.setattr("influence_cli.methods.inner_products.inner_products", out_of_memory)
     refused(influence("score", cached), 1, "out of memory")
 
 

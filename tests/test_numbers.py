@@ -1,8 +1,9 @@
 """Numbers at the edge of what floats hold, and losses that say nothing: right scores, or a message."""
 
-
 import pytest
+import torch
 
+from tests import reference
 from tests.conftest import DEFINITION
 from tests.refusals import refused, replaced
 
@@ -63,3 +64,138 @@ def test_check_names_the_example_whose_loss_is_nan(make_run, influence):
     loss = LOSS + " + torch.where(batch[0][:, 0] == train_data()[3][0][0], torch.nan, 0.0)"
     run = make_run(definition=replaced(DEFINITION, (LOSS, loss)))
     refused(influence("check", run), 1, "the loss is not finite", "example 3 of train_data()")
+
+
+# ---------------------------------------------------------------- scaled losses
+def scaled_scores(factor, query_rows=6):
+    """(Q, N) of float64 autograd on the unscaled losses, times factor squared."""
+    space: dict = {"__name__": "definition_of_a_test"}
+    exec(compile(DEFINITION, "definition.py", "exec"), space)
+    scores = torch.zeros(query_rows, 20, dtype=torch.float64)
+    for step, rate in ((10, 0.1), (20, 0.05)):
+        torch.manual_seed(step)
+        model = space["model"]().double()
+        train, query = (
+            reference.flat(
+                reference.gradients(
+                    model,
+                    space["loss"],
+                    [(x[None].double(), y[None]) for x, y in space[f"{split}_data"]()],
+                )
+            )
+            for split in ("train", "query")
+        )
+        scores += rate * (query @ train.T)
+    return scores * factor**2
+
+
+def table_of(result):
+    assert result.code == 0, result.err
+    scores = torch.zeros(6, 20, dtype=torch.float64)
+    for row in result.rows:
+        scores[int(row["query"]), int(row["train"])] += float(row["score"])
+    return scores
+
+
+def scaled_definition(factor):
+    return replaced(DEFINITION, (LOSS, f"{LOSS} * {factor!r}"))
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e30, 1e-19, 1e-30])
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [
+        ((), 1e-5),
+        (("--cache", "none"), 1e-5),
+        (("--store", "float16"), 2e-3),
+        (("--store", "bfloat16"), 2e-2),
+        (("--by", "layer"), 1e-5),
+        (("--precision", "float64"), 1e-9),
+    ],
+    ids=str,
+)
+def test_scores_of_scaled_losses_are_the_scaled_scores(factor, flags, limit, make_run, influence):
+    run = make_run(definition=scaled_definition(factor))
+    scores = table_of(influence("score", run, "--top", "all", *flags))
+    # capture in float32 loses 1e-5 at worst, as it does unscaled; float64 compares the rounded
+    # parameters of the checkpoint, which are exact
+    assert reference.relative_error(scores, scaled_scores(factor)) < limit
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e30, 1e-30])
+@pytest.mark.parametrize(
+    "flags",
+    [("--normalize",), ("--method", "grad-cos"), ("--project", "8", "--normalize")],
+    ids=str,
+)
+def test_cosines_do_not_depend_on_the_scale_of_the_loss(factor, flags, make_run, influence):
+    plain, scaled = (
+        table_of(influence("score", make_run(name, text), "--top", "all", *flags))
+        for name, text in (("plain", DEFINITION), ("scaled", scaled_definition(factor)))
+    )
+    assert (plain - scaled).abs().max() < 1e-5  # a cosine is at most 1
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e30, 1e-30])
+@pytest.mark.parametrize("command", ["score", "self"])
+def test_projected_and_self_scores_scale(factor, command, make_run, influence):
+    flags = ("--project", "8") if command == "score" else ()
+    plain, scaled = (
+        influence(command, make_run(name, text), "--top", "all", *flags).rows
+        for name, text in (("plain", DEFINITION), ("scaled", scaled_definition(factor)))
+    )
+    expected, computed = (
+        {(row.get("query"), row["train"]): float(row["score"]) for row in rows}
+        for rows in (plain, scaled)
+    )
+    largest = max(map(abs, expected.values()))
+    for key, score in expected.items():
+        assert abs(computed[key] / factor**2 - score) < 1e-5 * largest
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e-30])
+def test_word_scores_of_scaled_losses_are_the_scaled_scores(factor, make_run, influence):
+    def scores(name, text, *flags):
+        run = make_run(name, text)
+        rows = influence("score", run, "--method", "tracin-we", "--top", "all", *flags).rows
+        return {(row["query"], row["train"]): float(row["score"]) for row in rows}
+
+    text = TOKENS.replace("losses.sum(1)", f"losses.sum(1) * {factor!r}")
+    expected, computed = scores("plain", TOKENS), scores("scaled", text)
+    largest = max(map(abs, expected.values()))
+    assert largest > 0
+    for key, score in expected.items():
+        assert abs(computed[key] / factor**2 - score) < 1e-5 * largest
+
+
+@pytest.mark.parametrize("method", ["tracin", "tracin-we"])
+def test_a_learning_rate_that_makes_scores_overflow_is_refused(method, make_run, influence):
+    text = TOKENS.replace("losses.sum(1)", "losses.sum(1) * 100")
+    result = influence("score", make_run(definition=text), "--lr", "1e308", "--method", method)
+    refused(result, 1, "the score of training example", "checkpoints/step-000010", "--lr")
+
+
+def test_self_influence_that_overflows_is_refused(make_run, influence):
+    run = make_run(definition=scaled_definition(100))
+    refused(influence("self", run, "--lr", "1e308"), 1, "the score of training example", "--lr")
+
+
+@pytest.mark.parametrize("command", ["score", "self"])
+def test_a_learning_rate_that_makes_scores_underflow_is_refused(command, make_run, influence):
+    refused(influence(command, make_run(), "--lr", "1e-320"), 1, "all scores underflow", "--lr")
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_cosines_of_features_do_not_depend_on_their_scale(factor, make_run, influence):
+    def scores(name, scale):
+        text = DEFINITION + f"\ndef features(model, batch):\n    return batch[0] * {scale!r}\n"
+        run = make_run(name, text)
+        return table_of(influence("score", run, "--method", "repsim", "--top", "all"))
+
+    assert (scores("plain", 1.0) - scores("scaled", factor)).abs().max() < 1e-6
+
+
+def test_features_that_are_not_finite_name_the_example(make_run, influence):
+    text = DEFINITION + "\ndef features(model, batch):\n    return batch[0] / 0\n"
+    result = influence("score", make_run(definition=text), "--method", "repsim")
+    refused(result, 1, "the features are not finite", "example 0 of query_data()")

@@ -90,6 +90,36 @@ def distance(first: Form, second: Form) -> Tensor:
     return (first.dense().values.double() - second.dense().values.double()).norm(dim=1)
 
 
+LEAST, MOST = 1e-12, 1e12  # of numbers whose products with gradients are safe in float32
+
+
+def scale_rows(form: Form) -> tuple[Form, Tensor | None]:
+    """The form with each row divided by a power of two, and these powers, (N,) float64; the form
+    itself, and None, where the largest numbers of all rows are between LEAST and MOST.
+    """
+    example = form.example if isinstance(form, EmbeddingRows | Postings) else None
+    largest = {}
+    for name, value in form.tensors().items():
+        if value.is_floating_point() and value.numel():
+            sizes = torch.linalg.vector_norm(value.flatten(1), ord=torch.inf, dim=1).double()
+            if example is not None:
+                sizes = sizes.new_zeros(len(form)).scatter_reduce(0, example, sizes, "amax")
+            largest[name] = sizes
+    if all(
+        bool(((sizes == 0) | ((sizes > LEAST) & (sizes < MOST))).all())
+        for sizes in largest.values()
+    ):
+        return form, None
+    tensors, scale = form.tensors(), torch.ones(len(form), dtype=torch.float64, device=form.device)
+    for name, sizes in largest.items():
+        power = torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent)
+        of_row = power if example is None else power[example]
+        value = tensors[name]
+        divided = value.double() / of_row.view(-1, *[1] * (value.ndim - 1))
+        tensors[name], scale = divided.to(value.dtype), scale * power
+    return from_tensors(form.kind, form.shape, tensors), scale
+
+
 def side_by_side(forms: Sequence[Form]) -> Form | None:
     """One form of projected gradients that are adjacent in memory, as the cache keeps them. None
     where they are not.

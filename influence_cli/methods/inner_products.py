@@ -8,6 +8,7 @@ Letters: N train, Q query, P parts of a score, D gradient.
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,15 +24,22 @@ from influence_cli.methods.pairwise import (
     Advance,
     RankingFactory,
     Units,
-    dtype_of,
     mean_query_row,
     next_units,
     query_rows,
     rank_by_gradients,
 )
+from influence_cli.methods.products import (
+    ScaledQueries,
+    extreme_norms,
+    inner_products,
+    inverse_of_norms,
+    refuse_underflow,
+)
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
 
 SMALL_PART = 512  # training examples multiplied at once: their products stay in the CPU's cache
+SMALL = 1e-100  # a factor below which scores may underflow
 WIDE_ROW_BYTES = 8192  # rows from which that matters
 Columns = tuple[str, ...]  # columns that are multiplied as one
 
@@ -44,11 +52,14 @@ def score(
     query_bytes = numbers * max(4, source.settings.store.itemsize)
     rows_of = mean_query_row if request.sum_queries else query_rows
 
-    def load_queries(ids: Ids) -> list[GradientRows]:
-        return [rows_of(source, request, checkpoint, ids) for checkpoint in request.checkpoints]
+    def load_queries(ids: Ids) -> list[QueryGradients]:
+        return [
+            QueryGradients.of(request, index, rows_of(source, request, checkpoint, ids))
+            for index, checkpoint in enumerate(request.checkpoints)
+        ]
 
     def score_block(
-        queries: list[GradientRows], ids: np.ndarray, units: Units, advance: Advance
+        queries: list[QueryGradients], ids: np.ndarray, units: Units, advance: Advance
     ) -> np.ndarray:
         return block_scores(source.device, request, queries, ids, units, advance)
 
@@ -59,10 +70,36 @@ def score(
         yield ScoredQueries(names, ranking, request.parts)
 
 
+@dataclass(frozen=True)
+class QueryGradients:
+    """The queries at one checkpoint: their gradients, columns that are multiplied as one joined.
+
+    `counts`: see weights_and_parts. `inverse_Q`: 1 / norm. `smallest`: the smallest factor of the
+    products, other than 0: a learning rate, the scale of a query.
+    """
+
+    counts: dict[Columns, tuple[float, int]]
+    scaled: dict[Columns, ScaledQueries]
+    inverse_Q: Tensor
+    smallest: float
+
+    @classmethod
+    def of(cls, request: ScoreRequest, index: int, rows_QD: GradientRows) -> "QueryGradients":
+        counts = weights_and_parts(request, index, rows_QD.forms)
+        scaled = {
+            names: ScaledQueries.of(joined([rows_QD.forms[name] for name in names]))
+            for names in counts
+        }
+        scales = [query.scale_Q for query in scaled.values() if query.scale_Q is not None]
+        factors = [abs(weight) for weight, _ in counts.values() if weight]
+        smallest = min([1.0, *factors, *(float(scale_Q.min()) for scale_Q in scales)])
+        return cls(counts, scaled, inverse_norms(rows_QD), smallest)
+
+
 def block_scores(
     device: torch.device,
     request: ScoreRequest,
-    queries: list[GradientRows],
+    queries: list[QueryGradients],
     ids: np.ndarray,
     units: Units,
     advance: Advance,
@@ -70,33 +107,52 @@ def block_scores(
     """(1 + P, Q, N) float64: the scores of a block, then their parts.
 
     Each product is computed once and added in one order, so that exact scores are the same with
-    and without parts.
+    and without parts. Raises InfluenceError where all scores underflow.
     """
     # Products are added in float64, which MPS lacks.
     place = device if device.type == "cuda" else torch.device("cpu")
-    shape = 1 + len(request.parts), len(queries[0].losses), len(ids)
+    shape = 1 + len(request.parts), len(queries[0].inverse_Q), len(ids)
     totals_PQN = torch.zeros(shape, dtype=torch.float64, device=place)
-    for number, rows_QD in enumerate(queries, start=1):
-        counts = weights_and_parts(request, number - 1, rows_QD.forms)
-        query = {
-            names: joined([rows_QD.forms[name] for name in names]).to(device) for names in counts
-        }
+    any_product = False
+    for number, queries_QD in enumerate(queries, start=1):
+        counts, small = queries_QD.counts, queries_QD.smallest < SMALL
+        scaled = {names: query.to(device) for names, query in queries_QD.scaled.items()}
         first = 0
         for unit in next_units(units, len(ids)):
-            for rows in parts_of_unit(unit, counts, request.normalize, place):
-                last = first + len(rows.ids)
-                scale_NQ = inverse_norms(rows, rows_QD).to(place) if request.normalize else None
+            extreme = extreme_rows(unit, counts)
+            for at, rows in parts_of_unit(unit, counts, request.normalize, place):
+                columns = totals_PQN[:, :, first + at.start : first + at.stop]
+                inverses: tuple[Tensor, ...] = ()
+                if request.normalize:
+                    inverses = inverse_norms(rows)[:, None], queries_QD.inverse_Q
                 memo: Memo = {}
                 for names, (weight, part) in counts.items():
+                    mask = extreme[names][at] if names in extreme else None
                     form = rows.forms[names[0]]
-                    scores_NQ = product(form, query[names], device, memo).to(place)
-                    if scale_NQ is not None:
-                        scores_NQ = scores_NQ * scale_NQ
+                    scores_NQ = inner_products(form, scaled[names], device, mask, memo).to(place)
+                    any_product = any_product or (small and bool(scores_NQ.any()))
+                    for factor in inverses:
+                        scores_NQ = scores_NQ * factor.to(place)
                     for index in {0, part}:
-                        totals_PQN[index, :, first:last].add_(scores_NQ.T, alpha=weight)
-                first = last
+                        columns[index].add_(scores_NQ.T, alpha=weight)
                 advance(len(rows.ids), f"checkpoint {number} of {len(request.checkpoints)}")
+            first += len(unit.ids)
+    if any_product:
+        refuse_underflow(float(totals_PQN[0].abs().max()), any_product)
     return totals_PQN.cpu().numpy()
+
+
+def extreme_rows(
+    unit: GradientRows, counts: dict[Columns, tuple[float, int]]
+) -> dict[Columns, Tensor]:
+    """Masks (N,) of the training gradients whose products need float64, where there are any."""
+    groups = list(counts)
+    sqnorms = [
+        sum(unit.sqnorms[name] for name in names[1:]) + unit.sqnorms[names[0]] for names in groups
+    ]
+    extreme_CN = extreme_norms(torch.stack(sqnorms))
+    numbers = extreme_CN.any(1).nonzero().flatten().tolist() if extreme_CN.any() else []
+    return {groups[number]: extreme_CN[number] for number in numbers}
 
 
 def weights_and_parts(
@@ -130,7 +186,7 @@ def parts_of_unit(
     counts: dict[Columns, tuple[float, int]],
     normalize: bool,
     place: torch.device,
-) -> Iterator[GradientRows]:
+) -> Iterator[tuple[slice, GradientRows]]:
     """A unit with its joined columns side by side, in parts of a size that multiplies fast."""
     forms = {}
     for names in counts:
@@ -141,7 +197,10 @@ def parts_of_unit(
     small = place.type == "cpu" and row_bytes > WIDE_ROW_BYTES
     sqnorms = unit.sqnorms if normalize else {}
     whole_unit = dataclasses.replace(unit, forms=forms, sqnorms=sqnorms)
-    return whole_unit.parts(SMALL_PART if small else UNIT_EXAMPLES)
+    first = 0
+    for part in whole_unit.parts(SMALL_PART if small else UNIT_EXAMPLES):
+        yield slice(first, first + len(part.ids)), part
+        first += len(part.ids)
 
 
 def joined(forms: list[Form]) -> Form:
@@ -152,17 +211,6 @@ def joined(forms: list[Form]) -> Form:
     return Projected((values.shape[1],), values)
 
 
-def product(rows_ND: Form, queries_QD: Form, device: torch.device, memo: Memo) -> Tensor:
-    """(N, Q) inner products on the device, in the wider of the two precisions."""
-    dtypes = dtype_of(rows_ND), dtype_of(queries_QD)
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    return rows_ND.to(device, wide).dot(queries_QD.to(device, wide), memo)
-
-
-def inverse_norms(rows: GradientRows, queries: GradientRows) -> Tensor:
-    """(N, Q) of 1/(|g(z)| |g(q)|) over the selected parameters; 0 where a gradient is zero."""
-    norms_N, norms_Q = (
-        sum(side.sqnorms.values(), torch.zeros(())).sqrt() for side in (rows, queries)
-    )
-    norms_NQ: Tensor = norms_N[:, None] * norms_Q[None, :]
-    return torch.where(norms_NQ > 0, 1 / norms_NQ, torch.zeros_like(norms_NQ))
+def inverse_norms(rows: GradientRows) -> Tensor:
+    """(N,) of 1/|g| over the selected parameters; 0 where a gradient is zero."""
+    return inverse_of_norms(sum(rows.sqnorms.values(), torch.zeros(())).sqrt())

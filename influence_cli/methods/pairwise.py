@@ -18,6 +18,7 @@ from torch import Tensor
 from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.cache.id_blocks import Ids, cut_ids
 from influence_cli.cache.unit_file import Level
+from influence_cli.errors import NonFiniteScore
 from influence_cli.extraction.memory_budget import floor_power_of_two
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
@@ -70,7 +71,38 @@ def rank_by_gradients(
         return block_size(source, request, width)
 
     passes = query_passes(request, query_bytes)
-    return rank_blocks(source, request, new_ranking, passes, size_for, load_queries, score_blocks)
+    ranked = rank_blocks(source, request, new_ranking, passes, size_for, load_queries, score_blocks)
+    try:
+        yield from ranked
+    except NonFiniteScore as error:
+        if request.groups or request.sum_queries or len(passes) > 1:
+            raise
+        where = describe_largest_product(source, request, error)
+        raise NonFiniteScore(error.query, error.train, error.score, where) from error
+
+
+def describe_largest_product(
+    source: GradientSource, request: ScoreRequest, error: NonFiniteScore
+) -> str:
+    """Where the parts of a score are largest, by the norms of both gradients."""
+    columns, largest, where = list(request.columns), -1.0, ""
+    ids = {"train": error.train, "query": int(request.queries[error.query])}
+    for checkpoint, weight in zip(request.checkpoints, request.weights, strict=True):
+        norms = [
+            next(source.read(split, checkpoint, columns, np.array([id]), "norms")).sqnorms
+            for split, id in ids.items()
+        ]
+        for name, column in request.columns.items():
+            train, query = (float(sqnorms[name].sqrt()) for sqnorms in norms)
+            factor = weight.of(column.names)
+            if factor * train * query > largest:
+                largest = factor * train * query
+                where = (
+                    f"its largest part: {checkpoint.name}, {column.layer}: weight {factor:g},"
+                    f" gradient norms {train:.3g} (training example) and {query:.3g} "
+                    f"(query {ids['query']})"
+                )
+    return where
 
 
 def score_without_gradients(

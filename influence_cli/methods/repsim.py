@@ -30,8 +30,7 @@ def score(
 
     Raises DefinitionError where the model has no Linear layer and the definition no `features`.
     """
-    from torch.nn.functional import normalize
-
+    from influence_cli.errors import GradientError
     from influence_cli.extraction.features import FeatureExtractor
     from influence_cli.methods.pairwise import score_without_gradients
 
@@ -39,7 +38,18 @@ def score(
     (checkpoint,) = request.checkpoints
 
     def unit_vectors(split: str, ids: "Ids") -> "Tensor":
-        return normalize(extractor.features(split, checkpoint, ids), dim=1)
+        features_NF = extractor.features(split, checkpoint, ids)
+        largest_N = features_NF.abs().amax(1, keepdim=True)
+        wrong = (~largest_N.isfinite()).flatten().nonzero().flatten().tolist()
+        if wrong:
+            raise GradientError(
+                f"the features are not finite at {checkpoint.name}, example {ids[wrong[0]]} of "
+                f"{split}_data()",
+                "look at that example; --precision float64 helps against overflow",
+            )
+        scaled_NF = features_NF / largest_N.where(largest_N > 0, 1)  # squares can't underflow
+        norms_N = scaled_NF.norm(dim=1, keepdim=True)
+        return scaled_NF / norms_N.where(norms_N > 0, 1)
 
     def load_queries(ids: "Ids") -> "Tensor":
         units_QF = unit_vectors("query", ids)

@@ -7,6 +7,7 @@ import numpy as np
 from influence_cli.cache.id_blocks import cut_ids
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.pairwise import block_size, merge_rankings
+from influence_cli.methods.products import refuse_underflow
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.output.ranking import Ranking
 
@@ -23,15 +24,18 @@ def rank_self_influence(source: GradientSource, request: ScoreRequest, ranking: 
     with source.reporter.progress("self-influence", total) as advance:
         blocks = cut_ids(request.train, block_size(source, request, 1, "norms"))
         for block in itertools.islice(blocks, ranks.rank, None, ranks.count):
-            scores_N = np.zeros(len(block))
+            scores_N, any_square = np.zeros(len(block)), False
             for checkpoint, weight in zip(request.checkpoints, request.weights, strict=True):
                 first = 0
                 for rows in source.read("train", checkpoint, list(request.columns), block, "norms"):
                     last = first + len(rows.ids)
                     for name, column in request.columns.items():
                         squares = rows.sqnorms[name].numpy()
-                        scores_N[first:last] += weight.of(column.names) * squares
+                        with np.errstate(over="ignore", invalid="ignore"):  # the ranking refuses it
+                            scores_N[first:last] += weight.of(column.names) * squares
+                        any_square = any_square or bool(weight.of(column.names) and squares.any())
                     first = last
                     advance(len(rows.ids))
+            refuse_underflow(float(scores_N.max()), any_square)
             ranking.add(block, scores_N[None])
         merge_rankings(ranks, ranking)

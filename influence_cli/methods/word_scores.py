@@ -21,6 +21,13 @@ from influence_cli.methods.pairwise import (
     next_units,
     rank_by_gradients,
 )
+from influence_cli.methods.products import (
+    ScaledQueries,
+    extreme_norms,
+    inner_products,
+    inverse_of_norms,
+    refuse_underflow,
+)
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.methods.tracin_we import TracinWeOptions
 from influence_cli.methods.word_selection import WordSelector
@@ -69,6 +76,7 @@ class WordQueries:
     postings: Postings
     word: Tensor  # (T,)
     norms: Tensor  # (Q,)
+    scaled: ScaledQueries  # the postings on the device, for products
 
     def rows_of(self, query: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, own words and gradients of one query's rows."""
@@ -90,7 +98,7 @@ def query_words(selector: WordSelector, checkpoint: Checkpoint, ids: Ids) -> Wor
         postings, words = selector.with_synonyms(postings, words)
     on_device = postings.to(source.device)
     assert isinstance(on_device, Postings)
-    return WordQueries(on_device, words, norms)
+    return WordQueries(on_device, words, norms, ScaledQueries.of(postings).to(source.device))
 
 
 def block_scores(
@@ -104,31 +112,35 @@ def block_scores(
     request, name = selector.request, selector.column
     shape = 1 + len(request.parts), len(ids), len(queries[0].postings)
     totals_PNQ = torch.zeros(shape, dtype=torch.float64)
-    count = len(request.checkpoints)
+    count, any_product = len(request.checkpoints), False
     for k, weight in enumerate(request.weights):
         factor = weight.of(request.columns[name].names)
         first = 0
         for rows in next_units(units, len(ids)):
             last = first + len(rows.ids)
             words = selector.select(rows.forms[name])
-            scores_NQ = products(selector, words, queries[k]) * factor
+            scores_NQ = products(selector, words, queries[k])
+            any_product = any_product or bool(scores_NQ.any())
+            scores_NQ = scores_NQ.double() * factor
             totals_PNQ[0, first:last] += scores_NQ
             if request.by == "checkpoint":
                 totals_PNQ[1 + k, first:last] += scores_NQ
             first = last
             advance(len(rows.ids), f"checkpoint {k + 1} of {count}")
+    if any_product and any(
+        request.weights[k].of(request.columns[name].names) for k in range(count)
+    ):
+        refuse_underflow(float(totals_PNQ[0].abs().max()), any_product)
     return totals_PNQ.transpose(1, 2).contiguous().numpy()
 
 
 def products(selector: WordSelector, rows: Postings, queries: WordQueries) -> Tensor:
     """(N, Q) inner products over the words of both texts, on the CPU; cosines with --normalize."""
-    dtypes = rows.values.dtype, queries.postings.values.dtype
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    device = selector.source.device
-    query_rows = queries.postings.to(device, wide)
-    products_NQ: Tensor = rows.to(device, wide).dot(query_rows).cpu()
+    sqnorms_N, device = rows.sqnorm(), selector.source.device
+    products_NQ = inner_products(rows, queries.scaled, device, extreme_norms(sqnorms_N)).cpu()
     if selector.request.normalize:
-        return products_NQ * inverse_norms(rows.sqnorm().sqrt(), queries.norms)
+        inverse_N = inverse_of_norms(sqnorms_N.sqrt())
+        return products_NQ * inverse_N[:, None] * inverse_of_norms(queries.norms)
     return products_NQ
 
 
@@ -145,9 +157,3 @@ def mean_query(postings: Postings) -> Postings:
         values=values.to(postings.values.dtype),
         counts=torch.tensor([count]),
     )
-
-
-def inverse_norms(norms_N: Tensor, norms_Q: Tensor) -> Tensor:
-    """(N, Q) of 1/(|G(x)| |G(q)|); 0 where a gradient is zero."""
-    norms_NQ = norms_N[:, None] * norms_Q[None, :]
-    return torch.where(norms_NQ > 0, 1 / norms_NQ, torch.zeros_like(norms_NQ))

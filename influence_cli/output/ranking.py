@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from influence_cli.errors import OutputError
+from influence_cli.errors import NonFiniteScore, OutputError
 from influence_cli.storage.scratch import spill_arrays
 
 KINDS = ("proponent", "opponent")
@@ -74,6 +74,16 @@ class Ranking(ABC):
     @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
         """Proponents by falling score, then opponents by rising score. `query`: its position."""
+
+
+def refuse_non_finite(ids: np.ndarray, scores: np.ndarray) -> None:
+    """Raise NonFiniteScore where a score (Q, N) is NaN or infinite. All scores pass here."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(scores.sum()):
+            return
+    query, at = np.nonzero(~np.isfinite(scores))
+    if len(query):  # else only the sum overflows
+        raise NonFiniteScore(int(query[0]), int(ids[at[0]]), float(scores[query[0], at[0]]))
 
 
 class MergeableRanking(Ranking):
@@ -134,6 +144,7 @@ class TopRanking(MergeableRanking):
         self._imported: list[list[BestPairs]] = []
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        refuse_non_finite(ids, scores)
         for kind, sign in enumerate((1, -1)[: len(self._best)]):
             bars = self._bars(kind, sign, scores)[:, None]
             # a score equal to its bar may still win by its id
@@ -212,6 +223,7 @@ class FullRanking(MergeableRanking):
         self._run_sizes: list[int] = []  # rows per query of each run on disk
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        refuse_non_finite(ids, scores)
         for first in range(0, len(ids), self._rows):
             at = slice(first, first + self._rows)
             pending_parts = parts[:, :, at].copy() if self.parts and parts is not None else None

@@ -1,0 +1,86 @@
+"""Inner products of float32 gradients of any size, without overflow or underflow.
+
+Queries whose numbers are far from 1 are divided by a power of two. Training gradients of such norms
+are multiplied in float64. Both are rare, so all other products cost what they did.
+
+Letters: N train, Q query, D gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_cli.errors import InfluenceError
+from influence_cli.gradients.form_ops import scale_rows
+from influence_cli.gradients.forms import Form, Memo
+
+TINY = torch.finfo(torch.float64).tiny  # smaller numbers lose digits
+# Norms of training gradients. Times a query's numbers, which are between 1e-12 and 1e12
+# (scale_rows), products keep float32's digits: they are between 1e-36 and 1e36.
+SMALLEST_NORM, LARGEST_NORM = 1e-24, 1e24
+
+
+@dataclass(frozen=True)
+class ScaledQueries:
+    """Gradients of queries, each divided by its `scale_Q` (None: by 1)."""
+
+    form: Form
+    scale_Q: Tensor | None
+
+    @classmethod
+    def of(cls, form: Form) -> "ScaledQueries":
+        return cls(*scale_rows(form))
+
+    def to(self, device: torch.device) -> "ScaledQueries":
+        return ScaledQueries(self.form.to(device), self.scale_Q)
+
+
+def extreme_norms(sqnorms: Tensor) -> Tensor:
+    """Mask of the squared norms whose products may leave the range of float32."""
+    low, high = SMALLEST_NORM**2, LARGEST_NORM**2
+    return (sqnorms > 0) & ((sqnorms < low) | (sqnorms > high))
+
+
+def inner_products(
+    rows_ND: Form,
+    queries: ScaledQueries,
+    device: torch.device,
+    extreme_N: Tensor | None = None,
+    memo: Memo | None = None,
+) -> Tensor:
+    """(N, Q), computed on the device in the wider of the two precisions.
+
+    `extreme_N`: training gradients that need float64, None for none; then the result is float64.
+    """
+    dtypes = rows_ND.dtype, queries.form.dtype
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    scores_NQ = rows_ND.to(device, wide).dot(queries.form.to(device, wide), memo)
+    if extreme_N is not None and extreme_N.any() and wide == torch.float32:
+        cpu = torch.device("cpu")
+        some = rows_ND.take(extreme_N.nonzero().flatten()).to(cpu, torch.float64)
+        scores_NQ = scores_NQ.to(cpu, torch.float64)
+        scores_NQ[extreme_N] = some.dot(queries.form.to(cpu, torch.float64))
+    if queries.scale_Q is not None:
+        scores_NQ = scores_NQ.cpu().double() * queries.scale_Q
+    return scores_NQ
+
+
+def inverse_of_norms(norms: Tensor) -> Tensor:
+    """1 / norm; 0 where a gradient is zero. NaN for a norm past float64, so that no score of it
+    looks right.
+    """
+    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    return inverse.masked_fill(norms.isinf(), torch.nan)
+
+
+def refuse_underflow(largest_score: float, any_product: bool) -> None:
+    """Raise InfluenceError where all scores are too small for float64, and not all products are
+    zero.
+    """
+    if any_product and largest_score < TINY:
+        raise InfluenceError(
+            "all scores underflow: they are too small for float64",
+            f"the largest is {largest_score:g}; expected: at least {TINY:.3g}",
+            "choose a larger --lr, or --lr-weights none; look for a loss that is scaled down",
+        )
