@@ -11,7 +11,11 @@ from typing import IO
 from influence_cli.errors import OutputError, UsageProblem
 from influence_cli.output.columns import Row
 from influence_cli.output.formats import format_of, require_pyarrow, write_rows
-from influence_cli.storage.atomic import describe_disk_error, replace_text_file
+from influence_cli.storage.atomic import (
+    describe_disk_error,
+    remove_stale_siblings,
+    replace_text_file,
+)
 
 FORMATS = ("table", "csv", "tsv", "jsonl", "parquet")
 
@@ -98,6 +102,7 @@ def to_stdout(stdout: IO[str]) -> Iterator[IO[str]]:
 def to_file(path: Path) -> Iterator[IO[str]]:
     """A text file that replaces `path` when it is complete. Raises OutputError on a disk error."""
     try:
+        remove_stale_siblings(path)
         with replace_text_file(path) as file:
             yield file
     except OSError as error:

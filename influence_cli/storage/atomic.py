@@ -6,11 +6,14 @@ costs one file, and the next run writes it again.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,22 +22,55 @@ from typing import IO, Any
 
 from influence_cli.errors import CacheError
 
+LEASE_SECONDS = 3600  # writing changes a file's time, so a file that old has no writer
+DAY_SECONDS = 24 * 3600
+
 
 # ---------------------------------------------------------------- writing
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to. On success syncs it and renames it to `path`; on an
     error removes it."""
-    temporary = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{path.name}")
+    temporary, descriptor = create_temporary(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask; some writers set 0600
+        mode = os.fstat(descriptor).st_mode  # by the user's umask; some writers set 0600
         yield temporary
-        temporary.chmod(mode)
-        sync_file(temporary)
+        os.fchmod(descriptor, stat.S_IMODE(mode))
+        os.fsync(descriptor)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def create_temporary(path: Path) -> tuple[Path, int]:
+    """A new empty file beside `path`, with a random name, and its descriptor.
+
+    The descriptor holds a lock on the file, which the system releases when the process ends:
+    `remove_stale_files` leaves a locked file alone.
+    """
+    while True:
+        name = f".tmp-{socket.gethostname()}-{secrets.token_hex(8)}-{path.name[-40:]}"
+        temporary = path.with_name(name)
+        descriptor = os.open(
+            temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
+        # None: no locks here, so remove_stale_files waits. A sweep may have got the lock first
+        if lock_file(descriptor) is not False and os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def lock_file(descriptor: int) -> bool | None:
+    """Whether this process got the file's lock; None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextmanager
@@ -59,14 +95,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:  # Any: JSON values
     write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class LineLog:
@@ -137,19 +165,38 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- leftovers
-def remove_stale_files(folder: Path, hours: float = 24) -> None:
-    """Removes the temporary files of killed processes: on this machine where the process no longer
-    exists, and any that are older than `hours`."""
+def remove_stale_files(folder: Path) -> None:
+    """Removes the temporary files of killed processes in a folder and below it."""
     for path in folder.rglob(".tmp-*"):
-        match = re.match(r"\.tmp-(.*)-(\d+)-", path.name)
-        stale = (
-            match is not None
-            and match[1] == socket.gethostname()
-            and Path("/proc/self").exists()
-            and not Path(f"/proc/{match[2]}").exists()
-        )
-        try:
-            if stale or time.time() - path.stat().st_mtime > hours * 3600:
-                path.unlink()
-        except OSError:
-            continue  # another process has removed it
+        remove_if_stale(path)
+
+
+def remove_stale_siblings(path: Path) -> None:
+    """Removes the temporary files that killed processes left when they wrote `path`."""
+    for temporary in path.parent.glob(".tmp-*"):
+        if temporary.name.endswith(f"-{path.name[-40:]}"):
+            remove_if_stale(temporary)
+
+
+def remove_if_stale(path: Path) -> None:
+    """Removes a temporary file that nobody locks. A file system may not show the locks of other
+    hosts, so a file of theirs must also be LEASE_SECONDS old; it must be a day old where there are
+    no locks."""
+    match = re.match(r"\.tmp-(.*)-[0-9a-f]{16}-", path.name)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return  # a folder or a link, of another user, or removed meanwhile
+    try:
+        lock = lock_file(descriptor)
+        age = time.time() - os.fstat(descriptor).st_mtime
+        if lock and match is not None:
+            stale = match[1] == socket.gethostname() or age > LEASE_SECONDS
+        else:
+            stale = lock is not False and age > DAY_SECONDS
+        if stale:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return  # its folder can't be written; a temporary file that stays does no harm
+    finally:
+        os.close(descriptor)

@@ -11,7 +11,6 @@ from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import side_by_side, smallest
 from influence_cli.gradients.forms import Dense, Factors, Projected
-from influence_cli.storage.atomic import remove_stale_files
 from influence_cli.storage.safetensors_io import TensorFile
 
 
@@ -126,22 +125,6 @@ def test_half_precision_keeps_the_scale_of_each_row(dtype):
     assert ((again - values).abs().amax(1) <= limit).all()
     assert stored["x"].dtype == dtype
     assert stored["x.scale"].dtype == torch.float32
-
-
-def test_only_stale_temporary_files_are_swept(tmp_path):
-    import os
-    import socket
-
-    here = socket.gethostname()
-    (tmp_path / f".tmp-{here}-999999999-x").touch()
-    (tmp_path / f".tmp-{here}-{os.getpid()}-x").touch()
-    (tmp_path / ".tmp-elsewhere-1-x").touch()
-    (tmp_path / ".tmp-elsewhere-2-x").touch()
-    os.utime(tmp_path / ".tmp-elsewhere-2-x", (1, 1))
-    remove_stale_files(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [f".tmp-{here}-{os.getpid()}-x", ".tmp-elsewhere-1-x"]
-    )
 
 
 def test_gradients_that_share_one_storage_are_written(tmp_path):
