@@ -1,5 +1,7 @@
 """The kinds of failure that a user can meet. The command line prints an error once."""
 
+import reprlib
+
 
 class InfluenceError(Exception):
     """A known mistake. The headline says what is wrong with what; the details say what was found
@@ -93,8 +95,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def listed(names, most: int = 8) -> str:
-    """`a, b, c and 12 more`: a list short enough for an error message."""
+def listed(names, most: int = 8, count: int | None = None) -> str:
+    """`a, b, c and 12 more`: a list short enough for an error message. `count`: of all names, where
+    `names` are the first ones.
+    """
     names = [str(name) for name in names]
-    more = len(names) - most
+    more = (count or len(names)) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def shown(value: object) -> str:
+    """A value of a user's file, short enough for an error message."""
+    short = reprlib.Repr()
+    short.maxlist = short.maxdict = short.maxtuple = 8
+    short.maxstring = short.maxlong = short.maxother = 80
+    return short.repr(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from influence_cli.errors import CacheError
 from influence_cli.storage.atomic import LineLog, report_disk_errors
+from influence_cli.storage.json_text import parse_json
 
 
 class ResultLog:
@@ -28,7 +29,7 @@ class ResultLog:
                 os.truncate(path, len(complete))
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 raise CacheError(
                     f"{path} line {number} can't be read: {error}",

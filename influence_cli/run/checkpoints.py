@@ -1,7 +1,6 @@
 """Finds saved checkpoints and reads their headers. Pickled files are never opened."""
 
 import itertools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 
 import torch
 
-from influence_cli.errors import CheckpointError, listed
+from influence_cli.errors import CheckpointError, listed, shown
+from influence_cli.storage.json_text import read_json_file
 from influence_cli.storage.safetensors_io import TensorFile, TruncatedFile
 
 INDEX = "model.safetensors.index.json"
@@ -128,6 +128,12 @@ def describe_checkpoint(path: Path) -> Checkpoint:
             "found: no number in its name, and no `step` in its metadata",
             "name it like step-000100.safetensors",
         )
+    if not 0 <= step < 1 << 63:
+        raise CheckpointError(
+            f"{path.name[:80]} has the step {shown(str(step))}",
+            "expected: the number of optimizer steps before it was saved",
+            "rename it, or save it again",
+        )
     rate = (
         _parse_number(path, metadata, "learning_rate", float)
         if "learning_rate" in metadata
@@ -145,7 +151,7 @@ def _parse_number(  # Any: an instance of `kind`
     except ValueError:
         raise CheckpointError(
             f"{path.name}: metadata {key} is no number",
-            f"found: {metadata[key]!r}; expected: a number",
+            f"found: {shown(metadata[key])}; expected: a number",
             "save it again with a number, or delete the key",
         ) from None
 
@@ -157,7 +163,7 @@ def list_shards(path: Path) -> tuple[Path, ...]:
     if (path / "model.safetensors").is_file():
         return (path / "model.safetensors",)
     try:
-        weights = json.loads((path / INDEX).read_text())["weight_map"]
+        weights = read_json_file(path / INDEX)["weight_map"]
         names = sorted(set(weights.values()))
         absent = [name for name in names if not (path / name).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

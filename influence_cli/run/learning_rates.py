@@ -1,6 +1,5 @@
 """The learning-rate weight of each checkpoint in TracIn."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from influence_cli.errors import CheckpointError, TrajectoryError, UsageProblem, listed
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.trajectory import Trajectory
+from influence_cli.storage.json_text import read_json_file
 
 CHOICES = ("point", "segment", "none")
 
@@ -129,13 +129,14 @@ def _read_saved_rate(checkpoint: Checkpoint) -> Weight | None:
 def _read_trainer_rate(checkpoint: Checkpoint, state: Path) -> Weight | None:
     """A Hugging Face Trainer logs the rate at some steps: the last entry up to this step."""
     try:
-        log = json.loads(state.read_text()).get("log_history", [])
+        # a diverged training logs NaN
+        log = read_json_file(state, finite=False).get("log_history", [])
         logged = {
             int(entry["step"]): float(entry["learning_rate"])
             for entry in log
             if "learning_rate" in entry
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
         raise CheckpointError(
             f"{state.parent.name}/{state.name} can't be read: {type(error).__name__} {error}",
             "--lr X does without",

@@ -1,6 +1,5 @@
 """What a recorder finds in its folder: an earlier part of this training, or another training."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.optimizer_state import list_checkpoints, matches_parameters
 from influence_cli.run.recording_header import list_differences
 from influence_cli.run.trajectory_reader import read_trajectory
+from influence_cli.storage.json_text import parse_json
 
 HOW_TO_RESUME = (
     "to resume: start = TrajectoryRecorder.restore(dir, model, optimizer), "
@@ -62,7 +62,7 @@ def read_earlier_part(
             "every step needs its line",
             "start is the number of steps that model and optimizer have taken",
         )
-    if differences := list_differences(json.loads(lines[0]), header):
+    if differences := list_differences(parse_json(lines[0]), header):
         raise TrajectoryError(
             f"{path} has another header than this training",
             *differences,
@@ -89,6 +89,6 @@ def describe_other_training(path: Path, steps: int, saved: list[Checkpoint]) -> 
 def read_step(line: bytes) -> float:
     """The step of a line; infinity for an incomplete one."""
     try:
-        return json.loads(line)["step"]
+        return parse_json(line)["step"]
     except ValueError:
         return math.inf

@@ -3,7 +3,7 @@
 A training writes it as it goes, so its last line may be incomplete.
 """
 
-import json
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from influence_cli.errors import TrajectoryError, listed
+from influence_cli.errors import TrajectoryError, listed, shown
 from influence_cli.run.trajectory import Group, Line, Trajectory
+from influence_cli.storage.json_text import MAX_BYTES, parse_json
 
 FORMAT = "influence-trajectory"
 EXAMPLE_HEADER = (
@@ -37,8 +38,8 @@ def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
     notes: list[str] = []
     try:
         with path.open("rb") as file:
-            header = read_header_line(path, next(file, b""))
-            for number, text in enumerate(file, start=2):
+            header = read_header_line(path, file.readline(MAX_BYTES + 1))
+            for number, text in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), start=2):
                 if not text.endswith(b"\n") and not is_json(text):
                     notes.append(
                         f"{path.name} line {number} is cut off "
@@ -53,10 +54,11 @@ def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
         raise TrajectoryError(
             f"{path.name} has a header and no step", "expected: one line per optimizer step"
         )
-    missing = [step for step in range(max(lines) + 1) if step not in lines]
-    if missing:
+    if len(lines) <= max(lines):  # steps may be enormous, so no loop runs over all of them
+        missing = list(itertools.islice((n for n in range(max(lines)) if n not in lines), 9))
+        count = max(lines) + 1 - len(lines)
         raise TrajectoryError(
-            f"{path.name} lacks steps: {listed(missing)}",
+            f"{path.name} lacks steps: {listed(missing, count=count)}",
             f"it has {len(lines):,} of the steps 0 to {max(lines):,}",
             "every step needs its line",
         )
@@ -66,7 +68,7 @@ def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
 
 def is_json(text: bytes) -> bool:
     try:
-        json.loads(text)
+        parse_json(text, finite=False)
     except ValueError:
         return False
     return True
@@ -89,25 +91,25 @@ def read_header_line(path: Path, text: bytes) -> HeaderLine:
 
     expected = f"expected: {EXAMPLE_HEADER}"
     try:
-        header = json.loads(text)
+        header = parse_json(text)
     except ValueError as error:
         raise refuse(f" is not a JSON object: {error}", expected) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise refuse(" is not a trajectory header", expected)
     if header.get("version") != 1:
         raise TrajectoryError(
-            f"{path.name} is a trajectory of version {header.get('version')!r}",
+            f"{path.name} is a trajectory of version {shown(header.get('version'))}",
             "this influence reads version 1",
         )
     reduction, optimizer = header.get("reduction"), header.get("optimizer", {})
     if reduction not in (None, "mean", "sum"):
         raise refuse(
-            f": reduction is {reduction!r}",
+            f": reduction is {shown(reduction)}",
             "expected: mean, sum, or none and weights in each line",
         )
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("name", ""), str):
         raise refuse(
-            f": optimizer is {optimizer!r}",
+            f": optimizer is {shown(optimizer)}",
             'expected: {"name": "sgd", "momentum": 0.9}, with torch\'s argument names',
         )
     options = {key: value for key, value in optimizer.items() if key != "name"}
@@ -151,7 +153,7 @@ def read_line(
         return TrajectoryError(f"{path.name} line {number}: {what}", *details)
 
     try:
-        entry = json.loads(text)
+        entry = parse_json(text, finite=False)
     except ValueError as error:
         raise refuse(
             f"not JSON ({error})", f"found: {text[:80].decode('utf-8', 'replace').rstrip()}"
@@ -159,7 +161,7 @@ def read_line(
     if not isinstance(entry, dict) or not {"step", "lr", "examples"} <= entry.keys():
         raise refuse("lacks step, lr or examples", f"expected: {EXAMPLE_LINE}")
     if not is_index(entry["step"]):
-        raise refuse(f"step is {entry['step']!r}", "expected: a whole number from 0")
+        raise refuse(f"step is {shown(entry['step'])}", "expected: a whole number from 0")
     rate = entry["lr"]
     check_rates(rate, groups, refuse)
     examples = entry["examples"]
@@ -168,11 +170,11 @@ def read_line(
     check_weights(weights, len(examples), refuse)
     if not is_number(clip):
         raise refuse(
-            f"clip is {clip!r}",
+            f"clip is {shown(clip)}",
             "expected: the number from 0 that the gradient was multiplied by",
         )
     if seed is not None and not isinstance(seed, int):
-        raise refuse(f"seed is {seed!r}", "expected: a whole number")
+        raise refuse(f"seed is {shown(seed)}", "expected: a whole number")
     return entry["step"], Line(
         tuple(map(float, rate)) if isinstance(rate, list) else float(rate),
         np.array(examples, dtype=np.int64),
@@ -183,16 +185,16 @@ def read_line(
 
 
 def check_rates(rate: Any, groups: int, refuse: Refuse) -> None:  # Any: a JSON value
-    rates = rate if isinstance(rate, list) else [rate]
-    if not rates or not all(map(is_number, rates)):
-        raise refuse(
-            f"lr is {rate!r}",
-            "expected: a finite number from 0, or a list with one per parameter group",
-        )
     if isinstance(rate, list) and len(rate) != groups:
         raise refuse(
             f"lr has {len(rate)} numbers, the header's `groups` {groups}",
             "expected: as many, in the same order",
+        )
+    rates = rate if isinstance(rate, list) else [rate]
+    if not rates or not all(map(is_number, rates)):
+        raise refuse(
+            f"lr is {shown(rate)}",
+            "expected: a finite number from 0, or a list with one per parameter group",
         )
 
 
@@ -219,7 +221,7 @@ def check_weights(weights: Any, count: int, refuse: Refuse) -> None:  # Any: a J
 
 
 def is_index(value: Any) -> bool:  # Any: a JSON value
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def is_number(value: Any) -> bool:  # Any: a JSON value

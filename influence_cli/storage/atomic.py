@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from influence_cli.errors import CacheError
+from influence_cli.storage.json_text import read_json_file
 
 LEASE_SECONDS = 3600  # writing changes a file's time, so a file that old has no writer
 DAY_SECONDS = 24 * 3600
@@ -125,7 +126,7 @@ class LineLog:
 def read_json(path: Path) -> dict[str, Any]:  # Any: JSON values
     """Raises CacheError for a file that is unreadable or holds no JSON object."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json_file(path)
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object, found {type(content).__name__}")
         return content

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from influence_cli.storage.atomic import replace_file
+from influence_cli.storage.json_text import parse_json
 
 # O_DIRECT, which bypasses the page cache, needs positions, lengths and addresses in multiples
 PAGE = 4096
 PIECE = 8 << 20  # bytes of one read or write
 MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors library
+MAX_AXES = 64  # the limit of torch
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -303,12 +305,14 @@ def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[
     `begin`: position of the first tensor. The tensors must fill the file without gap or overlap.
     """
     try:
-        head = json.loads(text)
+        head = parse_json(text)
         metadata = dict(head.pop("__metadata__", None) or {})
         entries = {}
         for name, entry in head.items():
             start, stop = (begin + int(offset) for offset in entry["data_offsets"])
             shape = tuple(int(length) for length in entry["shape"])
+            if len(shape) > MAX_AXES or min(shape, default=0) < 0:
+                raise ValueError(f"{name} has a shape that no tensor has")
             entries[name] = TensorSpan(DTYPES[entry["dtype"]], shape, start, stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its header is invalid: {type(error).__name__} {error}") from error
