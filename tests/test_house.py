@@ -140,7 +140,7 @@ WRITING_FUNCTIONS = {"os.replace", "os.rename", "torch.save", "np.save", "np.sav
 # calls outside storage/ that look like them, with the reason
 ALLOWED_WRITERS = {
     ("evaluate.result_log", "os.truncate"): "drops the incomplete last line of a killed process",
-    ("cli", "os.open"): "sends the rest of stdout to /dev/null after a closed pipe",
+    ("cli.streams", "os.open"): "opens /dev/null for a stream that is closed",
 }
 
 

@@ -3,24 +3,54 @@ fast.
 """
 
 import dataclasses
+import errno
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from inspect import Parameter, Signature, getdoc, signature  # `inspect` itself is a command here
 from types import FrameType
 from typing import Any, NoReturn, get_args
 
 import typer
+from typer.core import TyperGroup
 
 from influence_cli import __version__
 from influence_cli.cli.options import NUMBERS, OUT, RANKED, RUN, Debug
+from influence_cli.cli.streams import flush_or_discard, open_closed_streams, write_message
 from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
 from influence_cli.parallel.ranks import place_of
 
+
+class EscapingGroup(TyperGroup):
+    """Shows what a user typed without characters that act on a terminal."""
+
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:  # Any: typer's
+        with escaped_messages():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: Any) -> Any:  # Any: typer's
+        with escaped_messages():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def escaped_messages() -> Iterator[None]:
+    """Escapes the message of an error of the command line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            from influence_cli.output.visible import LINE_CHARACTERS, escape_controls
+
+            error.message = escape_controls(message, LINE_CHARACTERS)  # type: ignore[attr-defined]  # see above
+        raise
+
+
 app = typer.Typer(
+    cls=EscapingGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -137,31 +167,18 @@ def report(work: Callable[[], None], debug: bool) -> None:
         )
         rank = place_of(os.environ).rank
         if not (rank and isinstance(known, RankLost)):
-            print(f"{f'[rank {rank}] ' if rank else ''}error: {known}", file=sys.stderr)
-        silence_stdout()
+            write_message(f"{f'[rank {rank}] ' if rank else ''}error: {known}")
+        flush_or_discard(sys.stdout)
         raise typer.Exit(known.exit_code) from None
     except BrokenPipeError:  # `| head` has read enough
-        silence_stdout()
+        flush_or_discard(sys.stdout)
         raise typer.Exit(0) from None
     except (KeyboardInterrupt, Terminated) as stop:
         if not place_of(os.environ).rank:
-            print(
-                "interrupted: finished work is kept. Run the same command to resume.",
-                file=sys.stderr,
-            )
+            write_message("interrupted: finished work is kept. Run the same command to resume.")
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def silence_stdout() -> None:
-    """Send the rest of stdout's buffer to /dev/null, so that the interpreter's last flush does not
-    fail.
-    """
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def version(show: bool) -> None:
@@ -200,5 +217,22 @@ def register() -> None:
 
 
 def main() -> None:
+    """Run the command line. A stdout that can't be written in the end is an error, too."""
+    open_closed_streams()
     register()
-    app()
+    code: Any = 0  # Any: an int, None or a text
+    try:
+        app()
+    except SystemExit as ended:
+        code = ended.code
+    except OSError as full:
+        if full.errno != errno.ENOSPC:
+            raise
+        write_message(f"error: {full.filename or 'stdout'} can't be written: the disk is full")
+        flush_or_discard(sys.stdout)
+        sys.exit(1)
+    error = flush_or_discard(sys.stdout)
+    if error is not None and not code and not isinstance(error, BrokenPipeError):
+        write_message(f"error: stdout can't be written: {error.strerror}")
+        code = 1
+    sys.exit(code)

@@ -266,13 +266,15 @@ def print_tables(tables: Sequence[Titled]) -> None:
 
 def print_table(title: str, heads: Cells, rows: Sequence[Cells]) -> None:
     """A plain table, the same in a terminal and in a pipe. No title: no heads."""
+    from influence_cli.output.visible import escape_controls
+
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     if title:
-        print(title)
+        print(escape_controls(title))
     for row in (heads, *rows) if title else rows:
         cells = [
             cell.rjust(width) if head in RIGHT_ALIGNED else cell.ljust(width)
             for cell, width, head in zip(row, widths, heads, strict=True)
         ]
-        print("  " + "  ".join(cells).rstrip())
+        print(escape_controls("  " + "  ".join(cells).rstrip()))
     print()

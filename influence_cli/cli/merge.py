@@ -34,7 +34,7 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
     from influence_cli.output.tables import TableWriter
     from influence_cli.progress import Reporter
 
-    sink = TableWriter.open(shown.format, shown.output)
+    sink = TableWriter.open(shown.format, shown.output, safe_cells=shown.safe_cells)
     k = specs.top(shown.top)
     if parts.count("-") > 1:
         raise UsageProblem(

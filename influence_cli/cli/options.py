@@ -290,6 +290,14 @@ Output = Annotated[
         help="Write to FILE instead of stdout. FILE appears only when it is complete.",
     ),
 ]
+SafeCells = Annotated[
+    bool,
+    option(
+        "--safe-cells",
+        panel=OUT,
+        help="Write ' before each csv or tsv text that a spreadsheet would run as a formula.",
+    ),
+]
 Quiet = Annotated[bool, option("--quiet", panel=OUT, help="Print no progress and no notes.")]
 Debug = Annotated[bool, option("--debug", panel=OUT, help="Show the stack trace of an error.")]
 
@@ -333,3 +341,4 @@ class Shown:
     top: Top = "10"
     format: Format = None
     output: Output = None
+    safe_cells: SafeCells = False

@@ -40,7 +40,7 @@ def score(
     from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    sink = TableWriter.open(shown.format, shown.output)
+    sink = TableWriter.open(shown.format, shown.output, safe_cells=shown.safe_cells)
     top = specs.top(shown.top)
     specs.check_stdin(queries, train)
     part = specs.shard(shard)

@@ -22,7 +22,7 @@ def self_influence(
     from influence_cli.output.columns import SELF_COLUMNS, self_rows
     from influence_cli.output.tables import TableWriter
 
-    sink = TableWriter.open(shown.format, shown.output)
+    sink = TableWriter.open(shown.format, shown.output, safe_cells=shown.safe_cells)
     top = specs.top(shown.top)
     part = specs.shard(shard)
 

@@ -13,8 +13,10 @@ from influence_cli.errors import UsageProblem, listed
 from influence_cli.methods.declaration import Method, OptionText, flag_of, option_texts
 from influence_cli.methods.table import METHODS
 from influence_cli.parallel.ranks import place_of
-from influence_cli.parallel.shards import Shard, parse_shard
+from influence_cli.parallel.shards import Shard, parse_digits, parse_shard
 
+LONGEST_SHOWN = 60  # characters of a flag's value in a message
+LARGEST_SEED, LARGEST_PROJECTION = 2**63 - 1, 2**31 - 1
 EXPECTED = (
     "expected: ids like 0,5,10:20 (half-open), @FILE with such ids, or - to read them from a pipe"
 )
@@ -31,7 +33,10 @@ def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> r
             raise UsageProblem(
                 f"{flag} -: stdin is a terminal", "pipe the ids in, one or many a line"
             )
-        parts = split_ids(stdin)
+        try:
+            parts = split_ids(stdin)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageProblem(f"{flag} -: {error}", "expected: ids as text") from error
     elif spec.startswith("@"):
         try:
             with Path(spec[1:]).open(encoding="utf-8") as file:
@@ -61,19 +66,22 @@ def split_ids(lines: Iterable[str]) -> list[str]:
 def _range(flag: str, part: str, size: int, split: str) -> range:
     match = re.fullmatch(r"(\d+)|(\d*):(\d*)", part)
     if not match:
-        raise UsageProblem(f"{flag}: {part!r} is not an id or a range", EXPECTED)
+        raise UsageProblem(f"{flag}: {part[:LONGEST_SHOWN]!r} is not an id or a range", EXPECTED)
     single, low, high = match.groups()
     start, stop = (
-        (int(single), int(single) + 1) if single else (int(low or 0), int(high) if high else size)
+        (parse_digits(single), parse_digits(single) + 1)
+        if single
+        else (parse_digits(low or "0"), parse_digits(high) if high else size)
     )
     if stop > size or start >= size:
         raise UsageProblem(
-            f"{flag} {part}: out of range",
+            f"{flag} {part[:LONGEST_SHOWN]}: out of range",
             f"{split}_data() has {size:,} examples (0 to {size - 1:,})",
         )
     if start >= stop:
         raise UsageProblem(
-            f"{flag} {part}: an empty range", "ranges are half-open: 10:20 is 10 to 19"
+            f"{flag} {part[:LONGEST_SHOWN]}: an empty range",
+            "ranges are half-open: 10:20 is 10 to 19",
         )
     return range(start, stop)
 
@@ -110,18 +118,20 @@ def top(value: str) -> int | None:
     """`--top`: a number from 1, or None for `all`."""
     if value == "all":
         return None
-    if not value.isdecimal() or int(value) < 1:
-        raise UsageProblem(f"--top {value}", "expected: a number from 1, or all")
-    return int(value)
+    if not value.isdecimal() or parse_digits(value) < 1:
+        raise UsageProblem(f"--top {value[:LONGEST_SHOWN]}", "expected: a number from 1, or all")
+    return parse_digits(value)
 
 
 def batch_size(value: str) -> int | None:
     """`--batch-size`: a number from 1, or None for `auto`."""
     if value == "auto":
         return None
-    if not value.isdecimal() or int(value) < 1:
-        raise UsageProblem(f"--batch-size {value}", "expected: a number from 1, or auto")
-    return int(value)
+    if not value.isdecimal() or parse_digits(value) < 1:
+        raise UsageProblem(
+            f"--batch-size {value[:LONGEST_SHOWN]}", "expected: a number from 1, or auto"
+        )
+    return parse_digits(value)
 
 
 def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
@@ -155,8 +165,10 @@ def check_rates(methods: Sequence[Method], lr: float | None, lr_weights: str | N
 
 def check_seed(seed: int | None) -> None:
     """`--seed`."""
-    if seed is not None and seed < 0:
-        raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
+    if seed is not None and not 0 <= seed <= LARGEST_SEED:
+        raise UsageProblem(
+            f"--seed {str(seed)[:LONGEST_SHOWN]}", f"expected: a number from 0 to {LARGEST_SEED}"
+        )
 
 
 def options_of_methods(
@@ -216,10 +228,11 @@ def projection(
                 "--project K says how many numbers a parameter keeps",
             )
         return None
-    if numbers < 1:
+    if not 1 <= numbers <= LARGEST_PROJECTION:
         raise UsageProblem(
-            f"--project {numbers}",
-            "expected: a number from 1; without --project gradients are exact",
+            f"--project {str(numbers)[:LONGEST_SHOWN]}",
+            f"expected: a number from 1 to {LARGEST_PROJECTION:,}; without --project gradients are "
+            "exact",
         )
     if chosen == "kronecker" and math.isqrt(numbers) ** 2 != numbers:
         near = math.isqrt(numbers)
@@ -227,8 +240,7 @@ def projection(
             f"--project {numbers} with --projection kronecker",
             f"expected: a square, such as {near**2} or {(near + 1) ** 2}",
         )
-    if seed is not None and seed < 0:
-        raise UsageProblem(f"--seed {seed}", "expected: a number from 0")
+    check_seed(seed)
     return chosen, numbers, seed or 0
 
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from influence_cli.cli.streams import write_message
+from influence_cli.output.visible import escape_controls
 from influence_cli.progress import Advance, Reporter
 
 LOG_SECONDS = 30.0  # between the lines of a log
@@ -18,7 +20,7 @@ class StderrReporter(Reporter):
     def note(self, message: str) -> None:
         if message not in self._notes:
             self._notes.add(message)
-            print(f"note: {message}", file=sys.stderr, flush=True)
+            write_message(f"note: {message}")
 
     @contextmanager
     def progress(self, doing: str, total: int) -> Iterator[Advance]:
@@ -40,24 +42,29 @@ class StderrReporter(Reporter):
         )
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[where]}"),
+            TextColumn("{task.fields[where]}", markup=False),
         )
         with Progress(
             *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
         ) as bar:
-            task = bar.add_task(doing, total=total, rate="", where="")
+            task = bar.add_task(escape_controls(doing), total=total, rate="", where="")
             started, done = time.monotonic(), 0
 
             def advance(examples: int, where: str = "") -> None:
                 nonlocal done
                 done += examples
                 rate = done / max(1e-9, time.monotonic() - started)
-                bar.update(task, advance=examples, where=where, rate=f"{rate:,.0f}/s")
+                bar.update(
+                    task,
+                    advance=examples,
+                    where=escape_controls(where),
+                    rate=f"{rate:,.0f}/s",
+                )
 
             yield advance
 
@@ -72,6 +79,6 @@ class StderrReporter(Reporter):
                 last, rate = now, done / (now - started)
                 left = datetime.timedelta(seconds=round((total - done) / rate))
                 line = f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left, {where}"
-                print(line.rstrip(", "), file=sys.stderr, flush=True)
+                write_message(line.rstrip(", "))
 
         return advance

@@ -22,6 +22,7 @@ SUFFIXES = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 LONGEST_CELL = 1 << 30  # characters; csv's own limit of 131,072 is too low for texts
 FIRST_ROWS = 1000  # of a parquet file: they decide whether ids are integers
@@ -53,9 +54,33 @@ def write_rows(rows: Iterable[Row], columns: Sequence[str], format: str, file: I
         for row in rows:
             file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
     else:
-        writer = csv.writer(file, delimiter=DELIMITERS[format], lineterminator="\n")
+        # csv quotes the characters of its line end only: \r\n, so that a lone \r is quoted, too
+        lines = LineFeeds(file)
+        writer = csv.writer(lines, delimiter=DELIMITERS[format], lineterminator="\r\n")
         writer.writerow(columns)
         writer.writerows(rows)  # csv writes the repr of a float: every digit
+
+
+class LineFeeds:
+    """Ends each line of a csv writer, which ends with CR LF, with LF."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._write = file.write
+
+    def write(self, line: str) -> None:
+        self._write(line[:-2] + "\n")
+
+
+def prefix_formulas(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Row]:
+    """The rows for a spreadsheet: a text that it would run begins with an apostrophe."""
+    numbers = FLOATS | WHOLE_NUMBERS
+    texts = [at for at, name in enumerate(columns) if name not in numbers]
+    for row in rows:
+        cells = list(row)
+        for at in texts:
+            if isinstance(cells[at], str) and cells[at].startswith(FORMULA_STARTS):
+                cells[at] = "'" + cells[at]
+        yield cells
 
 
 def write_parquet(rows: Iterator[Row], columns: Sequence[str], file: IO[str]) -> None:
@@ -77,8 +102,16 @@ def write_parquet(rows: Iterator[Row], columns: Sequence[str], file: IO[str]) ->
     binary = file.buffer  # type: ignore[attr-defined]  # IO[str] lacks it, text files have it
     with pq.ParquetWriter(binary, schema) as writer:
         for group in itertools.chain([first_rows], row_groups):
-            cells = [list(cells) for cells in zip(*group, strict=True)] or [[] for _ in columns]
+            cells = [list(map(encodable, cells)) for cells in zip(*group, strict=True)]
+            cells = cells or [[] for _ in columns]
             writer.write_table(pa.table(cells, schema=schema))
+
+
+def encodable(cell: object) -> object:
+    """A lone surrogate, which has no UTF-8, as `\\ud800`; all else unchanged."""
+    if not isinstance(cell, str) or cell.isascii():
+        return cell
+    return cell.encode(errors="backslashreplace").decode()
 
 
 # ---------------------------------------------------------------- reading

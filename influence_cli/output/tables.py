@@ -1,5 +1,6 @@
 """Where a table goes: stdout, or a file that appears complete or not at all."""
 
+import io
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,13 @@ from typing import IO
 
 from influence_cli.errors import OutputError, UsageProblem
 from influence_cli.output.columns import Row
-from influence_cli.output.formats import format_of, require_pyarrow, write_rows
+from influence_cli.output.formats import (
+    DELIMITERS,
+    format_of,
+    prefix_formulas,
+    require_pyarrow,
+    write_rows,
+)
 from influence_cli.storage.atomic import (
     describe_disk_error,
     remove_stale_siblings,
@@ -27,17 +34,25 @@ class TableWriter:
     format: str
     output: Path | None
     stdout: IO[str]
+    safe_cells: bool = False
 
     @classmethod
     def open(
-        cls, requested: str | None, output: Path | None, stdout: IO[str] | None = None
+        cls,
+        requested: str | None,
+        output: Path | None,
+        stdout: IO[str] | None = None,
+        safe_cells: bool = False,
     ) -> "TableWriter":
         """The format is `--format`, else the ending of the file, else `table` for a terminal and
         csv for a pipe.
 
         Raises UsageProblem before any work: for an unknown format, or a missing folder or library.
         """
-        stdout = stdout or sys.__stdout__ or sys.stdout
+        stdout = stdout or sys.__stdout__
+        if stdout is None and output is None:
+            raise OutputError("stdout is closed", "write to a file: -o FILE")
+        stdout = stdout or sys.stderr
         if requested:
             format = requested
         elif output:
@@ -46,6 +61,11 @@ class TableWriter:
             format = "table" if stdout.isatty() else "csv"
         if format not in FORMATS:
             raise UsageProblem(f"--format {format}: unknown", f"expected: {', '.join(FORMATS)}")
+        if safe_cells and format not in DELIMITERS:
+            raise UsageProblem(
+                f"--safe-cells is for spreadsheets, the format is {format}",
+                "add --format csv, or leave out --safe-cells",
+            )
         if output is not None:
             check_file_name(output)
         if format == "parquet":
@@ -55,13 +75,17 @@ class TableWriter:
                     "--format parquet is binary, and stdout is a terminal",
                     "write it to a file: -o FILE",
                 )
-        return cls(format, output, stdout)
+        return cls(format, output, stdout, safe_cells)
 
     def write(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
         """Write a table. An error before the first row leaves stdout empty."""
         rows = iter(rows)
         rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
+        if self.safe_cells:
+            rows = prefix_formulas(rows, columns)
         with to_stdout(self.stdout) if self.output is None else to_file(self.output) as file:
+            if isinstance(file, io.TextIOWrapper):  # a lone surrogate has no UTF-8: \\ud800
+                file.reconfigure(errors="backslashreplace")
             if self.format == "table":
                 from influence_cli.output.terminal import print_rows  # imports rich
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from influence_cli.output.columns import Row
+from influence_cli.output.visible import escape_controls
 
 PAGE = 1000  # rows that share the widths of their columns
 GAP = 2  # spaces after each column
@@ -108,4 +109,6 @@ def shorten(text: str, width: int) -> str:
 
 
 def format_cell(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return escape_controls(" ".join(str(value).split()))

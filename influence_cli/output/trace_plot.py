@@ -6,6 +6,8 @@ from typing import IO
 from rich.console import Console
 from rich.text import Text
 
+from influence_cli.output.visible import escape_controls
+
 UP, DOWN = " ▁▂▃▄▅▆▇█", " ▔🮂🮃▀🮄🮅🮆█"
 HEIGHT = 4  # lines above and below the axis
 
@@ -23,7 +25,7 @@ def print_trace(
         bins[(step - steps.start) * width // len(steps)] += score
     high, low = max(0.0, *bins), max(0.0, *(-value for value in bins))
     top = max(high, low)
-    console.print(Text(title, style="bold"))
+    console.print(Text(escape_controls(title), style="bold"))
     for sign, style in ((1, "green"), (-1, "red")):
         extent = high if sign > 0 else low
         lines = [

@@ -62,6 +62,12 @@ def nearest_cut(ids: "Ids", position: int, size: int) -> int:
     return below if position - below <= above - position else above
 
 
+def parse_digits(text: str) -> int:
+    """A whole number. More than 18 digits give 10^18, which is above every size of a run."""
+    digits = text.lstrip("0") or "0"
+    return int(digits) if len(digits) <= 18 else 10**18
+
+
 def parse_shard(spec: str, environ: Mapping[str, str]) -> Shard:
     """Parse `i/n`, `auto` or `auto/n`. Raises UsageProblem for another text, or if `auto` finds no
     job array.
@@ -69,16 +75,16 @@ def parse_shard(spec: str, environ: Mapping[str, str]) -> Shard:
     match = re.fullmatch(r"(\d+|auto)(?:/(\d+))?", spec)
     if not match or (match[1] != "auto" and match[2] is None):
         raise UsageProblem(f"--shard {spec}: not a shard", EXPECTED)
-    count = int(match[2]) if match[2] else None
+    count = parse_digits(match[2]) if match[2] else None
     if count == 0:
         raise UsageProblem(f"--shard {spec}: the number of shards is 0", EXPECTED)
     if match[1] != "auto":
         assert count is not None
-        if not 1 <= int(match[1]) <= count:
+        if not 1 <= parse_digits(match[1]) <= count:
             raise UsageProblem(
-                f"--shard {spec}: no such shard", f"expected: 1/{count} to {count}/{count}"
+                f"--shard {spec[:60]}: no such shard", f"expected: 1/{count} to {count}/{count}"
             )
-        return Shard(int(match[1]), count)
+        return Shard(parse_digits(match[1]), count)
     return shard_of_array(spec, count, environ)
 
 
@@ -122,7 +128,7 @@ def parse_number(
             "expected: a number",
             "name the shard: --shard $INDEX/$COUNT",
         )
-    return int(text)
+    return parse_digits(text)
 
 
 def refuse_unknown_count(spec: str, index: int) -> NoReturn:
