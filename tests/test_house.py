@@ -24,7 +24,7 @@ FORMS = ("gradients.forms", "gradients.form_ops")
 MAY_USE = {
     "errors": (),
     "progress": (),
-    "parallel": (),
+    "parallel": ("parallel",),
     "storage": ("storage",),
     "run": ("run", "storage"),
     "gradients": ("gradients",),

@@ -20,6 +20,7 @@ from influence_cli.extraction.extractor import GradientExtractor
 from influence_cli.extraction.machine import check_fits
 from influence_cli.extraction.memory_budget import SizeRecord
 from influence_cli.extraction.work_plan import CheckpointWork, WorkPlan, WorkUnit
+from influence_cli.parallel.messages import Message
 from influence_cli.parallel.ranks import Ranks
 from influence_cli.progress import Advance
 from influence_cli.run.checkpoints import Checkpoint
@@ -47,6 +48,43 @@ class SharedPlan:
     checkpoints: list[CheckpointWork]
     disk_bytes: int
 
+    def to_message(self) -> Message:
+        request = self.request
+        return {
+            "split": request.split,
+            "ids_at": [(checkpoint.step, ids) for checkpoint, ids in request.ids_at],
+            "columns": list(request.columns),
+            "level": request.level,
+            "sizes": {"forms": self.sizes.forms, "batches": self.sizes.batches},
+            "examples": self.examples,
+            "work": [
+                (work.checkpoint.step, work.ids, work.starts, list(map(list, work.partial.items())))
+                for work in self.checkpoints
+            ],
+            "disk_bytes": self.disk_bytes,
+        }
+
+    @classmethod
+    def from_message(
+        cls, message: Message, checkpoints: Sequence[Checkpoint], record: SizeRecord
+    ) -> "SharedPlan":
+        """Another rank's plan. `checkpoints`: all of the run. `record`: this rank's own."""
+        at = {checkpoint.step: checkpoint for checkpoint in checkpoints}
+        ids_at = [(at[step], ids) for step, ids in message["ids_at"]]
+        request = FillRequest(message["split"], ids_at, message["columns"], message["level"])
+        sizes = SizeRecord(
+            record.path,
+            {name: (kind, size) for name, (kind, size) in message["sizes"]["forms"].items()},
+            {key: (count, size) for key, (count, size) in message["sizes"]["batches"].items()},
+        )
+        work = [
+            CheckpointWork(
+                at[step], ids, starts, {start: (names, of) for start, (names, of) in partial}
+            )
+            for step, ids, starts, partial in message["work"]
+        ]
+        return cls(request, sizes, message["examples"], work, message["disk_bytes"])
+
 
 class CacheFiller:
     """Computes the rows that a cache lacks."""
@@ -60,10 +98,13 @@ class CacheFiller:
         Each rank returns once all rows of the request are on disk. Raises CacheError: a cache of
         another run, a full disk, too little memory.
         """
-        plan = self.ranks.share(
-            self._checked_plan(request, recompute) if not self.ranks.rank else None
-        )
-        assert plan is not None
+        if self.ranks.rank:
+            plan = self._receive_plan()
+            assert plan is not None
+        else:
+            plan = self._checked_plan(request, recompute)
+            if self.ranks.count > 1:
+                self.ranks.share(plan.to_message())
         self._work(plan)
         return plan.examples
 
@@ -76,7 +117,7 @@ class CacheFiller:
 
     def serve(self) -> None:
         """Share the work of the requests that rank 0 fills, until it leaves `serving`."""
-        while (plan := self.ranks.share(None)) is not None:
+        while (plan := self._receive_plan()) is not None:
             self._work(plan)
 
     @contextmanager
@@ -86,6 +127,14 @@ class CacheFiller:
             yield
         finally:
             self.ranks.share(None)
+
+    def _receive_plan(self) -> SharedPlan | None:
+        """Rank 0's next plan; None: rank 0 needs nothing more."""
+        message = self.ranks.share(None)
+        if message is None:
+            return None
+        run, record = self.extractor.run, self.extractor.budget.record(message["split"])
+        return SharedPlan.from_message(message, run.checkpoints, record)
 
     def _checked_plan(self, request: FillRequest, recompute: Recompute) -> SharedPlan:
         if request.split == "train":

@@ -183,11 +183,12 @@ class TopRanking(MergeableRanking):
             parts = np.concatenate([best.parts, new.parts], axis=1)[:, kept]
         self._best[kind] = BestPairs(queries[kept], values[kept], ids[kept], parts)
 
-    def export_partials(self) -> Iterator[list[BestPairs]]:
-        yield self._best
+    def export_partials(self) -> Iterator[list[list[np.ndarray]]]:
+        """Per kind the four arrays of its BestPairs."""
+        yield [[best.queries, best.values, best.ids, best.parts] for best in self._best]
 
-    def import_partial(self, partial: list[BestPairs]) -> None:
-        self._imported.append(partial)
+    def import_partial(self, partial: list[list[np.ndarray]]) -> None:
+        self._imported.append([BestPairs(*arrays) for arrays in partial])
 
     def sorted_partials(self, query: int) -> Iterator[Iterator[SortablePair]]:
         for partial in (self._best, *self._imported):

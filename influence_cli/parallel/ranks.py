@@ -3,18 +3,12 @@
 Importing this module imports nothing heavy.
 """
 
-import datetime
-import os
-import pickle
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from influence_cli.errors import RankLost, UsageProblem
-
-T = TypeVar("T")
+# None, bool, int, float, str, range, array, or a list, tuple or dict of messages
+Message = Any
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,9 @@ class Ranks:
         self.place = place or Place()
         self.rank, self.count = self.place.rank, self.place.count
 
-    def share(self, value: T) -> T:
-        """Returns the value of rank 0 at every rank."""
-        return value
+    def share(self, message: Message) -> Message:
+        """Returns the message of rank 0 at every rank."""
+        return message
 
     def wait(self) -> None:
         """Waits until every rank calls it."""
@@ -61,12 +55,12 @@ class Ranks:
         """
         yield from range(number)
 
-    def gather(self, value: T) -> list[T]:
-        """At rank 0 the values of all ranks, in their order; elsewhere an empty list."""
-        return [value]
+    def gather(self, message: Message) -> list[Message]:
+        """At rank 0 the messages of all ranks, in their order; elsewhere an empty list."""
+        return [message]
 
-    def collect(self, parts: Iterable[T]) -> Iterator[T]:
-        """At rank 0 yields the parts of all other ranks, one at a time. Elsewhere sends the parts
+    def collect(self, parts: Iterable[Message]) -> Iterator[Message]:
+        """At rank 0 yields the messages of all other ranks, one at a time. Elsewhere sends them
         and yields nothing.
         """
         return iter(())
@@ -75,138 +69,10 @@ class Ranks:
         """Leave the job."""
 
 
-class TorchRanks(Ranks):
-    """The ranks that torchrun starts.
-
-    Numbers, short messages and waiting use torchrun's store. Gathered values use gloo. No rank
-    sends a GPU tensor, so this works on any device. Messages are pickled like torch's own: between
-    the ranks of one job, never from a file.
-    """
-
-    TIMEOUT = datetime.timedelta(days=30)  # ranks wait for the work of the slowest one
-    POLL = 0.02  # seconds
-    CLOSE_SECONDS = 60  # how long rank 0 waits for the others at the end
-
-    def __init__(self, place: Place) -> None:
-        """Raises UsageProblem if torch lacks torch.distributed, if the ranks can't meet, or if
-        torchrun restarted them: then its store holds messages of the first ranks.
-        """
-        super().__init__(place)
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            raise UsageProblem(
-                "torchrun restarted the ranks",
-                "leave out --max-restarts and run the same command to resume",
-            )
-        import torch.distributed as dist
-
-        if not dist.is_available():
-            raise UsageProblem(
-                f"{place.count} ranks, but this torch was built without torch.distributed",
-                "run shards instead: --shard i/n",
-            )
-        self._dist, self._calls = dist, 0
-        try:
-            self._store, _, _ = next(dist.rendezvous("env://", timeout=self.TIMEOUT))
-        except ValueError as error:
-            raise UsageProblem(
-                f"RANK and WORLD_SIZE are set, but the ranks can't meet: {error}",
-                "start the ranks with torchrun",
-            ) from error
-        with self._report_lost_rank():
-            store = dist.PrefixStore("gloo", self._store)
-            dist.init_process_group(
-                "gloo", store=store, rank=self.rank, world_size=self.count, timeout=self.TIMEOUT
-            )
-
-    @contextmanager
-    def _report_lost_rank(self) -> Iterator[None]:
-        """Turns torch's RuntimeError for a rank that exited into RankLost."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RankLost(
-                "another rank exited",
-                "finished work is kept; run the same command to resume",
-            ) from error
-
-    def _new_key(self) -> str:
-        """A key for this call, the same at every rank."""
-        self._calls += 1
-        return f"influence-{self._calls}"
-
-    def _wait_for(self, key: str) -> None:
-        """Waits until a rank sets this key. The store's own wait would ignore signals."""
-        with self._report_lost_rank():
-            while not self._store.check([key]):
-                time.sleep(self.POLL)
-
-    def share(self, value: T) -> T:
-        key = self._new_key()
-        if self.rank == 0:
-            with self._report_lost_rank():
-                self._store.set(key, pickle.dumps(value))
-            return value
-        self._wait_for(key)
-        with self._report_lost_rank():
-            shared: T = pickle.loads(self._store.get(key))
-        return shared
-
-    def wait(self) -> None:
-        key = self._new_key()
-        with self._report_lost_rank():
-            if self._store.add(key, 1) == self.count:
-                self._store.set(f"{key}-all", "")
-        self._wait_for(f"{key}-all")
-
-    def deal(self, number: int) -> Iterator[int]:
-        key = self._new_key()
-        while True:
-            with self._report_lost_rank():
-                own_number = self._store.add(key, 1) - 1
-            if own_number >= number:
-                return
-            yield own_number
-
-    def gather(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.count
-        with self._report_lost_rank():
-            self._dist.gather_object(value, values if self.rank == 0 else None)
-        return values if self.rank == 0 else []
-
-    def collect(self, parts: Iterable[T]) -> Iterator[T]:
-        for source in range(1, self.count) if self.rank == 0 else ():
-            while (box := self._received(source)) is not None:
-                yield box[0]
-        if self.rank:
-            for part in parts:
-                self._send([part])
-            self._send(None)
-        self.wait()
-
-    def _send(self, box: list[Any] | None) -> None:
-        with self._report_lost_rank():
-            self._dist.send_object_list([box], dst=0)
-
-    def _received(self, source: int) -> list[Any] | None:
-        box: list[Any] = [None]
-        with self._report_lost_rank():
-            self._dist.recv_object_list(box, src=source)
-        return box[0]
-
-    def close(self) -> None:
-        """Rank 0 exits last, because it may hold the store."""
-        with self._report_lost_rank():
-            self._store.add("influence-gone", 1)
-            end = time.monotonic() + self.CLOSE_SECONDS
-            while (
-                self.rank == 0
-                and self._store.add("influence-gone", 0) < self.count
-                and time.monotonic() < end
-            ):
-                time.sleep(self.POLL)
-            self._dist.destroy_process_group()
-
-
 def open_ranks(place: Place) -> Ranks:
     """The connected ranks of this job. A single process needs no torch."""
-    return TorchRanks(place) if place.count > 1 else Ranks(place)
+    if place.count == 1:
+        return Ranks(place)
+    from influence_cli.parallel.torch_ranks import TorchRanks
+
+    return TorchRanks(place)
