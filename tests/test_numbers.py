@@ -199,3 +199,106 @@ def test_features_that_are_not_finite_name_the_example(make_run, influence):
     text = DEFINITION + "\ndef features(model, batch):\n    return batch[0] / 0\n"
     result = influence("score", make_run(definition=text), "--method", "repsim")
     refused(result, 1, "the features are not finite", "example 0 of query_data()")
+
+
+# ---------------------------------------------------------------- losses that say nothing
+ONE_LOGIT = replaced(
+    DEFINITION, ("nn.Linear(5, 3)", "nn.Linear(5, 1)"), ("torch.randint(0, 3", "torch.randint(0, 1")
+)
+
+
+@pytest.mark.parametrize(
+    "command", [("score",), ("score", "--queries", "0"), ("self",), ("score", "--cache", "none")]
+)
+def test_a_constant_loss_is_refused(command, make_run, influence):
+    result = influence(command[0], make_run(definition=ONE_LOGIT), *command[1:])
+    refused(result, 1, "every loss() and every gradient of train_data() is 0", "one logit", "-100")
+
+
+def test_check_fails_a_constant_loss(make_run, influence):
+    result = influence("check", make_run(definition=ONE_LOGIT))
+    assert result.code == 1
+    assert "zeros of train examples: every gradient" in result.err
+    assert "one logit" in result.err
+
+
+def test_a_constant_measure_is_refused(make_run, influence):
+    measure = "\ndef measure(model, batch):\n    return model(batch[0]).sum(1) * 0 + 1\n"
+    result = influence("score", make_run(definition=DEFINITION + measure))
+    refused(result, 1, "every gradient of query_data() is 0", "constant")
+
+
+def test_zero_queries_are_named_once(make_run, influence):
+    result = influence("score", make_run(definition=TOKENS))
+    assert result.code == 0
+    assert result.err.count("the gradient of query 0 is 0") == 1
+    assert {row["query"] for row in result.rows} == {"1", "2"}
+
+
+def collating(body):
+    return DEFINITION + f"\ndef collate(items):\n    {body}\n    return default(items)\n".replace(
+        "default", "torch.utils.data.default_collate"
+    )
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        collating("items = items[::-1]"),
+        collating("items = sorted(items, key=lambda item: float(item[0].sum()))"),
+        collating("items = [items[0]] * len(items)"),
+        replaced(DEFINITION, (LOSS, LOSS + ".sort().values")),
+        replaced(DEFINITION, (LOSS, LOSS + ".roll(1)")),
+    ],
+    ids=["reversed", "sorted", "repeated", "sorted losses", "rolled losses"],
+)
+@pytest.mark.parametrize("factor", [1, 1e-30])
+def test_a_batch_in_another_order_is_refused(definition, factor, make_run, influence):
+    definition = definition.replace(LOSS, LOSS.replace("return F", f"return {factor} * F"))
+    result = influence("score", make_run(definition=definition))
+    refused(result, 1, "in a batch, loss() gives example", "collate()")
+
+
+def test_a_batch_that_only_shifts_losses_is_accepted(make_run, influence):
+    definition = replaced(DEFINITION, (LOSS, LOSS + " + model(batch[0]).mean()"))
+    result = influence("score", make_run(definition=definition))
+    assert result.code == 0, result.err
+    assert "examples influence each other" in result.err
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 13])
+def test_a_collate_that_drops_examples_is_named(dropped, make_run, influence):
+    body = f"items = [i for i in items if i[0][0] != train_data()[{dropped}][0][0]]"
+    empty = "if not items: return [torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)]"
+    result = influence("score", make_run(definition=collating(f"{body}\n    {empty}")))
+    message = "collate() returned fewer examples than it got items of train_data()"
+    refused(result, 1, f"{message}; it drops item {dropped}")
+
+
+# ---------------------------------------------------------------- notes on precision
+def test_small_losses_in_float32_are_counted_once(make_run, influence):
+    definition = replaced(DEFINITION, (LOSS, LOSS + " * (batch[0][:, 0] > 0)"))
+    run = make_run(definition=definition)
+    space: dict = {"__name__": "definition_of_a_test"}
+    exec(compile(definition, "definition.py", "exec"), space)
+    small = sum(bool(x[0] <= 0) for x, _ in space["train_data"]())
+    assert 0 < small < 20
+    for _ in range(2):  # computed, then cached
+        err = influence("score", run).err
+        assert err.count(f"{small} of 20 training examples have a loss below 1e-05") == 1
+        assert "--precision float64" in err
+    assert "a loss below" not in influence("score", run, "--precision", "float64").err
+
+
+def test_half_precision_is_noted_with_its_effect(make_run, influence):
+    definition = replaced(
+        DEFINITION,
+        ("nn.Linear(5, 3))", "nn.Linear(5, 3)).to(torch.bfloat16)"),
+        ("model(batch[0])", "model(batch[0].to(next(model.parameters()).dtype))"),
+    )
+    result = influence("score", make_run(definition=definition))
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.err.splitlines() if "computed in bfloat16" in line]
+    percent = float(line.split("float32 by ")[1].split("%")[0])
+    assert 0.1 < percent < 5  # one rounding is at most 0.4 %; a few layers add up
+    assert "--precision float32" in line

@@ -90,7 +90,7 @@ def raise_failures(findings: "Sequence[Finding]") -> None:
         details.append("the target needs a larger --project K: see the last row of the table")
     if "cache" in checks:
         details.append("delete a damaged cache file; the next command computes it again")
-    if checks - {"target", "cache"}:
+    if checks - {"target", "cache", "zeros"}:
         details.append(
             "do not trust scores of these parameters; leave a parameter out: --layers '!NAME'"
         )

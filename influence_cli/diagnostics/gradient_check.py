@@ -8,6 +8,7 @@ batches    with the same examples in another order, and alone: an example's grad
 repeats    with the same batch again
 coverage   the sum over the examples, with one backward pass of the summed loss through the model
 outputs    loss_from_outputs(outputs(...)), if the definition has them, with loss(...)
+zeros      fails where all losses or all gradients are 0
 
 B is the number of examples, D the number of gradient values of a parameter.
 """
@@ -23,13 +24,14 @@ from torch import Tensor
 from influence_cli.cache.id_blocks import Ids, spread_evenly
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
 from influence_cli.extraction.extractor import check_finite
+from influence_cli.extraction.run_notes import USUAL_CAUSES
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.capture import Capture, Captured
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.tolerances import rounding
 from influence_cli.run.checkpoints import Checkpoint
 
-ORDER = ("gradients", "batches", "repeats", "coverage", "outputs")
+ORDER = ("zeros", "gradients", "batches", "repeats", "coverage", "outputs")
 DENSE_BYTES = 2 << 30  # dense gradients in memory; at least those of two examples
 DENSE_COPIES = 6  # of the dense gradients that the checks compare
 TINY = 1e-30  # a divisor that is not zero
@@ -48,6 +50,7 @@ def check_gradients(
     """
     worst: dict[tuple[str, str, str], Finding] = {}
     exact = source.exact()
+    nonzero: dict[str, set[str]] = {split: set() for split in ids}
     selected = [checkpoints[i] for i in spread_evenly(len(checkpoints), CHECKPOINTS)]
     examples = select_examples(exact, columns, ids)
     total = len(selected) * sum(map(len, examples.values()))
@@ -56,11 +59,17 @@ def check_gradients(
             exact.run.model.at(checkpoint)
             for split, split_ids in examples.items():
                 batch_check = BatchCheck(exact, checkpoint, split, columns, split_ids)
+                nonzero[split] |= batch_check.nonzero()
                 for finding in batch_check.findings():
                     key = finding.check, finding.split, finding.subject
                     if key not in worst or not finding.error <= worst[key].error:
                         worst[key] = finding
                 advance(len(split_ids))
+    for split, split_ids in examples.items():
+        if len(split_ids) > 1:  # one example may well have no gradient
+            for name in sorted({"every loss", "every gradient"} - nonzero[split]):
+                finding = Finding("zeros", split, name, math.inf, 0.0, f"0; {USUAL_CAUSES}")
+                worst["zeros", split, name] = finding
     return sorted(worst.values(), key=lambda finding: ORDER.index(finding.check))
 
 
@@ -131,6 +140,12 @@ class BatchCheck:
         check_finite(checkpoint.name, split, ids, self.losses, sqnorms)
         self.fast = losses_and_grads(capture(self.batch, self.single, len(ids)))
         self.scales = ErrorScales.of(self.grads)
+
+    def nonzero(self) -> set[str]:
+        """What is not zero at all examples: "every loss", "every gradient"."""
+        gradients = any(bool(grad_BD.any()) for grad_BD in self.grads.values())
+        pairs = (("every loss", bool(self.losses.any())), ("every gradient", gradients))
+        return {name for name, any_nonzero in pairs if any_nonzero}
 
     def findings(self) -> Iterator[Finding]:
         yield from self.compare(

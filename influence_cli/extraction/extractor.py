@@ -10,18 +10,28 @@ import torch
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.identity import Settings
 from influence_cli.cache.unit_file import Level
-from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, listed
+from influence_cli.errors import (
+    DefinitionError,
+    GradientError,
+    InfluenceError,
+    is_out_of_memory,
+    listed,
+)
 from influence_cli.extraction.memory_budget import AnyCapture, MemoryBudget
-from influence_cli.gradients.batches import to
+from influence_cli.gradients.batches import leaves, to
 from influence_cli.gradients.buffers import FormBuffer
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.embedding_capture import EmbeddingCapture
 from influence_cli.gradients.forms import Form
+from influence_cli.gradients.probe_checks import check_loss_order
+from influence_cli.gradients.quantity import LossCountError, checked, plain_attention
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 from influence_cli.progress import Advance, Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.definition import describe_failure
 from influence_cli.run.run import Run
+
+ORDER_SAMPLE = 8  # examples whose losses are compared in a batch and alone
 
 
 class GradientExtractor:
@@ -130,6 +140,9 @@ class GradientExtractor:
             batch, single = self.batch(split, batch_ids)
             try:
                 captured = capture(batch, single, len(batch_ids), level == "values")
+            except LossCountError as error:
+                self._refuse_dropped(split, batch_ids)
+                raise error
             except InfluenceError:
                 raise
             except (Exception, SystemExit) as error:
@@ -193,10 +206,15 @@ class GradientExtractor:
             self._captures[key] = capture
         return self._captures[key]
 
+    def quantity_name(self, split: str) -> str:
+        """The user's function whose gradients are computed: `loss()`, of queries `measure()`."""
+        measured = split == "query" and self.run.definition.has("measure")
+        return "measure()" if measured else "loss()"
+
     def _new_capture(self, split: str, columns: Sequence[str]) -> AnyCapture:
         definition, module = self.run.definition, self.run.model.module
-        measured = split == "query" and definition.has("measure")
-        name = "measure" if measured else "loss"
+        name = self.quantity_name(split).removesuffix("()")
+        measured = name == "measure"
         function = definition.raw(name)
 
         def quantity(model: torch.nn.Module, batch: Any) -> Any:  # the user's batch and tensor
@@ -217,15 +235,52 @@ class GradientExtractor:
 
     def _probe(self, split: str, capture: AnyCapture) -> None:
         examples = self.run.examples(split)
-        first = range(min(2, len(examples)))
+        first = np.arange(min(2, len(examples)))
         examples.check_stable(range(min(4, len(examples))))
-        batch, single = self.batch(split, np.array(first))
+        batch, single = self.batch(split, first)
         try:
-            capture.probe(batch, [single(i) for i in first])
+            capture.probe(batch, [single(i) for i in range(len(first))])
+            self._check_order(split, capture)
+        except LossCountError as error:
+            self._refuse_dropped(split, first)
+            raise error
         except InfluenceError:
             raise
         except (Exception, SystemExit) as error:
             raise self.explained(split, error, len(first)) from error
+
+    def _check_order(self, split: str, capture: AnyCapture) -> None:
+        """Raise GradientError where a batch has its examples in another order."""
+        most = self.budget.requested_batch_size or ORDER_SAMPLE
+        ids = np.arange(min(ORDER_SAMPLE, most, len(self.run.examples(split))))
+        batch, single = self.batch(split, ids)
+
+        def losses(examples: Any, size: int) -> torch.Tensor:  # a batch of any type
+            values = capture.quantity(self.run.model.module, examples)
+            return checked(capture.name, values, size, traced=True).detach()
+
+        with plain_attention(), torch.enable_grad():  # the loss may take gradients itself
+            together = losses(batch, len(ids))
+            alone = torch.cat([losses(single(i), 1) for i in range(len(ids))])
+        check_loss_order(capture.name, together, alone)
+
+    def _refuse_dropped(self, split: str, ids: np.ndarray) -> None:
+        """Raise DefinitionError where collate() returns fewer examples than it got."""
+        if not self.run.definition.has("collate"):
+            return
+
+        def lacks_some(some: np.ndarray) -> bool:
+            sizes = [len(tensor) for tensor in leaves(self.batch(split, some)[0]) if tensor.ndim]
+            return bool(sizes) and max(sizes) < len(some)
+
+        dropped = [int(index) for index in ids if lacks_some(np.array([index]))]
+        if dropped or lacks_some(ids):
+            which = f"; it drops item {listed(dropped)}" if dropped else ""
+            raise DefinitionError(
+                f"collate() returned fewer examples than it got items of {split}_data(){which}",
+                "expected: each item, in the same order",
+                "leave examples out in train_data() and query_data(), or with --train, --queries",
+            )
 
     def ways(self, split: str, columns: Sequence[str]) -> dict[str, str]:
         """How the gradients of each column are computed: by a layer rule, by torch.func, one by
@@ -248,8 +303,8 @@ class GradientExtractor:
                 "--batch-size N computes fewer examples at once; "
                 "--layers GLOB selects fewer parameters; finished units are kept",
             )
-        measured = split == "query" and self.run.definition.has("measure")
-        return describe_failure(self.run.definition, "measure" if measured else "loss", error)
+        name = self.quantity_name(split).removesuffix("()")
+        return describe_failure(self.run.definition, name, error)
 
 
 def check_finite(

@@ -18,6 +18,7 @@ from influence_cli.cache.unit_file import Level, RowDecoder
 from influence_cli.extraction.cached_rows import CachedRows
 from influence_cli.extraction.extractor import GradientExtractor
 from influence_cli.extraction.fill import CacheFiller, FillRequest
+from influence_cli.extraction.row_counts import RowCounts
 from influence_cli.gradients.forms import Form
 from influence_cli.parallel.ranks import Ranks
 from influence_cli.progress import Reporter
@@ -55,6 +56,7 @@ class GradientSource:
             run, settings, device, cast, self.reporter, batch_size, folder
         )
         self.budget = self.extractor.budget
+        self.counts = RowCounts()  # of the rows that were read
         self.filler = CacheFiller(self.cache, self.extractor, self.ranks) if self.cache else None
 
     @property
@@ -119,23 +121,30 @@ class GradientSource:
         self, split: str, ids_at: Iterable[IdsAt], columns: Sequence[str], level: Level = "values"
     ) -> Iterator[GradientRows]:
         """The same for several checkpoints, one after the other. It prefetches the next unit."""
+        for checkpoint, rows in self._read_units(split, ids_at, columns, level):
+            self.counts.add(split, checkpoint.step, columns, rows)
+            yield rows
+
+    def _read_units(
+        self, split: str, ids_at: Iterable[IdsAt], columns: Sequence[str], level: Level
+    ) -> Iterator[tuple[Checkpoint, GradientRows]]:
         size = self.budget.unit_size(split, columns, level)
         blocks = ((checkpoint, block) for checkpoint, ids in ids_at for block in cut_ids(ids, size))
         if self.cache is None:
             for checkpoint, block in blocks:
                 rows = self.extractor.rows_at(checkpoint, split, columns, block, level)
-                yield dataclasses.replace(rows, forms=self._widened(rows))
+                yield checkpoint, dataclasses.replace(rows, forms=self._widened(rows))
             return
         with ThreadPoolExecutor(1) as thread:
-            pending: Future[RowDecoder] | None = None
+            pending: tuple[Checkpoint, Future[RowDecoder]] | None = None
             for checkpoint, block in blocks:
                 index = self.cache.index(split, checkpoint)
                 following = thread.submit(index.fetch_rows, columns, level, block)
                 if pending is not None:
-                    yield pending.result()()
-                pending = following
+                    yield pending[0], pending[1].result()()
+                pending = checkpoint, following
             if pending is not None:
-                yield pending.result()()
+                yield pending[0], pending[1].result()()
 
     def _widened(self, rows: GradientRows) -> dict[str, Form]:
         """Forms on the CPU, half precision as float32, as a cache would give them."""

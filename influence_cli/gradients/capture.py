@@ -259,7 +259,7 @@ class Capture:
             if not self._noted:
                 self._note(
                     "influence computes some batches one example at a time, which is right but "
-                    f"slow ({type(error).__name__}: {str(error)[:100]})"
+                    f"slow ({described(error)})"
                 )
             self._noted = True
             return None

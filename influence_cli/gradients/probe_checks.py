@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, listed
 from influence_cli.gradients.autograd_gradients import LossesAndGradients
 from influence_cli.gradients.batches import Batch
-from influence_cli.gradients.tolerances import close, differing
+from influence_cli.gradients.tolerances import close, differing, rounding
 
 
 def check_eval_mode(model: nn.Module, name: str) -> None:
@@ -37,6 +37,26 @@ def check_not_random(
             continue  # capture reports it, with its checkpoint
         if not close(loss, first_loss) or differing(grads, first_grads):
             raise random_quantity(f"{name} of example {i}", float(first_loss[0]), float(loss[0]))
+
+
+def check_loss_order(name: str, batch_losses: Tensor, single_losses: Tensor) -> None:
+    """Raise GradientError where a batch gives examples the losses of others: half of those whose
+    losses differ, or more.
+    """
+    rounded = rounding(single_losses.dtype) * single_losses.abs().max()
+    differences_BB = (batch_losses[:, None] - single_losses[None, :]).abs()
+    moved = differences_BB.diagonal() > rounded
+    others = (differences_BB <= rounded / 16) & moved[:, None]  # closer than rounding: no chance
+    if int(others.any(1).sum()) * 2 < max(1, int(moved.sum())):
+        return
+    example = int(others.any(1).nonzero()[0])
+    other = int(others[example].nonzero()[0])
+    raise GradientError(
+        f"in a batch, {name} gives example {example} the loss of example {other}",
+        f"expected: {float(single_losses[example]):.6g}, its loss alone; found: "
+        f"{float(batch_losses[example]):.6g}",
+        "collate() or the loss reorders the examples; keep the order of the items",
+    )
 
 
 def random_quantity(subject: str, first: float, second: float) -> GradientError:

@@ -15,6 +15,10 @@ from influence_cli.gradients.batches import Batch
 Quantity = Callable[[nn.Module, Batch], Tensor]
 
 
+class LossCountError(GradientError):
+    """Other than one loss per example."""
+
+
 def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:
     """`losses` (B,), as the user's function `name` returned it for a batch of `size`.
 
@@ -29,7 +33,7 @@ def checked(name: str, losses: Any, size: int, traced: bool = False) -> Tensor:
             f"{name} returned a scalar", expected, "for torch's losses: reduction='none'"
         )
     if tuple(losses.shape) != (size,):
-        raise GradientError(
+        raise LossCountError(
             f"{name} returned shape {tuple(losses.shape)} for a batch of {size}",
             expected,
             "sum or average over positions, never over examples: .mean(1), .flatten(1).sum(1)",

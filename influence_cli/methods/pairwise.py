@@ -20,6 +20,7 @@ from influence_cli.cache.id_blocks import Ids, cut_ids
 from influence_cli.cache.unit_file import Level
 from influence_cli.errors import NonFiniteScore
 from influence_cli.extraction.memory_budget import floor_power_of_two
+from influence_cli.extraction.run_notes import report_numbers
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
 from influence_cli.methods.request import Groups, ScoredQueries, ScoreRequest
@@ -73,7 +74,9 @@ def rank_by_gradients(
     passes = query_passes(request, query_bytes)
     ranked = rank_blocks(source, request, new_ranking, passes, size_for, load_queries, score_blocks)
     try:
-        yield from ranked
+        for scored in ranked:
+            report_numbers(source, request.checkpoints, columns)
+            yield scored
     except NonFiniteScore as error:
         if request.groups or request.sum_queries or len(passes) > 1:
             raise

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 from influence_cli.cache.id_blocks import cut_ids
+from influence_cli.extraction.run_notes import report_numbers
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.pairwise import block_size, merge_rankings
 from influence_cli.methods.products import refuse_underflow
@@ -38,4 +39,5 @@ def rank_self_influence(source: GradientSource, request: ScoreRequest, ranking: 
                     advance(len(rows.ids))
             refuse_underflow(float(scores_N.max()), any_square)
             ranking.add(block, scores_N[None])
+        report_numbers(source, request.checkpoints, list(request.columns))
         merge_rankings(ranks, ranking)
