@@ -19,7 +19,7 @@ from influence_cli import cli
 from influence_cli.cache.store import VERSION
 from influence_cli.extraction import extractor
 from influence_cli.gradients.capture import Capture
-from influence_cli.storage import safetensors_io
+from influence_cli.storage import atomic, safetensors_io
 from tests.conftest import DEFINITION, build_run
 from tests.refusals import refused, replaced
 
@@ -1278,3 +1278,14 @@ def test_a_model_too_large_for_memory_is_refused(make_run, influence):
         replaced(DEFINITION, (MODEL, "return nn.Linear(2**24, 2**24)"))
     )
     refused(influence("score", run), 1, "allocate memory")
+
+
+def test_init_on_a_full_disk_leaves_nothing(tmp_path, influence, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "write_text", full)
+    result = influence("init", tmp_path / "new" / "deep")
+    assert result.code == 2
+    assert "the disk is full" in result.err
+    assert list(tmp_path.iterdir()) == []

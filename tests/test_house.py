@@ -24,6 +24,7 @@ FORMS = ("gradients.forms", "gradients.form_ops")
 MAY_USE = {
     "errors": (),
     "progress": (),
+    "signals": (),
     "parallel": ("parallel",),
     "storage": ("storage",),
     "run": ("run", "storage"),
@@ -61,6 +62,7 @@ MAY_USE = {
 THIRD_PARTY = {
     "errors": (),
     "progress": (),
+    "signals": (),
     "parallel": ("torch", "numpy"),
     "storage": ("torch", "numpy"),
     "run": ("torch", "numpy"),

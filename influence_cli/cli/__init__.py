@@ -5,14 +5,12 @@ fast.
 import dataclasses
 import errno
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from inspect import Parameter, Signature, getdoc, signature  # `inspect` itself is a command here
-from types import FrameType
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import typer
 from typer.core import TyperGroup
@@ -22,6 +20,7 @@ from influence_cli.cli.options import NUMBERS, OUT, RANKED, RUN, Debug
 from influence_cli.cli.streams import flush_or_discard, open_closed_streams, write_message
 from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
 from influence_cli.parallel.ranks import place_of
+from influence_cli.signals import Terminated, interruptible
 
 
 class EscapingGroup(TyperGroup):
@@ -63,10 +62,6 @@ OUT_OF_MEMORY = (
     "select fewer --queries or --layers at once; finished units are kept",
     "see where it happened: --debug",
 )
-
-
-class Terminated(BaseException):
-    """SIGTERM as an exception, so that temporary files are removed."""
 
 
 def command(
@@ -145,13 +140,8 @@ def report(work: Callable[[], None], debug: bool) -> None:
     stdout is reserved for the table: what other code prints goes to stderr. Rank 0 reports the
     errors of a job; another rank reports only its own.
     """
-
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        with redirect_stdout(sys.stderr):
+        with interruptible(), redirect_stdout(sys.stderr):
             work()
     except (InfluenceError, MemoryError, RuntimeError) as error:
         if isinstance(error, typer.Exit) or not (
@@ -177,8 +167,6 @@ def report(work: Callable[[], None], debug: bool) -> None:
         if not place_of(os.environ).rank:
             write_message("interrupted: finished work is kept. Run the same command to resume.")
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def version(show: bool) -> None:

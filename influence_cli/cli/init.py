@@ -1,5 +1,6 @@
 """influence init: a commented definition.py to start from."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,10 +36,14 @@ def init(
     path = directory / "definition.py"
     if path.exists():
         raise UsageProblem(f"{path} is there already", "name another folder, or delete it first")
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise UsageProblem(
             describe_disk_error(path, error),
             f"expected: {directory} is a folder, or can be made",
