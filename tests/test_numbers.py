@@ -302,3 +302,40 @@ def test_half_precision_is_noted_with_its_effect(make_run, influence):
     percent = float(line.split("float32 by ")[1].split("%")[0])
     assert 0.1 < percent < 5  # one rounding is at most 0.4 %; a few layers add up
     assert "--precision float32" in line
+
+
+# ---------------------------------------------------------------- the user's code
+def test_warnings_of_the_users_code_are_shown_once(make_run, influence):
+    warn = 'warnings.warn(f"{len(batch[0])} examples of mine")'
+    definition = "import warnings\n" + replaced(DEFINITION, (LOSS, f"{warn}\n    {LOSS}"))
+    result = influence("score", make_run(definition=definition), "--batch-size", "3")
+    assert result.code == 0, result.err
+    assert result.err.count("examples of mine") == 1
+    assert "definition.py line" in result.err
+
+
+BROKEN = """
+class Broken(str):
+    def __str__(self):
+        raise ValueError("no text")
+    __repr__ = __str__
+"""
+
+
+@pytest.mark.parametrize("value", ["Broken('a')", "10**5000"])
+@pytest.mark.parametrize("function", ["label", "describe"])
+def test_a_description_that_fails_to_print_is_refused(function, value, make_run, influence):
+    text = DEFINITION + BROKEN + f"\ndef {function}(example):\n    return {value}\n"
+    result = influence("score", make_run(definition=text))
+    refused(result, 1, f"{function}() of example", "that can't be printed: ValueError")
+
+
+@pytest.mark.parametrize("value", ["Broken('a')", "10**5000"])
+@pytest.mark.parametrize(("split", "call"), [("train", "(0, 20)"), ("query", "(1, 6)")])
+def test_an_item_that_fails_to_print_is_refused(split, call, value, make_run, influence):
+    text = replaced(DEFINITION, (f"return examples{call}", "return items()")) + BROKEN
+    text += f"\ndef items():\n    return [(x, y, {value}) for x, y in examples{call}]\n"
+    text += "\ndef collate(items):\n    columns = list(zip(*items))\n"
+    text += "    return [torch.stack(column) for column in columns[:2]]\n"
+    result = influence("score", make_run(definition=text))
+    refused(result, 1, f"example 0 of {split}_data()", "ValueError when it is printed")

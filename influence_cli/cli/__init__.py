@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from influence_cli import __version__
 from influence_cli.cli.options import NUMBERS, OUT, RANKED, RUN, Debug
 from influence_cli.cli.streams import flush_or_discard, open_closed_streams, write_message
+from influence_cli.cli.user_warnings import warnings_shown_once
 from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
 from influence_cli.parallel.ranks import place_of
 from influence_cli.signals import Terminated, interruptible
@@ -141,7 +142,7 @@ def report(work: Callable[[], None], debug: bool) -> None:
     errors of a job; another rank reports only its own.
     """
     try:
-        with interruptible(), redirect_stdout(sys.stderr):
+        with interruptible(), redirect_stdout(sys.stderr), warnings_shown_once():
             work()
     except (InfluenceError, MemoryError, RuntimeError) as error:
         if isinstance(error, typer.Exit) or not (

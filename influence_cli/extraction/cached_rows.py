@@ -16,7 +16,6 @@ from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.extraction import revalidate
 from influence_cli.progress import Reporter
 from influence_cli.run.checkpoints import Checkpoint
-from influence_cli.run.datasets import digest_item
 from influence_cli.run.run import Run
 
 # (split, checkpoint, columns, ids) -> the rows, computed again and rounded as stored
@@ -98,5 +97,5 @@ class CachedRows:
 
     def _query_digest(self, index: int) -> int:
         if index not in self._query_digests:
-            self._query_digests[index] = digest_item(self.run.query.item(index))
+            self._query_digests[index] = self.run.query.digest(index)
         return self._query_digests[index]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
-from influence_cli.errors import DataError
+from influence_cli.errors import DataError, DefinitionError
 from influence_cli.run.definition import Definition, describe_failure
 
 
@@ -82,7 +82,7 @@ class Examples:
         if self._tensors is None or not all(
             tensor.is_cpu and tensor.dtype != torch.bfloat16 for tensor in self._tensors
         ):
-            return torch.tensor([digest_item(self.item(index)) for index in ids], dtype=torch.int64)
+            return torch.tensor([self.digest(index) for index in ids], dtype=torch.int64)
         values = [zlib.crc32(b"tuple")] * len(ids)
         for tensor in self._tensors:
             rows = tensor[torch.as_tensor(ids, dtype=torch.int64)].numpy()
@@ -93,10 +93,22 @@ class Examples:
             ]
         return torch.tensor(values, dtype=torch.int64)
 
+    def digest(self, index: int) -> int:
+        """The digest of an example. Raises DataError where a part of it can't be read."""
+        item = self.item(index)
+        try:
+            return digest_item(item)
+        except Exception as error:  # a __repr__ of the user, an int of 5,000 digits
+            raise DataError(
+                f"example {index} of {self.source} can't be read: it holds a value that raises "
+                f"{type(error).__name__} when it is printed",
+                "expected: numbers, texts, tensors, arrays, images, and containers of them",
+            ) from error
+
     def check_stable(self, ids: Sequence[int] | np.ndarray) -> None:
         """Reads each example twice. Raises DataError where the two differ."""
         for index in ids:
-            if digest_item(self.item(index)) != digest_item(self.item(index)):
+            if self.digest(index) != self.digest(index):
                 raise DataError(
                     f"{self.source} changes between reads: two reads of example {index} differ",
                     "expected: the same example at the same index each time",
@@ -118,7 +130,14 @@ class Examples:
             and getattr(value, "ndim", 0) == 0
         ):
             value = value.item()
-        return "" if value is None else str(value)
+        try:
+            return "" if value is None else str(value)
+        except Exception as error:  # a __str__ or __repr__ of the user, an int of 5,000 digits
+            raise DefinitionError(
+                f"{function}() of example {index} of {self.source} returned a "
+                f"{type(value).__name__} that can't be printed: {type(error).__name__}",
+                "expected: a text",
+            ) from error
 
 
 def digest_item(item: Any) -> int:
