@@ -144,30 +144,41 @@ def report(work: Callable[[], None], debug: bool) -> None:
     try:
         with interruptible(), redirect_stdout(sys.stderr), warnings_shown_once():
             work()
-    except (InfluenceError, MemoryError, RuntimeError) as error:
-        if isinstance(error, typer.Exit) or not (
-            isinstance(error, InfluenceError) or is_out_of_memory(error)
-        ):
+    except BrokenPipeError:  # `| head` has read enough
+        flush_or_discard(sys.stdout)
+        raise typer.Exit(0) from None
+    except (InfluenceError, MemoryError, RuntimeError, OSError) as error:
+        known = None if isinstance(error, typer.Exit) else as_known_error(error)
+        if known is None:
             raise
         if debug:
             traceback.print_exc()
-        known = (
-            error
-            if isinstance(error, InfluenceError)
-            else InfluenceError("out of memory", *OUT_OF_MEMORY)
-        )
         rank = place_of(os.environ).rank
         if not (rank and isinstance(known, RankLost)):
             write_message(f"{f'[rank {rank}] ' if rank else ''}error: {known}")
         flush_or_discard(sys.stdout)
         raise typer.Exit(known.exit_code) from None
-    except BrokenPipeError:  # `| head` has read enough
-        flush_or_discard(sys.stdout)
-        raise typer.Exit(0) from None
     except (KeyboardInterrupt, Terminated) as stop:
         if not place_of(os.environ).rank:
             write_message("interrupted: finished work is kept. Run the same command to resume.")
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+def as_known_error(error: Exception) -> InfluenceError | None:
+    """The error to print; None for a fault of this package. An OSError that no room expects is a
+    file or folder that vanished, or that the system refuses.
+    """
+    if isinstance(error, InfluenceError):
+        return error
+    if is_out_of_memory(error):
+        return InfluenceError("out of memory", *OUT_OF_MEMORY)
+    if isinstance(error, OSError) and error.filename is not None:
+        return InfluenceError(
+            f"{error.filename}: {error.strerror}",
+            "a file or folder that this command uses was removed or changed, or is not accessible",
+            "finished work is kept; see where it happened: --debug",
+        )
+    return None
 
 
 def version(show: bool) -> None:

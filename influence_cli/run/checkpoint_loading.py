@@ -1,6 +1,9 @@
 """Checks checkpoints against the model from their headers, and loads them strictly."""
 
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +39,26 @@ def list_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def map_keys(header: Header, model: nn.Module) -> KeyMap:
     """Ignores the prefixes of wrappers; one name of a tied tensor is enough."""
+    tensors = list_tensors(model)
     names = {key: key for key in header.tensors}
     for prefix in WRAPPERS * 2:
         if names and all(key.startswith(prefix) for key in names):
             names = {key.removeprefix(prefix): file_key for key, file_key in names.items()}
-    tensors = list_tensors(model)
+    # torch.compile may wrap a module inside the model, in training or in definition.py
+    model_keys = {strip_compiled(key): key for key in tensors}
+    bare = {strip_compiled(key): file_key for key, file_key in names.items()}
+    if len(bare) == len(names):
+        names = {model_keys.get(key, key): file_key for key, file_key in bare.items()}
     in_file = {id(tensor) for key, tensor in tensors.items() if key in names}
     return KeyMap(
         {key: names[key] for key in tensors if key in names},
         [key for key, tensor in tensors.items() if id(tensor) not in in_file],
         {key: file_key for key, file_key in names.items() if key not in tensors},
     )
+
+
+def strip_compiled(key: str) -> str:
+    return re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", key)
 
 
 # ---------------------------------------------------------------- checking
@@ -72,7 +84,12 @@ def check_fits_model(checkpoints: list[Checkpoint], model: nn.Module, cast: bool
         details.append(f"the same in: {listed(same[1:])}")
     if others:
         details.append(f"other misfits in: {listed(others)}")
-    if all(line.startswith("dtype") for line in lines):
+    if any("float8" in line for line in lines):
+        details.append(
+            "float8 values have scales of their own: dequantize the model and save it in bfloat16 "
+            "or float32 (transformers: model.dequantize())"
+        )
+    elif all(line.startswith("dtype") for line in lines):
         details.append(
             "--precision float32 (or another) casts both; "
             "or build the model in the file's dtype in definition.py"
@@ -119,7 +136,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     tied: dict[int, tuple[str, Tensor]] = {}  # id of the model's tensor -> first key, its value
     broken, untied = [], []
     for file in checkpoint.files:
-        with TensorFile(file) as content, torch.no_grad():
+        with open_weights(file) as content, torch.no_grad():
             for key in keys_of_file(file, header, file_keys):
                 value = content.read([file_keys[key]])[file_keys[key]]
                 # a buffer may hold -inf, as attention masks do
@@ -144,6 +161,19 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
             *untied,
             "definition.py ties parameters that were trained separately; build them untied",
         )
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[TensorFile]:
+    """Raises CheckpointError for a file that was removed or damaged since its header was read."""
+    try:
+        with TensorFile(file) as content:
+            yield content
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} changed or vanished during this command: {error}",
+            "finished work is kept; save or copy it again and run the same command",
+        ) from error
 
 
 def keys_of_file(file: Path, header: Header, file_keys: dict[str, str]) -> list[str]:

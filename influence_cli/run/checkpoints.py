@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 from influence_cli.errors import CheckpointError, listed, shown
+from influence_cli.run.foreign_checkpoints import (
+    describe_missing_checkpoints,
+    describe_mixed_folder,
+    find_unreadable_folders,
+)
 from influence_cli.storage.json_text import read_json_file
 from influence_cli.storage.safetensors_io import TensorFile, TruncatedFile
 
@@ -55,9 +60,14 @@ def find_checkpoints(run: Path, folder: Path | None = None) -> list[Checkpoint]:
             f"no checkpoints: {place} is not a folder", "--checkpoints DIR names another folder"
         )
     strict = folder is None and place == run
-    paths = sorted(path for path in place.iterdir() if is_checkpoint(path, strict))
-    if not paths:
-        raise describe_missing_checkpoints(place)
+    try:
+        paths = sorted(path for path in place.iterdir() if is_checkpoint(path, strict))
+        if not paths:
+            raise describe_missing_checkpoints(place, run)
+        if unreadable := find_unreadable_folders(place, paths):
+            raise describe_mixed_folder(place, unreadable)
+    except OSError as error:
+        raise CheckpointError(f"{place} can't be read: {error.strerror or error}") from error
     problems: list[str] = []
     checkpoints: list[Checkpoint] = []
     for path in paths:
@@ -80,21 +90,6 @@ def find_checkpoints(run: Path, folder: Path | None = None) -> list[Checkpoint]:
             "keep one of each, or name another folder with --checkpoints DIR",
         )
     return checkpoints
-
-
-def describe_missing_checkpoints(place: Path) -> CheckpointError:
-    pickled = [
-        path.name
-        for path in sorted(place.rglob("*"))
-        if path.suffix in {".pt", ".pth", ".ckpt", ".bin"}
-    ]
-    return CheckpointError(
-        f"no checkpoints in {place}",
-        "expected: step-000100.safetensors ..., "
-        "or Trainer folders checkpoint-100/model.safetensors (or its index file)",
-        *([f"found: {listed(pickled)}; pickled files are never opened"] if pickled else []),
-        "save them with safetensors.torch.save_model(model, 'checkpoints/step-000100.safetensors')",
-    )
 
 
 def is_checkpoint(path: Path, strict: bool) -> bool:
@@ -127,6 +122,11 @@ def describe_checkpoint(path: Path) -> Checkpoint:
             f"{path.name} has no step",
             "found: no number in its name, and no `step` in its metadata",
             "name it like step-000100.safetensors",
+            *(
+                [f"--checkpoints names the folder above: {path.absolute().parent.parent}"]
+                if path.name == "model.safetensors"
+                else []
+            ),
         )
     if not 0 <= step < 1 << 63:
         raise CheckpointError(
@@ -191,7 +191,11 @@ def read_header(files: tuple[Path, ...]) -> Header:
     tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        size = file.stat().st_size
+        size = file.stat().st_size if file.is_file() else 0
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} does not exist any more", "another process has removed it: run again"
+            )
         if not size:
             raise CheckpointError(
                 f"{file.name} is empty (0 bytes)",

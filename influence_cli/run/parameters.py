@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from influence_cli.errors import DefinitionError, GradientError, UsageProblem, listed
 from influence_cli.run.definition import Definition
@@ -72,6 +73,13 @@ def build_model(definition: Definition) -> nn.Module:
             "max_norm changes the weights in the forward pass; "
             "scale_grad_by_freq couples the examples of a batch",
             "build the model without it in definition.py, if training would have been the same",
+        )
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    lazy += [name for name, buffer in model.named_buffers() if is_lazy(buffer)]
+    if lazy:
+        raise DefinitionError(
+            f"model() has lazy modules, whose parameters have no shape yet: {listed(lazy)}",
+            "give the sizes (nn.Linear for nn.LazyLinear), or run one batch through it in model()",
         )
     meta = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if meta:

@@ -313,6 +313,8 @@ def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[
             shape = tuple(int(length) for length in entry["shape"])
             if len(shape) > MAX_AXES or min(shape, default=0) < 0:
                 raise ValueError(f"{name} has a shape that no tensor has")
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name[:80]} has the dtype {entry['dtype']!r:.20}, unknown here")
             entries[name] = TensorSpan(DTYPES[entry["dtype"]], shape, start, stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its header is invalid: {type(error).__name__} {error}") from error
