@@ -28,7 +28,7 @@ from influence_cli.methods.reverse.fisher_steps import (
 from influence_cli.methods.reverse.occurrences import NewSums, Sums, Trace
 from influence_cli.methods.reverse.plan import build_plan
 from influence_cli.methods.reverse.rank_sums import rank_scores, trace_scores
-from influence_cli.methods.reverse.resume import PassProgress, progress_folder
+from influence_cli.methods.reverse.resume import PassProgress, open_progress
 from influence_cli.methods.reverse.reverse_pass import (
     StepEffectsOf,
     adjoint_size,
@@ -134,11 +134,11 @@ class Dve:
 
     def step_effects(self, rows: GradientRows, steps: StepSource) -> Iterator[StepEffects]:
         """The effects of each step in query form. Only a replay is worth saving."""
-        folder = None
+        progress = PassProgress(None, self.plan, self.source.reporter)
         if self.options.replay:
             by_layer = self.request.by == "layer"
-            folder = progress_folder(self.source, self.plan, rows, self.options, "dve", by_layer)
-        progress, renormalize = PassProgress(folder), self.options.renormalize
+            progress = open_progress(self.source, self.plan, rows, self.options, "dve", by_layer)
+        renormalize = self.options.renormalize
         try:
             yield from backpropagate(
                 self.source, self.request, self.plan, steps, progress, rows, renormalize

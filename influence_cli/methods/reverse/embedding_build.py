@@ -120,37 +120,36 @@ def build_part(
 
     The last part ends with training, where nothing depends on a momentum buffer.
     """
-    store.clear_part(part)
-    is_last = part == store.parts[-1]
-    adjoint = identity_adjoint(store, without_momentum=is_last)
+    store.make_part(part)
+    adjoint = identity_adjoint(store, store.quantities(part))
     settings = PassSettings(len(next(iter(adjoint.theta.values()))), store.dtype)
     curved = store.options.curvature != "none"
     builder = FisherStepBuilder(store.source, store.plan, curved, stability)
     steps = CachedSteps(builder).steps_between(*part, settings)
     norms, renormalize = state_norms(adjoint), store.options.renormalize
     unsaved: list[StepEffects] = []
-    size = 0
+    files: list[Part] = []
+    stop, size = part[1], 0
     for effects in propagate(steps, adjoint, norms, renormalize, layers={}):
         advance(len(effects.examples), f"step {effects.step}")
         unsaved.append(effects)
         size += effects.values[""].nbytes
         if size >= ROWS_BYTES:
-            store.write_rows(part, unsaved)
-            unsaved, size = [], 0
+            files.append(store.write_rows(part, stop, unsaved))
+            unsaved, stop, size = [], files[-1][0], 0
     if unsaved:
-        store.write_rows(part, unsaved)
+        files.append(store.write_rows(part, stop, unsaved))
     states = [*adjoint.theta.values(), *(adjoint.moment[name] for name in store.with_momentum)]
-    store.write_map(part, torch.cat([value.cpu() for value in states], dim=1))
+    store.write_map(part, torch.cat([value.cpu() for value in states], dim=1), files)
 
 
-def identity_adjoint(store: EmbeddingStore, without_momentum: bool) -> Adjoint:
+def identity_adjoint(store: EmbeddingStore, quantities: int) -> Adjoint:
     """The adjoint whose quantities are the numbers of the state itself: the identity, in blocks.
 
-    `without_momentum`: only the numbers of the parameters.
+    `quantities`: only the first numbers of the state.
     """
     widths = list(store.widths.values())
     count = len(store.plan.columns)
-    quantities = sum(widths[:count]) if without_momentum else store.state_size
     first, blocks = 0, []
     for width in widths:
         block = torch.zeros(quantities, width, dtype=store.dtype, device=store.source.device)

@@ -2,19 +2,23 @@
 
 import dataclasses
 import hashlib
+import json
 
 import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.cache.identity import check_rows_agree, checkpoint_key
-from influence_cli.cache.unit_file import open_tensor_file
+from influence_cli.cache.unit_file import report_damage
 from influence_cli.errors import CacheError, listed
 from influence_cli.methods.reverse.embedding_store import EmbeddingStore
+from influence_cli.methods.reverse.saved_file import read_saved
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.storage.atomic import read_json, report_disk_errors, write_json
 
-FORMAT, VERSION = "influence-embeddings", 1
+FORMAT, VERSION = "influence-embeddings", 2
+OWN_FILES = ("embeddings.json", "sample.safetensors")
+SAMPLE_STEPS = (0, 0)  # it belongs to no step
 SAMPLE_SIZE = 8  # training examples that detect a change of the definition
 
 
@@ -25,7 +29,10 @@ def check_identity(store: EmbeddingStore) -> None:
     """
     path = store.folder / "embeddings.json"
     identity = describe_identity(store)
+    store.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     digest = store.source.run.definition.digest
+    with report_disk_errors(store.folder):
+        entries = [entry.name for entry in store.folder.iterdir()]
     if path.is_file():
         stored = read_json(path)
         definition = stored.pop("definition", "")
@@ -33,7 +40,8 @@ def check_identity(store: EmbeddingStore) -> None:
         if definition != digest:
             compare_samples(store)
         return
-    if any(not entry.name.startswith(".tmp-") for entry in store.folder.iterdir()):
+    # a job that is starting, or was killed at its start, has written the sample only
+    if any(not name.startswith(".tmp-") and name not in OWN_FILES for name in entries):
         raise CacheError(
             f"{store.folder} holds other files",
             "choose an empty or a new folder with --embeddings DIR",
@@ -52,6 +60,7 @@ def describe_identity(store: EmbeddingStore) -> dict[str, object]:
     return {
         "format": FORMAT,
         "version": VERSION,
+        "dtype": str(store.dtype),
         "precision": source.settings.key,
         "curvature": options.curvature,
         "renormalize": options.renormalize,
@@ -109,15 +118,19 @@ def write_sample(store: EmbeddingStore) -> None:
         "ids": torch.from_numpy(sample.ids),
     }
     content |= {f"{name}:sqnorms": value for name, value in sample.sqnorms.items()}
-    store.write(store.folder / "sample.safetensors", content)
+    store.write(
+        store.folder / "sample.safetensors", content, store.describe("sample", SAMPLE_STEPS)
+    )
 
 
 def compare_samples(store: EmbeddingStore) -> None:
     """The definition's text changed: raise CacheError if the sample changed, too."""
-    with open_tensor_file(store.folder / "sample.safetensors") as file:
-        content = file.read(list(file.entries))
-    norms = {name: content[f"{name}:sqnorms"] for name in store.plan.columns}
-    stored = GradientRows(content["ids"].numpy(), content["losses"], content["digests"], norms, {})
+    path = store.folder / "sample.safetensors"
+    content = read_saved(path, store.describe("sample", SAMPLE_STEPS))
+    with report_damage(path):
+        norms = {name: content[f"{name}:sqnorms"] for name in store.plan.columns}
+        ids = content["ids"].numpy()
+        stored = GradientRows(ids, content["losses"], content["digests"], norms, {})
     check_rows_agree(
         stored,
         compute_sample(store),

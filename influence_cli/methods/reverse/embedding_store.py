@@ -7,7 +7,9 @@ DIR/part-000000-000120/          the steps of a part, computed from the identity
   rows-000090-000120.safetensors per occurrence (M, S): its effect on the state at the part's end,
                                  with its step and example
   map.safetensors                (S, S): from the adjoint at the part's end to that at its start;
-                                 written last
+                                 written last. Its header lists the files of rows
+
+Nothing is deleted: two jobs that build one folder write the same files.
 
 The state is the parameters, and the momentum buffers if the optimizer has some: S numbers. Parts
 are computed in parallel. To score a query, its gradient at the end of training is multiplied by
@@ -25,16 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.unit_file import open_tensor_file
-from influence_cli.errors import UsageProblem, listed
+from influence_cli.cache.unit_file import open_tensor_file, report_damage
+from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.dve import DveOptions
+from influence_cli.methods.reverse.saved_file import check_values, read_saved, write_saved
 from influence_cli.methods.reverse.segments import ReversePlan
+from influence_cli.methods.reverse.stability import check_finite
 from influence_cli.methods.reverse.steps import StepEffects, step_slices
 from influence_cli.storage.atomic import report_disk_errors
-from influence_cli.storage.safetensors_io import write_tensors
 
 Part = tuple[int, int]  # first step, stop
+ROW_FILES = "rows"  # of a map's metadata: first step and stop of each file of rows, as JSON
 
 
 class EmbeddingStore:
@@ -53,6 +57,7 @@ class EmbeddingStore:
         }
         self.state_size = sum(self.widths.values())
         self.parts = cut_parts(plan, self.state_size)
+        self.identity = ""  # of what the embeddings depend on; check_identity sets it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,44 +76,75 @@ class EmbeddingStore:
     def part_folder(self, part: Part) -> Path:
         return self.folder / f"part-{part[0]:06d}-{part[1]:06d}"
 
+    def rows_path(self, part: Part, steps: Part) -> Path:
+        return self.part_folder(part) / f"rows-{steps[0]:06d}-{steps[1]:06d}.safetensors"
+
+    def map_path(self, part: Part) -> Path:
+        return self.part_folder(part) / "map.safetensors"
+
+    def describe(self, kind: str, steps: Part) -> dict[str, str]:
+        """The metadata of a file of these steps."""
+        return {
+            "identity": self.identity,
+            "kind": kind,
+            "steps": f"{steps[0]}-{steps[1]}",
+            "columns": json.dumps(self.widths),
+        }
+
     def is_complete(self, part: Part) -> bool:
-        """Whether a part has its map, and rows for all of its occurrences."""
+        """Whether a part has its map, and the files of rows that the map lists."""
+        if not self.map_path(part).is_file():
+            return False
+        return all(self.rows_path(part, steps).is_file() for steps in self.row_files(part))
+
+    def row_files(self, part: Part) -> list[Part]:
+        """The steps of each file of rows, last first.
+
+        Raises CacheError where the files do not tile the part without gap or overlap.
+        """
+        path = self.map_path(part)
+        with open_tensor_file(path) as file:
+            files = [(int(first), int(end)) for first, end in json.loads(file.metadata[ROW_FILES])]
+            stop = part[1]
+            for first, end in files:
+                if end != stop or not part[0] <= first < end:
+                    raise ValueError(f"its files of rows do not tile the steps below {stop}")
+                stop = first
+            if self.plan.count_occurrences(range(part[0], stop)):
+                raise ValueError(f"it has no rows of the steps below {stop}")
+        return files
+
+    def make_part(self, part: Part) -> None:
+        """Make the folder of a part. Raises CacheError for a link, where it would write."""
         folder = self.part_folder(part)
-        spans = [
-            range(*map(int, path.stem.split("-")[1:]))
-            for path in folder.glob("rows-*-*.safetensors")
-        ]
-        rows = sum(self.plan.count_occurrences(span) for span in spans)
-        has_map = (folder / "map.safetensors").is_file()
-        return has_map and rows == self.plan.count_occurrences(range(*part))
-
-    def clear_part(self, part: Part) -> None:
-        """Make the folder of a part, or delete its files."""
+        if folder.is_symlink():
+            raise CacheError(
+                f"{folder} is a symbolic link, and its embeddings are incomplete",
+                "delete the link: influence writes to no folder behind a link",
+            )
         with report_disk_errors(self.folder):
-            self.part_folder(part).mkdir(parents=True, exist_ok=True)
-            for path in self.part_folder(part).iterdir():
-                path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
 
-    def write_rows(self, part: Part, effects: list[StepEffects]) -> None:
-        """Write the rows of some neighbouring steps, last step first."""
-        steps = np.concatenate([np.full(len(entry.examples), entry.step) for entry in effects])
-        examples = np.concatenate([entry.examples for entry in effects])
+    def write_rows(self, part: Part, stop: int, effects: list[StepEffects]) -> Part:
+        """Write the rows of the neighbouring steps below `stop`, last first. Returns the steps."""
+        steps = effects[-1].step, stop
+        step_numbers = [np.full(len(entry.examples), entry.step) for entry in effects]
         content = {
-            "step": torch.from_numpy(steps),
-            "example": torch.from_numpy(examples),
+            "step": torch.from_numpy(np.concatenate(step_numbers)),
+            "example": torch.from_numpy(np.concatenate([entry.examples for entry in effects])),
             "values": torch.cat([entry.values[""].cpu() for entry in effects]),
         }
-        name = f"rows-{steps.min():06d}-{steps.max() + 1:06d}.safetensors"
-        self.write(self.part_folder(part) / name, content)
+        self.write(self.rows_path(part, steps), content, self.describe("rows", steps))
+        return steps
 
-    def write_map(self, part: Part, map_SS: Tensor) -> None:
-        """Write the map of a part, after its rows: it completes the part."""
-        self.write(self.part_folder(part) / "map.safetensors", {"map": map_SS})
+    def write_map(self, part: Part, map_SS: Tensor, files: list[Part]) -> None:
+        """Write the map of a part, after its files of rows: it completes the part."""
+        metadata = self.describe("map", part) | {ROW_FILES: json.dumps(files)}
+        self.write(self.map_path(part), {"map": map_SS}, metadata)
 
-    def write(self, path: Path, content: dict[str, Tensor]) -> None:
-        """Write a file whose header lists the widths of the state's columns."""
+    def write(self, path: Path, content: dict[str, Tensor], metadata: dict[str, str]) -> None:
         with report_disk_errors(self.folder):
-            write_tensors(path, content, {"columns": json.dumps(self.widths)})
+            write_saved(path, content, metadata)
 
     def step_effects(self, gradients: dict[str, Tensor], end: int) -> Iterator[StepEffects]:
         """The effects of the steps below `end` on queries, last step first, in one sum.
@@ -120,22 +156,41 @@ class EmbeddingStore:
         missing = self.state_size - state_QS.shape[1]  # no query depends on a momentum buffer
         state_QS = torch.cat([state_QS, state_QS.new_zeros(len(state_QS), missing)], dim=1)
         for part in reversed([part for part in self.parts if part[1] <= end]):
-            paths = self.part_folder(part).glob("rows-*.safetensors")
-            for path in sorted(paths, reverse=True):
-                yield from self.read_effects(path, state_QS)
-            with open_tensor_file(self.part_folder(part) / "map.safetensors") as file:
-                map_SS = file.read(["map"])["map"]
-            state_QS = state_QS[:, : len(map_SS)] @ map_SS
+            quantities = self.quantities(part)
+            for steps in self.row_files(part):
+                yield from self.read_effects(part, steps, state_QS[:, :quantities])
+            path = self.map_path(part)
+            map_SS = read_saved(path, self.describe("map", part))["map"]
+            with report_damage(path):
+                check_values("map", map_SS, (quantities, self.state_size))
+            state_QS = state_QS[:, :quantities] @ map_SS
 
-    def read_effects(self, path: Path, state_QS: Tensor) -> Iterator[StepEffects]:
+    def quantities(self, part: Part) -> int:
+        """The numbers of the state at a part's end that the queries depend on.
+
+        At the end of training they are the numbers of the parameters.
+        """
+        widths = list(self.widths.values())
+        return sum(widths[: len(self.plan.columns)] if part == self.parts[-1] else widths)
+
+    def read_effects(self, part: Part, steps: Part, state_QK: Tensor) -> Iterator[StepEffects]:
         """The effects of the steps in a file of rows."""
-        with open_tensor_file(path) as file:
-            content = file.read(["step", "example", "values"])
-        rows_MS, examples = content["values"], content["example"].numpy()
-        effects_MQ = rows_MS @ state_QS[:, : rows_MS.shape[1]].T
-        for step, rows in step_slices(content["step"].numpy()):
+        path = self.rows_path(part, steps)
+        content = read_saved(path, self.describe("rows", steps))
+        steps_M, examples_M = self.plan.occurrences(range(*steps))
+        with report_damage(path):
+            if not (
+                np.array_equal(content["step"].numpy(), steps_M)
+                and np.array_equal(content["example"].numpy(), examples_M)
+            ):
+                raise ValueError("it has rows of other steps or examples")
+            rows_MK = content["values"]
+            check_values("values", rows_MK, (len(steps_M), state_QK.shape[1]))
+        effects_MQ = rows_MK @ state_QK.T
+        for step, rows in step_slices(steps_M):
             checkpoint = self.plan.segment_at(step).checkpoint.step
-            yield StepEffects(step, checkpoint, examples[rows], {"": effects_MQ[rows]})
+            check_finite(effects_MQ[rows], step, checkpoint)
+            yield StepEffects(step, checkpoint, examples_M[rows], {"": effects_MQ[rows]})
 
 
 def cut_parts(plan: ReversePlan, state_size: int) -> list[Part]:

@@ -77,19 +77,19 @@ def backpropagate(
     It resumes where an interrupted run with the same `progress` was.
     """
     adjoint = end_adjoint(plan, query_gradients(rows, plan, source.device))
-    start_norms = progress.restore(adjoint, state_norms(adjoint))
-    stop = plan.steps.stop
-    if progress.stop is not None:
-        stop = progress.stop
-        yield from progress.saved_effects()
+    start_norms = state_norms(adjoint)
+    layers = parameters_of_layers(plan) if request.by == "layer" else {}
+    yield from progress.restore(adjoint, layers)
+    stop = progress.stop
+    if stop < plan.steps.stop:
         source.reporter.note(
             f"resuming below step {stop:,}: an interrupted run saved the effects of later steps"
         )
-    layers = parameters_of_layers(plan) if request.by == "layer" else {}
     settings = PassSettings(len(rows.ids), working_dtype(rows), bool(layers))
     reversed_steps = steps.reversed_steps(stop, settings)
     for effects in propagate(reversed_steps, adjoint, start_norms, renormalize, layers):
-        yield effects
+        if effects.step < progress.reached:
+            yield effects
         progress.add(adjoint, effects)
     progress.discard()
 

@@ -89,6 +89,14 @@ class ReversePlan:
         lines = self.trajectory.lines
         return sum(len(lines[step].examples) for step in (self.steps if steps is None else steps))
 
+    def occurrences(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """(M,) the step and the example of each entry of these steps, last step first."""
+        lines = self.trajectory.lines
+        batches = [np.sort(lines[step].examples, kind="stable") for step in reversed(steps)]
+        counts = [len(examples) for examples in batches]
+        examples = np.concatenate([np.empty(0, np.int64), *batches])
+        return np.repeat(np.array(steps[::-1], np.int64), counts), examples
+
     def examples(self, segment: Segment) -> np.ndarray:
         """The ids of a segment's examples, rising."""
         steps = range(segment.first, segment.stop)

@@ -78,8 +78,23 @@ def state_norms(adjoint: Adjoint) -> Tensor:
     return torch.stack(squares).sum(0).sqrt().cpu()
 
 
+def check_finite(values: Tensor, step: int, checkpoint: int) -> None:
+    """Raise GradientError for a number of a step that is not finite.
+
+    `checkpoint`: the step of the checkpoint before it.
+    """
+    if not torch.isfinite(values).all():
+        raise GradientError(
+            f"backpropagating through training gave a number that is not finite at step {step} "
+            f"(after the checkpoint of step {checkpoint})",
+            "expected: finite effects. The learning rate, a weight or a gradient of this step, or "
+            "the query's gradient, is too large or not a number",
+            "look at this line of the trajectory, and run `influence check`",
+        )
+
+
 def check_growth(start_norms_K: Tensor, norms_K: Tensor, step: int) -> None:
-    """Raise GradientError where the adjoint grew by more than GROWTH, or is not finite."""
+    """Raise GradientError where the adjoint grew by more than GROWTH."""
     bad = ~(norms_K <= GROWTH * start_norms_K)
     if bad.any():
         growth = float((norms_K[bad] / start_norms_K[bad])[0])

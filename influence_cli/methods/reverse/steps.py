@@ -16,7 +16,7 @@ from torch import Tensor
 
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, StepBatch, Update
 from influence_cli.methods.reverse.removal_effects import removal_effects, sum_parameters
-from influence_cli.methods.reverse.stability import check_growth, state_norms
+from influence_cli.methods.reverse.stability import check_finite, check_growth, state_norms
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,13 @@ def propagate(
     `start_norms` (K,): the norms of the adjoint at the end of training. `layers`: the parameters of
     each layer, to split the effects; empty for their sum.
 
-    Raises GradientError where the adjoint diverges.
+    Raises GradientError where the adjoint diverges or a number is not finite.
     """
     for step in steps:
         products = adjoint.reverse_step(step.batch, step.updates, step.clip)
-        check_growth(start_norms, state_norms(adjoint), step.number)
+        norms = state_norms(adjoint)
+        check_finite(norms, step.number, step.checkpoint)
+        check_growth(start_norms, norms, step.number)
         example_of = None
         if renormalize:
             numbers = np.unique(step.examples, return_inverse=True)[1]
@@ -89,6 +91,8 @@ def propagate(
             layer: removal_effects(sum_parameters(selected), step.weights, example_of)
             for layer, selected in split_products(products, layers).items()
         }
+        for value in values.values():
+            check_finite(value, step.number, step.checkpoint)
         yield StepEffects(step.number, step.checkpoint, step.examples, values)
 
 

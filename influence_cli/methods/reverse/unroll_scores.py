@@ -12,7 +12,7 @@ from influence_cli.methods.reverse.exact_steps import ExactSteps
 from influence_cli.methods.reverse.occurrences import NewSums, Sums, Trace
 from influence_cli.methods.reverse.plan import build_plan
 from influence_cli.methods.reverse.rank_sums import rank_scores, trace_scores
-from influence_cli.methods.reverse.resume import PassProgress, progress_folder
+from influence_cli.methods.reverse.resume import open_progress
 from influence_cli.methods.reverse.reverse_pass import StepEffectsOf, backpropagate, run_passes
 from influence_cli.methods.reverse.steps import StepEffects
 from influence_cli.methods.reverse.unroll_cost import measure_cost
@@ -78,7 +78,7 @@ class Unroll:
     def step_effects(self, rows: GradientRows) -> Iterator[StepEffects]:
         source, request, plan = self.source, self.request, self.plan
         by_layer = request.by == "layer"
-        folder = progress_folder(source, plan, rows, self.options, "unroll", by_layer)
+        progress = open_progress(source, plan, rows, self.options, "unroll", by_layer)
         return backpropagate(
-            source, request, plan, self.steps, PassProgress(folder), rows, self.options.renormalize
+            source, request, plan, self.steps, progress, rows, self.options.renormalize
         )
