@@ -1,5 +1,6 @@
 # make demo          print a first table
 # make test          run lint, types and tests; the same as make check
+# make faults        look for lost work, silent errors and tracebacks (MINUTES=30)
 # make mislabelled   count the wrong labels among the 40 highest scores of `influence self`
 # make sample-runs   train the sample runs again
 # make bench-peers   compare with public libraries, each in its own environment
@@ -15,7 +16,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests clean mislabelled sample-runs bench-peers
+.PHONY: demo test check lint types tests faults clean mislabelled sample-runs bench-peers
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -45,6 +46,12 @@ $(VENV)/core: $(VENV)/bin/python $(CORE)
 $(VENV)/dev: $(VENV)/core
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+# The program writes its table to faults/README.md. It fails if it meets a fault.
+MINUTES ?= 30
+
+faults: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m faults --minutes $(MINUTES) --write
 
 mislabelled: $(VENV)/core
 	$(VENV)/bin/influence self $(RUN) --top 40 | $(VENV)/bin/python $(RUN)/count_flipped.py
