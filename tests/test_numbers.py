@@ -339,3 +339,20 @@ def test_an_item_that_fails_to_print_is_refused(split, call, value, make_run, in
     text += "    return [torch.stack(column) for column in columns[:2]]\n"
     result = influence("score", make_run(definition=text))
     refused(result, 1, f"example 0 of {split}_data()", "ValueError when it is printed")
+
+
+@pytest.mark.parametrize("factor", [1e-60, 1e60])
+@pytest.mark.parametrize("store", ["float32", "float16", "bfloat16", "int8"])
+def test_float64_gradients_past_a_narrow_store_are_refused(factor, store, make_run, influence):
+    text = replaced(DEFINITION, (LOSS, LOSS.replace("return F", f"return {factor} * F")))
+    result = influence(
+        "score", make_run(definition=text), "--precision", "float64", "--store", store
+    )
+    refused(result, 1, "do not fit into --store", "the largest norm is", "--store float64")
+
+
+@pytest.mark.parametrize("factor", [1e-60, 1e60])
+def test_float64_scores_of_scaled_losses_are_the_scaled_scores(factor, make_run, influence):
+    run = make_run(definition=scaled_definition(factor))
+    scores = table_of(influence("score", run, "--top", "all", "--precision", "float64"))
+    assert reference.relative_error(scores / factor**2, scaled_scores(1)) < 1e-9

@@ -160,6 +160,8 @@ class GradientExtractor:
         all_norms = {name: torch.cat(values).cpu() for name, values in sqnorms.items()}
         if self.device.type != "cpu":
             check_finite(weights, split, ids, all_losses, all_norms)
+        if self._with_digests and self.settings.precision == torch.float64:
+            check_storable(weights, split, self.settings.store, all_norms)
         forms = {name: self._kept_form(name, form) for name, form in buffer.done().items()}
         return GradientRows(ids, all_losses, torch.cat(digests), all_norms, forms)
 
@@ -326,3 +328,20 @@ def check_finite(
                 "look at that example and the loss; --precision float64 helps against overflow;"
                 " --steps or --train leaves it out",
             )
+
+
+def check_storable(
+    weights: str, split: str, store: torch.dtype, sqnorms: dict[str, torch.Tensor]
+) -> None:
+    """Raise GradientError where float64 gradients leave the range of a narrower store: all are too
+    small, or one is too large. Every narrower store has the range of float32.
+    """
+    limits = torch.finfo(torch.float32)
+    largest = max(float(norms.max()) for norms in sqnorms.values()) ** 0.5
+    if store != torch.float64 and (0 < largest < limits.tiny * 100 or largest > limits.max / 100):
+        raise GradientError(
+            f"gradients of {split}_data() at {weights} do not fit into --store "
+            f"{str(store).removeprefix('torch.')}: the largest norm is {largest:.3g}",
+            f"expected: between {limits.tiny * 100:.3g} and {limits.max / 100:.3g}",
+            "--store float64, or --cache none; look for a loss that is scaled",
+        )
