@@ -31,7 +31,7 @@ def cache(
     columns = list(opened.columns)
     for split, ids in (
         ("query", opened.ids("--queries", queries, "query")),
-        ("train", opened.train_ids(train, part)),
+        ("train", opened.shard_ids(opened.ids("--train", train, "train"), part)),
     ):
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
         cached = len(ids) * len(opened.checkpoints) - new

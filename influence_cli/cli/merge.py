@@ -29,8 +29,9 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
 
     from influence_cli.cli import specs
     from influence_cli.cli.stderr_reporter import StderrReporter
-    from influence_cli.errors import UsageProblem
+    from influence_cli.errors import UsageProblem, listed
     from influence_cli.output.merge import find_top_of_parts, merge_tables, open_tables
+    from influence_cli.output.part_records import check_parts
     from influence_cli.output.tables import TableWriter
     from influence_cli.progress import Reporter
 
@@ -42,7 +43,14 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
         )
     reporter = Reporter() if quiet else StderrReporter()
     tables, columns = open_tables(parts, sys.stdin)
-    sink.write(merge_tables(tables, columns, k), columns)
+    checked = check_parts(parts, k, shown.top)
+    made = {"request": checked.request, "shard": None, "top": k} if checked.request else {}
+    sink.write(merge_tables(tables, columns, k), columns, lambda: made)
+    if checked.without_record:
+        reporter.note(
+            f"no record of how {listed(checked.without_record)} was made: merge can't check that "
+            "the parts complete each other. Write them with -o, and keep their .meta.json files."
+        )
     for table in tables:
         if not table.longest:
             reporter.note(f"{table.name} has no rows")

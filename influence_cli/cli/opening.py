@@ -54,9 +54,8 @@ class Opened:
     def ids(self, flag: str, spec: str | None, split: str) -> Ids:
         return specs.ids(flag, spec, len(self.run.examples(split)), split, sys.stdin)
 
-    def train_ids(self, spec: str | None, shard: Shard | None) -> Ids:
-        """`--train`, and of these the shard's; which ones they are is said."""
-        ids = self.ids("--train", spec, "train")
+    def shard_ids(self, ids: Ids, shard: Shard | None) -> Ids:
+        """Of training ids the shard's; which ones they are is said."""
         if shard is None:
             return ids
         shard_ids = shard.of(ids)

@@ -1,5 +1,6 @@
 """influence score: ranked proponents and opponents per query."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from influence_cli.cli.opening import Opened
     from influence_cli.methods.declaration import Method
     from influence_cli.methods.request import ScoreRequest
+    from influence_cli.output.table_record import MakeRecord
     from influence_cli.output.tables import TableWriter
     from influence_cli.parallel.shards import Shard
 
@@ -36,37 +38,45 @@ def score(
     gradients that the cache lacks. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
-    from influence_cli.output.columns import score_columns
     from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     sink = TableWriter.open(shown.format, shown.output, safe_cells=shown.safe_cells)
-    top = specs.top(shown.top)
     specs.check_stdin(queries, train)
-    part = specs.shard(shard)
+    top, part = specs.top(shown.top), specs.shard(shard)
     own_options = checked_options(chosen, method_flags, shared, scored, part)
 
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
+    from influence_cli.cli.table_request import record_maker
 
     opened = open_shared(shared, trajectory)
-    train_ids = opened.train_ids(train, part)
+    all_ids = opened.ids("--train", train, "train")
+    train_ids = opened.shard_ids(all_ids, part)
+    query_ids = opened.ids("--queries", queries, "query")
+    flags = score_flags(chosen, own_options, scored)
+    made = record_maker(opened, flags, all_ids, query_ids, part, top)
     if not len(train_ids):  # an empty shard
-        sink.write([], score_columns(scored.by))
-        return
+        return write_scores(opened, chosen, iter(()), sink, scored.by, made)
     request = score_request(
         opened,
         chosen,
         own_options,
         train=train_ids,
-        queries=opened.ids("--queries", queries, "query"),
+        queries=query_ids,
         rates=(scored.lr, scored.lr_weights),
         sum_queries=scored.sum_queries,
         normalize=scored.normalize,
         by=scored.by,
         group_by=scored.group_by,
     )
-    write_scores(opened, chosen, score_rows(opened, chosen, request, top), sink, scored.by)
+    write_scores(opened, chosen, score_rows(opened, chosen, request, top), sink, scored.by, made)
+
+
+def score_flags(method: "Method", own_options: object, scored: options.Scored) -> dict[str, object]:
+    """What a record says of the flags."""
+    scores = dataclasses.asdict(scored)
+    return {"command": "score", "method": method.name, "options": own_options, **scores}
 
 
 def checked_options(
@@ -124,13 +134,14 @@ def write_scores(
     rows: Iterator[Sequence[object]],
     sink: "TableWriter",
     by: str | None,
+    made: "MakeRecord",
 ) -> None:
     """Compute the rows and write them. Every rank calls it; rank 0 writes."""
     from influence_cli.output.columns import score_columns
 
     ranks = opened.ranks
     if ranks.count == 1 or (method.ranks_share == "scores" and not ranks.rank):
-        sink.write(rows, score_columns(by))
+        sink.write(rows, score_columns(by), made)
     elif method.ranks_share == "scores":
         deque(rows, maxlen=0)  # computes this rank's share; rank 0 receives the scores
     elif ranks.rank:
@@ -140,5 +151,5 @@ def write_scores(
             f"all {ranks.count} ranks compute gradients for {method.name}; rank 0 computes scores"
         )
         with opened.gradients.serving():
-            sink.write(rows, score_columns(by))
+            sink.write(rows, score_columns(by), made)
     ranks.close()

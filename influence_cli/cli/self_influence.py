@@ -27,19 +27,29 @@ def self_influence(
     part = specs.shard(shard)
 
     from influence_cli.cli.opening import open_shared
+    from influence_cli.cli.table_request import record_maker
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.methods.self_influence import rank_self_influence
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
 
     opened = open_shared(shared, trajectory)
-    train_ids = opened.train_ids(train, part)
+    all_ids = opened.ids("--train", train, "train")
+    train_ids = opened.shard_ids(all_ids, part)
+    made = record_maker(
+        opened,
+        {"command": "self", "lr": lr, "lr_weights": lr_weights},
+        all_ids,
+        range(0),
+        part,
+        top,
+    )
     if not len(train_ids):  # an empty shard
-        sink.write([], SELF_COLUMNS)
+        sink.write([], SELF_COLUMNS, made)
         return
     weights = opened.weights(lr, lr_weights)
     request = ScoreRequest(opened.checkpoints, weights, opened.columns, train_ids)
     ranking: Ranking = FullRanking(1, 0) if top is None else TopRanking(1, 0, top, signed=False)
     rank_self_influence(opened.gradients, request, ranking)
     if opened.ranks.rank == 0:
-        sink.write(self_rows(ranking.entries(0), opened.describe), SELF_COLUMNS)
+        sink.write(self_rows(ranking.entries(0), opened.describe), SELF_COLUMNS, made)
     opened.ranks.close()

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from influence_cli.errors import UsageProblem
 from influence_cli.output.columns import FLOATS, IDS, WHOLE_NUMBERS, Row
+from influence_cli.output.table_record import KEY, Record
 
 SUFFIXES = {
     ".csv": "csv",
@@ -46,10 +47,16 @@ def require_pyarrow(subject: str) -> None:
 
 
 # ---------------------------------------------------------------- writing
-def write_rows(rows: Iterable[Row], columns: Sequence[str], format: str, file: IO[str]) -> None:
-    """Write the header and the rows. `format`: csv, tsv, jsonl or parquet."""
+def write_rows(
+    rows: Iterable[Row],
+    columns: Sequence[str],
+    format: str,
+    file: IO[str],
+    record: Record | None = None,
+) -> None:
+    """Write the header and the rows. `format`: csv, tsv, jsonl or parquet, which takes `record`."""
     if format == "parquet":
-        write_parquet(iter(rows), columns, file)
+        write_parquet(iter(rows), columns, file, record)
     elif format == "jsonl":
         for row in rows:
             file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
@@ -83,7 +90,9 @@ def prefix_formulas(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Row
         yield cells
 
 
-def write_parquet(rows: Iterator[Row], columns: Sequence[str], file: IO[str]) -> None:
+def write_parquet(
+    rows: Iterator[Row], columns: Sequence[str], file: IO[str], record: Record | None
+) -> None:
     """A column of ids is int64 if the first rows hold integers there, else string."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -97,6 +106,8 @@ def write_parquet(rows: Iterator[Row], columns: Sequence[str], file: IO[str]) ->
         return pa.int64() if holds_ids or name in WHOLE_NUMBERS else pa.string()
 
     schema = pa.schema([(name, type_of(at, name)) for at, name in enumerate(columns)])
+    if record is not None:
+        schema = schema.with_metadata({KEY: json.dumps(record)})
     row_groups = iter(lambda: list(itertools.islice(rows, ROW_GROUP)), [])
     file.flush()
     binary = file.buffer  # type: ignore[attr-defined]  # IO[str] lacks it, text files have it

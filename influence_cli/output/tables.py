@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,16 @@ from influence_cli.output.formats import (
     require_pyarrow,
     write_rows,
 )
+from influence_cli.output.table_record import (
+    MakeRecord,
+    Record,
+    describe_command,
+    record_path,
+    write_record,
+)
 from influence_cli.storage.atomic import (
     describe_disk_error,
+    open_special,
     remove_stale_siblings,
     replace_text_file,
 )
@@ -77,8 +86,14 @@ class TableWriter:
                 )
         return cls(format, output, stdout, safe_cells)
 
-    def write(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
-        """Write a table. An error before the first row leaves stdout empty."""
+    def write(self, rows: Iterable[Row], columns: Sequence[str], made: MakeRecord = dict) -> None:
+        """Write a table, and its record if it has one. An error before the first row leaves
+        stdout empty. `made`: adds to the record.
+        """
+        file_has_record = self.output is not None and not is_special(self.output)
+        record: Record | None = None
+        if file_has_record or self.format == "parquet":
+            record = {**describe_command(), **made()}
         rows = iter(rows)
         rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
         if self.safe_cells:
@@ -91,7 +106,10 @@ class TableWriter:
 
                 print_rows(rows, columns, file)
             else:
-                write_rows(rows, columns, self.format, file)
+                write_rows(rows, columns, self.format, file, record)
+        if record is not None and self.output is not None and self.format != "parquet":
+            with report_disk_errors(record_path(self.output)):
+                write_record(self.output, record)
 
 
 def check_file_name(output: Path) -> None:
@@ -124,11 +142,33 @@ def to_stdout(stdout: IO[str]) -> Iterator[IO[str]]:
 
 @contextmanager
 def to_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that replaces `path` when it is complete. Raises OutputError on a disk error."""
-    try:
-        remove_stale_siblings(path)
-        with replace_text_file(path) as file:
+    """A text file that replaces `path`, or the target of a link, when it is complete.
+
+    A device or a pipe is written as it is. Raises OutputError on a disk error.
+    """
+    with report_disk_errors(path):
+        if is_special(path):
+            with open_special(path) as file:
+                yield file
+            return
+        target = Path(os.path.realpath(path))
+        remove_stale_siblings(target)
+        with replace_text_file(target) as file:
             yield file
+
+
+def is_special(path: Path) -> bool:
+    """Whether a device or a pipe has this name, possibly through a link."""
+    return path.exists() and not path.is_file()
+
+
+@contextmanager
+def report_disk_errors(path: Path) -> Iterator[None]:
+    """Raises OutputError for a disk error, but BrokenPipeError for a closed pipe."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise OutputError(
             describe_disk_error(path, error),

@@ -34,7 +34,8 @@ def replace_file(path: Path) -> Iterator[Path]:
     error removes it."""
     temporary, descriptor = create_temporary(path)
     try:
-        mode = os.fstat(descriptor).st_mode  # by the user's umask; some writers set 0600
+        # of the file that it replaces, else by the user's umask; some writers set 0600
+        mode = (path.stat() if path.exists() else os.fstat(descriptor)).st_mode
         yield temporary
         os.fchmod(descriptor, stat.S_IMODE(mode))
         os.fsync(descriptor)
@@ -83,6 +84,11 @@ def replace_text_file(path: Path) -> Iterator[IO[str]]:
     ):
         yield file
         file.flush()
+
+
+def open_special(path: Path) -> IO[str]:
+    """An open device or pipe, to be written as it is."""
+    return path.open("w", encoding="utf-8", newline="\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
