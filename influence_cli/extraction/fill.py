@@ -22,9 +22,10 @@ from influence_cli.extraction.memory_budget import SizeRecord
 from influence_cli.extraction.work_plan import CheckpointWork, WorkPlan, WorkUnit
 from influence_cli.parallel.messages import Message
 from influence_cli.parallel.ranks import Ranks
-from influence_cli.progress import Advance
+from influence_cli.progress import Advance, format_bytes
 from influence_cli.run.checkpoints import Checkpoint
 
+ANNOUNCED_BYTES = 1 << 30  # a note names the bytes of a larger addition to the cache
 VISIBLE_WITHIN = 60  # seconds until a network file system shows what another machine wrote
 
 
@@ -147,6 +148,12 @@ class CacheFiller:
                 request.split, request.columns, plan.examples, request.level
             )
             check_fits(self.rows.store.folder, disk_bytes, memory * self.ranks.place.beside)
+            if disk_bytes >= ANNOUNCED_BYTES:
+                self.extractor.reporter.note(
+                    f"the gradients of {request.split} examples take {format_bytes(disk_bytes)} in "
+                    f"{self.rows.store.folder}; --project K makes them smaller, --cache none "
+                    "writes none"
+                )
         record = budget.record(request.split)
         return SharedPlan(request, record, plan.examples, plan.checkpoints, disk_bytes)
 

@@ -311,4 +311,9 @@ def counts_examples(tensor: Tensor, size: int) -> bool:
 
 
 def described(error: Exception) -> str:
+    if "saved tensor hooks" in str(error):  # torch.utils.checkpoint uses them
+        return (
+            "it uses activation checkpointing; switch that off in definition.py: it saves memory "
+            "in training and changes no gradient"
+        )
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
