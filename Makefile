@@ -1,6 +1,7 @@
 # make demo          print a first table
 # make test          run lint, types and tests; the same as make check
 # make faults        look for lost work, silent errors and tracebacks (MINUTES=30)
+# make coverage      measure which lines the tests run; below 95 % it fails
 # make mislabelled   count the wrong labels among the 40 highest scores of `influence self`
 # make sample-runs   train the sample runs again
 # make bench-peers   compare with public libraries, each in its own environment
@@ -16,7 +17,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests faults clean mislabelled sample-runs bench-peers
+.PHONY: demo test check lint types tests faults coverage clean mislabelled sample-runs bench-peers
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -46,6 +47,12 @@ $(VENV)/core: $(VENV)/bin/python $(CORE)
 $(VENV)/dev: $(VENV)/core
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+coverage: $(VENV)/dev
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest
+	$(VENV)/bin/coverage combine -q
+	$(VENV)/bin/coverage report --skip-covered --show-missing --fail-under=95
 
 # The program writes its table to faults/README.md. It fails if it meets a fault.
 MINUTES ?= 30
