@@ -72,13 +72,15 @@ class Settings:
 def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None) -> str:
     """`step-N-<digest of its tensors>`.
 
-    `memory`: a JSON file that stores digests by path, size and modification time.
+    `memory`: a JSON file that stores digests by path, size, both time stamps and inode. A file
+    that replaces another one has another inode, and nobody can set the time of its last change.
     """
     known = read_json(memory) if memory and memory.is_file() else {}
     parts, fresh = [], False
     for file in checkpoint.files:
         state = file.stat()
-        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}:"
+        key += f"{state.st_ctime_ns}:{state.st_ino}"
         if key not in known:
             known[key], fresh = digest_tensors(file), True
         parts.append(known[key])

@@ -24,11 +24,12 @@ import torch
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.unit_file import Level, Unit, encode_unit, read_ids
 from influence_cli.cache.unit_index import UnitIndex
+from influence_cli.cache.verification import Verification
 from influence_cli.errors import CacheError
 from influence_cli.storage.atomic import read_json, report_disk_errors, write_json, write_text
 from influence_cli.storage.safetensors_io import write_tensors
 
-FORMAT, VERSION = "influence-cache", 2
+FORMAT, VERSION = "influence-cache", 3
 # bytes of a unit's gradients: what a kill costs at most, and what a reader has in memory at once
 UNIT_BYTES = 128 << 20
 UNIT_EXAMPLES = 4096
@@ -40,10 +41,11 @@ class Store:
     """An opened cache folder. Writers need no lock: a unit's name follows from its content, and
     its file appears complete or not at all."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens a cache or creates one. Raises CacheError: another folder, another version, a
-        folder that can't be written."""
-        self.folder = folder
+    def __init__(self, folder: Path, verify: bool = False) -> None:
+        """Opens a cache or creates one. `verify`: compare all that is read with its checksums.
+        Raises CacheError: another folder, another version, a
+               folder that can't be written."""
+        self.folder, self.verification = folder, Verification(verify)
         head = folder / "cache.json"
         if head.is_file():
             check_version(folder, head)
@@ -68,7 +70,7 @@ class Store:
         for folder in sorted(place.glob("*/")) if place.is_dir() else ():
             if (folder / "columns.json").is_file():  # else a process was killed before its unit
                 units += list_units(folder)
-        return UnitIndex(units)
+        return UnitIndex(units, self.verification)
 
     # ------------------------------------------------------------ writing
     def unit_for(
@@ -82,13 +84,12 @@ class Store:
         ids: np.ndarray,
     ) -> Unit:
         """The unit for these examples of start..stop, named after its content."""
-        kind = json.dumps([list(columns), level, definition]).encode()
-        folder = place / hashlib.sha256(kind).hexdigest()[:12]
+        folder = place / columns_digest(columns, level, definition)
         name = f"{start:012d}-{stop:012d}"
         some_ids = None
         if len(ids) < stop - start:
             some_ids = ids
-            name += f"-{hashlib.sha256(ids.astype('<i8').tobytes()).hexdigest()[:8]}"
+            name += f"-{ids_digest(ids)}"
         file_name = f"{name}.safetensors"
         return Unit(folder, file_name, tuple(columns), level, definition, start, stop, some_ids)
 
@@ -144,6 +145,16 @@ class Store:
                 pending.pop().result()
 
 
+def columns_digest(columns: Sequence[str], level: Level, definition: str) -> str:
+    """The name of the folder of units with these columns."""
+    kind = json.dumps([list(columns), level, definition]).encode()
+    return hashlib.sha256(kind).hexdigest()[:12]
+
+
+def ids_digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:8]
+
+
 def check_version(folder: Path, head: Path) -> None:
     """Raises CacheError where cache.json is of another format or version."""
     content = read_json(head)
@@ -168,11 +179,12 @@ def list_units(folder: Path) -> Iterator[Unit]:
     if (
         not isinstance(head.get("columns"), list)
         or head.get("level") not in ("values", "norms")
-        or "definition" not in head
+        or not isinstance(head.get("definition"), str)
+        or columns_digest(head["columns"], head["level"], head["definition"]) != folder.name
     ):
         raise CacheError(
             f"{listing} is damaged",
-            "expected: columns, level and definition",
+            f"expected: the columns, level and definition whose digest is {folder.name}",
             f"delete {folder}, and re-run the command to recompute it",
         )
     columns, level, definition = tuple(head["columns"]), head["level"], head["definition"]
@@ -180,4 +192,10 @@ def list_units(folder: Path) -> Iterator[Unit]:
         if match := UNIT_NAME.fullmatch(name):
             ids = read_ids(folder / name) if match[3] else None
             start, stop = int(match[1]), int(match[2])
+            if ids is not None and match[3] != f"-{ids_digest(ids)}":
+                raise CacheError(
+                    f"the cache file {folder / name} is damaged",
+                    "found: other examples than its name says",
+                    "delete it, and re-run the command to recompute its content",
+                )
             yield Unit(folder, name, columns, level, definition, start, stop, ids)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.quantize import pack, pack_side_by_side, unpack, unpack_side_by_side
+from influence_cli.cache.verification import Verification
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import from_tensors
 from influence_cli.gradients.forms import Form, Projected
@@ -25,6 +26,7 @@ from influence_cli.storage.safetensors_io import TensorFile
 Level = str  # "values": gradients and norms; "norms": norms alone
 RowDecoder = Callable[[], GradientRows]  # makes rows of bytes that are already in memory
 FORMS_KEY = "influence-unit"  # of the file's metadata: the forms as JSON
+IDENTITY_KEY = "influence-identity"  # of the file's metadata: Unit.identity
 SIDE_BY_SIDE = ":projected"  # the tensor that holds the projected gradients of all columns
 
 # fewer than a quarter of a unit's examples are read row by row, if the forms have one row each
@@ -53,6 +55,13 @@ class Unit:
     @property
     def path(self) -> Path:
         return self.folder / self.name
+
+    @property
+    def identity(self) -> str:
+        """Settings, checkpoint, split, columns and name, which say what the content is."""
+        parts = self.path.parts
+        steps = [at for at, part in enumerate(parts) if part.startswith("step-")]
+        return "/".join(parts[steps[-1] - 1 if steps else -2 :])
 
     @property
     def example_ids(self) -> np.ndarray:
@@ -104,7 +113,7 @@ def encode_unit(
                 packed, shared = encode_form(column, form, storage_dtype, names)
                 tensors |= packed
                 forms[column] = [form.kind, list(form.shape), shared]
-    return tensors, {FORMS_KEY: json.dumps(forms)}
+    return tensors, {FORMS_KEY: json.dumps(forms), IDENTITY_KEY: unit.identity}
 
 
 def encode_form(
@@ -165,22 +174,28 @@ class UnitLayout:
 
 
 def read_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> GradientRows:
-    """The rows of these examples of one unit. Raises CacheError for a damaged file."""
-    return fetch_unit(unit, columns, level, ids)()
+    """The rows of these examples of one unit, all compared with their checksums. Raises CacheError
+    for a damaged file."""
+    return fetch_unit(unit, columns, level, ids, Verification(always=True))()
 
 
-def fetch_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray) -> RowDecoder:
+def fetch_unit(
+    unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray, verification: Verification
+) -> RowDecoder:
     """Reads these examples from disk; returns a function that decodes them.
 
-    Both raise CacheError for a damaged file.
+    Both raise CacheError for a damaged file, or for one that belongs to another place.
     """
     with open_tensor_file(unit.path) as file:
+        if (identity := file.metadata.get(IDENTITY_KEY)) != unit.identity:
+            raise ValueError(f"it belongs to {identity}, not to {unit.identity}")
         layout = read_layout(file, columns) if level == "values" else UnitLayout({}, [])
         values = layout.tensor_names
         scales = {f"{name}.scale" for name in values} & set(file.entries)
         heads = {"losses", "digests", *(f"{column}:sqnorms" for column in columns)}
         count = file.entries["losses"].shape[0]
         rowwise = len(ids) < count / ROWWISE_FRACTION and layout.has_one_row_each
+        rowwise &= not verification.always  # a checksum is over all rows
         # a unit with `rows` says nothing about its file's other rows
         expected = len(unit.example_ids) if unit.rows is None else count
         if any(
@@ -190,10 +205,15 @@ def fetch_unit(unit: Unit, columns: Sequence[str], level: Level, ids: np.ndarray
             raise ValueError(f"{count} rows for {expected} examples")
         rows = unit.find_rows(ids)
         if rowwise:
-            content = {name: value[rows] for name, value in file.read(heads | scales).items()}
-            content |= {name: file.read_rows(name, rows) for name in values}
+            complete = file.read(heads | scales)
+            content = {name: value[rows] for name, value in complete.items()}
+            parts = {name: file.read_rows(name, rows) for name in values}
+            verification.skip(parts)
+            content |= parts
         else:
-            content = file.read(heads | scales | values)
+            complete = content = file.read(heads | scales | values)
+            verification.verify(file, {name: content[name] for name in values})
+        file.verify({name: complete[name] for name in heads | scales})
 
     def decode() -> GradientRows:
         with report_damage(unit.path):
@@ -256,7 +276,9 @@ def read_layout(file: TensorFile, columns: Sequence[str]) -> UnitLayout:
 
 def read_ids(path: Path) -> np.ndarray:
     with open_tensor_file(path) as file:
-        return file.read(["ids"])["ids"].numpy()
+        tensors = file.read(["ids"])
+        file.verify(tensors)
+        return tensors["ids"].numpy()
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import numpy as np
 
 from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.cache.unit_file import Level, RowDecoder, Unit, fetch_unit
+from influence_cli.cache.verification import Verification
 
 
 class UnitIndex:
     """The units of one (settings, checkpoint, split) folder, searchable by example."""
 
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.units = tuple(units)
+    def __init__(self, units: Sequence[Unit], verification: Verification | None = None) -> None:
+        self.units, self.verification = tuple(units), verification or Verification()
         ranges = np.array([(unit.start, unit.stop) for unit in units], dtype=np.int64)
         starts, stops = ranges.reshape(-1, 2).T
         self._order = np.argsort(starts, kind="stable")
@@ -76,7 +77,8 @@ class UnitIndex:
             assert (numbers >= 0).all(), f"{members[0]}: read before it was ensured"
             positions = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
             decoders = [
-                fetch_unit(self.units[numbers[at[0]]], members, level, ids[at]) for at in positions
+                fetch_unit(self.units[numbers[at[0]]], members, level, ids[at], self.verification)
+                for at in positions
             ]
             parts.append((positions, decoders))
 

@@ -20,7 +20,7 @@ from influence_cli.gradients.projection import Projection
 from influence_cli.methods.request import Groups
 from influence_cli.parallel.ranks import Place, Ranks, open_ranks, place_of
 from influence_cli.parallel.shards import Shard
-from influence_cli.progress import Reporter
+from influence_cli.progress import Reporter, format_bytes
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.learning_rates import CHOICES, Weight, weigh_checkpoints
 from influence_cli.run.parameters import PRECISIONS, Column, select_columns
@@ -116,6 +116,15 @@ class Opened:
         of[list(names)] = [number[name] for name in names.values()]
         return Groups(of, distinct)
 
+    def note_unverified(self) -> None:
+        """Say how much was read from the cache and not compared with its checksums."""
+        cache = self.gradients.cache
+        if cache and cache.store.verification.skipped:
+            self.reporter.note(
+                f"{format_bytes(cache.store.verification.skipped)} of stored gradients were not "
+                "compared with their checksums; --verify compares all"
+            )
+
     def describe(self, split: str, index: int) -> tuple[str, str]:
         examples = self.run.examples(split)
         return examples.label(index), examples.text(index)
@@ -133,7 +142,11 @@ def number_formats(flags: Shared) -> tuple[torch.dtype | None, torch.dtype | Non
 
 
 def open_shared(
-    flags: Shared, trajectory: Path | None = None, create: bool = True, searched: bool = False
+    flags: Shared,
+    trajectory: Path | None = None,
+    create: bool = True,
+    searched: bool = False,
+    verify: bool = False,
 ) -> Opened:
     """Open the run and its cache (not `create`: only if it is there).
 
@@ -170,7 +183,8 @@ def open_shared(
         if flags.cache
         else run.folder / ".influence"
     )
-    opened = open_store(folder) if folder is not None and (create or folder.exists()) else None
+    exists = folder is not None and (create or folder.exists())
+    opened = open_store(folder, verify) if folder is not None and exists else None
     gradients = GradientSource(
         run, settings, opened, device, batch_size, precision, reporter, open_ranks(place)
     )

@@ -290,6 +290,9 @@ Output = Annotated[
         help="Write to FILE instead of stdout. FILE appears only when it is complete.",
     ),
 ]
+Verify = Annotated[
+    bool, option("--verify", panel=RUN, help="Compare what is read from the cache with checksums.")
+]
 SafeCells = Annotated[
     bool,
     option(

@@ -10,6 +10,7 @@ from influence_cli.cli.method_options import MethodFlags
 from influence_cli.methods.table import METHODS
 
 if TYPE_CHECKING:
+    from influence_cli.cache.id_blocks import Ids
     from influence_cli.cli.opening import Opened
     from influence_cli.methods.declaration import Method
     from influence_cli.methods.request import ScoreRequest
@@ -31,6 +32,7 @@ def score(
     train: options.Train = None,
     shard: options.Shard = None,
     trajectory: options.Trajectory = None,
+    verify: options.Verify = False,
 ) -> None:
     """Which training examples lowered each query's loss (proponents), and which raised it?
 
@@ -47,29 +49,19 @@ def score(
     own_options = checked_options(chosen, method_flags, shared, scored, part)
 
     from influence_cli.cli.opening import open_shared
-    from influence_cli.cli.requests import score_request
     from influence_cli.cli.table_request import record_maker
 
-    opened = open_shared(shared, trajectory)
+    opened = open_shared(shared, trajectory, verify=verify)
     all_ids = opened.ids("--train", train, "train")
-    train_ids = opened.shard_ids(all_ids, part)
-    query_ids = opened.ids("--queries", queries, "query")
+    train_ids, query_ids = (
+        opened.shard_ids(all_ids, part),
+        opened.ids("--queries", queries, "query"),
+    )
     flags = score_flags(chosen, own_options, scored)
     made = record_maker(opened, flags, all_ids, query_ids, part, top)
     if not len(train_ids):  # an empty shard
         return write_scores(opened, chosen, iter(()), sink, scored.by, made)
-    request = score_request(
-        opened,
-        chosen,
-        own_options,
-        train=train_ids,
-        queries=query_ids,
-        rates=(scored.lr, scored.lr_weights),
-        sum_queries=scored.sum_queries,
-        normalize=scored.normalize,
-        by=scored.by,
-        group_by=scored.group_by,
-    )
+    request = request_of(opened, chosen, own_options, scored, train_ids, query_ids)
     write_scores(opened, chosen, score_rows(opened, chosen, request, top), sink, scored.by, made)
 
 
@@ -77,6 +69,31 @@ def score_flags(method: "Method", own_options: object, scored: options.Scored) -
     """What a record says of the flags."""
     scores = dataclasses.asdict(scored)
     return {"command": "score", "method": method.name, "options": own_options, **scores}
+
+
+def request_of(
+    opened: "Opened",
+    method: "Method",
+    own_options: object,
+    scored: options.Scored,
+    train: "Ids",
+    queries: "Ids",
+) -> "ScoreRequest":
+    """What the method is asked, of these examples."""
+    from influence_cli.cli.requests import score_request
+
+    return score_request(
+        opened,
+        method,
+        own_options,
+        train=train,
+        queries=queries,
+        rates=(scored.lr, scored.lr_weights),
+        sum_queries=scored.sum_queries,
+        normalize=scored.normalize,
+        by=scored.by,
+        group_by=scored.group_by,
+    )
 
 
 def checked_options(
@@ -152,4 +169,5 @@ def write_scores(
         )
         with opened.gradients.serving():
             sink.write(rows, score_columns(by), made)
+    opened.note_unverified()
     ranks.close()

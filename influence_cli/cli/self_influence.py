@@ -12,6 +12,7 @@ def self_influence(
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
+    verify: options.Verify = False,
 ) -> None:
     """Which training examples influence their own prediction most? Wrong labels come first.
 
@@ -32,7 +33,7 @@ def self_influence(
     from influence_cli.methods.self_influence import rank_self_influence
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
 
-    opened = open_shared(shared, trajectory)
+    opened = open_shared(shared, trajectory, verify=verify)
     all_ids = opened.ids("--train", train, "train")
     train_ids = opened.shard_ids(all_ids, part)
     made = record_maker(

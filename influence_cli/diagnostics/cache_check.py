@@ -11,7 +11,7 @@ from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.cache.identity import check_rows_agree
 from influence_cli.cache.quantize import STORE_EPS
 from influence_cli.cache.store import Store
-from influence_cli.cache.unit_file import Unit, read_unit
+from influence_cli.cache.unit_file import Unit, open_tensor_file, read_unit
 from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
 from influence_cli.errors import CacheError, listed
@@ -34,6 +34,8 @@ def check_cache(source: GradientSource, checkpoints: Sequence[Checkpoint]) -> It
         for folder in folders:
             yield check_folder(store, folder)
             advance(1)
+    if finding := check_other_files(store):
+        yield finding
     for position in spread_evenly(len(checkpoints), CHECKPOINTS):
         checkpoint = checkpoints[position]
         folder = source.cache.folder("train", checkpoint)
@@ -67,9 +69,41 @@ def check_folder(store: Store, folder: Path) -> Finding:
                 worst = max(worst, error)
             files, examples = files + 1, examples + len(rows.ids)
     except CacheError as error:
-        return Finding("cache", split, subject, math.nan, allowed, error.headline)
+        note = "; ".join((error.headline, *error.details[:1]))
+        return Finding("cache", split, subject, math.nan, allowed, note)
     note = f"{files:,} files, {examples:,} examples"
     return Finding("cache", split, subject, worst, allowed, note)
+
+
+def check_other_files(store: Store) -> Finding | None:
+    """Compares the files that are not units (saved progress, embeddings) with their checksums; None
+    where there are none."""
+    units = {*store.folder.glob("*/step-*/train/*/*"), *store.folder.glob("*/step-*/query/*/*/*")}
+    files = [
+        path
+        for path in sorted(store.folder.rglob("*.safetensors"))
+        if path not in units and not path.name.startswith(".tmp-")
+    ]
+    for path in files:
+        try:
+            with open_tensor_file(path) as file:
+                for name in file.entries:  # one at a time, in flat memory
+                    file.verify(file.read([name]))
+        except CacheError as error:
+            subject = str(path.relative_to(store.folder))
+            return Finding(
+                "cache",
+                "train",
+                subject,
+                math.nan,
+                0.0,
+                "; ".join((error.headline, *error.details[:1])),
+            )
+    return (
+        Finding("cache", "train", "other files", 0.0, 0.0, f"{len(files):,} files")
+        if files
+        else None
+    )
 
 
 def norm_error(rows: GradientRows, unit: Unit, name: str) -> float:

@@ -50,7 +50,8 @@ class CachedRows:
             index = self.store.index_units(folder)
             if split == "query":
                 index = UnitIndex(
-                    [unit.keep_examples(self._unchanged(unit)) for unit in index.units]
+                    [unit.keep_examples(self._unchanged(unit)) for unit in index.units],
+                    self.store.verification,
                 )
             self._indexes[folder] = index
         return self._indexes[folder]

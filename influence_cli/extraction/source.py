@@ -174,8 +174,9 @@ class GradientSource:
         )
 
 
-def open_store(folder: Path) -> Store:
-    """The cache folder, without the temporary files that killed processes left."""
-    store = Store(folder)
+def open_store(folder: Path, verify: bool = False) -> Store:
+    """The cache folder, without the temporary files that killed processes left. `verify`: compare
+    all that is read with its checksums."""
+    store = Store(folder, verify)
     remove_stale_files(folder)
     return store

@@ -1,8 +1,15 @@
-"""The one checksum of stored tensors."""
+"""Checksums of stored tensors: a CRC-32 for each tensor, a SHA-256 of the header that holds them,
+and the SHA-256 that identifies a checkpoint.
+"""
 
 import hashlib
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from influence_cli.errors import CheckpointError
 
@@ -31,3 +38,42 @@ def digest_tensors(path: Path) -> str:
             "finished work is kept; save or copy it again and run the same command",
         ) from error
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- in the header of a file
+CHECKSUMS = "influence-checksums"  # metadata: CRC-32 of each tensor, as JSON
+HEADER_DIGEST = "influence-header"  # metadata: SHA-256 of the header, with zeros in its own place
+BLANK = b"0" * 64
+
+
+def checksum_of(value: Tensor) -> int:
+    """CRC-32 of a tensor's bytes. It releases Python's lock, so other threads compute meanwhile."""
+    if not value.numel():
+        return 0
+    return zlib.crc32(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def checksum_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata that `sealed_header` completes. `tensors`: on the CPU, in the file's order."""
+    sums = {name: checksum_of(value) for name, value in tensors.items()}
+    return {CHECKSUMS: json.dumps(sums, separators=(",", ":")), HEADER_DIGEST: BLANK.decode()}
+
+
+def sealed_header(text: bytes) -> bytes:
+    """The header with its own digest."""
+    return text.replace(BLANK, hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def read_checksums(text: bytes, metadata: Mapping[str, str]) -> dict[str, int] | None:
+    """The CRC-32 of each tensor; None for a file that influence did not write.
+
+    Raises ValueError for a header that was changed.
+    """
+    digest = metadata.get(HEADER_DIGEST)
+    if digest is None:
+        return None
+    blank = text.replace(digest.encode(), BLANK, 1)
+    if len(digest) != len(BLANK) or hashlib.sha256(blank).hexdigest() != digest:
+        raise ValueError("its header differs from its checksum")
+    sums: dict[str, int] = json.loads(metadata[CHECKSUMS])
+    return sums

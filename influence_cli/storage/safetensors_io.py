@@ -22,6 +22,12 @@ import torch
 from torch import Tensor
 
 from influence_cli.storage.atomic import replace_file
+from influence_cli.storage.checksums import (
+    checksum_metadata,
+    checksum_of,
+    read_checksums,
+    sealed_header,
+)
 from influence_cli.storage.json_text import parse_json
 
 # O_DIRECT, which bypasses the page cache, needs positions, lengths and addresses in multiples
@@ -81,7 +87,9 @@ def stream_tensors(
 ) -> None:
     # large elements first, so that all are aligned
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    head: dict[str, object] = {"__metadata__": dict(metadata)}
+    values = {name: tensors[name].detach().cpu() for name in names}
+    sums = checksum_metadata(values)  # first in the header: no other text comes before its blank
+    head: dict[str, object] = {"__metadata__": sums | dict(metadata) | sums}
     start = 0
     for name in names:
         value = tensors[name]
@@ -93,11 +101,10 @@ def stream_tensors(
         }
         start = stop
     text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)  # the tensors begin on a page
+    text = sealed_header(text + b" " * (-(8 + len(text)) % PAGE))  # the tensors begin on a page
     with BlockWriter(path, direct) as file:
         file.write(np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8))
-        for name in names:
-            value = tensors[name].detach().cpu()
+        for value in values.values():
             if value.numel():
                 file.write(value.contiguous().view(-1).view(torch.uint8).numpy())
 
@@ -178,9 +185,9 @@ class TensorFile:
                 raise ValueError(f"its first bytes give a header of {length:,} bytes")
             if length > self.size - 8:
                 raise TruncatedFile(f"its header alone has {length:,} bytes")
-            self.metadata, self.entries = read_head(
-                os.pread(self.file, length, 8), 8 + length, self.size
-            )
+            text = os.pread(self.file, length, 8)
+            self.metadata, self.entries = read_head(text, 8 + length, self.size)
+            self.checksums = read_checksums(text, self.metadata)
         except BaseException:
             os.close(self.file)
             raise
@@ -190,6 +197,15 @@ class TensorFile:
 
     def __exit__(self, *ended: object) -> None:
         os.close(self.file)
+
+    def verify(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where whole tensors of this file differ from their checksums, or where
+        the file has none."""
+        if self.checksums is None:
+            raise ValueError("it has no checksums")
+        for name, value in tensors.items():
+            if checksum_of(value) != self.checksums[name]:
+                raise ValueError(f"{name} differs from its checksum")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, in new memory. Neighbours in the file are read together.

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from influence_cli.gradients import layer_rules
 from influence_cli.gradients.forms import Dense
 from influence_cli.run import parameters
+from influence_cli.storage.safetensors_io import write_tensors
 from tests.conftest import DEFINITION
 from tests.refusals import replaced
 
@@ -133,7 +134,7 @@ def changed_gradient(path) -> None:
 
     with safe_open(path, "pt") as content:
         head = content.metadata()
-    save_file(tensors, path, head)
+    write_tensors(path, tensors, head)  # with checksums that fit
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,143 @@
+"""Every stored byte is compared with a checksum, and a file from another place is refused."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from influence_cli.cache import verification
+from influence_cli.storage.safetensors_io import TensorFile, write_tensors
+from tests.refusals import refused
+
+
+@pytest.fixture
+def run(make_run):
+    return make_run()
+
+
+def unit_files(run, split="train"):
+    return sorted((run / ".influence").rglob(f"{split}/**/*.safetensors"))
+
+
+def flip(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool], ids=str)
+def test_every_flipped_bit_of_a_file_is_found(dtype, tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": (torch.rand(5, 3) * 9).to(dtype), "b": torch.arange(4), "empty": torch.empty(0)}
+    write_tensors(path, tensors, {"key": "value"})
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    missed = []
+    for position in [*range(400), *range(400, head, 97), *range(head, len(whole))]:
+        for bit in (0, 3, 7):
+            flip(path, position, bit)
+            try:
+                with TensorFile(path) as file:
+                    file.verify(file.read(file.entries))
+                    missed.append((position, bit))
+            except ValueError:
+                pass
+            path.write_bytes(whole)
+    assert missed == []
+    with TensorFile(path) as file:
+        again = file.read(file.entries)
+        file.verify(again)
+        assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+FLAGS = {"dense": [], "int8": ["--store", "int8"], "projected": ["--project", "4"]}
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("split", ["train", "query"])
+def test_score_and_check_find_a_flip_anywhere_in_a_unit(flags, split, run, influence):
+    flags = [*flags, "--device", "cpu"]
+    assert influence("score", run, *flags).code == 0
+    path = unit_files(run, split)[0]
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    for position in (9, head // 2, head, len(whole) - 1, *rng.integers(head, len(whole), 3)):
+        flip(path, int(position), int(rng.integers(8)))
+        refused(influence("score", run, "--verify", *flags), 1, "damaged")
+        assert "damaged" in influence("check", run, *flags).err
+        path.write_bytes(whole)
+    assert influence("check", run, *flags).code == 0
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "split", "columns", "projection"])
+def test_a_unit_from_another_place_is_refused(place, run, influence):
+    assert influence("score", run).code == 0
+    if place == "columns":
+        assert influence("cache", run, "--layers", "0.weight", "--train", "0:4").code == 0
+    if place == "projection":
+        for seed in ("1", "2"):
+            assert influence("cache", run, "--project", "4", "--seed", seed).code == 0
+    files = unit_files(run)
+    target = files[0] if place != "projection" else next(p for p in files if "sketch" in str(p))
+    others = {
+        "checkpoint": [
+            p for p in files if p.name == target.name and p.parts[-4] != target.parts[-4]
+        ],
+        "split": unit_files(run, "query"),
+        "columns": [p for p in files if p.parent.name != target.parent.name],
+        "projection": [
+            p for p in files if p.name == target.name and p.parts[-5] != target.parts[-5]
+        ],
+    }
+    if not others[place]:
+        pytest.skip(f"this run has no other {place}")
+    shutil.copy(others[place][-1], target)
+    flags = ["--project", "4", "--seed", "1"] if place == "projection" else []
+    result = influence("check", run, *flags)
+    assert result.code == 1
+    assert "it belongs to" in result.out
+
+
+def test_swapped_units_of_two_checkpoints_are_refused_by_score(run, influence):
+    assert influence("score", run).code == 0
+    first, *_, last = unit_files(run)
+    shutil.move(first, first.with_suffix(".other"))
+    shutil.move(last, first)
+    shutil.move(first.with_suffix(".other"), last)
+    refused(influence("score", run), 1, "damaged", "it belongs to")
+
+
+def test_a_changed_list_of_columns_is_refused(run, influence):
+    assert influence("score", run).code == 0
+    listing = unit_files(run)[0].with_name("columns.json")
+    listing.write_text(listing.read_text().replace("weight", "wejght", 1))
+    refused(influence("score", run), 1, "columns.json is damaged")
+
+
+def test_what_is_not_compared_is_said(run, influence, monkeypatch):
+    assert influence("score", run).code == 0
+    monkeypatch.setattr(verification, "SHARE", 0.0)
+    noted = influence("score", run)
+    assert "were not compared with their checksums; --verify compares all" in noted.err
+    assert noted.out == influence("score", run, "--verify").out
+    assert "checksums" not in influence("score", run, "--verify").err
+
+
+def test_a_checkpoint_replaced_with_the_same_size_and_time_is_noticed(run, influence):
+    before = influence("score", run)
+    first, second, *_ = sorted((run / "checkpoints").iterdir())
+    state = first.stat()
+    replacement = first.with_suffix(".new")
+    content = bytearray(first.read_bytes())
+    content[-40:] = second.read_bytes()[-40:]
+    replacement.write_bytes(content)
+    os.utime(replacement, ns=(state.st_atime_ns, state.st_mtime_ns))
+    os.replace(replacement, first)
+    assert (first.stat().st_size, first.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    after = influence("score", run)
+    assert after.code == 0, after.err
+    assert after.out != before.out
+    assert after.out == influence("score", run, "--cache", "none").out
