@@ -218,6 +218,7 @@ class CacheFiller:
         rows = self.extractor.rows_at(
             work.checkpoint, request.split, unit.columns, work.ids, unit.level, advance, where
         )
+        self.extractor.run.definition.check_unchanged()
         write(unit, rows)
 
     def _wait_until_visible(self, request: FillRequest) -> None:

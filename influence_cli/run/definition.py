@@ -10,7 +10,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from influence_cli.errors import DefinitionError
@@ -20,14 +20,30 @@ REQUIRED = ("model", "train_data", "query_data", "loss")
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """A loaded definition.py. `digest` covers it and the user's own modules that it imports."""
+    """A loaded definition.py. `digest` covers it and the user's own modules that it imports.
+
+    `late`: digests of the modules beside it that its functions may still import.
+    """
 
     path: Path
     digest: str
     module: ModuleType
+    late: dict[Path, str] = dataclasses.field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return callable(getattr(self.module, name, None))
+
+    def check_unchanged(self) -> None:
+        """Raises DefinitionError where a module that a function imported has another text than the
+        one in `digest`: gradients of one text would be stored under the other's digest."""
+        imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        for file, digest in self.late.items():
+            if str(file) in imported and digest_file(file) != digest:
+                raise DefinitionError(
+                    f"{file.name} changed while the command ran",
+                    f"{file}: a function of {self.path.name} imported it, before or after",
+                    "finished units are kept; run the same command again",
+                )
 
     def raw(self, name: str) -> Callable[..., Any]:
         """The user's function itself; its exceptions pass through."""
@@ -52,21 +68,8 @@ def load_definition(path: Path) -> Definition:
             f"no definition at {path}",
             "`influence init` writes one to start from; --definition FILE names another file",
         )
-    try:
-        code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        where, what, text = "", str(error), ""
-        if isinstance(error, SyntaxError):
-            where, what, text = (
-                f" line {error.lineno}" if error.lineno else "",
-                error.msg,
-                (error.text or "").strip(),
-            )
-        raise DefinitionError(
-            f"{path.name} is not valid Python",
-            f"{path}{where}: {what}",
-            *([f"> {text}"] if text else []),
-        ) from error
+    content = path.read_bytes()
+    code = compile_definition(path, content)
     spec = importlib.util.spec_from_loader("influence_definition", loader=None, origin=str(path))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -74,7 +77,7 @@ def load_definition(path: Path) -> Definition:
     sys.modules[module.__name__] = module  # dataclasses and torch look their module up
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    before = set(sys.modules)
+    before, texts = set(sys.modules), read_modules_beside(path)
     try:
         exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
@@ -88,12 +91,60 @@ def load_definition(path: Path) -> Definition:
             f"{path.name} lacks {' and '.join(f'{name}()' for name in missing)}",
             f"expected: {', '.join(REQUIRED)}; `influence init` writes a commented example",
         )
-    return Definition(path, digest_sources(path, set(sys.modules) - before), module)
+    if changed := [file for file, text in texts.items() if digest_file(file) != text]:
+        raise DefinitionError(
+            f"{changed[0].name} changed while {path.name} was loaded",
+            "run the same command again",
+        )
+    own = find_own_modules(path, set(sys.modules) - before)
+    late = {file: text for file, text in texts.items() if file not in own}
+    digest = digest_texts([content, *(file.read_bytes() for file in {*own, *late} - {path})])
+    return Definition(path, digest, module, late)
 
 
-def digest_sources(path: Path, imported: set[str]) -> str:
-    """sha256 of the definition and the user's own modules: those beside it, and those that it
-    `imported` from elsewhere and that are not installed packages."""
+def compile_definition(path: Path, content: bytes) -> CodeType:
+    """Raises DefinitionError for a syntax error, or bytes that are not UTF-8."""
+    try:
+        return compile(content.decode(), str(path), "exec")
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        where, what, text = "", str(error), ""
+        if isinstance(error, SyntaxError):
+            where, what, text = (
+                f" line {error.lineno}" if error.lineno else "",
+                error.msg,
+                (error.text or "").strip(),
+            )
+        raise DefinitionError(
+            f"{path.name} is not valid Python",
+            f"{path}{where}: {what}",
+            *([f"> {text}"] if text else []),
+        ) from error
+
+
+def read_modules_beside(path: Path) -> dict[Path, str]:
+    """The digest of each module beside the definition."""
+    files = sorted(file for file in path.parent.glob("*.py") if file != path and file.is_file())
+    return {file: digest_file(file) for file in files}
+
+
+def digest_file(file: Path) -> str:
+    """sha256 of a file; empty where it is gone."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def digest_texts(texts: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for text in sorted(texts):
+        digest.update(hashlib.sha256(text).digest())
+    return digest.hexdigest()
+
+
+def find_own_modules(path: Path, imported: set[str]) -> set[Path]:
+    """The files of the user's own modules that are loaded: those beside the definition, and those
+    that it `imported` from elsewhere and that are not installed packages."""
     installed = {
         sysconfig.get_path("stdlib"),
         sysconfig.get_path("platstdlib"),
@@ -106,19 +157,15 @@ def digest_sources(path: Path, imported: set[str]) -> str:
         str(Path(__file__).parents[1]),
     }
     roots, beside = tuple(root + os.sep for root in installed), str(path.parent) + os.sep
-    # a function may import the modules beside it later
-    sources = {path, *path.parent.glob("*.py")}
+    sources = set()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         own = (file.startswith(beside) and "site-packages" not in file) or (
             name in imported and not file.startswith(roots)
         )
-        if own and file.endswith(".py"):
+        if own and file.endswith(".py") and Path(file).is_file():
             sources.add(Path(file))
-    digest = hashlib.sha256()
-    for text in sorted(source.read_bytes() for source in sources if source.is_file()):
-        digest.update(hashlib.sha256(text).digest())
-    return digest.hexdigest()
+    return sources
 
 
 def describe_failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:

@@ -1,0 +1,105 @@
+"""Gradients are stored under the digest of the very text that computed them."""
+
+from pathlib import Path
+
+import pytest
+
+from influence_cli.run import definition as definition_module
+from influence_cli.run.definition import load_definition
+from tests.conftest import DEFINITION
+from tests.refusals import refused, replaced
+
+# the definition edits itself while it is imported, as a user's editor may
+SELF_EDITING = (
+    DEFINITION
+    + """
+from pathlib import Path as _Path
+
+_own = _Path(__file__)
+_own.write_text(_own.read_text().replace("* 1.0  # scale", "* 4.0  # scale"))
+"""
+)
+
+
+def scaled(definition: str, scale: float) -> str:
+    return (
+        definition
+        + f"""
+
+_loss_once = loss
+
+
+def loss(model, batch):
+    return _loss_once(model, batch) * {scale}  # scale
+"""
+    )
+
+
+def test_a_definition_that_is_edited_while_it_is_imported_gets_its_own_digest(make_run, influence):
+    run = make_run("run", scaled(DEFINITION, 1.0))
+    text = scaled(DEFINITION, 1.0) + SELF_EDITING.removeprefix(DEFINITION)
+    (run / "definition.py").write_text(text)
+    first = influence("score", run)  # computed with 1, while the file says 4
+    assert first.code == 0, first.err
+    assert "* 4.0" in (run / "definition.py").read_text()
+    again = influence("score", run)
+    if again.code == 0:  # otherwise the change was noticed
+        assert again.out == influence("score", run, "--cache", "none").out
+        assert again.out != first.out
+    else:
+        refused(again, 1, "belongs to another run")
+
+
+MODULE = "SCALE = 1.0\n"
+
+
+def test_a_module_that_changes_while_the_definition_is_loaded_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text(MODULE)
+    (tmp_path / "definition.py").write_text(
+        DEFINITION
+        + "\nfrom pathlib import Path\nimport beside\n"
+        + "Path(__file__).with_name('beside.py').write_text('SCALE = 4.0')\n"
+    )
+    with pytest.raises(definition_module.DefinitionError, match=r"beside\.py changed while"):
+        load_definition(tmp_path / "definition.py")
+
+
+def test_a_module_imported_by_a_function_after_an_edit_stores_nothing(make_run, influence):
+    definition = replaced(
+        DEFINITION,
+        ("def train_data():\n", "def train_data():\n    edit_late_module()\n"),
+    )
+    definition += """
+
+def edit_late_module():
+    from pathlib import Path
+
+    Path(__file__).with_name("late_scale.py").write_text("SCALE = 4.0\\n")
+    import late_scale
+"""
+    run = make_run("run", definition)
+    (run / "late_scale.py").write_text(MODULE)
+    result = influence("score", run)
+    refused(result, 1, "late_scale.py changed while the command ran")
+    assert not list((run / ".influence").rglob("0*.safetensors"))
+
+
+def test_a_module_that_nobody_imports_may_change(make_run, influence):
+    definition = (
+        DEFINITION
+        + """
+
+_train_data = train_data
+
+
+def train_data():
+    from pathlib import Path
+
+    Path(__file__).with_name("unused.py").write_text("x = 2\\n")
+    return _train_data()
+"""
+    )
+    run = make_run("run", definition)
+    (run / "unused.py").write_text("x = 1\n")
+    assert influence("score", run).code == 0
+    assert Path(run / "unused.py").read_text() == "x = 2\n"
