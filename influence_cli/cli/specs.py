@@ -256,7 +256,8 @@ def target(value: float | None) -> float | None:
 def group_file(path: Path, size: int) -> list[str]:
     """`--group-by FILE`: one group name per training example, a line each."""
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which ends a line at characters that a name may hold
+        names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageProblem(
             f"--group-by {path}: {error}",

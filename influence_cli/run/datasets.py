@@ -1,5 +1,6 @@
 """The user's datasets as fixed sequences of examples: reads, batches and digests them."""
 
+import array
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +14,18 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate
 from influence_cli.errors import DataError, DefinitionError
 from influence_cli.run.definition import Definition, describe_failure
 
+CACHED = 65_536  # descriptions, and distinct labels, in memory
+
 
 class Examples:
     """One split of a run: `train` (the examples to rank) or `query` (predictions to explain)."""
 
     def __init__(self, definition: Definition, split: str) -> None:
         self.split, self.source = split, f"{split}_data()"
-        self._definition = definition
+        self._definition, self._has_texts = definition, definition.has("describe")
         self._dataset = definition.call(f"{split}_data")
         plain = type(self._dataset) is TensorDataset and not definition.has("collate")
         self._tensors = self._dataset.tensors if plain else None
-        # bounded, so that memory stays flat
-        self._cached_description = lru_cache(maxsize=65_536)(self._describe)
         kind = type(self._dataset).__name__
         indexed = hasattr(self._dataset, "__getitem__") and hasattr(self._dataset, "__len__")
         if not indexed or isinstance(self._dataset, IterableDataset):
@@ -41,6 +42,11 @@ class Examples:
             ) from error
         if not self._length:
             raise DataError(f"{self.source} is empty", "expected: at least one example")
+        # bounded, so that memory stays flat
+        self._cached_description = lru_cache(maxsize=CACHED)(self._describe)
+        self._label_numbers = array.array("i", [-1]) * self._length  # -1: not read yet
+        self._labels: dict[str, int] = {}  # the distinct labels, in the order of their numbers
+        self._label_texts: list[str] = []
 
     def __len__(self) -> int:
         return self._length
@@ -116,10 +122,19 @@ class Examples:
                 )
 
     def label(self, index: int) -> str:
-        return self._cached_description("label", int(index))
+        """Read once for each example, as long as there are at most CACHED distinct labels."""
+        number = self._label_numbers[int(index)]
+        if number >= 0:
+            return self._label_texts[number]
+        label = self._cached_description("label", int(index))
+        if label in self._labels or len(self._labels) < CACHED:
+            self._label_numbers[int(index)] = self._labels.setdefault(label, len(self._labels))
+            if len(self._label_texts) < len(self._labels):
+                self._label_texts.append(label)
+        return label
 
     def text(self, index: int) -> str:
-        return self._cached_description("describe", int(index))
+        return self._cached_description("describe", int(index)) if self._has_texts else ""
 
     def _describe(self, function: str, index: int) -> str:
         if not self._definition.has(function):

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ EXAMPLE_LINE = '{"step": 0, "lr": 0.1, "examples": [17, 4, 256]}'
 
 Refuse = Callable[..., TrajectoryError]  # (rest of the headline, *details)
 Json = dict[str, Any]  # Any: JSON values
+LINE_KEYS = {"step", "lr", "examples", "weights", "clip", "seed"}
 
 
 def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
@@ -160,6 +162,7 @@ def read_line(
         ) from error
     if not isinstance(entry, dict) or not {"step", "lr", "examples"} <= entry.keys():
         raise refuse("lacks step, lr or examples", f"expected: {EXAMPLE_LINE}")
+    check_keys(entry, refuse)
     if not is_index(entry["step"]):
         raise refuse(f"step is {shown(entry['step'])}", "expected: a whole number from 0")
     rate = entry["lr"]
@@ -182,6 +185,13 @@ def read_line(
         float(clip),
         seed,
     )
+
+
+def check_keys(entry: Json, refuse: Refuse) -> None:
+    """Refuse a misspelled key, which would be silently ignored. Other keys are the user's own."""
+    for key in entry.keys() - LINE_KEYS:
+        if meant := get_close_matches(key[:20], LINE_KEYS, 1, 0.8):
+            raise refuse(f"has the key {key[:20]!r}", f"expected: {meant[0]}, or a name of yours")
 
 
 def check_rates(rate: Any, groups: int, refuse: Refuse) -> None:  # Any: a JSON value

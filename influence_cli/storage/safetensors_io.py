@@ -323,6 +323,8 @@ def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[
     try:
         head = parse_json(text)
         metadata = dict(head.pop("__metadata__", None) or {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata holds more than texts")
         entries = {}
         for name, entry in head.items():
             start, stop = (begin + int(offset) for offset in entry["data_offsets"])

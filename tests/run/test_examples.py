@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from influence_cli.run import datasets
 from influence_cli.run.datasets import digest_item
+from influence_cli.run.definition import load_definition
+from tests.conftest import DEFINITION
 
 
 @dataclass
@@ -70,3 +73,27 @@ def test_the_same_example_has_the_same_digest(number):
 def test_strides_do_not_count():
     values = torch.arange(6.0).view(2, 3)
     assert digest_item(values.t()) == digest_item(values.t().contiguous())
+
+
+def test_each_label_is_read_once(make_run, monkeypatch):
+    """More examples than the memory of descriptions holds, in an order that defeats it."""
+    monkeypatch.setattr(datasets, "CACHED", 8)
+    definition = DEFINITION + (
+        "\n_label, CALLS = label, []\n\n\ndef label(example):\n"
+        "    CALLS.append(1)\n    return _label(example)\n"
+    )
+    loaded = load_definition(make_run("run", definition) / "definition.py")
+    examples = datasets.Examples(loaded, "train")
+    first = [examples.label(index) for index in range(len(examples))]
+    assert len(examples) > 8
+    assert [examples.label(index) for index in range(len(examples))] == first
+    assert len(loaded.module.CALLS) == len(examples)
+
+
+def test_more_distinct_labels_than_fit_are_still_right(make_run, monkeypatch):
+    monkeypatch.setattr(datasets, "CACHED", 2)
+    definition = DEFINITION + "\ndef label(example):\n    return float(example[0].sum())\n"
+    loaded = load_definition(make_run("run", definition) / "definition.py")
+    examples = datasets.Examples(loaded, "train")
+    for index in (*range(len(examples)), *reversed(range(len(examples)))):
+        assert examples.label(index) == str(loaded.module.label(examples.item(index)))
