@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from influence_cli.errors import CacheError
 from influence_cli.storage.safetensors_io import write_tensors
+from influence_cli.storage.scratch import ScratchFolder
 
 TRIAL_BYTES = 128 << 20  # written to measure a disk
 
@@ -91,12 +91,10 @@ def disk_speed(folder: Path, direct: bool, count: int = TRIAL_BYTES) -> float:
     fails.
     """
     try:
-        with tempfile.TemporaryDirectory(
-            prefix=".tmp-influence-", dir=existing_folder(folder)
-        ) as trial:
+        with ScratchFolder(existing_folder(folder)) as trial:
             content = {"zeros": torch.zeros(count, dtype=torch.int8)}
             start = time.perf_counter()
-            write_tensors(Path(trial) / "speed", content, {}, direct)
+            write_tensors(trial / "speed", content, {}, direct)
             return count / (time.perf_counter() - start)
     except OSError:
         return 0.0

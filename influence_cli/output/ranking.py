@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from influence_cli.errors import NonFiniteScore, OutputError
-from influence_cli.storage.scratch import spill_arrays
+from influence_cli.storage.scratch import ScratchFolder, spill_arrays
 
 KINDS = ("proponent", "opponent")
 RUN_BYTES = 64 << 20  # scores that FullRanking sorts in memory at once
@@ -213,7 +213,7 @@ class FullRanking(MergeableRanking):
         )
         self._rows = max(1, run_bytes // (queries * self._row.itemsize))
         try:
-            self._folder = tempfile.TemporaryDirectory(prefix="influence-ranking-")
+            self._folder = ScratchFolder(Path(tempfile.gettempdir()))
         except OSError as error:
             raise OutputError(
                 f"--top all can't create a temporary folder: {error}",
@@ -257,14 +257,14 @@ class FullRanking(MergeableRanking):
             spill_arrays(self._run_path(len(self._run_sizes)), rows_per_query)
         except OSError as error:
             raise OutputError(
-                f"--top all can't write to {self._folder.name}: {error.strerror or error}",
+                f"--top all can't write to {self._folder.path}: {error.strerror or error}",
                 f"it needs {self._row.itemsize} bytes per pair",
                 "name a folder on a larger disk: TMPDIR=FOLDER",
             ) from error
         self._run_sizes.append(size)
 
     def _run_path(self, run: int) -> Path:
-        return Path(self._folder.name) / f"{run}"
+        return self._folder.path / f"{run}"
 
     def export_partials(self) -> Iterator[np.ndarray]:
         """One run at a time, (Q, rows)."""

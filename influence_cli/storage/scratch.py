@@ -1,12 +1,70 @@
 """Temporary data that is too large for memory. Its folder is deleted when the command ends.
 
-Nobody reads it after a crash, so it needs no sync and no rename.
+Nobody reads it after a crash, so it needs no sync and no rename. A process locks its folder as long
+as it lives, so the next command can remove the folders of killed ones.
 """
 
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from influence_cli.storage.atomic import DAY_SECONDS, lock_file
+
+NAME = re.compile(r"\.tmp-(.*)-[0-9a-f]{16}-influence-scratch")
+
+
+class ScratchFolder:
+    """A new folder that only this user can open. It is removed when the block ends, or with the
+    object. Raises OSError."""
+
+    def __init__(self, parent: Path) -> None:
+        remove_stale_folders(parent)
+        while True:
+            name = f".tmp-{socket.gethostname()}-{secrets.token_hex(8)}-influence-scratch"
+            self.path = parent / name
+            self.path.mkdir(mode=0o700)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            # None: no locks here, so folders go by age. A sweep may have got the lock first
+            if lock_file(descriptor) is not False and self.path.is_dir():
+                break
+            os.close(descriptor)
+        self._remove = weakref.finalize(self, remove_folder, self.path, descriptor)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self._remove()
+
+
+def remove_folder(path: Path, descriptor: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(descriptor)
+
+
+def remove_stale_folders(parent: Path) -> None:
+    """Removes the scratch folders of killed processes. One of another host, whose locks this host
+    may not see, must be a day old."""
+    for path in list(parent.glob(".tmp-*-influence-scratch")):
+        if (match := NAME.fullmatch(path.name)) is None:
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # a link, of another user, or removed meanwhile
+        lock, age = lock_file(descriptor), time.time() - os.fstat(descriptor).st_mtime
+        here = lock is True and match[1] == socket.gethostname()
+        if here or (lock is not False and age > DAY_SECONDS):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
 
 
 def spill_arrays(path: Path, arrays: Iterable[np.ndarray]) -> None:

@@ -26,6 +26,7 @@ from influence_cli.methods.reverse.resume import PassProgress
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.stability import state_norms
 from influence_cli.methods.reverse.steps import PassSettings, StepEffects, StepSource, propagate
+from influence_cli.storage.scratch import ScratchFolder
 
 # the queries' gradients at the end of training -> the effects of each step, last step first
 StepEffectsOf = Callable[[GradientRows], Iterator[StepEffects]]
@@ -49,11 +50,11 @@ def run_passes(
     passes = [queries[first : first + size] for first in range(0, len(queries), size)]
     load_rows = mean_query_row if request.sum_queries else query_rows
     trained = dataclasses.replace(request, columns=plan.columns)
-    with tempfile.TemporaryDirectory(prefix="influence-back-") as name:
-        step_effects = prepare(Path(name))
+    with ScratchFolder(Path(tempfile.gettempdir())) as folder:
+        step_effects = prepare(folder)
         for number, ids in enumerate(passes, start=1):
             rows = load_rows(source, trained, plan.end, ids)
-            sums = new_sums(len(rows.ids), Path(name))
+            sums = new_sums(len(rows.ids), folder)
             label = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
             doing = f"backpropagating through training{label}"
             with source.reporter.progress(doing, plan.count_occurrences()) as advance:

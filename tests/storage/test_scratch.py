@@ -1,0 +1,72 @@
+"""Scratch folders: private, gone at the end, and swept after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from influence_cli.output.ranking import FullRanking
+from influence_cli.storage import scratch
+from influence_cli.storage.scratch import ScratchFolder, remove_stale_folders
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from influence_cli.storage.scratch import ScratchFolder
+with ScratchFolder(Path(sys.argv[1])) as folder:
+    (folder / "scores").write_text("1")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_folder_of_a_living_process_stays_and_that_of_a_killed_one_goes(holder, tmp_path):
+    (folder,) = tmp_path.iterdir()
+    os.utime(folder, (1, 1))  # age proves nothing while the owner lives
+    with ScratchFolder(tmp_path) as other:
+        assert other.stat().st_mode & 0o777 == 0o700
+        assert folder.is_dir()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    ScratchFolder(tmp_path)  # sweeps, and goes with the object
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_host_goes_after_a_day(tmp_path, monkeypatch):
+    folder = tmp_path / f".tmp-elsewhere-{'0' * 16}-influence-scratch"
+    folder.mkdir()
+    remove_stale_folders(tmp_path)
+    assert folder.is_dir()
+    monkeypatch.setattr(scratch, "DAY_SECONDS", -1)
+    remove_stale_folders(tmp_path)
+    assert not folder.exists()
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "treasure").mkdir()
+    (tmp_path / "treasure" / "kept").touch()
+    link = tmp_path / f".tmp-elsewhere-{'0' * 16}-influence-scratch"
+    link.symlink_to(tmp_path / "treasure")
+    remove_stale_folders(tmp_path)
+    assert (tmp_path / "treasure" / "kept").exists()
+
+
+def test_the_ranking_of_all_pairs_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ranking = FullRanking(1, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    del ranking
+    assert list(tmp_path.iterdir()) == []
