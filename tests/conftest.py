@@ -21,14 +21,15 @@ from influence_cli import cli
 
 cli.register()
 
+# tests do not time: a busy machine is no failure
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
 DEFINITION = """
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# tests do not time: a busy machine is no failure
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 def model():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
