@@ -15,6 +15,7 @@ os.environ.setdefault(
 )  # the tests run side by side; before torch is imported
 
 import torch
+from hypothesis import settings
 from safetensors.torch import save_model
 
 from influence_cli import cli
