@@ -138,9 +138,10 @@ def copy_folder(source: Path, target: Path) -> Path:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Each file below the folder, by its relative name."""
+    """Each file below the folder, by its relative name; not the memory of checkpoint digests,
+    which holds inodes and time stamps."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "checkpoints.json"
     }

@@ -257,7 +257,8 @@ def group_file(path: Path, size: int) -> list[str]:
     """`--group-by FILE`: one group name per training example, a line each."""
     try:
         # not splitlines, which ends a line at characters that a name may hold
-        names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        names = path.read_text(encoding="utf-8").split("\n")
+        names = names[:-1] if not names[-1] else names  # the end of the last line
     except (OSError, UnicodeDecodeError) as error:
         raise UsageProblem(
             f"--group-by {path}: {error}",
