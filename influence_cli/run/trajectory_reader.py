@@ -190,7 +190,7 @@ def read_line(
 def check_keys(entry: Json, refuse: Refuse) -> None:
     """Refuse a misspelled key, which would be silently ignored. Other keys are the user's own."""
     for key in entry.keys() - LINE_KEYS:
-        if meant := get_close_matches(key[:20], LINE_KEYS, 1, 0.8):
+        if meant := get_close_matches(key[:20].lower(), LINE_KEYS, 1, 0.8):
             raise refuse(f"has the key {key[:20]!r}", f"expected: {meant[0]}, or a name of yours")
 
 

@@ -178,3 +178,14 @@ def test_on_one_thread_a_replay_is_the_training_bit_by_bit(kind, tmp_path):
             assert replay.relative_distance(run.checkpoints[then]) == 0
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("key", ["wieghts", "Clip", "sed"])
+def test_a_misspelled_key_of_a_line_is_refused(key, tmp_path):
+    from influence_cli.run.trajectory_reader import read_line
+
+    line = f'{{"step": 0, "lr": 0.1, "examples": [0], "{key}": 1}}'.encode()
+    with pytest.raises(TrajectoryError, match=key):
+        read_line(tmp_path / "trajectory.jsonl", 2, line, None, 0)
+    own = line.replace(key.encode(), b"epoch")
+    assert read_line(tmp_path / "trajectory.jsonl", 2, own, None, 0)[0] == 0
