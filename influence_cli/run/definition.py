@@ -4,9 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
-import site
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from influence_cli.errors import DefinitionError
+from influence_cli.run.source_texts import SourceFinder, install_finder
 
 REQUIRED = ("model", "train_data", "query_data", "loss")
 
@@ -22,12 +21,14 @@ REQUIRED = ("model", "train_data", "query_data", "loss")
 class Definition:
     """A loaded definition.py. `digest` covers it and the user's own modules that it imports.
 
-    `late`: digests of the modules beside it that its functions may still import.
+    `late`: digests of the modules beside it that its functions may still import. `imported`:
+    digests of the texts of own modules, as they were imported; it grows.
     """
 
     path: Path
     digest: str
     module: ModuleType
+    imported: dict[Path, str] = dataclasses.field(default_factory=dict)
     late: dict[Path, str] = dataclasses.field(default_factory=dict)
 
     def has(self, name: str) -> bool:
@@ -36,12 +37,15 @@ class Definition:
     def check_unchanged(self) -> None:
         """Raises DefinitionError where a module that a function imported has another text than the
         one in `digest`: gradients of one text would be stored under the other's digest."""
-        imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
         for file, digest in self.late.items():
-            if str(file) in imported and digest_file(file) != digest:
+            text = self.imported.get(file)  # None: it was loaded without the import statement
+            if text is None and str(file) in loaded:
+                text = digest_file(file)
+            if text not in (None, digest):
                 raise DefinitionError(
                     f"{file.name} changed while the command ran",
-                    f"{file}: a function of {self.path.name} imported it, before or after",
+                    f"{file}: a function of {self.path.name} imported it after that",
                     "finished units are kept; run the same command again",
                 )
 
@@ -77,7 +81,7 @@ def load_definition(path: Path) -> Definition:
     sys.modules[module.__name__] = module  # dataclasses and torch look their module up
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    before, texts = set(sys.modules), read_modules_beside(path)
+    before, beside, finder = set(sys.modules), read_modules_beside(path), install_finder()
     try:
         exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
@@ -91,15 +95,14 @@ def load_definition(path: Path) -> Definition:
             f"{path.name} lacks {' and '.join(f'{name}()' for name in missing)}",
             f"expected: {', '.join(REQUIRED)}; `influence init` writes a commented example",
         )
-    if changed := [file for file, text in texts.items() if digest_file(file) != text]:
-        raise DefinitionError(
-            f"{changed[0].name} changed while {path.name} was loaded",
-            "run the same command again",
-        )
-    own = find_own_modules(path, set(sys.modules) - before)
-    late = {file: text for file, text in texts.items() if file not in own}
-    digest = digest_texts([content, *(file.read_bytes() for file in {*own, *late} - {path})])
-    return Definition(path, digest, module, late)
+    texts = {
+        file: finder.digests.get(file) or digest_file(file)
+        for file in find_own_modules(path, set(sys.modules) - before, finder)
+    }
+    late = {file: digest for file, digest in beside.items() if file not in texts}
+    own = hashlib.sha256(content).hexdigest()
+    digest = join_digests([own, *texts.values(), *late.values()])
+    return Definition(path, digest, module, finder.digests, late)
 
 
 def compile_definition(path: Path, content: bytes) -> CodeType:
@@ -135,37 +138,23 @@ def digest_file(file: Path) -> str:
         return ""
 
 
-def digest_texts(texts: list[bytes]) -> str:
-    digest = hashlib.sha256()
-    for text in sorted(texts):
-        digest.update(hashlib.sha256(text).digest())
-    return digest.hexdigest()
+def join_digests(digests: list[str]) -> str:
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
-def find_own_modules(path: Path, imported: set[str]) -> set[Path]:
-    """The files of the user's own modules that are loaded: those beside the definition, and those
-    that it `imported` from elsewhere and that are not installed packages."""
-    installed = {
-        sysconfig.get_path("stdlib"),
-        sysconfig.get_path("platstdlib"),
-        sys.prefix,
-        sys.base_prefix,
-    }
-    installed |= {
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-        str(Path(__file__).parents[1]),
-    }
-    roots, beside = tuple(root + os.sep for root in installed), str(path.parent) + os.sep
+def find_own_modules(path: Path, imported: set[str], finder: SourceFinder) -> set[Path]:
+    """The files of the user's own modules that are loaded, without the definition: those beside it,
+    and those that it `imported` from elsewhere and that are not installed packages."""
+    beside = str(path.parent) + os.sep
     sources = set()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         own = (file.startswith(beside) and "site-packages" not in file) or (
-            name in imported and not file.startswith(roots)
+            name in imported and not finder.is_installed(file)
         )
         if own and file.endswith(".py") and Path(file).is_file():
             sources.add(Path(file))
-    return sources
+    return sources - {path}
 
 
 def describe_failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:

@@ -1,11 +1,13 @@
 """Gradients are stored under the digest of the very text that computed them."""
 
+import os
+import py_compile
+import sys
 from pathlib import Path
 
 import pytest
 
-from influence_cli.run import definition as definition_module
-from influence_cli.run.definition import load_definition
+from influence_cli.run.definition import Definition, load_definition
 from tests.conftest import DEFINITION
 from tests.refusals import refused, replaced
 
@@ -53,15 +55,46 @@ def test_a_definition_that_is_edited_while_it_is_imported_gets_its_own_digest(ma
 MODULE = "SCALE = 1.0\n"
 
 
-def test_a_module_that_changes_while_the_definition_is_loaded_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "beside.py").write_text(MODULE)
-    (tmp_path / "definition.py").write_text(
-        DEFINITION
-        + "\nfrom pathlib import Path\nimport beside\n"
-        + "Path(__file__).with_name('beside.py').write_text('SCALE = 4.0')\n"
-    )
-    with pytest.raises(definition_module.DefinitionError, match=r"beside\.py changed while"):
-        load_definition(tmp_path / "definition.py")
+def load_afresh(folder: Path, *modules: str) -> Definition:
+    """The definition of a folder, as a new process would load it."""
+    for name in modules:
+        sys.modules.pop(name, None)
+    return load_definition(folder / "definition.py")
+
+
+@pytest.mark.parametrize("name", ["beside_scale", "scales_package.inner", "elsewhere_scale"])
+def test_a_module_that_is_edited_while_it_is_imported_gets_the_digest_of_its_text(
+    name, tmp_path, monkeypatch
+):
+    folder, other = tmp_path / "run", tmp_path / "elsewhere"
+    file = (other if name.startswith("elsewhere") else folder) / f"{name.replace('.', '/')}.py"
+    file.parent.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
+    monkeypatch.syspath_prepend(other)
+    edit = f"\n\nfrom pathlib import Path\nPath({str(file)!r}).write_text({MODULE!r})\n"
+    (folder / "definition.py").write_text(DEFINITION + f"\nimport {name} as scale\n")
+    names = name, name.partition(".")[0]
+    file.write_text("SCALE = 4.0" + edit)
+    edited = load_afresh(folder, *names)
+    assert (edited.module.scale.SCALE, file.read_text()) == (4.0, MODULE)
+    written = load_afresh(folder, *names)
+    assert written.module.scale.SCALE == 1.0
+    file.write_text("SCALE = 4.0" + edit)
+    again = load_afresh(folder, *names)
+    assert edited.digest == again.digest != written.digest
+
+
+def test_bytecode_of_another_text_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "compiled_scale.py"
+    file.write_text("SCALE = 4.0\n")
+    (tmp_path / "definition.py").write_text(DEFINITION + "\nimport compiled_scale\n")
+    py_compile.compile(str(file))
+    time = file.stat().st_mtime_ns
+    file.write_text(MODULE)  # the same size
+    os.utime(file, ns=(time, time))
+    loaded = load_afresh(tmp_path, "compiled_scale")
+    assert loaded.module.compiled_scale.SCALE == 1.0
 
 
 def test_a_module_imported_by_a_function_after_an_edit_stores_nothing(make_run, influence):
