@@ -43,8 +43,7 @@ class Store:
 
     def __init__(self, folder: Path, verify: bool = False) -> None:
         """Opens a cache or creates one. `verify`: compare all that is read with its checksums.
-        Raises CacheError: another folder, another version, a
-               folder that can't be written."""
+        Raises CacheError: another folder, another version, a folder that can't be written."""
         self.folder, self.verification = folder, Verification(verify)
         head = folder / "cache.json"
         if head.is_file():

@@ -13,6 +13,7 @@ from influence_cli.cache.identity import Settings, checkpoint_key
 from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit
 from influence_cli.cache.unit_index import UnitIndex
+from influence_cli.errors import CheckpointError
 from influence_cli.extraction import revalidate
 from influence_cli.progress import Reporter
 from influence_cli.run.checkpoints import Checkpoint
@@ -30,6 +31,7 @@ class CachedRows:
         self._indexes: dict[Path, UnitIndex] = {}
         self._checked: set[tuple[str, int]] = set()
         self._query_digests: dict[int, int] = {}
+        self._keys: dict[Checkpoint, str] = {}  # one identity per checkpoint and command
 
     @property
     def settings_folder(self) -> Path:
@@ -39,9 +41,23 @@ class CachedRows:
         """The folder of a checkpoint's units. Users edit queries often and they are cheap: each
         text of the definition has its own folder of query units.
         """
-        key = checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
-        folder = self.settings_folder / key / split
+        if checkpoint not in self._keys:
+            self._keys[checkpoint] = self._digest_checkpoint(checkpoint)
+        folder = self.settings_folder / self._keys[checkpoint] / split
         return folder if split == "train" else folder / self.run.definition.digest[:12]
+
+    def check_unchanged(self, checkpoint: Checkpoint) -> None:
+        """Raises where gradients that were just computed may be of another checkpoint or definition
+        than the one whose digest their unit would have."""
+        self.run.definition.check_unchanged()
+        if self._digest_checkpoint(checkpoint) != self._keys[checkpoint]:
+            raise CheckpointError(
+                f"{checkpoint.name} was replaced while the command ran",
+                "finished units are kept; run the same command again",
+            )
+
+    def _digest_checkpoint(self, checkpoint: Checkpoint) -> str:
+        return checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
 
     def index(self, split: str, checkpoint: Checkpoint) -> UnitIndex:
         """The units of a checkpoint; of queries only those whose item is unchanged."""

@@ -218,7 +218,7 @@ class CacheFiller:
         rows = self.extractor.rows_at(
             work.checkpoint, request.split, unit.columns, work.ids, unit.level, advance, where
         )
-        self.extractor.run.definition.check_unchanged()
+        self.rows.check_unchanged(work.checkpoint)
         write(unit, rows)
 
     def _wait_until_visible(self, request: FillRequest) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from influence_cli.errors import CheckpointError, listed
 from influence_cli.run.checkpoints import Checkpoint, Header, read_header
 from influence_cli.run.parameters import PRECISIONS, WRAPPERS
+from influence_cli.storage.checksums import ChangedTensor
 from influence_cli.storage.safetensors_io import TensorFile
 
 SHOWN_LINES = 30  # of misfits in an error
@@ -138,7 +139,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     for file in checkpoint.files:
         with open_weights(file) as content, torch.no_grad():
             for key in keys_of_file(file, header, file_keys):
-                value = content.read([file_keys[key]])[file_keys[key]]
+                value = content.read_compared([file_keys[key]])[file_keys[key]]
                 # a buffer may hold -inf, as attention masks do
                 if count := count_broken(value, infinite_is_broken=key in parameters):
                     broken.append(
@@ -165,10 +166,14 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 @contextmanager
 def open_weights(file: Path) -> Iterator[TensorFile]:
-    """Raises CheckpointError for a file that was removed or damaged since its header was read."""
+    """Raises CheckpointError for a file that was removed or damaged."""
     try:
         with TensorFile(file) as content:
             yield content
+    except ChangedTensor as error:
+        raise CheckpointError(
+            f"{file} is damaged: {error}", "copy it again, or leave it out with --steps"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{file} changed or vanished during this command: {error}",

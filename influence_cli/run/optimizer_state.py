@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import CheckpointError, TrajectoryError, listed
-from influence_cli.run.checkpoint_loading import map_keys
+from influence_cli.run.checkpoint_loading import map_keys, open_weights
 from influence_cli.run.checkpoints import (
     Checkpoint,
     find_checkpoints,
@@ -38,7 +38,10 @@ def matches_parameters(checkpoint: Checkpoint, model: nn.Module) -> bool:
     Buffers do not count: a forward pass changes them.
     """
     file_keys = map_keys(read_header(checkpoint.files), model).file_keys
-    values = {key: value for file in checkpoint.files for key, value in read_tensors(file).items()}
+    values: dict[str, Tensor] = {}
+    for file in checkpoint.files:
+        with open_weights(file) as content:
+            values |= content.read_compared(content.entries)
     return all(
         name in file_keys
         and values[file_keys[name]].dtype == own.dtype
@@ -124,10 +127,14 @@ def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
     """The state of each parameter, by torch's names. Raises TrajectoryError where the file is of
     another optimizer."""
     try:
-        metadata = read_header((path,)).metadata
+        metadata, tensors = read_header((path,)).metadata, read_tensors(path)
     except CheckpointError as error:
         raise TrajectoryError(
             f"optimizer/{path.name} can't be read: {error.headline}", *error.details
+        ) from error
+    except (OSError, ValueError) as error:
+        raise TrajectoryError(
+            f"optimizer/{path.name} can't be read: {error}", "copy it again, or delete it"
         ) from error
     if metadata.get("optimizer") != optimizer:
         raise TrajectoryError(
@@ -136,7 +143,7 @@ def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
         )
     numbers = json.loads(metadata["numbers"])
     state: dict[str, dict[str, Any]] = {}  # Any: tensors and numbers
-    for label, value in read_tensors(path).items():
+    for label, value in tensors.items():
         key, _, name = label.partition("/")
         state.setdefault(name, {})[key] = value.item() if label in numbers else value
     return state

@@ -77,3 +77,14 @@ def read_checksums(text: bytes, metadata: Mapping[str, str]) -> dict[str, int] |
         raise ValueError("its header differs from its checksum")
     sums: dict[str, int] = json.loads(metadata[CHECKSUMS])
     return sums
+
+
+class ChangedTensor(ValueError):
+    """A tensor that differs from its checksum."""
+
+
+def compare_checksums(tensors: Mapping[str, Tensor], sums: Mapping[str, int]) -> None:
+    """Raises ChangedTensor, and KeyError for a tensor without a checksum."""
+    for name, value in tensors.items():
+        if checksum_of(value) != sums[name]:
+            raise ChangedTensor(f"{name} differs from its checksum")

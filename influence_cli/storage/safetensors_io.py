@@ -21,13 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_cli.storage import checksums
 from influence_cli.storage.atomic import replace_file
-from influence_cli.storage.checksums import (
-    checksum_metadata,
-    checksum_of,
-    read_checksums,
-    sealed_header,
-)
 from influence_cli.storage.json_text import parse_json
 
 # O_DIRECT, which bypasses the page cache, needs positions, lengths and addresses in multiples
@@ -88,7 +83,8 @@ def stream_tensors(
     # large elements first, so that all are aligned
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     values = {name: tensors[name].detach().cpu() for name in names}
-    sums = checksum_metadata(values)  # first in the header: no other text comes before its blank
+    # first in the header: no other text comes before its blank
+    sums = checksums.checksum_metadata(values)
     head: dict[str, object] = {"__metadata__": sums | dict(metadata) | sums}
     start = 0
     for name in names:
@@ -101,7 +97,8 @@ def stream_tensors(
         }
         start = stop
     text = json.dumps(head, separators=(",", ":")).encode()
-    text = sealed_header(text + b" " * (-(8 + len(text)) % PAGE))  # the tensors begin on a page
+    padding = b" " * (-(8 + len(text)) % PAGE)  # the tensors begin on a page
+    text = checksums.sealed_header(text + padding)
     with BlockWriter(path, direct) as file:
         file.write(np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8))
         for value in values.values():
@@ -187,7 +184,7 @@ class TensorFile:
                 raise TruncatedFile(f"its header alone has {length:,} bytes")
             text = os.pread(self.file, length, 8)
             self.metadata, self.entries = read_head(text, 8 + length, self.size)
-            self.checksums = read_checksums(text, self.metadata)
+            self.checksums = checksums.read_checksums(text, self.metadata)
         except BaseException:
             os.close(self.file)
             raise
@@ -199,13 +196,17 @@ class TensorFile:
         os.close(self.file)
 
     def verify(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ValueError where whole tensors of this file differ from their checksums, or where
-        the file has none."""
+        """Raises ValueError: whole tensors that differ from their checksums, or a file of none."""
         if self.checksums is None:
             raise ValueError("it has no checksums")
-        for name, value in tensors.items():
-            if checksum_of(value) != self.checksums[name]:
-                raise ValueError(f"{name} differs from its checksum")
+        checksums.compare_checksums(tensors, self.checksums)
+
+    def read_compared(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The same as `read`, compared with the checksums if influence wrote the file."""
+        tensors = self.read(names)
+        if self.checksums is not None:
+            self.verify(tensors)
+        return tensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors, in new memory. Neighbours in the file are read together.
@@ -310,9 +311,9 @@ class TensorFile:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in new memory. Raises ValueError, like TensorFile."""
+    """All tensors of a file, in new memory, compared. Raises ValueError, like TensorFile."""
     with TensorFile(path) as file:
-        return file.read(file.entries)
+        return file.read_compared(file.entries)
 
 
 def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[str, TensorSpan]]:

@@ -8,6 +8,12 @@ import pytest
 import torch
 
 from influence_cli.cache import verification
+from influence_cli.errors import CheckpointError, TrajectoryError
+from influence_cli.run import loaded_model
+from influence_cli.run.checkpoint_loading import load_checkpoint
+from influence_cli.run.checkpoints import find_checkpoints
+from influence_cli.run.optimizer_state import read_state, state_path
+from influence_cli.run.recorder import TrajectoryRecorder
 from influence_cli.storage.safetensors_io import TensorFile, write_tensors
 from tests.refusals import refused
 
@@ -141,3 +147,49 @@ def test_a_checkpoint_replaced_with_the_same_size_and_time_is_noticed(run, influ
     assert after.code == 0, after.err
     assert after.out != before.out
     assert after.out == influence("score", run, "--cache", "none").out
+
+
+def test_a_checkpoint_replaced_while_the_command_runs_is_refused(run, influence, monkeypatch):
+    fresh = influence("score", run, "--cache", "none")
+    first, second = sorted((run / "checkpoints").iterdir())
+    kept, load = second.read_bytes(), loaded_model.load_checkpoint
+
+    def replace_and_load(checkpoint, module):
+        if checkpoint.path == second:
+            replacement = second.with_suffix(".new")
+            replacement.write_bytes(kept[:-40] + first.read_bytes()[-40:])
+            os.replace(replacement, second)
+        load(checkpoint, module)
+
+    monkeypatch.setattr(loaded_model, "load_checkpoint", replace_and_load)
+    refused(influence("score", run), 1, f"{second.name} was replaced while the command ran")
+    monkeypatch.undo()
+    second.write_bytes(kept)
+    assert influence("score", run).out == fresh.out
+
+
+def test_flips_in_recorded_checkpoints_and_optimizer_states_are_found(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    recorder = TrajectoryRecorder(tmp_path, model, optimizer, save_optimizer=True)
+    with recorder:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        recorder.step([0])
+    checkpoint = find_checkpoints(tmp_path)[-1]
+    files = {
+        checkpoint.path: (CheckpointError, lambda: load_checkpoint(checkpoint, model)),
+        state_path(tmp_path, checkpoint.step): (
+            TrajectoryError,
+            lambda: read_state(state_path(tmp_path, checkpoint.step), "adam"),
+        ),
+    }
+    for path, (kind, load) in files.items():
+        whole = path.read_bytes()
+        load()
+        head = 8 + int.from_bytes(whole[:8], "little")
+        for position in range(head, len(whole)):
+            flip(path, position)
+            with pytest.raises(kind, match="differs from its checksum"):
+                load()
+            path.write_bytes(whole)
