@@ -22,7 +22,7 @@ def list_stored_files(cache: Path) -> list[Path]:
 def try_flip(
     path: Path, at: int, bit: int, score: tuple[str, ...], place: Path, wanted: bytes, tally: Tally
 ) -> None:
-    """Flip a bit of a file, score, and compare the table; where it differs, ask `check`."""
+    """Flip a bit of a file, score, and compare the table."""
     content = bytearray(path.read_bytes())
     content[at] ^= 1 << bit
     path.write_bytes(content)

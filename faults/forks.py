@@ -17,6 +17,7 @@ from safetensors.torch import save_model
 
 import influence_cli
 from influence_cli import cli
+from influence_cli.signals import exit_at_once, handle_signals
 
 PATIENCE = 20.0  # seconds after which a process hangs
 DEFINITION = """
@@ -111,7 +112,7 @@ def run_in_fork(arguments: Sequence[str], place: Path, out: Path, err: Path) -> 
             flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             os.dup2(os.open(path, flags, 0o666), number)
         os.chdir(place)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle_signals(exit_at_once)  # as __main__.py does
         sys.argv = ["influence", *arguments]
         cli.app()
         code = 0

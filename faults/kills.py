@@ -64,12 +64,12 @@ def try_kill(
         judge_end(process.wait(), {0, CODES[number], -number} if not at else {0}, tally, trial)
     if name != "init" or not (place / "new" / "definition.py").exists():
         judge_end(run_command(arguments, place), {0}, tally, f"{trial}; then again")
-    found = results(place)
-    leftovers = [path for path in found if ".tmp-" in path]
+    content = results(place)
+    leftovers = [path for path in content if ".tmp-" in path]
     if leftovers:
         tally.fault("lost", "a temporary file is left", f"{trial}: {leftovers[0]}")
-    if {path: text for path, text in found.items() if path not in leftovers} != wanted:
-        names = [path for path in {**found, **wanted} if found.get(path) != wanted.get(path)]
+    if {path: text for path, text in content.items() if path not in leftovers} != wanted:
+        names = [path for path in {**content, **wanted} if content.get(path) != wanted.get(path)]
         tally.fault("lost", "other bytes after resuming", f"{trial}: {names[:3]}")
     tally.tried += 1
 

@@ -110,8 +110,10 @@ class RepeatedKey(ValueError):
     """An object of JSON that names a key twice."""
 
 
-def strict_json(text: bytes | str) -> Any:  # Any: a JSON value
-    """Parse as RFC 8259 does: no NaN, no repeated keys. The reference for what is accepted."""
+def strict_json(text: bytes | str, finite: bool = True) -> Any:  # Any: a JSON value
+    """Parse as RFC 8259 does: no repeated keys, and no NaN if `finite`. The reference for what is
+    accepted.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(items)
@@ -122,4 +124,4 @@ def strict_json(text: bytes | str) -> Any:  # Any: a JSON value
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no JSON")
 
-    return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse)
+    return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse if finite else float)

@@ -1,11 +1,9 @@
 """Counts what a part of the campaign tried, and the faults that it met."""
 
-import json
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 KINDS = ("lost", "silent", "traceback")
 SHOWN = 400  # characters of a reproduction
@@ -66,14 +64,6 @@ class Clock:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.start
-
-
-def write_tallies(path: Path, tallies: Iterable[Tally]) -> None:
-    path.write_text(json.dumps([asdict(tally) for tally in tallies], indent=1))
-
-
-def read_tallies(path: Path) -> list[Tally]:
-    return [Tally(**entry) for entry in json.loads(path.read_text())]
 
 
 def format_table(tallies: Iterable[Tally]) -> str:

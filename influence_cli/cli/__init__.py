@@ -45,7 +45,7 @@ def escaped_messages() -> Iterator[None]:
         if isinstance(message := getattr(error, "message", None), str):
             from influence_cli.output.visible import LINE_CHARACTERS, escape_controls
 
-            error.message = escape_controls(message, LINE_CHARACTERS)  # type: ignore[attr-defined]  # see above
+            vars(error)["message"] = escape_controls(message, LINE_CHARACTERS)
         raise
 
 

@@ -55,7 +55,7 @@ class Opened:
         return specs.ids(flag, spec, len(self.run.examples(split)), split, sys.stdin)
 
     def shard_ids(self, ids: Ids, shard: Shard | None) -> Ids:
-        """Of training ids the shard's; which ones they are is said."""
+        """The training ids of the shard. A note names them."""
         if shard is None:
             return ids
         shard_ids = shard.of(ids)
@@ -141,6 +141,18 @@ def number_formats(flags: Shared) -> tuple[torch.dtype | None, torch.dtype | Non
     return precision, store
 
 
+def check_cache_flags(flags: Shared, verify: bool) -> None:
+    """Raises UsageProblem for flags of the cache beside --cache none."""
+    if flags.cache == "none" and flags.store is not None:
+        raise UsageProblem(
+            "--cache none stores nothing, so --store does not apply", "give one of them"
+        )
+    if flags.cache == "none" and verify:
+        raise UsageProblem(
+            "--cache none stores nothing, so --verify has nothing to compare", "give one of them"
+        )
+
+
 def open_shared(
     flags: Shared,
     trajectory: Path | None = None,
@@ -152,10 +164,7 @@ def open_shared(
 
     Raises UsageProblem for flags that contradict each other or the machine.
     """
-    if flags.cache == "none" and flags.store is not None:
-        raise UsageProblem(
-            "--cache none stores nothing, so --store does not apply", "give one of them"
-        )
+    check_cache_flags(flags, verify)
     precision, store = number_formats(flags)
     projection = specs.projection(flags.project, flags.projection, flags.seed, searched)
     batch_size = specs.batch_size(flags.batch_size)

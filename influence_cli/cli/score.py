@@ -53,10 +53,8 @@ def score(
 
     opened = open_shared(shared, trajectory, verify=verify)
     all_ids = opened.ids("--train", train, "train")
-    train_ids, query_ids = (
-        opened.shard_ids(all_ids, part),
-        opened.ids("--queries", queries, "query"),
-    )
+    train_ids = opened.shard_ids(all_ids, part)
+    query_ids = opened.ids("--queries", queries, "query")
     flags = score_flags(chosen, own_options, scored)
     made = record_maker(opened, flags, all_ids, query_ids, part, top)
     if not len(train_ids):  # an empty shard
@@ -79,7 +77,7 @@ def request_of(
     train: "Ids",
     queries: "Ids",
 ) -> "ScoreRequest":
-    """What the method is asked, of these examples."""
+    """The request to the method: these examples, and the flags of the scores."""
     from influence_cli.cli.requests import score_request
 
     return score_request(

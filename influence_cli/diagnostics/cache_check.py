@@ -69,8 +69,7 @@ def check_folder(store: Store, folder: Path) -> Finding:
                 worst = max(worst, error)
             files, examples = files + 1, examples + len(rows.ids)
     except CacheError as error:
-        note = "; ".join((error.headline, *error.details[:1]))
-        return Finding("cache", split, subject, math.nan, allowed, note)
+        return Finding("cache", split, subject, math.nan, allowed, describe_damage(error))
     note = f"{files:,} files, {examples:,} examples"
     return Finding("cache", split, subject, worst, allowed, note)
 
@@ -91,19 +90,14 @@ def check_other_files(store: Store) -> Finding | None:
                     file.verify(file.read([name]))
         except CacheError as error:
             subject = str(path.relative_to(store.folder))
-            return Finding(
-                "cache",
-                "train",
-                subject,
-                math.nan,
-                0.0,
-                "; ".join((error.headline, *error.details[:1])),
-            )
-    return (
-        Finding("cache", "train", "other files", 0.0, 0.0, f"{len(files):,} files")
-        if files
-        else None
-    )
+            return Finding("cache", "train", subject, math.nan, 0.0, describe_damage(error))
+    if not files:
+        return None
+    return Finding("cache", "train", "other files", 0.0, 0.0, f"{len(files):,} files")
+
+
+def describe_damage(error: CacheError) -> str:
+    return "; ".join((error.headline, *error.details[:1]))
 
 
 def norm_error(rows: GradientRows, unit: Unit, name: str) -> float:
@@ -139,6 +133,5 @@ def check_recomputed(
             check_rows_agree(stored, computed, allowed, checkpoint.name, "train", store.folder)
             count += len(ids)
     except CacheError as error:
-        note = "; ".join((error.headline, *error.details[:1]))
-        return Finding("cache", "train", subject, math.nan, allowed, note)
+        return Finding("cache", "train", subject, math.nan, allowed, describe_damage(error))
     return Finding("cache", "train", subject, 0.0, allowed, f"{listed([count])} gradients agree")

@@ -87,7 +87,7 @@ def note_small_losses(source: GradientSource, checkpoints: Sequence[Checkpoint])
             source.reporter.note(
                 f"{counts.small[key]:,} of {counts.read[key]:,} {kind} have a loss below "
                 f"{SMALL_LOSS:g} at step {key[1]}: their gradients may have few right digits in "
-                "float32; --precision float64 computes them exactly"
+                "float32; --precision float64 computes more digits"
             )
 
 

@@ -119,6 +119,7 @@ class Watcher(TorchFunctionMode):
             F.linear = plain
 
     def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Makes the call. Each subclass says what it records of it."""
         raise NotImplementedError
 
 

@@ -6,7 +6,6 @@ that each line of a JSONL file stays a row. A table on stdout, a device or a pip
 
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from influence_cli import __version__
 from influence_cli.errors import TableError
 from influence_cli.storage.atomic import write_json
+from influence_cli.storage.json_text import parse_json
 
 KEY = "influence"  # of a parquet file's metadata
 LARGEST_RECORD = 64 << 20  # bytes
@@ -93,14 +93,14 @@ def read_parquet_record(path: Path) -> Record | None:
 def parse_record(place: Path, content: bytes) -> Record:
     """Raises TableError if `content` is no record."""
     try:
-        record = json.loads(content)
+        record = parse_json(content)
         if isinstance(record, dict):
             shard = record.get("shard")
             is_record = isinstance(record.get("request", {}), dict) and is_count(record.get("top"))
             if is_record and (shard is None or is_shard(shard)):
                 return record
         problem = "not a record of a table"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         problem = str(error)[:200]
     raise TableError(f"{place} can't be read: {problem}", "write the table again")
 

@@ -108,7 +108,7 @@ class TableWriter:
             else:
                 write_rows(rows, columns, self.format, file, record)
         if record is not None and self.output is not None and self.format != "parquet":
-            with report_disk_errors(record_path(self.output)):
+            with report_output_errors(record_path(self.output)):
                 write_record(self.output, record)
 
 
@@ -146,7 +146,7 @@ def to_file(path: Path) -> Iterator[IO[str]]:
 
     A device or a pipe is written as it is. Raises OutputError on a disk error.
     """
-    with report_disk_errors(path):
+    with report_output_errors(path):
         if is_special(path):
             with open_special(path) as file:
                 yield file
@@ -163,7 +163,7 @@ def is_special(path: Path) -> bool:
 
 
 @contextmanager
-def report_disk_errors(path: Path) -> Iterator[None]:
+def report_output_errors(path: Path) -> Iterator[None]:
     """Raises OutputError for a disk error, but BrokenPipeError for a closed pipe."""
     try:
         yield

@@ -191,11 +191,11 @@ def read_header(files: tuple[Path, ...]) -> Header:
     tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        size = file.stat().st_size if file.is_file() else 0
         if not file.is_file():
             raise CheckpointError(
                 f"{file} does not exist any more", "another process has removed it: run again"
             )
+        size = file.stat().st_size
         if not size:
             raise CheckpointError(
                 f"{file.name} is empty (0 bytes)",

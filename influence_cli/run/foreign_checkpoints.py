@@ -1,4 +1,4 @@
-"""Names what lies in a folder of checkpoints and can't be read, and what helps."""
+"""Names the files of a checkpoint folder that can't be read, and what helps."""
 
 import itertools
 import re
@@ -76,5 +76,6 @@ def describe_missing_checkpoints(place: Path, run: Path) -> CheckpointError:
         "or Trainer folders checkpoint-100/model.safetensors (or its index file)",
         *(f"found {kind}: {listed(names)}; {REMEDIES[kind]}" for kind, names in unreadable.items()),
         *(f"found checkpoints in {folder}: --checkpoints {folder}" for folder in elsewhere[:3]),
-        "save them with safetensors.torch.save_model(model, 'checkpoints/step-000100.safetensors')",
+        f"save them with safetensors.torch.save_model(model, '{place}/step-000100.safetensors', "
+        "{'learning_rate': '0.1'})",
     )

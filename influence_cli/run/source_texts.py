@@ -62,7 +62,7 @@ class TextLoader(SourceFileLoader):
 
 
 def install_finder() -> SourceFinder:
-    """Puts a new finder before all others, in place of an earlier one."""
+    """Puts a new finder before all others, and removes an earlier one."""
     others = [finder for finder in sys.meta_path if not isinstance(finder, SourceFinder)]
     finder = SourceFinder()
     sys.meta_path[:] = [finder, *others]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.errors import CheckpointError
+from influence_cli.storage.json_text import parse_json
 
 
 def digest_tensors(path: Path) -> str:
@@ -27,7 +28,7 @@ def digest_tensors(path: Path) -> str:
             length = int.from_bytes(content.read(8), "little")
             if length > path.stat().st_size:
                 raise ValueError(f"its header would have {length:,} bytes")
-            head = json.loads(content.read(length))
+            head = parse_json(content.read(length))
             head.pop("__metadata__", None)
             digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
             while part := content.read(1 << 20):

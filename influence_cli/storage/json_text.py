@@ -8,7 +8,7 @@ from typing import Any
 
 MAX_BYTES = 256 << 20
 LONGEST_INTEGER = 20  # digits; 2^64 - 1 has as many
-# what only careful parsing refuses: long integers, large exponents, \\uD800 to \\uDFFF
+# what only careful parsing refuses: long integers, large exponents, \uD800 to \uDFFF
 UNUSUAL = re.compile(rb"\d{20}|[eE]\+?0*[1-9]\d\d|\\u[dD][89a-fA-F]")
 
 

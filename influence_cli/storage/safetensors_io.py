@@ -83,8 +83,7 @@ def stream_tensors(
     # large elements first, so that all are aligned
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     values = {name: tensors[name].detach().cpu() for name in names}
-    # first in the header: no other text comes before its blank
-    sums = checksums.checksum_metadata(values)
+    sums = checksums.checksum_metadata(values)  # first: no other text comes before its blank
     head: dict[str, object] = {"__metadata__": sums | dict(metadata) | sums}
     start = 0
     for name in names:
@@ -328,13 +327,14 @@ def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[
             raise ValueError("its metadata holds more than texts")
         entries = {}
         for name, entry in head.items():
-            start, stop = (begin + int(offset) for offset in entry["data_offsets"])
-            shape = tuple(int(length) for length in entry["shape"])
+            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+            if {*map(type, (*shape, first, last))} != {int}:
+                raise ValueError(f"{name[:80]} has a shape or an offset that is not whole")
             if len(shape) > MAX_AXES or min(shape, default=0) < 0:
                 raise ValueError(f"{name} has a shape that no tensor has")
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name[:80]} has the dtype {entry['dtype']!r:.20}, unknown here")
-            entries[name] = TensorSpan(DTYPES[entry["dtype"]], shape, start, stop)
+            entries[name] = TensorSpan(DTYPES[entry["dtype"]], shape, begin + first, begin + last)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its header is invalid: {type(error).__name__} {error}") from error
     end = begin

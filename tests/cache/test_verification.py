@@ -193,3 +193,7 @@ def test_flips_in_recorded_checkpoints_and_optimizer_states_are_found(tmp_path):
             with pytest.raises(kind, match="differs from its checksum"):
                 load()
             path.write_bytes(whole)
+
+
+def test_verify_without_a_cache_is_refused(run, influence):
+    refused(influence("score", run, "--cache", "none", "--verify"), 2, "--verify has nothing")

@@ -183,7 +183,7 @@ def test_a_folder_that_another_job_deletes_meanwhile_changes_nothing(
     run = train(tmp_path / "run", every=4)
     undisturbed = score(influence, run, (*flags, "--cache", "none")).out
     interrupted(influence, run, flags, monkeypatch, step=4)
-    write, read = resume.write_saved, resume.read_saved
+    write, read = resume.write_tensors, resume.read_saved
 
     def delete_first(function):
         def deleted(path, *args):
@@ -197,7 +197,7 @@ def test_a_folder_that_another_job_deletes_meanwhile_changes_nothing(
     counts = {write: 0, read: 0}
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
     monkeypatch.setattr(resume, "read_saved", delete_first(read))
-    monkeypatch.setattr(resume, "write_saved", delete_first(write))
+    monkeypatch.setattr(resume, "write_tensors", delete_first(write))
     result = score(influence, run, flags)
     assert result.code == 0, result.err
     assert counts[read] > 1 and counts[write] > 1

@@ -11,6 +11,7 @@ from influence_cli.storage.safetensors_io import (
     CODES,
     TensorFile,
     TruncatedFile,
+    read_head,
     read_tensors,
     write_tensors,
 )
@@ -111,3 +112,11 @@ def test_a_truncated_file_is_refused(kept, tmp_path):
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:kept])
     with pytest.raises(TruncatedFile):
         TensorFile(tmp_path / "x")
+
+
+@pytest.mark.parametrize("number", ["-0.0", "0.0", "true", '"0"'])
+def test_a_shape_or_an_offset_that_is_not_whole_is_refused(number):
+    head = '{"a": {"dtype": "F32", "shape": [0], "data_offsets": [NUMBER, 0]}}'
+    head = head.replace("NUMBER", number)
+    with pytest.raises(ValueError, match="not whole"):
+        read_head(head.encode(), 0, 0)

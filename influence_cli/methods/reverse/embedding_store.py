@@ -31,11 +31,12 @@ from influence_cli.cache.unit_file import open_tensor_file, report_damage
 from influence_cli.errors import CacheError, UsageProblem, listed
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.dve import DveOptions
-from influence_cli.methods.reverse.saved_file import check_values, read_saved, write_saved
+from influence_cli.methods.reverse.saved_file import check_values, read_saved
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.stability import check_finite
 from influence_cli.methods.reverse.steps import StepEffects, step_slices
 from influence_cli.storage.atomic import report_disk_errors
+from influence_cli.storage.safetensors_io import write_tensors
 
 Part = tuple[int, int]  # first step, stop
 ROW_FILES = "rows"  # of a map's metadata: first step and stop of each file of rows, as JSON
@@ -144,7 +145,7 @@ class EmbeddingStore:
 
     def write(self, path: Path, content: dict[str, Tensor], metadata: dict[str, str]) -> None:
         with report_disk_errors(self.folder):
-            write_saved(path, content, metadata)
+            write_tensors(path, content, metadata)
 
     def step_effects(self, gradients: dict[str, Tensor], end: int) -> Iterator[StepEffects]:
         """The effects of the steps below `end` on queries, last step first, in one sum.

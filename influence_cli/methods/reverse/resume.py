@@ -26,11 +26,12 @@ from influence_cli.errors import CacheError
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.options import ReverseOptions
-from influence_cli.methods.reverse.saved_file import check_values, read_saved, write_saved
+from influence_cli.methods.reverse.saved_file import check_values, read_saved
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import StepEffects, step_slices
 from influence_cli.progress import Reporter
 from influence_cli.storage.atomic import remove_stale_files, report_disk_errors
+from influence_cli.storage.safetensors_io import write_tensors
 
 SAVE_SECONDS = 30.0  # between two saves
 ATTEMPTS = 20  # to save, while other jobs delete the folder
@@ -172,9 +173,11 @@ class PassProgress:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    write_saved(self._effects_path(steps), content, self._describe("scores", steps))
+                    write_tensors(
+                        self._effects_path(steps), content, self._describe("scores", steps)
+                    )
                     where = self._describe("carried", (steps[0], steps[0]))
-                    write_saved(carried, adjoint_tensors(adjoint), where)
+                    write_tensors(carried, adjoint_tensors(adjoint), where)
                     break
                 except FileNotFoundError:  # a job that finished deleted the folder
                     if attempt == ATTEMPTS:

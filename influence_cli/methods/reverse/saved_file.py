@@ -1,18 +1,11 @@
-"""Files of the reverse pass: each says what it belongs to, and detects every changed byte."""
+"""Reads files of the reverse pass. Their metadata says what they belong to."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from influence_cli.cache.unit_file import open_tensor_file
-from influence_cli.storage.safetensors_io import write_tensors
-
-
-def write_saved(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors with `metadata`, which says what they belong to. Raises OSError."""
-    write_tensors(path, tensors, metadata)
 
 
 def read_saved(path: Path, metadata: dict[str, str]) -> dict[str, Tensor]:
