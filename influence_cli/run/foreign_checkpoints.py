@@ -70,12 +70,15 @@ def describe_missing_checkpoints(place: Path, run: Path) -> CheckpointError:
         }
         - {str(place)}
     )
+    own = (
+        place / "checkpoints" if place == run else place
+    )  # of a run's own folder, no step-N counts
     return CheckpointError(
         f"no checkpoints in {place}",
         "expected: step-000100.safetensors ..., "
         "or Trainer folders checkpoint-100/model.safetensors (or its index file)",
         *(f"found {kind}: {listed(names)}; {REMEDIES[kind]}" for kind, names in unreadable.items()),
         *(f"found checkpoints in {folder}: --checkpoints {folder}" for folder in elsewhere[:3]),
-        f"save them with safetensors.torch.save_model(model, '{place}/step-000100.safetensors', "
+        f"save them with safetensors.torch.save_model(model, '{own}/step-000100.safetensors', "
         "{'learning_rate': '0.1'})",
     )

@@ -1,7 +1,9 @@
 """Checkpoints of other kinds, changed ones and removed ones: named, with what helps; never skipped."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +145,17 @@ def test_a_folder_that_vanishes_during_the_work_is_no_trace(folder, make_run, in
     result = influence("score", run)
     assert "Traceback" not in result.err
     assert result.code == 0 or (result.code == 1 and "error: " in result.err), result.err
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoints"])
+def test_the_hint_of_an_empty_folder_names_a_place_that_is_read(folder, make_run, influence):
+    run = make_run()
+    saved = sorted((run / "checkpoints").iterdir())[0].rename(run / "kept")
+    shutil.rmtree(run / "checkpoints")
+    (run / folder).mkdir(exist_ok=True)
+    result = influence("inspect", run)
+    refused(result, 1, "no checkpoints in", "'learning_rate'")
+    hinted = Path(re.search(r"save_model\(model, '([^']+)'", result.err)[1])
+    hinted.parent.mkdir(exist_ok=True)
+    saved.rename(hinted)
+    assert influence("inspect", run).code == 0
