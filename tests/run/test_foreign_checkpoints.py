@@ -150,12 +150,12 @@ def test_a_folder_that_vanishes_during_the_work_is_no_trace(folder, make_run, in
 @pytest.mark.parametrize("folder", ["", "checkpoints"])
 def test_the_hint_of_an_empty_folder_names_a_place_that_is_read(folder, make_run, influence):
     run = make_run()
-    saved = sorted((run / "checkpoints").iterdir())[0].rename(run / "kept")
+    weights = load_file(sorted((run / "checkpoints").iterdir())[0])
     shutil.rmtree(run / "checkpoints")
     (run / folder).mkdir(exist_ok=True)
     result = influence("inspect", run)
     refused(result, 1, "no checkpoints in", "'learning_rate'")
     hinted = Path(re.search(r"save_model\(model, '([^']+)'", result.err)[1])
     hinted.parent.mkdir(exist_ok=True)
-    saved.rename(hinted)
+    save_file(weights, hinted, {"learning_rate": "0.1"})
     assert influence("inspect", run).code == 0
