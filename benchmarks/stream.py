@@ -61,7 +61,7 @@ def fill(run: Opened) -> float:
     started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
     jobs = plan_of(gradients, run.checkpoints[0], range(len(run.run.train)), names)
     values = torch.randn(4096 + 509, LAYERS * NUMBERS, generator=generator)
-    with gradients.cache.store.writer(gradients.settings.store, 1 << 40) as write:
+    with gradients.cache.store.writer(gradients.settings.storage_dtype, 1 << 40) as write:
         for number, job in enumerate(jobs):
             size = len(job.ids)
             some = values[number % 509 :][:size]

@@ -43,18 +43,18 @@ class Settings:
     """
 
     precision: torch.dtype
-    store: torch.dtype
+    storage_dtype: torch.dtype
     mixed: bool = False
     projection: Projection | None = None
 
     @property
     def key(self) -> str:
         """The name of the folder of all units with these settings."""
-        precision, store = (
-            str(dtype).removeprefix("torch.") for dtype in (self.precision, self.store)
+        precision, storage_dtype = (
+            str(dtype).removeprefix("torch.") for dtype in (self.precision, self.storage_dtype)
         )
         projection = self.projection.key if self.projection else "exact"
-        return f"{'mixed' if self.mixed else precision}-stored-{store}-{projection}"
+        return f"{'mixed' if self.mixed else precision}-stored-{storage_dtype}-{projection}"
 
     def width(self, column: Shaped) -> int:
         """The number of numbers in one example's gradient of this column, if stored dense."""
@@ -66,7 +66,7 @@ class Settings:
         """The allowed distance of two captures of one gradient, relative to the largest norm among
         the rows."""
         eps = torch.finfo(self.precision).eps
-        return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * STORE_EPS[self.store])
+        return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * STORE_EPS[self.storage_dtype])
 
 
 def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None) -> str:

@@ -155,9 +155,9 @@ def setting_cells(
         absent = "" if folder.exists() else " (not existing yet)"
         needed, free = format_bytes(disk_bytes), format_bytes(free_disk_bytes(folder))
         cache = f"{folder}{absent}, {needed} to store, {free} free"
-    precision, store = (
+    precision, storage_dtype = (
         str(dtype).removeprefix("torch.")
-        for dtype in (source.settings.precision, source.settings.store)
+        for dtype in (source.settings.precision, source.settings.storage_dtype)
     )
     batch = source.budget.batch_size("train", columns)
     unit = source.budget.unit_size("train", columns, "values")
@@ -165,7 +165,7 @@ def setting_cells(
     disk_speed = f", {format_bytes(speed.disk_speed)}/s to disk" if speed.disk_speed else ""
     return [
         ("cache", cache),
-        ("precision", f"{precision}, stored as {store}"),
+        ("precision", f"{precision}, stored as {storage_dtype}"),
         ("device", f"{source.device}, batches of {batch}, units of {unit}"),
         ("memory", f"about {format_bytes(peak)} at most while gradients are computed"),
         ("time to compute", f"about {format_duration(seconds)} ({milliseconds}{disk_speed})"),
@@ -239,7 +239,7 @@ def fidelity_tables(
         )
         results += tried
     exact_bytes = source.exact().budget.sizes("train", columns).example_bytes(columns)
-    if results and results[-1].numbers * source.settings.store.itemsize > exact_bytes:
+    if results and results[-1].numbers * source.settings.storage_dtype.itemsize > exact_bytes:
         opened.reporter.note(
             f"{results[-1].kept} stores more than exact gradients, which take {exact_bytes:,} "
             "bytes per example"

@@ -132,13 +132,13 @@ class Opened:
 
 def number_formats(flags: Shared) -> tuple[torch.dtype | None, torch.dtype | None]:
     """`--precision` and `--store`. Raises UsageProblem for unknown names."""
-    precision = store = None
+    precision = storage_dtype = None
     if flags.precision:
         precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)]
     if flags.store:
         known = PRECISIONS | {"int8": torch.int8}
-        store = known[specs.one_of("--store", flags.store, STORE_NAMES)]
-    return precision, store
+        storage_dtype = known[specs.one_of("--store", flags.store, STORE_NAMES)]
+    return precision, storage_dtype
 
 
 def check_cache_flags(flags: Shared, verify: bool) -> None:
@@ -165,7 +165,7 @@ def open_shared(
     Raises UsageProblem for flags that contradict each other or the machine.
     """
     check_cache_flags(flags, verify)
-    precision, store = number_formats(flags)
+    precision, storage_dtype = number_formats(flags)
     projection = specs.projection(flags.project, flags.projection, flags.seed, searched)
     batch_size = specs.batch_size(flags.batch_size)
     place = place_of(os.environ)
@@ -181,7 +181,7 @@ def open_shared(
     mixed = precision is None and len({column.dtype for column in run.columns.values()}) > 1
     settings = Settings(
         precision or widest,
-        store or precision or widest,
+        storage_dtype or precision or widest,
         mixed,
         Projection(*projection) if projection else None,
     )

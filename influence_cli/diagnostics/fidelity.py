@@ -185,7 +185,7 @@ def measure_fidelity(
     """
     settings = gradients.settings
     projection = settings.projection
-    narrow = STORE_EPS[settings.store] > STORE_EPS[settings.precision]
+    narrow = STORE_EPS[settings.storage_dtype] > STORE_EPS[settings.precision]
     if projection is None and not narrow:
         return []
     sample = Sample.draw(gradients, checkpoints, columns, ids)
@@ -193,7 +193,7 @@ def measure_fidelity(
     keeps: dict[str, KeepForm] = {
         "exact": keep_exact,
         "projected": project,
-        "stored": lambda name, form: as_stored(project(name, form), settings.store),
+        "stored": lambda name, form: as_stored(project(name, form), settings.storage_dtype),
     }
     scores, norms_CQN = sample.compute_scores(keeps)
     name = f"{projection.kind} {projection.numbers}" if projection else ""
@@ -204,8 +204,10 @@ def measure_fidelity(
             sample.compare(name, scores["projected"], scores["exact"], spread, projection)
         )
     if narrow:
-        dtype = str(settings.store).removeprefix("torch.")
-        allowed = 8 * STORE_EPS[settings.store] * float(np.linalg.norm(norms_CQN.sum(0))) + spread
+        dtype = str(settings.storage_dtype).removeprefix("torch.")
+        allowed = (
+            8 * STORE_EPS[settings.storage_dtype] * float(np.linalg.norm(norms_CQN.sum(0))) + spread
+        )
         kept = f"{name} in {dtype}" if projection else dtype
         results.append(sample.compare(kept, scores["stored"], scores["exact"], allowed, projection))
     return results

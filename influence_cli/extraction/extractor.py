@@ -161,7 +161,7 @@ class GradientExtractor:
         if self.device.type != "cpu":
             check_finite(weights, split, ids, all_losses, all_norms)
         if self._with_digests and self.settings.precision == torch.float64:
-            check_storable(weights, split, self.settings.store, all_norms)
+            check_storable(weights, split, self.settings.storage_dtype, all_norms)
         forms = {name: self._kept_form(name, form) for name, form in buffer.done().items()}
         return GradientRows(ids, all_losses, torch.cat(digests), all_norms, forms)
 

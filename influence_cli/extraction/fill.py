@@ -190,7 +190,7 @@ class CacheFiller:
             checkpoint.step: f"checkpoint {k} of {len(request.ids_at)}"
             for k, (checkpoint, _) in enumerate(request.ids_at, start=1)
         }
-        store, dtype = self.rows.store, self.rows.settings.store
+        store, dtype = self.rows.store, self.rows.settings.storage_dtype
         label = f"gradients of {request.split} examples"
         with (
             self.extractor.reporter.progress(label, shared.examples) as advance,

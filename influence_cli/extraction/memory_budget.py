@@ -137,9 +137,9 @@ class MemoryBudget:
         record = self.record(split)
         if not (record.has_forms(columns) and record.has_batch(columns)):
             sample = self._capture_for(split, columns)
-            store = self.settings.store
-            ratio = store.itemsize / self.settings.precision.itemsize
-            forms = stored_bytes(sample.sample, ratio, 4 if store in SCALED else 0)
+            dtype = self.settings.storage_dtype
+            ratio = dtype.itemsize / self.settings.precision.itemsize
+            forms = stored_bytes(sample.sample, ratio, 4 if dtype in SCALED else 0)
             form_bytes = sum(form.nbytes // len(form) for form in sample.sample.values())
             working = round(sample.activations) * 2 + form_bytes
             record.add(columns, forms, default_batch(working, self.device), working)

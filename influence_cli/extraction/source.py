@@ -159,14 +159,14 @@ class GradientSource:
     ) -> GradientRows:
         """Rows computed now and rounded as stored, to compare with cached ones."""
         rows = self.extractor.rows_at(checkpoint, split, columns, ids)
-        store = self.settings.store
-        forms = {name: as_stored(form, store) for name, form in rows.forms.items()}
+        storage_dtype = self.settings.storage_dtype
+        forms = {name: as_stored(form, storage_dtype) for name, form in rows.forms.items()}
         return dataclasses.replace(rows, forms=forms)
 
     def exact(self) -> "GradientSource":
         """The same gradients before projection and storage, of the same model, without a cache."""
         settings = dataclasses.replace(
-            self.settings, projection=None, store=self.settings.precision
+            self.settings, projection=None, storage_dtype=self.settings.precision
         )
         batch_size, cast = self.budget.requested_batch_size, self.extractor.cast
         return GradientSource(

@@ -36,7 +36,7 @@ Directions = dict[str, Tensor]  # per parameter (K, D)
 
 
 @dataclass(frozen=True)
-class Functions:
+class LossFunctions:
     """The definition's functions of a batch. With `outputs` and `loss_from_outputs` the curvature
     is that of Gauss-Newton, J^T S J: the curvature S of the loss in the outputs, without that of
     the outputs in the parameters.
@@ -61,7 +61,7 @@ class Curvature:
         self,
         model: nn.Module,
         names: Sequence[str],
-        functions: Functions,
+        functions: LossFunctions,
         batch: Batch,
         weights: Tensor,
         at_once: int = 1,
@@ -191,7 +191,7 @@ class GaussNewtonProducts:
 
     def __init__(
         self,
-        functions: Functions,
+        functions: LossFunctions,
         model: nn.Module,
         batch: Batch,
         weights: Tensor,

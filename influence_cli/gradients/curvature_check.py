@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from influence_cli.errors import GradientError
 from influence_cli.gradients.batches import Batch
-from influence_cli.gradients.curvature import Curvature, Functions
+from influence_cli.gradients.curvature import Curvature, LossFunctions
 from influence_cli.gradients.double_backward import no_second_derivative, twice_differentiable
 from influence_cli.gradients.quantity import checked
 from influence_cli.gradients.tolerances import differing
@@ -26,7 +26,7 @@ class PlainGradient:
         self,
         model: nn.Module,
         names: Sequence[str],
-        functions: Functions,
+        functions: LossFunctions,
         batch: Batch,
         weights: Tensor,
     ) -> None:
@@ -62,7 +62,7 @@ class PlainGradient:
 
 
 def check_curvature(
-    model: nn.Module, names: Sequence[str], functions: Functions, batch: Batch, size: int
+    model: nn.Module, names: Sequence[str], functions: LossFunctions, batch: Batch, size: int
 ) -> None:
     """Compare the curvature of a batch of `size` with differences of gradients; for Gauss-Newton
     compare its gradient with that of loss().

@@ -49,7 +49,7 @@ def score(
 ) -> Iterator[ScoredQueries]:
     """Scores of every requested training example, ranked per query."""
     numbers = sum(map(source.settings.width, request.columns.values()))
-    query_bytes = numbers * max(4, source.settings.store.itemsize)
+    query_bytes = numbers * max(4, source.settings.storage_dtype.itemsize)
     rows_of = mean_query_row if request.sum_queries else query_rows
 
     def load_queries(ids: Ids) -> list[QueryGradients]:

@@ -47,7 +47,7 @@ def score(
     selector = WordSelector(source, request, options)
     name = selector.column
     bytes_per_example = source.budget.sizes("query", [name]).example_bytes([name])
-    widening = max(1, 4 // source.settings.store.itemsize)
+    widening = max(1, 4 // source.settings.storage_dtype.itemsize)
     query_bytes = max(1, bytes_per_example * widening) * (1 + options.synonyms)
 
     def load_queries(ids: Ids) -> list[WordQueries]:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from influence_cli.errors import GradientError
 from influence_cli.gradients.batches import to
-from influence_cli.gradients.curvature import Curvature, Functions
+from influence_cli.gradients.curvature import Curvature, LossFunctions
 from influence_cli.gradients.curvature_check import check_curvature
 from influence_cli.gradients.double_backward import PlainWeightNorm
 from tests import reference
@@ -147,7 +147,7 @@ def directions(model: nn.Module, names: Sequence[str], count: int = 3) -> dict[s
 
 
 def curved(
-    model: nn.Module, names: Sequence[str], functions: Functions, batch: Any, most: int = 1
+    model: nn.Module, names: Sequence[str], functions: LossFunctions, batch: Any, most: int = 1
 ) -> Curvature:
     return Curvature(model, names, functions, batch, WEIGHTS.clone(), most)
 
@@ -249,7 +249,7 @@ def test_products_and_gradients_equal_autograd_one_by_one(name):
     used = [name for name in names if name != "unused"]
     products = {name: g[name] @ u[name].T for name in used}
     for most in (1, 2, 3):
-        curvature = curved(model, names, Functions(case.loss), batch, most)
+        curvature = curved(model, names, LossFunctions(case.loss), batch, most)
         assert curvature.names == used
         assert_near(curvature.gradient(), {name: WEIGHTS @ g[name] for name in used})
         actual, along = curvature.through(u)
@@ -293,7 +293,7 @@ def test_gauss_newton_equals_its_explicit_matrix(name):
     difference = sum(float((pull[name] - value).norm()) for name, value in slow.hessian(u).items())
     assert (difference < 1e-9) == same
     for most in (1, 2, 3):
-        curvature = curved(model, names, Functions(case.loss, outputs, after), batch, most)
+        curvature = curved(model, names, LossFunctions(case.loss, outputs, after), batch, most)
         assert_near(curvature.gradient(), {name: WEIGHTS @ g[name] for name in names})
         actual, along = curvature.through(u, by_parameter=True)
         assert_near(actual, {name: g[name] @ u[name].T for name in names})
@@ -309,7 +309,7 @@ def test_a_subset_of_the_parameters_has_its_block_of_the_hessian(freeze):
         parameter.requires_grad_(not freeze or name in chosen)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     slow, u = Reference(model, names, case.loss, singles), directions(model, names)
-    curvature = curved(model, names, Functions(case.loss), batch, 3)
+    curvature = curved(model, names, LossFunctions(case.loss), batch, 3)
     assert curvature.names == chosen
     actual, pull = curvature.through(u, by_parameter=True)
     assert_near(actual, {name: g @ u[name].T for name, g in slow.gradients().items()})
@@ -321,7 +321,7 @@ def test_a_subset_of_the_parameters_has_its_block_of_the_hessian(freeze):
 def test_a_layer_without_a_second_derivative_is_named(most):
     model, names, batch, _ = made(CASES["embedding-bag"])
     with pytest.raises(GradientError, match=r"embedding_bag") as raised:
-        curved(model, names, Functions(squared), batch, most).through(directions(model, names))
+        curved(model, names, LossFunctions(squared), batch, most).through(directions(model, names))
     assert "--method dve" in str(raised.value)
 
 
@@ -329,40 +329,42 @@ def test_a_function_that_is_differentiable_once_is_refused():
     model, names, batch, _ = made(Case(lambda: nn.Linear(4, 3), numbers(4)))
     with pytest.raises(GradientError):
         curved(
-            model, names, Functions(lambda model, x: CubeOnce.apply(model(x)).sum(1)), batch
+            model, names, LossFunctions(lambda model, x: CubeOnce.apply(model(x)).sum(1)), batch
         ).through(directions(model, names))
 
 
 @pytest.mark.parametrize(
     ("functions", "says"),
     [
-        (Functions(lambda model, x: squared(model, x).sum()), "returned a scalar"),
+        (LossFunctions(lambda model, x: squared(model, x).sum()), "returned a scalar"),
         (
-            Functions(squared, lambda model, x: model(x), lambda out, x: out.square().sum(1)),
+            LossFunctions(squared, lambda model, x: model(x), lambda out, x: out.square().sum(1)),
             r"outputs\(\)\) is not loss\(\)",
         ),
         (
-            Functions(
+            LossFunctions(
                 squared, lambda model, x: model(x).detach(), lambda out, x: out.square().sum(1) / 2
             ),
             "not differentiable",
         ),
         (
-            Functions(squared, lambda model, x: model(x), lambda out, x: x.square().sum(1)),
+            LossFunctions(squared, lambda model, x: model(x), lambda out, x: x.square().sum(1)),
             "not differentiable",
         ),
         (
-            Functions(lambda model, x: Forgetful.apply(model(x)).sum(1)),
+            LossFunctions(lambda model, x: Forgetful.apply(model(x)).sum(1)),
             "differ from finite differences",
         ),
         (
-            Functions(
+            LossFunctions(
                 squared, lambda model, x: (model(x),), lambda out, x: out[0].square().sum(1) / 2
             ),
             "returned a tuple",
         ),
         (
-            Functions(squared, lambda model, x: model(x), lambda out, x: out.square().sum() / 2),
+            LossFunctions(
+                squared, lambda model, x: model(x), lambda out, x: out.square().sum() / 2
+            ),
             r"loss_from_outputs\(\) returned a scalar",
         ),
     ],
@@ -378,7 +380,7 @@ def test_every_kind_passes_the_comparison_before_work(name):
     case = KINDS[name]
     model, names, batch, _ = made(case)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    check_curvature(model, names, Functions(case.loss), batch, 5)
+    check_curvature(model, names, LossFunctions(case.loss), batch, 5)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -413,7 +415,9 @@ def test_the_model_and_torchs_settings_are_as_before(fails):
     with torch.no_grad():  # its caller's mode does not matter
         before = state()
         try:
-            curved(model, names[1:], Functions(loss), batch, 2).through(directions(model, names))
+            curved(model, names[1:], LossFunctions(loss), batch, 2).through(
+                directions(model, names)
+            )
         except ValueError:
             assert fails
         assert state() == before

@@ -62,7 +62,7 @@ class EmbeddingStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        is_double = self.source.settings.store == torch.float64
+        is_double = self.source.settings.storage_dtype == torch.float64
         return torch.float64 if is_double else torch.float32
 
     def check_part_ends_at(self, step: int) -> None:

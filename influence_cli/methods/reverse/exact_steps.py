@@ -13,7 +13,7 @@ from torch import Tensor
 
 from influence_cli.errors import DefinitionError, GradientError, InfluenceError
 from influence_cli.extraction.source import GradientSource
-from influence_cli.gradients.curvature import Curvature, Functions
+from influence_cli.gradients.curvature import Curvature, LossFunctions
 from influence_cli.gradients.curvature_check import check_curvature
 from influence_cli.methods.reverse.exact_batch import ExactBatch
 from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
@@ -36,7 +36,7 @@ class ExactSteps:
 
     def __init__(self, source: GradientSource, plan: ReversePlan, options: UnrollOptions) -> None:
         self.source, self.plan, self.replay = source, plan, options.replay
-        self.functions = find_functions(source.run.definition, options.curvature)
+        self.functions = find_loss_functions(source.run.definition, options.curvature)
         self.use_vmap = True  # until a layer does not allow it
 
     def prepare(self) -> None:
@@ -142,7 +142,7 @@ class ExactSteps:
             )
 
 
-def find_functions(definition: Definition, curvature: str) -> Functions:
+def find_loss_functions(definition: Definition, curvature: str) -> LossFunctions:
     """The definition's functions that the curvature needs. Raises DefinitionError."""
     needed = ("outputs", "loss_from_outputs") if curvature == "gauss-newton" else ()
     if missing := [name for name in needed if not definition.has(name)]:
@@ -152,4 +152,4 @@ def find_functions(definition: Definition, curvature: str) -> Functions:
             "loss_from_outputs(outputs, batch)",
             "--curvature hessian needs loss() only",
         )
-    return Functions(*map(definition.raw, ("loss", *needed)))
+    return LossFunctions(*map(definition.raw, ("loss", *needed)))

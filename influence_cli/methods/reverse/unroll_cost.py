@@ -59,7 +59,7 @@ def measure_cost(source: GradientSource, request: ScoreRequest, steps: ExactStep
     source.run.model.at(plan.segments[0].checkpoint)
     source.budget.sizes("train", list(plan.columns))
     number = plan.steps[len(plan.steps) // 2]
-    dtype = torch.float64 if source.settings.store == torch.float64 else torch.float32
+    dtype = torch.float64 if source.settings.storage_dtype == torch.float64 else torch.float32
     most = queries_per_pass(source, plan, request)
     count = len(request.queries)
     quantities = 1 if request.sum_queries else min(most, count)
