@@ -31,9 +31,10 @@ def try_flip(
     table.unlink(missing_ok=True)
     ended = run_command(score, place)
     tally.tried += 1
-    if ended.code is None or "Traceback" in ended.err:
-        last = (ended.err.strip().splitlines() or ["hang"])[-1][:80]
-        tally.fault("traceback", last, trial)
+    if ended.code is None:
+        tally.fault("hang", path.suffix, f"{trial}\n{ended.err}")
+    elif "Traceback" in ended.err:
+        tally.fault("traceback", ended.err.strip().splitlines()[-1][:80], trial)
     elif ended.code:
         tally.refused += 1
     elif table.read_bytes() != wanted:
@@ -47,7 +48,7 @@ def run_flips(count: int, seconds: float, seed: int = 0) -> list[Tally]:
     with tempfile.TemporaryDirectory() as folder:
         place, template = Path(folder) / "place", Path(folder) / "template"
         for kind, flags in KINDS.items():
-            tally, rng = Tally(f"flips: {kind}"), random.Random(f"{seed} {kind}")
+            tally, rng = Tally(f"flips: {kind}", target=count), random.Random(f"{seed} {kind}")
             clock = Clock(seconds / len(KINDS))
             copy_folder(build_run(Path(folder) / kind), template / "run")
             score = ("score", "run", *flags, "--top", "all", "-o", "table.csv")

@@ -266,7 +266,7 @@ def try_input(target: Target, value: object, tally: Tally) -> None:
     except Exception as error:
         tally.crash(error, repr(value))
     if time.perf_counter() - start > HANG:
-        tally.fault("traceback", f"longer than {HANG} s", repr(value))
+        tally.fault("hang", f"longer than {HANG} s", repr(value))
     tally.tried += 1
 
 
@@ -280,7 +280,7 @@ def run_inputs(count: int, seconds: float, seed: int = 0) -> list[Tally]:
         for target in targets:
             tally = Tally(f"inputs: {target.name}")
             rng = random.Random(f"{seed} {target.name}")
-            share = count * WEIGHT.get(target.name, 1) // total
+            tally.target = share = count * WEIGHT.get(target.name, 1) // total
             part = Clock(seconds * WEIGHT.get(target.name, 1) / total + 1)
             while tally.tried < share and not part.is_over and not clock.is_over:
                 try_input(target, target.make(rng), tally)

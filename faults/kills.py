@@ -41,7 +41,7 @@ def results(place: Path) -> dict[str, bytes]:
 
 def judge_end(ended: Ended, allowed: set[int], tally: Tally, trial: str) -> None:
     if ended.code is None:
-        tally.fault("traceback", "hang", trial)
+        tally.fault("hang", trial.partition(":")[0], f"{trial}\n{ended.err}")
     elif "Traceback" in ended.err or ended.code not in allowed:
         last = (ended.err.strip().splitlines() or [""])[-1][:80]
         tally.fault("traceback", f"exit {ended.code}: {last}", trial)
@@ -76,7 +76,7 @@ def try_kill(
 
 def run_kills(count: int, seconds: float, seed: int = 0) -> list[Tally]:
     import_package()
-    tally, rng, clock = Tally("kills"), random.Random(seed), Clock(seconds)
+    tally, rng, clock = Tally("kills", target=count), random.Random(seed), Clock(seconds)
     with tempfile.TemporaryDirectory() as folder:
         template, place = Path(folder) / "template", Path(folder) / "place"
         build_run(template / "run")

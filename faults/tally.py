@@ -5,29 +5,32 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-KINDS = ("lost", "silent", "traceback")
-SHOWN = 400  # characters of a reproduction
+KINDS = ("lost", "silent", "traceback", "hang")
+SHOWN = 400  # characters of a reproduction; that of a hang is shown whole
 
 
 @dataclass
 class Tally:
     """The counts of one row of the table.
 
-    `refused`: trials that ended in a clean error. `causes`: for each kind and cause of a fault,
-    how often it came and the first reproduction.
+    `target`: how many trials there should be; 0 if no count was set. `refused`: trials that ended
+    in a clean error. `causes`: for each kind and cause of a fault, how often it came and the first
+    reproduction.
     """
 
     name: str
     tried: int = 0
+    target: int = 0
     refused: int = 0
     faults: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     causes: dict[str, list] = field(default_factory=dict)  # "kind: cause" -> [count, reproduction]
     seconds: float = 0.0
 
     def fault(self, kind: str, cause: str, reproduction: object) -> None:
-        """Count a fault. `kind`: lost (work or bytes), silent, or traceback (or hang)."""
+        """Count a fault. `kind`: lost (work or bytes), silent, traceback, or hang."""
         self.faults[kind] += 1
-        entry = self.causes.setdefault(f"{kind}: {cause}", [0, str(reproduction)[:SHOWN]])
+        text = str(reproduction)[: None if kind == "hang" else SHOWN]
+        entry = self.causes.setdefault(f"{kind}: {cause}", [0, text])
         entry[0] += 1
 
     def crash(self, error: BaseException, reproduction: object) -> None:
@@ -67,21 +70,26 @@ class Clock:
 
 
 def format_table(tallies: Iterable[Tally]) -> str:
-    """A table in Markdown: one line per tally."""
+    """A table in Markdown: one line per tally. "9 of 10": the time was over before the target."""
     lines = [
-        "| part | tried | refused cleanly | lost | silent | tracebacks |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| part | tried | refused cleanly | lost | silent | tracebacks | hangs |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for tally in tallies:
-        counts = (tally.tried, tally.refused, *(tally.faults[kind] for kind in KINDS))
-        lines.append(f"| {tally.name} | " + " | ".join(f"{count:,}" for count in counts) + " |")
+        counts = (tally.refused, *(tally.faults[kind] for kind in KINDS))
+        tried = f"{tally.tried:,}"
+        if tally.tried < tally.target:
+            tried += f" of {tally.target:,}"
+        cells = (tally.name, tried, *(f"{count:,}" for count in counts))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def format_causes(tallies: Iterable[Tally]) -> str:
-    """One line per cause of a fault, with its first reproduction."""
-    return "\n".join(
-        f"{tally.name}: {cause} ({count:,} times); first: {' '.join(reproduction.split())}"
-        for tally in tallies
-        for cause, (count, reproduction) in sorted(tally.causes.items())
-    )
+    """One line per cause of a fault, with its first reproduction; of a hang, its whole output."""
+    lines = []
+    for tally in tallies:
+        for cause, (count, reproduction) in sorted(tally.causes.items()):
+            text = reproduction if cause.startswith("hang") else " ".join(reproduction.split())
+            lines.append(f"{tally.name}: {cause} ({count:,} times); first: {text}")
+    return "\n".join(lines)
