@@ -152,7 +152,7 @@ def report(work: Callable[[], None], debug: bool) -> None:
         if known is None:
             raise
         if debug:
-            traceback.print_exc()
+            write_message(traceback.format_exc().rstrip())
         rank = place_of(os.environ).rank
         if not (rank and isinstance(known, RankLost)):
             write_message(f"{f'[rank {rank}] ' if rank else ''}error: {known}")
@@ -225,14 +225,15 @@ def main() -> None:
         app()
     except SystemExit as ended:
         code = ended.code
-    except OSError as full:
-        if full.errno != errno.ENOSPC:
-            raise
-        write_message(f"error: {full.filename or 'stdout'} can't be written: the disk is full")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            write_message(f"error: {error.filename or 'stdout'} can't be written: the disk is full")
+        else:
+            write_message(traceback.format_exc().rstrip())  # a fault of this package
         flush_or_discard(sys.stdout)
         sys.exit(1)
-    error = flush_or_discard(sys.stdout)
-    if error is not None and not code and not isinstance(error, BrokenPipeError):
-        write_message(f"error: stdout can't be written: {error.strerror}")
+    unwritten = flush_or_discard(sys.stdout)
+    if unwritten is not None and not code and not isinstance(unwritten, BrokenPipeError):
+        write_message(f"error: stdout can't be written: {unwritten.strerror}")
         code = 1
     sys.exit(code)

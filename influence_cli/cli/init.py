@@ -1,7 +1,6 @@
 """influence init: a commented definition.py to start from."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +27,7 @@ def init(
     one.
     """
     from influence_cli.cli.specs import one_of
+    from influence_cli.cli.streams import write_message
     from influence_cli.errors import UsageProblem
     from influence_cli.storage.atomic import describe_disk_error, write_text
 
@@ -48,9 +48,8 @@ def init(
             describe_disk_error(path, error),
             f"expected: {directory} is a folder, or can be made",
         ) from error
-    print(f"wrote {path}", file=sys.stderr)
-    print(
+    write_message(
+        f"wrote {path}\n"
         f"next: edit it, put checkpoints into {directory / 'checkpoints'}, then: influence inspect "
-        f"{directory}",
-        file=sys.stderr,
+        f"{directory}"
     )

@@ -26,6 +26,7 @@ from influence_cli.output.table_record import (
     record_path,
     write_record,
 )
+from influence_cli.output.visible import LINE_CHARACTERS, escape_controls
 from influence_cli.storage.atomic import (
     describe_disk_error,
     open_special,
@@ -101,6 +102,8 @@ class TableWriter:
         with to_stdout(self.stdout) if self.output is None else to_file(self.output) as file:
             if isinstance(file, io.TextIOWrapper):  # a lone surrogate has no UTF-8: \\ud800
                 file.reconfigure(errors="backslashreplace")
+            if self.format != "table" and file.isatty():
+                rows = escape_texts(rows)
             if self.format == "table":
                 from influence_cli.output.terminal import print_rows  # imports rich
 
@@ -110,6 +113,15 @@ class TableWriter:
         if record is not None and self.output is not None and self.format != "parquet":
             with report_output_errors(record_path(self.output)):
                 write_record(self.output, record)
+
+
+def escape_texts(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows for a terminal. A line end in a text stays: it can't act on the terminal."""
+    for row in rows:
+        yield [
+            escape_controls(cell, LINE_CHARACTERS) if isinstance(cell, str) else cell
+            for cell in row
+        ]
 
 
 def check_file_name(output: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from influence_cli import cli
 from tests.conftest import build_run
 from tests.refusals import refused
 
@@ -91,3 +92,41 @@ def test_notes_and_errors_of_the_run_are_shown_escaped(tmp_path, influence):
     refused(result, 1, "\\x1b[31m \\u202e [bold]x")
     assert "\x1b" not in result.err
     assert "\u202e" not in result.err
+
+
+def test_init_shows_a_folder_with_control_characters_escaped(tmp_path, influence):
+    result = influence("init", tmp_path / "new\x1b[31m")
+    assert result.code == 0
+    assert "\x1b" not in result.err
+    wrote, following = result.err.splitlines()
+    assert wrote.endswith("new\\x1b[31m/definition.py")
+    assert following.startswith("next: edit it") and following.endswith("new\\x1b[31m")
+
+
+def test_a_stack_trace_of_debug_is_shown_escaped(tmp_path, influence):
+    folder = build_run(tmp_path / "run")
+    (folder / "definition.py").write_text("raise ValueError('\\x1b[31m \\u202e')")
+    result = influence("score", folder, "--debug")
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert not {"\x1b", "\u202e"} & set(result.err)
+    assert "ValueError: \\x1b[31m \\u202e" in result.err
+
+
+def test_a_fault_of_the_package_is_shown_escaped(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "app", raise_fault)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    shown = capsys.readouterr().err
+    assert "KeyError" in shown
+    assert "\x1b" not in shown
+
+
+def raise_fault() -> None:
+    raise KeyError(Message())
+
+
+class Message:
+    def __repr__(self) -> str:
+        return "\x1b[31m"

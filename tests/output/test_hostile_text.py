@@ -39,6 +39,26 @@ def test_no_text_acts_on_a_terminal(what):
     assert "\\x" in shown or "\\u" in shown.lower()
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("format", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_terminal_gets_no_acting_text_in_any_format_and_a_pipe_every_character(format, what):
+    row = (0, "proponent", 1, 7, 0.5, HOSTILE[what], "a\nb", "", "")
+    out, pipe = Terminal(), io.StringIO()
+    TableWriter(format, None, out).write(iter([row]), SCORE_COLUMNS)
+    assert not ACTING & set(out.getvalue())
+    TableWriter(format, None, pipe).write(iter([row]), SCORE_COLUMNS)
+    if format != "jsonl":
+        assert HOSTILE[what] in pipe.getvalue()
+        assert '"a\nb"' in out.getvalue()
+    elif what != "a lone surrogate":
+        assert json.loads(pipe.getvalue())["query_label"] == HOSTILE[what]
+
+
 def test_no_title_of_a_plot_acts_on_a_terminal():
     out = io.StringIO()
     print_trace("query 1 (\x1b[31m)", [(1, 1.0)], range(1, 3), out)
@@ -78,7 +98,8 @@ def test_a_lone_surrogate_is_written_as_its_number(tmp_path):
         TableWriter.open(None, tmp_path / name).write(iter([row]), SELF_COLUMNS)
     assert "a\\ud800b" in (tmp_path / "x.csv").read_text(encoding="utf-8")
     assert "a\\ud800b" in (tmp_path / "x.tsv").read_text(encoding="utf-8")
-    json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8"))
+    row = json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8"))
+    assert (row["train_label"], row["train_text"]) == ("a\\ud800b", "é")
     assert pq.read_table(tmp_path / "x.parquet").to_pylist()[0]["train_label"] == "a\\ud800b"
 
 
