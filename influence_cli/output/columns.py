@@ -17,6 +17,7 @@ TRACE_COLUMNS = ("query", "train", "step", "score", "running", "query_label", "t
 SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
 CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
 METHOD_COLUMNS = ("method", "question", "needs", "cost", "source")
+PARTS = ("checkpoint", "layer", "step", "word")  # that --by can name
 # Column types. A column of IDS holds integers, or names: a query `all`, a group of examples.
 WHOLE_NUMBERS = frozenset({"rank"})
 FLOATS = frozenset({"score", "running", "error", "allowed"})

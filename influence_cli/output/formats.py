@@ -12,9 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-from influence_cli.errors import UsageProblem
+from influence_cli.errors import UsageProblem, listed, shown
 from influence_cli.output.columns import FLOATS, IDS, WHOLE_NUMBERS, Row
 from influence_cli.output.table_record import KEY, Record
+from influence_cli.storage.json_text import MAX_BYTES, parse_json
 
 SUFFIXES = {
     ".csv": "csv",
@@ -29,6 +30,7 @@ LONGEST_CELL = 1 << 30  # characters; csv's own limit of 131,072 is too low for 
 FIRST_ROWS = 1000  # of a parquet file: they decide whether ids are integers
 ROW_GROUP = 64_000  # rows of a parquet row group
 READ_BATCH = 1024  # rows of a parquet file in memory
+LONGEST_REASON = 200  # characters of pyarrow's message
 
 NumberedRow = tuple[int, list[Any]]  # line number, cells; Any: a number, a str or None
 
@@ -59,13 +61,22 @@ def write_rows(
         write_parquet(iter(rows), columns, file, record)
     elif format == "jsonl":
         for row in rows:
-            file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+            file.write(encode_json_row(row, columns) + "\n")
     else:
         # csv quotes the characters of its line end only: \r\n, so that a lone \r is quoted, too
         lines = LineFeeds(file)
         writer = csv.writer(lines, delimiter=DELIMITERS[format], lineterminator="\r\n")
         writer.writerow(columns)
         writer.writerows(rows)  # csv writes the repr of a float: every digit
+
+
+def encode_json_row(row: Row, columns: Sequence[str]) -> str:
+    """One line. A lone surrogate, which a JSON text may not hold, becomes text, as in csv."""
+    text = json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False)
+    if text.isascii():
+        return text
+    cells = dict(zip(columns, map(encodable, row), strict=True))
+    return json.dumps(cells, ensure_ascii=False)
 
 
 class LineFeeds:
@@ -115,6 +126,9 @@ def write_parquet(
         for group in itertools.chain([first_rows], row_groups):
             cells = [list(map(encodable, cells)) for cells in zip(*group, strict=True)]
             cells = cells or [[] for _ in columns]
+            for at, field in enumerate(schema):
+                if field.type == pa.string():  # a column of ids can mix `all` with numbers
+                    cells[at] = [cell if cell is None else str(cell) for cell in cells[at]]
             writer.write_table(pa.table(cells, schema=schema))
 
 
@@ -129,16 +143,20 @@ def encodable(cell: object) -> object:
 def read_rows(name: str, stdin: IO[str]) -> Iterator[NumberedRow]:
     """The header, then the rows, of a file in the format of its name's ending.
 
-    `-` is csv from stdin. A broken file raises csv.Error, ValueError, AttributeError or OSError.
+    `-` is csv from stdin. A broken file raises csv.Error, ValueError or OSError.
     """
     format = "csv" if name == "-" else format_of(Path(name))
     if format == "parquet":
         yield from read_parquet(Path(name))
         return
+    if format == "jsonl":
+        with Path(name).open("rb") as lines:
+            yield from read_jsonl(lines)
+        return
     with (
         nullcontext(stdin) if name == "-" else Path(name).open(encoding="utf-8", newline="") as file
     ):
-        yield from read_jsonl(file) if format == "jsonl" else read_csv(file, DELIMITERS[format])
+        yield from read_csv(file, DELIMITERS[format])
 
 
 def read_csv(file: IO[str], delimiter: str) -> Iterator[NumberedRow]:
@@ -150,27 +168,38 @@ def read_csv(file: IO[str], delimiter: str) -> Iterator[NumberedRow]:
         raise ValueError("the file is empty; expected a header line")
 
 
-def read_jsonl(file: IO[str]) -> Iterator[NumberedRow]:
+def read_jsonl(file: IO[bytes]) -> Iterator[NumberedRow]:
     columns: list[str] = []
-    for line, text in enumerate(file, start=1):
-        row = json.loads(text)
+    for line, text in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), start=1):
+        row = parse_json(text, finite=False)
+        if not isinstance(row, dict):
+            raise ValueError(f"found {shown(row)}, expected a JSON object")
         if not columns:
             columns = list(row)
             yield 0, columns
         if list(row) != columns:
-            raise ValueError(f"found {', '.join(row)}, expected {', '.join(columns)}")
+            raise ValueError(f"found {shown_names(row)}, expected {shown_names(columns)}")
         yield line, list(row.values())
+
+
+def shown_names(columns: Iterable[str]) -> str:
+    """The names of columns, short enough for an error message."""
+    return listed((name[:30] for name in columns), 12)
 
 
 def read_parquet(path: Path) -> Iterator[NumberedRow]:
     require_pyarrow(f"{path}: parquet")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        yield 0, list(file.schema_arrow.names)
-        rows = (
-            zip(*(column.to_pylist() for column in batch.columns), strict=True)
-            for batch in file.iter_batches(batch_size=READ_BATCH)
-        )
-        for line, cells in enumerate(itertools.chain.from_iterable(rows), start=1):
-            yield line, list(cells)
+    try:
+        with pq.ParquetFile(path) as file:
+            yield 0, list(file.schema_arrow.names)
+            rows = (
+                zip(*(column.to_pylist() for column in batch.columns), strict=True)
+                for batch in file.iter_batches(batch_size=READ_BATCH)
+            )
+            for line, cells in enumerate(itertools.chain.from_iterable(rows), start=1):
+                yield line, list(cells)
+    except (pa.ArrowException, OverflowError, TypeError) as error:
+        raise ValueError(str(error)[:LONGEST_REASON]) from error

@@ -8,19 +8,24 @@ two bytes per training example to find pairs that come twice.
 import csv
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
 
-from influence_cli.errors import TableError, UsageProblem
-from influence_cli.output.columns import SCORE_COLUMNS, SELF_COLUMNS, Row, score_columns
-from influence_cli.output.formats import NumberedRow, read_rows
+from influence_cli.errors import TableError, UsageProblem, shown
+from influence_cli.output.columns import PARTS, SCORE_COLUMNS, SELF_COLUMNS, Row, score_columns
+from influence_cli.output.formats import NumberedRow, read_rows, shown_names
 from influence_cli.output.ranking import KINDS, SortablePair, merge_partial_rankings
 
 PAGE = 1 << 16  # consecutive training ids whose tables are noted in one array
 WRITE_AGAIN = "write this table again"
+IN_ORDER = "merge expects the rows in the order in which score and self write them"
 ALL_QUERIES = -1  # the query `all` as a number
+NUMBERS = frozenset({"query", "rank", "train", "score"})  # columns; the others hold texts
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
+LARGEST_WHOLE = 1 << 63
 
 Place = tuple[int, int, int, int]  # (query, kind, rank, training id); `self` has query and kind 0
 
@@ -45,8 +50,7 @@ class PartialTable:
             for line, cells in rows:
                 self.line = line
                 yield line, cells
-        # the readers of json, unicode and pyarrow raise ValueError, too
-        except (csv.Error, ValueError, AttributeError, OSError) as error:
+        except (csv.Error, ValueError, OSError) as error:
             if isinstance(error, OSError) and not self.line:
                 raise UsageProblem(
                     f"{self.name} can't be read: {error.strerror or error}",
@@ -65,22 +69,24 @@ class PartialTable:
         """
         score = self.columns.index("score")
         has_parts = len(self.columns) > len(SCORE_COLUMNS)
-        before = (-2, 0, 0)
+        before, last_key = (-2, 0, 0), 0.0
         for place, group in itertools.groupby(self._placed_rows(), key=lambda item: item[0]):
             lines, rows = zip(*((line, cells) for _, line, cells in group), strict=True)
             query, kind, rank, train = place
             if (query, kind, rank) <= before or (len(rows) > 1 and not has_parts):
-                raise self._broken(
-                    lines[0],
-                    "this row is out of order, or comes twice",
-                    "merge expects the rows in the order in which score and self write them",
-                )
+                raise self._broken(lines[0], "this row is out of order, or comes twice", IN_ORDER)
+            try:
+                total = math.fsum(cells[score] for cells in rows)
+            except OverflowError:
+                raise self._broken(lines[0], "the sum of its parts is not finite") from None
+            key = total if kind else -total
             if (query, kind) != before[:2]:
                 self._end_section(before)
-            before = query, kind, rank
-            total = math.fsum(cells[score] for cells in rows)
+            elif key < last_key and not has_parts:  # parts add up to rounded scores
+                raise self._broken(lines[0], "its score belongs before the row above", IN_ORDER)
+            before, last_key = (query, kind, rank), key
             self.has_all_pairs |= total == 0
-            yield (query, kind), total if kind else -total, train, (number, rows)
+            yield (query, kind), key, train, (number, rows)
         self._end_section(before)
 
     def _end_section(self, last: tuple[int, int, int]) -> None:
@@ -100,33 +106,59 @@ class PartialTable:
                 raise self._broken(line, f"{len(cells)} columns, expected {len(columns)}")
             self._parse_numbers(line, cells, position)
             rank, train = cells[position["rank"]], cells[position["train"]]
-            if not math.isfinite(cells[position["score"]]) or rank < 1 or train < 0:
+            query = cells[position["query"]] if "query" in position else 0
+            lowest_id = train if query == "all" else min(query, train)
+            if not math.isfinite(cells[position["score"]]) or rank < 1 or lowest_id < 0:
                 raise self._broken(
-                    line, "the score is not finite, the rank is below 1, or the id is below 0"
+                    line, "the score is not finite, the rank is below 1, or an id is below 0"
                 )
             if "kind" not in position:
                 yield (0, 0, rank, train), line, cells
                 continue
-            query, kind = cells[position["query"]], cells[position["kind"]]
+            kind = cells[position["kind"]]
             if kind not in KINDS:
-                raise self._broken(line, f"kind is {kind!r}, expected {' or '.join(KINDS)}")
+                raise self._broken(line, f"kind is {shown(kind)}, expected {' or '.join(KINDS)}")
             number = ALL_QUERIES if query == "all" else query
             yield (number, KINDS.index(kind), rank, train), line, cells
 
     def _parse_numbers(self, line: int, cells: list[Any], position: dict[str, int]) -> None:
-        """Parse score, query (a number or `all`), rank and train in place."""
-        for name in ("score", "query", "rank", "train"):
-            at = position.get(name)
-            if at is None or (name == "query" and cells[at] == "all"):
+        """Parse score, query (a number or `all`), rank and train in place. The others are texts."""
+        for name, at in position.items():
+            cell = cells[at]
+            if name not in NUMBERS:
+                if not (cell is None or isinstance(cell, str)):
+                    raise self._broken(line, f"{name[:30]} is {shown(cell)}, expected a text")
                 continue
-            try:
-                cells[at] = float(cells[at]) if name == "score" else int(cells[at])
-            except (TypeError, ValueError):
+            if name == "query" and cell == "all":
+                continue
+            number = parse_score(cell) if name == "score" else parse_whole_number(cell)
+            if number is None:
                 remedy = WRITE_AGAIN
                 if name == "train":
                     remedy = "merge can't add sums per group; to share --group-by use torchrun"
-                problem = f"{name} is {cells[at]!r}, expected a number"
-                raise self._broken(line, problem, remedy) from None
+                raise self._broken(line, f"{name} is {shown(cell)}, expected a number", remedy)
+            cells[at] = number
+
+
+def parse_score(cell: object) -> float | None:
+    """The number of a cell, which may be NaN or infinite; None if it holds something else."""
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return float(cell) if abs(cell) < LARGEST_WHOLE else math.inf
+    if isinstance(cell, str) and cell.isascii() and "_" not in cell:
+        try:
+            return float(cell)
+        except ValueError:
+            return None
+    return cell if isinstance(cell, float) else None
+
+
+def parse_whole_number(cell: object) -> int | None:
+    """The whole number of a cell, in 64 bits; None if it holds something else."""
+    if isinstance(cell, str) and WHOLE_NUMBER.fullmatch(cell):
+        cell = int(cell)
+    if isinstance(cell, int) and not isinstance(cell, bool) and abs(cell) < LARGEST_WHOLE:
+        return cell
+    return None
 
 
 def open_tables(names: Sequence[str], stdin: IO[str]) -> tuple[list[PartialTable], tuple[str, ...]]:
@@ -139,11 +171,11 @@ def open_tables(names: Sequence[str], stdin: IO[str]) -> tuple[list[PartialTable
     with_columns = [table for table in tables if table.columns]
     for table in with_columns:
         columns = tuple(table.columns)
-        by = columns[4] if len(columns) == len(SCORE_COLUMNS) + 1 else None
+        by = columns[4] if len(columns) > 4 and columns[4] in PARTS else None
         if columns not in (SELF_COLUMNS, score_columns(by)):
             raise TableError(
                 f"{table.name} is not a table of score or self",
-                f"found: {', '.join(columns)}"[:300],
+                f"found: {shown_names(columns)}",
                 "give tables that score or self wrote",
             )
         if table.columns != with_columns[0].columns:

@@ -61,7 +61,7 @@ def format_page(page: Sequence[Row], columns: Sequence[str], widths: dict[int, i
     for at, width in widths.items():
         justify: Any = "right" if columns[at] in RIGHT_ALIGNED else "left"  # Any: rich's Literal
         table.add_column(
-            columns[at], justify=justify, no_wrap=True, min_width=width, max_width=width
+            Text(columns[at]), justify=justify, no_wrap=True, min_width=width, max_width=width
         )
     shares = word_shares(page, columns)
     for number, row in enumerate(page):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from influence_cli.methods.table import METHODS
+from influence_cli.output.columns import PARTS
 from tests.conftest import build_run
 from tests.refusals import refused, replaced
 
@@ -188,6 +190,24 @@ BROKEN = {
         HEAD + "0,friend,1,5,1.0,,,,\n",
         "bad.csv, line 2: kind is 'friend', expected proponent or opponent",
     ),
+    "a score out of order": (
+        HEAD + "0,proponent,1,5,1.0,,,,\n0,proponent,2,6,2.0,,,,\n",
+        "bad.csv, line 3: its score belongs before the row above",
+    ),
+    "5,000 digits": (
+        HEAD + f"0,proponent,1,{'9' * 5000},1.0,,,,\n",
+        "bad.csv, line 2: train is '9999",
+        "..",
+    ),
+    "30 digits": (HEAD + f"0,proponent,1,{'9' * 30},1.0,,,,\n", "bad.csv, line 2: train is '9999"),
+    "an underscore": (HEAD + "0,proponent,1,1_0,1.0,,,,\n", "line 2: train is '1_0'"),
+    "an underscore in a score": (HEAD + "0,proponent,1,5,1_0.0,,,,\n", "line 2: score is '1_0.0'"),
+    "a query below 0": (HEAD + "-1,proponent,1,5,1.0,,,,\n", "line 2", "an id is below 0"),
+    "an unknown part": (
+        HEAD.replace("train,", "train,\x1b[31m,", 1) + "0,proponent,1,5,x,2.0,,,,\n",
+        "bad.csv is not a table of score or self",
+        "train, \\x1b[31m, score",
+    ),
     "ranks fall": (
         HEAD + "0,proponent,2,5,1.0,,,,\n0,proponent,1,6,2.0,,,,\n",
         "bad.csv, line 3: this row is out of order",
@@ -241,6 +261,55 @@ def test_a_part_that_is_broken_is_refused_by_name_and_line(what, tmp_path, influ
 def test_bytes_that_are_no_text_are_refused(tmp_path, influence):
     (tmp_path / "bad.csv").write_bytes(HEAD.encode() + b"0,proponent,1,5,2.0,\xff,,,\n")
     refused(influence("merge", tmp_path / "bad.csv"), 1, "bad.csv can't be read", "utf-8")
+
+
+JSON_ROW = (
+    '{"query": 0, "kind": "proponent", "rank": 1, "train": 4, "score": 2.5, '
+    '"query_label": "a", "train_label": "b", "query_text": "x", "train_text": "y"}\n'
+)
+BROKEN_JSON = {
+    "nested 5,000 deep": ('"y"', "[" * 5000 + "]" * 5000, "nested too deep"),
+    "an id of 5,000 digits": ("4,", "9" * 5000 + ",", "999... of 5000 digits is too large"),
+    "a score of 400 digits": ("2.5", "9" * 400, "999... of 400 digits is too large"),
+    "a score of 19 digits": ("2.5", "1" + "0" * 19, "the score is not finite"),
+    "an infinite score": ("2.5", "1e400", "line 1: the score is not finite"),
+    "a fraction": ("4,", "4.7,", "train is 4.7, expected a number"),
+    "true": ("4,", "true,", "train is True, expected a number"),
+    "a key twice": ('"score"', '"train"', "has the key 'train' twice"),
+    "half a surrogate pair": ('"y"', '"\\ud800"', "no valid UTF-8 text"),
+    "a list": ('"y"', "[1]", "train_text is [1], expected a text"),
+    "no object": (JSON_ROW, "[1, 2]\n", "found [1, 2], expected a JSON object"),
+    "10 MB": ('"kind": "pro', '"kind": "' + "x" * 10_000_000, "line 1: kind is 'xxxx"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_JSON)
+def test_a_broken_json_part_ends_in_one_short_message(what, tmp_path, influence):
+    old, new, says = BROKEN_JSON[what]
+    (tmp_path / "bad.jsonl").write_text(JSON_ROW.replace(old, new, 1))
+    result = influence("merge", tmp_path / "bad.jsonl")
+    refused(result, 1, "bad.jsonl", says)
+    assert len(result.err) < 1000
+
+
+def test_parts_of_a_score_whose_sum_is_too_large_are_refused(tmp_path, influence):
+    rows = "".join(f"0,proponent,1,5,layer {at},1e308,,,,\n" for at in range(3))
+    (tmp_path / "bad.csv").write_text(HEAD.replace("train,", "train,layer,", 1) + rows)
+    refused(influence("merge", tmp_path / "bad.csv"), 1, "line 2: the sum of its parts")
+
+
+def test_merge_knows_the_parts_of_every_method():
+    assert {part for method in METHODS.values() for part in method.parts} == set(PARTS)
+
+
+@pytest.mark.parametrize("size", [0, 100, 400])
+def test_a_cut_parquet_part_ends_in_one_message(size, tmp_path, influence):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "good.csv").write_text(GOOD)
+    influence("merge", tmp_path / "good.csv", "-o", tmp_path / "bad.parquet")
+    with (tmp_path / "bad.parquet").open("rb+") as file:
+        file.truncate(size)
+    refused(influence("merge", tmp_path / "bad.parquet"), 1, "bad.parquet can't be read")
 
 
 def test_json_rows_must_be_alike(tmp_path, influence):
