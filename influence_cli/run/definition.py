@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -15,6 +16,14 @@ from influence_cli.errors import DefinitionError
 from influence_cli.run.source_texts import SourceFinder, install_finder
 
 REQUIRED = ("model", "train_data", "query_data", "loss")
+ARGUMENTS = {
+    **dict.fromkeys(("model", "train_data", "query_data"), ()),
+    **dict.fromkeys(("loss", "measure", "features", "outputs"), ("model", "batch")),
+    "loss_from_outputs": ("outputs", "batch"),
+    "collate": ("items",),
+    **dict.fromkeys(("label", "describe"), ("example",)),
+    "token": ("id",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +168,37 @@ def find_own_modules(path: Path, imported: set[str], finder: SourceFinder) -> se
 
 def describe_failure(definition: Definition, name: str, error: BaseException) -> DefinitionError:
     """An exception of a user's function as an error: type, text, last line of the user's code."""
+    called = [other for other in ARGUMENTS if str(error).startswith(f"{other}() ")]
+    for function in (name, *called) if isinstance(error, TypeError) else ():
+        if wrong := find_wrong_arguments(definition, function):
+            return DefinitionError(
+                f"{function}() in {definition.path.name} does not take the arguments that "
+                "influence passes",
+                f"found:    def {function}{wrong}",
+                f"expected: def {function}({', '.join(ARGUMENTS[function])})",
+            )
     return DefinitionError(
         f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}",
         *list_user_frames(error, definition.path.parent),
     )
+
+
+def find_wrong_arguments(definition: Definition, name: str) -> str | None:
+    """The arguments of a user's function and its place, where it can't be called as documented."""
+    if not definition.has(name):
+        return None
+    function = inspect.unwrap(definition.raw(name))
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return None
+    try:
+        signature.bind(*ARGUMENTS[name])
+    except TypeError:
+        code = getattr(function, "__code__", None)
+        place = f" at {code.co_filename} line {code.co_firstlineno}" if code else ""
+        return f"{str(signature)[:200]}{place}"
+    return None
 
 
 def list_user_frames(error: BaseException, folder: Path) -> list[str]:
