@@ -60,7 +60,12 @@ def evaluate(
     retrainings are stored. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
-    from influence_cli.cli.method_options import build_options, given_flags, refuse_flags
+    from influence_cli.cli.method_options import (
+        build_options,
+        given_flags,
+        options_of_methods,
+        refuse_flags,
+    )
     from influence_cli.methods.declaration import option_texts
     from influence_cli.output.tables import TableWriter
 
@@ -75,7 +80,7 @@ def evaluate(
     )
     specs.check_seed(shared.seed)
     specs.check_rates(methods, lr, lr_weights)
-    options_of = specs.options_of_methods(methods, given, chosen.options)
+    options_of = options_of_methods(methods, given, chosen.options)
     for evaluated in methods:
         refuse_flags(
             evaluated,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Cells = tuple[str, ...]
 Titled = tuple[str, Cells, list[Cells]]  # title, heads and rows of a table
 CHECKPOINT_HEADS = ("step", "file", "size", "weight", "from")
-PARAMETER_HEADS = ("name", "layer", "shape", "way", "form", "bytes per example")
+PARAMETER_HEADS = ("name", "layer", "shape", "capture", "form", "bytes per example")
 GRADIENT_HEADS = ("split", "examples", "x checkpoints", "cached", "to compute", "to store")
 FIDELITY_HEADS = (
     "kept", "numbers per example", "relative error", "expected below",

@@ -1,5 +1,6 @@
 """influence merge: one table from the tables of shards."""
 
+import os
 from typing import Annotated
 
 from typer import Argument
@@ -29,7 +30,7 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
 
     from influence_cli.cli import specs
     from influence_cli.cli.stderr_reporter import StderrReporter
-    from influence_cli.errors import UsageProblem, listed
+    from influence_cli.errors import listed
     from influence_cli.output.merge import find_top_of_parts, merge_tables, open_tables
     from influence_cli.output.part_records import check_parts
     from influence_cli.output.tables import TableWriter
@@ -37,10 +38,7 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
 
     sink = TableWriter.open(shown.format, shown.output, safe_cells=shown.safe_cells)
     k = specs.top(shown.top)
-    if parts.count("-") > 1:
-        raise UsageProblem(
-            "two parts are -, but stdin can be read only once", "write one of them to a file"
-        )
+    refuse_repeated(parts)
     reporter = Reporter() if quiet else StderrReporter()
     tables, columns = open_tables(parts, sys.stdin)
     checked = check_parts(parts, k, shown.top)
@@ -59,3 +57,24 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
             f"the tables hold at most {top_of_parts} rows per query and kind, so rows of --top "
             f"{shown.top} may be missing. Write them with --top {shown.top} or more."
         )
+
+
+def refuse_repeated(parts: list[str]) -> None:
+    """Raises UsageProblem where two parts are the same file, by any name, or both stdin."""
+    from influence_cli.errors import UsageProblem
+
+    if parts.count("-") > 1:
+        raise UsageProblem(
+            "two parts are -, but stdin can be read only once", "write one of them to a file"
+        )
+    names: dict[str, str] = {}  # real path -> the name that the user gave
+    for part in parts:
+        path = os.path.realpath(part)
+        if path in names:
+            other = "" if names[path] == part else f", also as {names[path]}"
+            raise UsageProblem(
+                f"{part} is given twice{other}",
+                "expected: each table once",
+                "leave one of them out",
+            )
+        names[path] = part

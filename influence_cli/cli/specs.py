@@ -3,15 +3,14 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from influence_cli.errors import UsageProblem, listed
-from influence_cli.methods.declaration import Method, OptionText, flag_of, option_texts
-from influence_cli.methods.table import METHODS
+from influence_cli.methods.declaration import Method
 from influence_cli.parallel.ranks import place_of
 from influence_cli.parallel.shards import Shard, parse_digits, parse_shard
 
@@ -169,45 +168,6 @@ def check_seed(seed: int | None) -> None:
         raise UsageProblem(
             f"--seed {str(seed)[:LONGEST_SHOWN]}", f"expected: a number from 0 to {LARGEST_SEED}"
         )
-
-
-def options_of_methods(
-    methods: Sequence[Method], given: Mapping[str, Any], protocol_options: type
-) -> dict[str, Any]:
-    """The options of several methods from one set of flags: each gets those that it has.
-
-    A flag must fit at least one of them, or be one of `protocol_options`.
-    """
-    fitting = {
-        method.name: {
-            name: value
-            for name, value in given.items()
-            if (text := option_texts(method.options).get(name)) is not None
-            and (not text.choices or value in text.choices)
-        }
-        for method in methods
-    }
-    names = ", ".join(method.name for method in methods)
-    for name, value in given.items():
-        if name in option_texts(protocol_options) or any(
-            name in values for values in fitting.values()
-        ):
-            continue
-        choices = dict.fromkeys(
-            choice
-            for method in methods
-            for choice in option_texts(method.options).get(name, OptionText("")).choices
-        )
-        if choices:
-            raise UsageProblem(
-                f"{flag_of(name)} {value}: unknown", f"expected: {', '.join(choices)}"
-            )
-        owners = [m.name for m in METHODS.values() if name in option_texts(m.options)]
-        raise UsageProblem(
-            f"{flag_of(name)}: --method {names} has no such option",
-            f"{' and '.join(owners)} {'has' if len(owners) == 1 else 'have'}",
-        )
-    return {method.name: method.options(**fitting[method.name]) for method in methods}
 
 
 def projection(

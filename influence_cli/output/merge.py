@@ -205,8 +205,8 @@ def merge_tables(
             names = f"both {tables[other].name} and {tables[number].name}"
             raise TableError(
                 f"training example {train}{of_query} is in {names}",
-                "expected: tables of different training examples",
-                "give each shard once, all of one count",
+                "expected: each pair of a query and a training example in one table",
+                "give the table of each shard once; n of --shard i/n must be the same in all",
             )
         if k is None or (rank <= k and not (has_kinds and key == 0)):  # 0: see has_all_pairs
             for row in rows:

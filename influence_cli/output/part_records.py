@@ -71,7 +71,7 @@ def check_shards(names: Sequence[str], shards: dict[str, list[int] | None]) -> N
             raise TableError(
                 f"{name} is shard {index} of {count}, {first} is shard {expected[0]} of "
                 f"{expected[1]}",
-                "give the shards of one count",
+                "n of --shard i/n must be the same in all tables",
             )
         if index in owners:
             raise TableError(
@@ -83,8 +83,10 @@ def check_shards(names: Sequence[str], shards: dict[str, list[int] | None]) -> N
     count = expected[1]
     if len(names) != count:
         missing = [index for index in range(1, min(count, 10**6) + 1) if index not in owners]
+        tables = f"{len(names)} table{'s' * (len(names) != 1)}"
         raise TableError(
-            f"{len(names)} parts, but {first} is shard {expected[0]} of {count}",
-            f"missing: shard {listed(missing)} of {count}" if len(names) < count else "too many",
+            f"merge got {tables}, but {first} is shard {expected[0]} of {count}",
+            f"found: {tables}; expected: {count}"
+            + (f"; missing: shard {listed(missing)} of {count}" if len(names) < count else ""),
             "give the table of each shard once",
         )

@@ -103,14 +103,18 @@ def _weigh_by_trajectory(
             f"it has the steps 0 to {last - 1:,}; it can weigh checkpoints up to step {last:,}",
             "it is of another run, or lines are missing at its end; --lr X weighs without it",
         )
+    file = trajectory.path.name
     if choice == "segment":
         lines = [trajectory.rates(line) for line in range(previous, step)]
         rates = tuple(map(sum, zip(*lines, strict=True))) if lines else (0.0,)
         return Weight(
-            step, rates, f"lines {previous} to {step - 1}" if lines else "no line before it", names
+            step,
+            rates,
+            f"{file}, steps {previous} to {step - 1}" if lines else f"{file}, no step before it",
+            names,
         )
     line = step if step < last else last - 1
-    return Weight(step, trajectory.rates(line), f"line {line}", names)
+    return Weight(step, trajectory.rates(line), f"{file}, step {line}", names)
 
 
 def _read_saved_rate(checkpoint: Checkpoint) -> Weight | None:

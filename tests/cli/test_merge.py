@@ -360,6 +360,17 @@ def test_a_pair_that_comes_twice_is_refused_naming_both_parts(
     assert not Path("out.csv").exists()
 
 
+def test_a_table_that_is_given_twice_is_refused_under_any_name(tmp_path, influence, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.csv").write_text(GOOD)
+    Path("link.csv").symlink_to("one.csv")
+    refused(influence("merge", "one.csv", "one.csv"), 2, "one.csv is given twice\n", "leave one")
+    refused(influence("merge", "one.csv", "./one.csv"), 2, "./one.csv is given twice, also as one")
+    refused(
+        influence("merge", "link.csv", "one.csv"), 2, "one.csv is given twice, also as link.csv"
+    )
+
+
 def test_parts_that_are_not_there_are_refused(tmp_path, influence):
     refused(influence("merge", tmp_path / "none.csv"), 2, "none.csv can't be read: No such file")
     refused(influence("merge", "-", "-", stdin=GOOD), 2, "two parts are -")

@@ -147,7 +147,9 @@ def test_inspect_shows_what_is_there(digits, influence):
     result = influence("inspect", digits, "--queries", "57")
     assert result.code == 0, result.err
     lines = [" ".join(line.split()) for line in result.out.splitlines()]
-    assert "360 checkpoints/step-000360.safetensors 10.0 KB 0.25 line 360" in lines
+    assert (
+        "360 checkpoints/step-000360.safetensors 10.0 KB 0.25 trajectory.jsonl, step 360" in lines
+    )
     assert "0.weight 0 32 x 64 rule factors 384 B" in lines
     assert any(line.startswith("query 1 6 6 0") for line in lines)
 

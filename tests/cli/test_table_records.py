@@ -102,7 +102,8 @@ def test_missing_repeated_and_foreign_shards_are_refused(write_part, influence):
         write_part("again.csv", "1/3"), write_part("half.csv", "2/2"), write_part("whole.csv", None)
     )  # fmt: skip
     assert influence("merge", one, two, three).code == 0
-    refused(influence("merge", one, three), 1, "missing: shard 2 of 3")
+    refused(influence("merge", one, three), 1, "merge got 2 tables", "missing: shard 2 of 3")
+    refused(influence("merge", two), 1, "merge got 1 table, but", "missing: shard 1, 3 of 3")
     refused(influence("merge", one, two, again), 1, "are both shard 1 of 3")
     refused(influence("merge", one, half, three), 1, "half.csv is shard 2 of 2")
     refused(influence("merge", whole, one), 1, "whole.csv is a whole table")

@@ -396,7 +396,7 @@ def test_a_recursion_that_runs_away_is_an_error_and_never_a_number(tmp_path, inf
         "\n".join([head, *(json.dumps(json.loads(line) | {"lr": 60.0}) for line in lines)]) + "\n"
     )
     result = dve(influence, run)
-    refused(result, 1, "diverged at step", "save checkpoints closer together", "--replay")
+    refused(result, 1, "diverged at step", "expected: at most 10,000-fold", "--replay")
     assert result.out == ""
 
 
@@ -484,14 +484,20 @@ BAD_FLAGS = {
     "--at 0": ("from before the first step",),
     "--normalize": ("--normalize does not apply to --method dve", "loss changes"),
     "--lr 1": ("--lr does not apply to --method dve", "no learning-rate weights"),
-    "--curvature hessian": ("--curvature hessian: unknown", "fisher, none"),
+    "--curvature hessian": (
+        "--curvature hessian does not apply to --method dve",
+        "expected: fisher, none",
+        "methods that have --curvature hessian: unroll",
+    ),
+    "--curvature exact": ("--curvature exact: unknown", "fisher, none"),
     "--form both": ("--form both: unknown", "query, embedding"),
     "--form query --embeddings DIR": ("--form query does not combine with --embeddings",),
     "--form embedding --by layer": ("--by layer: embeddings are sums over the layers",),
     "--by word": ("--by word: the scores of dve have no such parts", "step, checkpoint, layer"),
     "--method tracin --at 4": (
-        "--at: --method tracin has no such option",
-        "dve and unroll have",
+        "--at does not apply to --method tracin",
+        "leave out --at",
+        "methods that have --at: dve, unroll",
     ),
 }
 

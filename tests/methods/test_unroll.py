@@ -298,8 +298,8 @@ def test_a_job_of_another_question_does_not_go_on_with_it(tmp_path, influence, m
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--form", "query"), "--method unroll has no such option"),
-        (("--embeddings", "there"), "--method unroll has no such option"),
+        (("--form", "query"), "--form does not apply to --method unroll"),
+        (("--embeddings", "there"), "--embeddings does not apply to --method unroll"),
         (("--curvature", "fisher"), "expected: hessian, gauss-newton"),
         (("--normalize",), "not inner products"),
     ],
@@ -360,4 +360,4 @@ def test_inspect_says_what_it_costs_in_trainings_and_no_gradients_of_training_ex
     assert "trainings of its 12 steps for 5 queries, 1 of them to re-run the steps" in result.out
     assert "moment estimates" not in result.err
     assert "  train" not in result.out.split("gradients")[1].split("setting")[0]
-    assert "up to 4 steps" in unroll(influence, train(tmp_path / "sgd", every=4)).err
+    assert "(here at most 4 steps)" in unroll(influence, train(tmp_path / "sgd", every=4)).err

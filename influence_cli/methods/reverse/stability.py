@@ -47,9 +47,9 @@ class Stability:
         share, step = max(self.unstable)
         return (
             f"{len(self.unstable)} steps are unstable: at step {step} the curvature is {share:.3g} "
-            "times the largest stable one, so scores of earlier steps are too large. Save "
-            "checkpoints closer together: all steps between two checkpoints use gradients of the "
-            "first one"
+            "times the largest stable one, so scores of earlier steps are too large. "
+            "All steps between two checkpoints use gradients of the first one: save checkpoints "
+            "more often"
         )
 
 
@@ -99,9 +99,8 @@ def check_growth(start_norms_K: Tensor, norms_K: Tensor, step: int) -> None:
     if bad.any():
         growth = float((norms_K[bad] / start_norms_K[bad])[0])
         raise GradientError(
-            f"backpropagating through training diverged at step {step}: the query gradient grew "
-            f"{growth:,.0f}-fold",
-            "all steps between two checkpoints use gradients of the first one, and the learning "
-            "rate can be too large for that",
-            "use --replay, save checkpoints closer together, or begin later (--steps)",
+            f"backpropagating through training diverged at step {step}",
+            f"found: the query gradient grew {growth:,.0f}-fold",
+            f"expected: at most {GROWTH:,.0f}-fold",
+            "use --replay, save checkpoints more often, or start at a later checkpoint (--steps)",
         )

@@ -69,8 +69,8 @@ class Unroll:
         longest = max(segment.stop - segment.first for segment in self.plan.segments)
         if not self.options.replay and longest > 1:
             self.source.reporter.note(
-                f"up to {longest:,} steps use gradients and curvature at the checkpoint before "
-                "them; --replay uses each step's own parameters"
+                "all steps between two checkpoints use gradients and curvature at the first one "
+                f"(here at most {longest:,} steps); --replay uses the parameters of each step"
             )
         self.steps.prepare()
         return self.step_effects
