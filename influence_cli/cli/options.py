@@ -14,9 +14,11 @@ RUN, RANKED, NUMBERS, OUT = "The run", "What is scored", "Numbers", "Output"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None):
-    """A flag. `[default: x]` in its help is text, not rich's markup."""
+    """A flag. `[default: x]` in its help is text, not rich's markup. `metavar`: what a value is
+    called; a switch has none, and "" keeps typer from showing `<bool>`.
+    """
     text = help.replace("[default", r"\[default")
-    return Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
+    return Option(*names, help=text, rich_help_panel=panel, metavar=metavar or "")
 
 
 def parts_of_methods() -> str:
@@ -89,7 +91,7 @@ Steps = Annotated[
         "--steps",
         metavar="SPEC",
         panel=RANKED,
-        help="Steps of the checkpoints to use: 100,200 or 100: [default: all]",
+        help="Checkpoints to use, by step: 100,200 or 100:300 (without 300). [default: all]",
     ),
 ]
 Layers = Annotated[

@@ -1,13 +1,13 @@
 """DVE: data value embedding (Wang et al. 2024, arXiv:2412.09538).
 
-It is trajectory-specific leave-one-out, from saved checkpoints:
+It is trajectory-specific leave-one-out, from saved checkpoints, summed over the steps of z:
 
 score(z, q) = sum over the steps t at which z was trained on of -w * u_t . g_t(z)
 
 w is the weight of z in the loss of step t, and u_t the derivative of the query's loss at the end by
 the gradient of step t (reverse/optimizer_adjoint.py). For plain SGD this is the paper's
 w eta g_t(z)^T prod_k (I - eta H_k) grad m(theta_T, q), with H the batch's empirical Fisher. Score
-> 0: proponent, without z at that step the query's loss would end higher, by about the score.
+> 0: proponent, without z in its steps the query's loss would end higher, by about the score.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class DveOptions(ReverseOptions):
     )
     embeddings: Path | None = option(
         None,
-        "Folder that keeps data value embeddings. Later queries read nothing else.",
+        "Folder of data value embeddings. The first command writes them; later commands read them.",
         "DIR",
     )
 
@@ -64,8 +64,8 @@ class DveOptions(ReverseOptions):
 
 METHOD = Method(
     name="dve",
-    help="data value embedding: effect of leaving the example out of a step",
-    question="What would leaving this example out of one training step have changed at the end?",
+    help="data value embedding: effect of leaving the example out of its steps",
+    question="What would leaving this example out of all its steps have changed at the end?",
     needs="checkpoints and trajectory.jsonl; for Adam also --replay",
     cost="one gradient per example and segment, then one reverse pass over all steps",
     source="Wang et al. 2024, arXiv:2412.09538",

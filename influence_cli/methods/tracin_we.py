@@ -29,7 +29,8 @@ class TracinWeOptions:
     )
     special_tokens: str = option(
         "keep",
-        "keep, drop or only: tokens whose token(id) looks like [CLS] or <s>.",
+        "Tokens that token(id) writes like [CLS] or <s>. keep: use them; drop: ignore them; only: "
+        "ignore all others.",
         "HOW",
         choices=("keep", "drop", "only"),
     )

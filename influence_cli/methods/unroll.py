@@ -1,4 +1,4 @@
-"""Unroll: the effect of leaving an example out of a step, with exact curvature.
+"""Unroll: the effect of leaving an example out of its steps, with exact curvature.
 
 score(z, q) = sum over the steps t at which z was trained on of -w * u_t . g_t(z)
 
@@ -30,7 +30,7 @@ class UnrollOptions(ReverseOptions):
 METHOD = Method(
     name="unroll",
     help="like dve, with exact Hessian-vector products; closest to retraining",
-    question="As dve, with exact curvature: what would retraining without it have changed?",
+    question="What would retraining without this example have changed at the end, to first order?",
     needs="checkpoints and trajectory.jsonl; for Adam also --replay; a loss with two derivatives",
     cost="several trainings of the recorded steps; influence inspect measures it",
     source="exact derivative of training; Maclaurin et al. 2015, arXiv:1502.03492",

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 from influence_cli.methods.declaration import option
 
-AT_HELP = "Explain the checkpoint of this step [default: the last]."
+AT_HELP = "Explain the checkpoint of this step. [default: the last]"
 REPLAY_HELP = "Re-run the recorded steps, to use the exact parameters of each step. Adam needs it."
-RENORMALIZE_HELP = "When an example is left out, the rest of its batch takes over its weight."
+RENORMALIZE_HELP = (
+    "Give the weight of a removed example to the rest of its batch. Without this flag, the weights "
+    "of the others stay the same."
+)
 
 
 @dataclass(frozen=True)
