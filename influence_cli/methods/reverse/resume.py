@@ -33,6 +33,7 @@ from influence_cli.progress import Reporter
 from influence_cli.storage.atomic import remove_stale_files, report_disk_errors
 from influence_cli.storage.safetensors_io import write_tensors
 
+VERSION = 2  # of the saved numbers: 2 scales the adjoint of tiny and huge queries
 SAVE_SECONDS = 30.0  # between two saves
 ATTEMPTS = 20  # to save, while other jobs delete the folder
 FILE_NAME = re.compile(r"(?:scores-(\d+)-(\d+)|carried-(\d+))\.safetensors")
@@ -265,6 +266,7 @@ def open_progress(
         digest.update(name.encode() + rows.forms[name].dense().values.numpy().tobytes())
     memory = store.folder / "checkpoints.json"
     identity = [
+        VERSION,
         method,
         repr(options),
         by_layer,

@@ -18,6 +18,7 @@ from torch import Tensor
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.extraction.source import GradientSource
+from influence_cli.gradients.form_ops import LEAST, MOST
 from influence_cli.methods.pairwise import QUERY_BYTES, dtype_of, mean_query_row, query_rows
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.reverse.occurrences import NewSums, Sums
@@ -75,9 +76,12 @@ def backpropagate(
 ) -> Iterator[StepEffects]:
     """The effects of each step on the queries of `rows`, last step first.
 
-    It resumes where an interrupted run with the same `progress` was.
+    It resumes where an interrupted run with the same `progress` was. The adjoint is linear in the
+    queries' gradients, so it propagates tiny and huge ones divided by a power of two.
     """
-    adjoint = end_adjoint(plan, query_gradients(rows, plan, source.device))
+    gradients = query_gradients(rows, plan, source.device)
+    scale_Q = scale_to_one(gradients)
+    adjoint = end_adjoint(plan, gradients)
     start_norms = state_norms(adjoint)
     layers = parameters_of_layers(plan) if request.by == "layer" else {}
     yield from progress.restore(adjoint, layers)
@@ -89,6 +93,8 @@ def backpropagate(
     settings = PassSettings(len(rows.ids), working_dtype(rows), bool(layers))
     reversed_steps = steps.reversed_steps(stop, settings)
     for effects in propagate(reversed_steps, adjoint, start_norms, renormalize, layers):
+        if scale_Q is not None:
+            effects = effects.times(scale_Q)
         if effects.step < progress.reached:
             yield effects
         progress.add(adjoint, effects)
@@ -112,6 +118,22 @@ def query_gradients(
     return {
         name: rows.forms[name].to(device, dtype).dense().values.clone() for name in plan.columns
     }
+
+
+def scale_to_one(gradients: dict[str, Tensor]) -> Tensor | None:
+    """Divide each query's gradient by a power of two, in place, so that its largest number is
+    about 1. Returns the powers (Q,) float64; None where no gradient is tiny or huge.
+    """
+    sizes = [value.abs().amax(1) for value in gradients.values()]
+    largest_Q = torch.stack(sizes).amax(0).cpu().double()  # not every device has float64
+    extreme_Q = (largest_Q > 0) & ((largest_Q < LEAST) | (largest_Q > MOST))
+    if not extreme_Q.any():
+        return None
+    powers_Q = torch.ldexp(torch.ones_like(largest_Q), torch.frexp(largest_Q).exponent)
+    scale_Q = powers_Q.where(extreme_Q, 1.0)
+    for value in gradients.values():
+        value.copy_(value.cpu().double() / scale_Q[:, None])
+    return scale_Q
 
 
 def parameters_of_layers(plan: ReversePlan) -> dict[str, list[str]]:

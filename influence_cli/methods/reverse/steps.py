@@ -6,6 +6,7 @@ with exact curvature (exact_steps.py). `propagate` is the same for both.
 Letters: B entries of a batch, K quantities of the final model.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,6 +56,11 @@ class StepEffects:
     checkpoint: int  # step of the checkpoint before it
     examples: np.ndarray  # (B,)
     values: dict[str, Tensor]
+
+    def times(self, scale_K: Tensor) -> "StepEffects":
+        """The effects times a factor of each quantity, in float64 on the CPU."""
+        values = {name: value.cpu().double() * scale_K for name, value in self.values.items()}
+        return dataclasses.replace(self, values=values)
 
 
 class StepSource(Protocol):

@@ -1,0 +1,71 @@
+"""dve and unroll at the edge of what floats hold, against float64 autograd (faults/numeric_runs.py)."""
+
+import pytest
+import torch
+
+from faults.numeric_runs import NumericRun, Reference, build_numeric_run
+
+
+def scores_of(influence, run, method, *flags):
+    result = influence("score", run, "--method", method, "--top", "all", *flags)
+    assert result.code == 0, result.err
+    scores = torch.zeros(5, 17, dtype=torch.float64)
+    for row in result.rows:
+        scores[int(row["query"]), int(row["train"])] += float(row["score"])
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "exponents"),
+    [
+        ("dve", (), (-30, -20)),
+        ("dve", ("--by", "layer"), (-30,)),
+        ("dve", ("--replay",), (-30,)),
+        ("dve", ("--form", "embedding"), (-30,)),
+        ("unroll", (), (-30, -20, 20, 30)),
+        ("unroll", ("--replay",), (30,)),
+    ],
+    ids=str,
+)
+def test_scores_of_scaled_losses_are_those_of_autograd(
+    method, flags, exponents, tmp_path, influence
+):
+    # the learning rate is divided by the scale, so the training is the same. float32 keeps 1e-7;
+    # a few steps add up
+    for exponent in exponents:
+        numeric = NumericRun(exponent=exponent)
+        run = build_numeric_run(numeric, tmp_path / f"{exponent}")
+        expected, sizes = Reference(numeric, run).scores(method)
+        scores = scores_of(influence, run, method, *flags)
+        assert bool(((scores - expected).abs() <= 2e-6 * sizes).all()), exponent
+
+
+def test_dve_whose_curvature_is_too_large_is_refused(tmp_path, influence):
+    # the empirical Fisher grows with the square of the loss: this reverse pass diverges
+    run = build_numeric_run(NumericRun(exponent=30), tmp_path / "run")
+    result = influence("score", run, "--method", "dve")
+    assert result.code == 1
+    assert result.err.count("error: backpropagating through training") == 1
+
+
+def test_a_pass_over_tiny_gradients_resumes(tmp_path, influence, monkeypatch):
+    from influence_cli.errors import InfluenceError
+    from influence_cli.methods.reverse import resume
+
+    numeric = NumericRun(exponent=-30)
+    complete = build_numeric_run(numeric, tmp_path / "complete")
+    run = build_numeric_run(numeric, tmp_path / "run")
+    add = resume.PassProgress.add
+
+    def add_and_fail(self, adjoint, effects):
+        add(self, adjoint, effects)
+        if effects.step == 2:
+            raise InfluenceError("killed")
+
+    monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(resume.PassProgress, "add", add_and_fail)
+    assert influence("score", run, "--method", "unroll").code == 1
+    monkeypatch.setattr(resume.PassProgress, "add", add)
+    result = influence("score", run, "--method", "unroll")
+    assert "resuming below step 2" in result.err
+    assert result.out == influence("score", complete, "--method", "unroll").out
