@@ -109,3 +109,33 @@ def test_a_signal_that_the_shell_ignores_stays_ignored(slow_run):
     assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+IN_FINALIZER = """
+import signal, sys, time
+from influence_cli.cli import report
+
+class Scratch:
+    def __del__(self):
+        signal.raise_signal(signal.{name})
+
+def work():
+    scratch = Scratch()
+    del scratch
+    time.sleep(20)
+
+import typer
+try:
+    report(work, False)
+except typer.Exit as ended:
+    sys.exit(ended.exit_code)
+"""
+
+
+@pytest.mark.parametrize("number", CODES, ids=str)
+def test_a_signal_while_a_finalizer_runs_is_not_lost(number):
+    program = IN_FINALIZER.format(name=number.name)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == CODES[number]
+    assert ended.stderr.startswith("interrupted: ")
+    assert "Traceback" not in ended.stderr
