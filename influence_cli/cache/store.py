@@ -59,8 +59,8 @@ class Store:
             )
         with report_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(head, {"format": FORMAT, "version": VERSION})
             write_text(folder / ".gitignore", "*\n")
+            write_json(head, {"format": FORMAT, "version": VERSION})  # last: it ends the creation
 
     # ------------------------------------------------------------ reading
     def index_units(self, place: Path) -> UnitIndex:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from influence_cli.cache import store as store_module
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.quantize import pack, unpack
 from influence_cli.cache.store import Store
@@ -153,6 +154,18 @@ def test_a_cache_begun_by_another_process_is_joined(tmp_path):
     (tmp_path / "c" / ".gitignore").write_text("*")
     (tmp_path / "c" / ".tmp-host-1-cache.json").touch()
     assert Store(tmp_path / "c").folder.is_dir()
+
+
+@pytest.mark.parametrize("writer", ["write_text", "write_json"])
+def test_a_killed_creation_is_completed(writer, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store_module, writer, interrupt)
+        Store(tmp_path)
+    Store(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "cache.json"]
 
 
 def test_an_empty_cache_holds_nothing():
