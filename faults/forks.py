@@ -1,14 +1,16 @@
 """Runs the command line in forked processes: torch is imported once, a trial takes milliseconds."""
 
+import faulthandler
 import importlib
 import os
 import pkgutil
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from influence_cli import cli
 from influence_cli.signals import exit_at_once, handle_signals
 
 PATIENCE = 20.0  # seconds after which a process hangs
+STACKS = signal.SIGUSR1  # makes a fork print the stacks of its threads
 DEFINITION = """
 import torch
 from torch import nn
@@ -52,16 +55,20 @@ def import_package() -> None:
     for module in pkgutil.walk_packages(influence_cli.__path__, "influence_cli."):
         if "templates" not in module.name and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    for name in ("torch._dynamo", "torch.optim"):  # an optimizer imports it at its first step
+        importlib.import_module(name)
     torch.set_num_threads(1)
     cli.register()
 
 
-def build_run(folder: Path, steps: Sequence[int] = (10, 20, 30)) -> Path:
+def build_run(
+    folder: Path, steps: Sequence[int] = (10, 20, 30), definition: str = DEFINITION
+) -> Path:
     """A small run: random weights, a rate of 0.1."""
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "definition.py").write_text(DEFINITION)
+    (folder / "definition.py").write_text(definition)
     space: dict = {"__name__": "definition_of_the_campaign"}
-    exec(DEFINITION, space)
+    exec(definition, space)
     for step in steps:
         torch.manual_seed(step)
         path = folder / "checkpoints" / f"step-{step:06d}.safetensors"
@@ -75,45 +82,78 @@ class Ended:
 
     code: int | None
     err: str
+    out: str = ""
+    seconds: float = 0.0
+
+    @property
+    def output(self) -> str:
+        return f"exit {self.code} after {self.seconds:.1f} s\n{self.out}{self.err}"
 
 
 class ForkedCommand:
-    """`influence ARGUMENTS` in a fork of this process, in the folder `place`."""
+    """`influence ARGUMENTS` in a fork of this process, in the folder `place`.
 
-    def __init__(self, arguments: Sequence[str], place: Path, name: str = "0") -> None:
-        self.err = place / f"err-{name}"
+    `prepare` runs in the fork before the command. `environment`: variables to set there.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        place: Path,
+        name: str = "0",
+        prepare: Callable[[], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.out, self.err = place / f"out-{name}", place / f"err-{name}"
         self.start = time.monotonic()
         sys.stdout.flush()
         self.id = os.fork()
         if not self.id:
-            run_in_fork(arguments, place, place / f"out-{name}", self.err)
+            os.environ.update(environment or {})
+            run_in_fork(arguments, place, (self.out, self.err), prepare or (lambda: None))
 
     def kill(self, number: int) -> None:
         os.kill(self.id, number)  # not yet waited for, so the id is still ours
 
-    def wait(self) -> Ended:
-        while time.monotonic() - self.start < PATIENCE:
-            ended, status = os.waitpid(self.id, os.WNOHANG)
-            if ended:
-                return Ended(
-                    os.waitstatus_to_exitcode(status), self.err.read_text("utf-8", "replace")
-                )
+    def wait(self, patience: float = PATIENCE) -> Ended:
+        """Waits for the end. A process that hangs prints its stacks, and is killed."""
+        while time.monotonic() - self.start < patience:
+            if (ended := self.poll()) is not None:
+                return ended
             time.sleep(0.002)
+        self.kill(STACKS)
+        time.sleep(0.5)
         self.kill(signal.SIGKILL)
         os.waitpid(self.id, 0)
-        return Ended(None, self.err.read_text("utf-8", "replace"))
+        return self._describe(None)
+
+    def poll(self) -> Ended | None:
+        """The end, if it has come."""
+        ended, status = os.waitpid(self.id, os.WNOHANG)
+        return self._describe(os.waitstatus_to_exitcode(status)) if ended else None
+
+    def _describe(self, code: int | None) -> Ended:
+        texts = [
+            path.read_text("utf-8", "replace") if path.exists() else ""
+            for path in (self.err, self.out)
+        ]
+        return Ended(code, texts[0], texts[1], time.monotonic() - self.start)
 
 
-def run_in_fork(arguments: Sequence[str], place: Path, out: Path, err: Path) -> None:
-    """The child: never returns."""
+def run_in_fork(
+    arguments: Sequence[str], place: Path, files: tuple[Path, Path], prepare: Callable[[], None]
+) -> None:
+    """The child: never returns. `files`: take its stdout and stderr."""
     code = 1
     try:
-        for path, number in ((Path(os.devnull), 0), (out, 1), (err, 2)):
-            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            os.dup2(os.open(path, flags, 0o666), number)
+        open_streams(files)
+        faulthandler.register(STACKS, sys.stderr)
+        (place / "tmp").mkdir(exist_ok=True)
+        tempfile.tempdir = str(place / "tmp")
         os.chdir(place)
         handle_signals(exit_at_once)  # as __main__.py does
         sys.argv = ["influence", *arguments]
+        prepare()
         cli.app()
         code = 0
     except SystemExit as ended:
@@ -129,8 +169,24 @@ def run_in_fork(arguments: Sequence[str], place: Path, out: Path, err: Path) -> 
         os._exit(code)
 
 
-def run_command(arguments: Sequence[str], place: Path) -> Ended:
-    return ForkedCommand(arguments, place).wait()
+def open_streams(files: tuple[Path, Path]) -> None:
+    """New streams in the child: those of the parent may be replaced, as pytest does."""
+    for number, path in enumerate((Path(os.devnull), *files)):
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        opened = os.open(path, flags, 0o666)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = os.fdopen(  # type: ignore[misc]
+        2, "w", buffering=1, errors="backslashreplace", closefd=False
+    )
+
+
+def run_command(
+    arguments: Sequence[str], place: Path, prepare: Callable[[], None] | None = None
+) -> Ended:
+    return ForkedCommand(arguments, place, prepare=prepare).wait()
 
 
 def copy_folder(source: Path, target: Path) -> Path:

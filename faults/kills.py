@@ -1,96 +1,211 @@
-"""Signals at random moments: work resumes, and gives the bytes of a run that was left in peace."""
+"""Signals at any moment: work resumes, and gives the bytes of a run that was left in peace.
 
+A signal comes after a random time, or right before a random change of a file. It meets one of one
+or two processes on one cache, or both, or a rank of a job.
+"""
+
+import os
 import random
+import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from faults.file_changes import SharedCount, watch_changes
 from faults.forks import (
+    PATIENCE,
     Ended,
     ForkedCommand,
-    build_run,
     copy_folder,
     import_package,
     read_files,
-    run_command,
 )
+from faults.runs import build_template, write_small_pieces
 from faults.tally import Clock, Tally
 
+TABLE, DVE, UNROLL = ("-o", "table.csv"), ("--method", "dve"), ("--method", "unroll")
+TRAINED = ("score", "trained", "--top", "all")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "cache": ("cache", "run"),
-    "score tracin": ("score", "run", "--top", "all", "-o", "table.csv"),
-    "score grad-cos": ("score", "run", "--method", "grad-cos", "-o", "table.csv"),
-    "score repsim": ("score", "run", "--method", "repsim", "-o", "table.csv"),
-    "score int8": ("score", "run", "--store", "int8", "-o", "table.csv"),
-    "self": ("self", "run", "-o", "table.csv"),
+    "score tracin": ("score", "run", "--top", "all", *TABLE),
+    "score by layer": ("score", "run", "--by", "layer", "-o", "table.jsonl"),
+    "score grad-cos": ("score", "run", "--method", "grad-cos", *TABLE),
+    "score repsim": ("score", "run", "--method", "repsim", *TABLE),
+    "score int8": ("score", "run", "--store", "int8", *TABLE),
+    "score projected": ("score", "run", "--project", "4", *TABLE),
+    "score shard": ("score", "run", "--shard", "1/2", *TABLE),
+    "score parquet": ("score", "run", "-o", "table.parquet"),
+    "score tracin-we": ("score", "texts", "--method", "tracin-we", "--by", "word", *TABLE),
+    "score dve": (*TRAINED, *DVE, *TABLE),
+    "score dve --replay": (*TRAINED, *DVE, "--replay", *TABLE),
+    "score dve --embeddings": (*TRAINED, *DVE, "--embeddings", "embeddings", *TABLE),
+    "score unroll": (*TRAINED, *UNROLL, *TABLE),
+    "score unroll --replay": (*TRAINED, *UNROLL, "--replay", *TABLE),
+    "self": ("self", "run", *TABLE),
+    "trace": ("trace", "trained", "--queries", "3", "--train", "17", *TABLE),
+    "evaluate": ("evaluate", "trained", "tsloo", *DVE, "--removals", "6", *TABLE),
+    "merge": ("merge", "parts/1.csv", "parts/2.csv", *TABLE),
     "inspect": ("inspect", "run"),
     "check": ("check", "run"),
     "init": ("init", "new"),
 }
 # -N too: the fork had not yet installed its handlers
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+SLOWER = 30  # a trial that takes so many times the undisturbed run hangs
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a command leaves when nobody disturbs it."""
+
+    files: dict[str, bytes]
+    seconds: float
+    changes: int  # of files
+
+    @property
+    def patience(self) -> float:
+        return max(PATIENCE, SLOWER * self.seconds)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a signal comes: after some seconds, or before a change of a file."""
+
+    number: signal.Signals
+    seconds: float
+    change: int | None = None
+
+    @classmethod
+    def draw(cls, usual: Undisturbed, rng: random.Random) -> "Moment":
+        number = rng.choice(tuple(CODES))
+        if usual.changes and rng.random() < 0.5:
+            return cls(number, 0.0, rng.randint(1, usual.changes))
+        return cls(number, rng.uniform(0, 1.1 * usual.seconds))
+
+    def __str__(self) -> str:
+        when = f"after {self.seconds:.3f} s"
+        if self.change is not None:
+            when = f"before change {self.change}"
+        return f"{self.number.name} {when}"
+
+    def prepare(self, place: Path) -> None:
+        """In the fork: many small files, and the signal if a change of a file brings it."""
+        write_small_pieces()
+        if self.change is not None:
+            watch_changes(place, self.signal_at_change)
+
+    def signal_at_change(self, number: int, kind: str) -> None:
+        if number == self.change:
+            os.kill(os.getpid(), self.number)
+
+    def codes(self) -> set[int]:
+        return {0, CODES[self.number], -self.number}
 
 
 def results(place: Path) -> dict[str, bytes]:
-    """The files that a command leaves: its table, and the cache."""
+    """The files that a command leaves: its table, and the cache. Not what it printed."""
     content = read_files(place)
     return {name: text for name, text in content.items() if not name.startswith(("out-", "err-"))}
 
 
-def judge_end(ended: Ended, allowed: set[int], tally: Tally, trial: str) -> None:
+def judge_end(ended: Ended, allowed: Collection[int | None], tally: Tally, trial: str) -> None:
     if ended.code is None:
-        tally.fault("hang", trial.partition(":")[0], f"{trial}\n{ended.err}")
+        tally.fault("hang", trial.partition(":")[0], f"{trial}\n{ended.output}")
     elif "Traceback" in ended.err or ended.code not in allowed:
         last = (ended.err.strip().splitlines() or [""])[-1][:80]
         tally.fault("traceback", f"exit {ended.code}: {last}", trial)
 
 
-def try_kill(
-    name: str, arguments: Sequence[str], template: Path, place: Path, wanted: dict[str, bytes],
-    seconds: float, rng: random.Random, tally: Tally,
-) -> None:  # fmt: skip
-    """One or two processes on one cache; a signal to one of them; the command again; the bytes."""
-    copy_folder(template, place)
-    # of two `init` in one folder, the second rightly refuses
-    count, number = 1 if name == "init" else rng.choice((1, 1, 2)), rng.choice(tuple(CODES))
-    moment = rng.uniform(0, 1.1 * seconds)
-    trial = f"{name}: {signal.Signals(number).name} after {moment:.3f} s, {count} processes"
-    processes = [ForkedCommand(arguments, place, str(at)) for at in range(count)]
-    time.sleep(moment)
-    processes[0].kill(number)
-    for at, process in enumerate(processes):
-        judge_end(process.wait(), {0, CODES[number], -number} if not at else {0}, tally, trial)
-    if name != "init" or not (place / "new" / "definition.py").exists():
-        judge_end(run_command(arguments, place), {0}, tally, f"{trial}; then again")
-    content = results(place)
-    leftovers = [path for path in content if ".tmp-" in path]
+def judge_files(place: Path, wanted: dict[str, bytes], tally: Tally, trial: str) -> None:
+    """The files of the undisturbed run, all bytes equal, and nothing else."""
+    leftovers = sorted(str(path.relative_to(place)) for path in place.rglob(".tmp-*"))
     if leftovers:
         tally.fault("lost", "a temporary file is left", f"{trial}: {leftovers[0]}")
-    if {path: text for path, text in content.items() if path not in leftovers} != wanted:
+    content = {name: text for name, text in results(place).items() if ".tmp-" not in name}
+    if content != wanted:
         names = [path for path in {**content, **wanted} if content.get(path) != wanted.get(path)]
         tally.fault("lost", "other bytes after resuming", f"{trial}: {names[:3]}")
-    tally.tried += 1
+
+
+def run_undisturbed(name: str, template: Path, place: Path) -> Undisturbed:
+    copy_folder(template, place)
+    count = SharedCount()
+
+    def prepare() -> None:
+        write_small_pieces()
+        watch_changes(place, lambda number, kind: None, count)
+
+    ended = ForkedCommand(COMMANDS[name], place, prepare=prepare).wait()
+    if ended.code:
+        raise RuntimeError(f"{name} fails undisturbed: {ended.output}")
+    return Undisturbed(results(place), ended.seconds, count.get())
+
+
+class KillTrials:
+    """Trials of one campaign: the template, the place of the trials, and the undisturbed runs."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.template, self.place = folder / "template", folder / "place"
+        build_template(self.template)
+        self.usual = {name: run_undisturbed(name, self.template, self.place) for name in names}
+
+    def try_kill(self, name: str, count: int, rng: random.Random, tally: Tally) -> None:
+        """`count` processes; a signal to the first, or to the first two."""
+        moments = [Moment.draw(self.usual[name], rng)]
+        if count > 1 and rng.random() < 0.5:
+            moments.append(Moment.draw(self.usual[name], rng))
+        self.try_moments(name, count, moments, tally)
+
+    def try_moments(self, name: str, count: int, moments: list[Moment], tally: Tally) -> None:
+        """Send signals to `count` processes; run the command again; compare all bytes."""
+        usual = self.usual[name]
+        copy_folder(self.template, self.place)
+        trial = f"{name}: {count} of it, {' and '.join(map(str, moments))}"
+        self.signal_processes(name, count, moments, tally, trial)
+        tally.tried += 1
+        # a complete `init` rightly refuses to run again
+        if name != "init" or not (self.place / "new" / "definition.py").exists():
+            again = ForkedCommand(COMMANDS[name], self.place, prepare=write_small_pieces)
+            judge_end(again.wait(usual.patience), {0}, tally, f"{trial}; then again")
+        judge_files(self.place, usual.files, tally, trial)
+
+    def signal_processes(
+        self, name: str, count: int, moments: list[Moment], tally: Tally, trial: str
+    ) -> None:
+        processes = []
+        for at in range(count):
+            prepare: Callable[[], None] = write_small_pieces
+            if at < len(moments):
+                prepare = partial(moments[at].prepare, self.place)
+            processes.append(ForkedCommand(COMMANDS[name], self.place, str(at), prepare))
+        start = time.monotonic()
+        timed = [(moment, at) for at, moment in enumerate(moments) if moment.change is None]
+        for moment, at in sorted(timed, key=lambda pair: pair[0].seconds):
+            time.sleep(max(0.0, start + moment.seconds - time.monotonic()))
+            processes[at].kill(moment.number)
+        for at, process in enumerate(processes):
+            allowed = moments[at].codes() if at < len(moments) else {0}
+            judge_end(process.wait(self.usual[name].patience), allowed, tally, trial)
 
 
 def run_kills(count: int, seconds: float, seed: int = 0) -> list[Tally]:
     import_package()
-    tally, rng, clock = Tally("kills", target=count), random.Random(seed), Clock(seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        template, place = Path(folder) / "template", Path(folder) / "place"
-        build_run(template / "run")
-        undisturbed: dict[str, tuple[dict[str, bytes], float]] = {}
-        for name, arguments in COMMANDS.items():
-            copy_folder(template, place)
-            start = time.monotonic()
-            ended = run_command(arguments, place)
-            if ended.code:
-                raise RuntimeError(f"{name} fails undisturbed: {ended.err}")
-            undisturbed[name] = results(place), time.monotonic() - start
-        while tally.tried < count and not clock.is_over:
-            name = rng.choice(tuple(COMMANDS))
-            wanted, duration = undisturbed[name]
-            try_kill(name, COMMANDS[name], template, place, wanted, duration, rng, tally)
-    tally.seconds = clock.seconds
-    return [tally]
+    clock, tallies = Clock(seconds), []
+    folder = Path(tempfile.mkdtemp())
+    try:
+        trials = KillTrials(folder, list(COMMANDS))
+        for processes, label, share in ((1, "one process", 0.6), (2, "two processes", 0.4)):
+            tally = Tally(f"kills: {label}", target=round(count * share))
+            rng = random.Random(f"{seed} {processes}")
+            part = Clock(share * seconds)
+            while tally.tried < tally.target and not (part.is_over or clock.is_over):
+                name = tuple(COMMANDS)[tally.tried % len(COMMANDS)]
+                trials.try_kill(name, processes, rng, tally)
+            tallies.append(tally)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return tallies

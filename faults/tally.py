@@ -46,7 +46,7 @@ def place_of_error(error: BaseException) -> str:
     """The innermost function of the package in the error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "influence_cli" in frame.filename]
-    frame = (own or list(frames) or [None])[-1]
+    frame = next(reversed(own or list(frames)), None)
     if frame is None:
         return "unknown"
     name = frame.filename.rpartition("influence_cli/")[2]
