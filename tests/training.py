@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from influence_cli.run.optimizer_state import save_state
+from influence_cli.storage.safetensors_io import write_tensors
 from tests import reference
 
 Tilt = tuple[int, int, float]
@@ -212,6 +214,17 @@ def summed(found: Sequence[tuple[int, list[int], torch.Tensor]], count: int) -> 
 
 
 def load(model: nn.Module, folder: Path, step: int) -> None:
-    from safetensors.torch import load_file
-
     model.load_state_dict(load_file(str(folder / "checkpoints" / f"step-{step:06d}.safetensors")))
+
+
+def change_state(run: Path, step: int) -> None:
+    """Save an optimizer state again, with first moments that are a percent larger."""
+    path = run / "optimizer" / f"step-{step:06d}.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = {key: file.metadata()[key] for key in ("optimizer", "numbers")}
+    scale = {"exp_avg": 1.01}
+    tensors = {
+        name: value * scale.get(name.partition("/")[0], 1)
+        for name, value in load_file(path).items()
+    }
+    write_tensors(path, tensors, metadata)

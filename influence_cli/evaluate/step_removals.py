@@ -40,6 +40,7 @@ from influence_cli.methods.table import METHODS
 from influence_cli.progress import Advance, Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.definition import describe_failure
+from influence_cli.run.optimizer_state import find_state
 from influence_cli.run.replay import DroppedExample, Replay
 from influence_cli.run.run import Run
 from influence_cli.run.trajectory import Trajectory, missing_trajectory
@@ -144,7 +145,7 @@ def log_path(
     assert run.trajectory is not None
     if request.folder is None:
         return None
-    parts = [
+    parts: list[object] = [
         VERSION,
         run.definition.digest,
         hashlib.sha256(run.trajectory.path.read_bytes()).hexdigest(),
@@ -156,6 +157,9 @@ def log_path(
         [int(query) for query in request.queries],
         run.query.digests(request.queries).tolist(),
     ]
+    state = find_state(run.folder, start.step)
+    if start.step and state.files:  # the replay starts from it
+        parts.append(checkpoint_key(state, request.folder / "checkpoints.json"))
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return request.folder / "evaluate" / f"tsloo-{digest}.jsonl"
 

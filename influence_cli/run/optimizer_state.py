@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,19 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 def state_path(folder: Path, step: int) -> Path:
     return folder / "optimizer" / checkpoint_name(step)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The optimizer's state at a step. `files`: its file; none where no state was saved."""
+
+    step: int
+    files: tuple[Path, ...]
+
+
+def find_state(folder: Path, step: int) -> SavedState:
+    path = state_path(folder, step)
+    return SavedState(step, (path,) if path.is_file() else ())
 
 
 def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from influence_cli.evaluate import step_removals
 from influence_cli.evaluate.correlation import interval, pearson, ranks, spearman
 from influence_cli.run.replay import Replay
 from tests.refusals import refused
-from tests.training import definition_of, load, train
+from tests.training import change_state, definition_of, load, train
 
 
 def evaluate(influence, run, *flags):
@@ -115,6 +115,15 @@ def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(
     assert not calls
     assert influence("evaluate", run, "tsloo", "--removals", "13").code == 0
     assert len(calls) == 3
+
+
+def test_results_from_another_optimizer_state_are_not_used(tmp_path, influence):
+    run = train(tmp_path / "run", every=4, kind=torch.optim.Adam, rate=0.05, states=True)
+    (run / "checkpoints" / "step-000000.safetensors").unlink()
+    before = evaluate(influence, run, "--method", "random").out
+    change_state(run, 4)
+    after = evaluate(influence, run, "--method", "random").out
+    assert after == evaluate(influence, run, "--method", "random", "--cache", "none").out != before
 
 
 def test_fewer_removals_are_the_first_of_more():

@@ -13,10 +13,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from influence_cli.methods.reverse import embedding_build, resume
 from tests.refusals import refused
-from tests.training import train
+from tests.training import change_state, train
 
 ROUNDS = int(os.environ.get("STRESS_ROUNDS", "1"))
 PASSES = {
@@ -175,6 +176,19 @@ def test_progress_of_another_question_or_of_other_steps_is_not_used(
     shutil.copy(own[-1], own[0].with_name(own[0].name.replace("05", "03")))
     own[0].write_bytes(own[-1].read_bytes())
     assert score(influence, run, flags).out == undisturbed
+
+
+def test_progress_from_another_optimizer_state_is_not_used(tmp_path, influence, monkeypatch):
+    run = train(tmp_path / "run", every=4, kind=torch.optim.Adam, rate=0.05, states=True)
+    flags = ("--method", "unroll", "--replay")
+    before = score(influence, run, (*flags, "--cache", "none")).out
+    interrupted(influence, run, flags, monkeypatch, step=5)
+    change_state(run, 8)
+    changed = score(influence, run, (*flags, "--cache", "none")).out
+    assert changed != before
+    result = score(influence, run, flags)
+    assert "resuming" not in result.err
+    assert result.out == changed
 
 
 def test_a_folder_that_another_job_deletes_meanwhile_changes_nothing(

@@ -30,6 +30,7 @@ from influence_cli.methods.reverse.saved_file import check_values, read_saved
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import StepEffects, step_slices
 from influence_cli.progress import Reporter
+from influence_cli.run.optimizer_state import find_state
 from influence_cli.storage.atomic import remove_stale_files, report_disk_errors
 from influence_cli.storage.safetensors_io import write_tensors
 
@@ -265,7 +266,7 @@ def open_progress(
     for name in plan.columns:
         digest.update(name.encode() + rows.forms[name].dense().values.numpy().tobytes())
     memory = store.folder / "checkpoints.json"
-    identity = [
+    identity: list[object] = [
         VERSION,
         method,
         repr(options),
@@ -278,6 +279,11 @@ def open_progress(
             for segment in plan.segments
         ],
     ]
+    if options.replay:  # it starts from these states
+        states = [
+            find_state(source.run.folder, segment.checkpoint.step) for segment in plan.segments
+        ]
+        identity.append([checkpoint_key(state, memory) for state in states])
     digest.update(json.dumps(identity).encode())
     folder = store.folder / "back" / digest.hexdigest()[:16]
     return PassProgress(folder, plan, source.reporter, digest.hexdigest())
