@@ -39,4 +39,5 @@ def cache(
             f"{split}: {new:,} gradients computed, {cached:,} were stored already "
             f"({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
         )
+    opened.note_unverified()
     opened.ranks.close()

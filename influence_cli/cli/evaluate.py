@@ -122,4 +122,5 @@ def evaluate_methods(
     work = EvaluationRequest(
         requests, opened.checkpoints, ids, own_options, opened.seed, opened.folder
     )
-    return protocol.evaluate(opened.gradients, work)
+    yield from protocol.evaluate(opened.gradients, work)
+    opened.note_unverified()

@@ -116,13 +116,13 @@ class Opened:
         of[list(names)] = [number[name] for name in names.values()]
         return Groups(of, distinct)
 
-    def note_unverified(self) -> None:
+    def note_unverified(self, remedy: str = "influence check compares all") -> None:
         """Say how much was read from the cache and not compared with its checksums."""
         cache = self.gradients.cache
         if cache and cache.store.verification.skipped:
             self.reporter.note(
                 f"{format_bytes(cache.store.verification.skipped)} of stored gradients were not "
-                "compared with their checksums; --verify compares all"
+                f"compared with their checksums; {remedy}"
             )
 
     def describe(self, split: str, index: int) -> tuple[str, str]:

@@ -36,14 +36,8 @@ def self_influence(
     opened = open_shared(shared, trajectory, verify=verify)
     all_ids = opened.ids("--train", train, "train")
     train_ids = opened.shard_ids(all_ids, part)
-    made = record_maker(
-        opened,
-        {"command": "self", "lr": lr, "lr_weights": lr_weights},
-        all_ids,
-        range(0),
-        part,
-        top,
-    )
+    flags = {"command": "self", "lr": lr, "lr_weights": lr_weights}
+    made = record_maker(opened, flags, all_ids, range(0), part, top)
     if not len(train_ids):  # an empty shard
         sink.write([], SELF_COLUMNS, made)
         return
@@ -53,4 +47,5 @@ def self_influence(
     rank_self_influence(opened.gradients, request, ranking)
     if opened.ranks.rank == 0:
         sink.write(self_rows(ranking.entries(0), opened.describe), SELF_COLUMNS, made)
+    opened.note_unverified("--verify compares all")
     opened.ranks.close()

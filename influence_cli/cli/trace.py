@@ -68,6 +68,7 @@ def trace(
         sum_queries=sum_queries,
     )
     write_trace(opened, traced_scores(opened, chosen, request), sink, stdout if plotted else None)
+    opened.note_unverified()
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,9 @@ class CachedRows:
 
     def _unchanged(self, unit: Unit) -> np.ndarray:
         """Mask over a unit's queries: the item is the one that was captured."""
-        rows = UnitIndex([unit]).read_rows(unit.columns[:1], "norms", unit.example_ids)
+        rows = UnitIndex([unit], self.store.verification).read_rows(
+            unit.columns[:1], "norms", unit.example_ids
+        )
         size = len(self.run.query)
         pairs = zip(unit.example_ids, rows.digests.tolist(), strict=True)
         unchanged = [index < size and self._query_digest(index) == value for index, value in pairs]

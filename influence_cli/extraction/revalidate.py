@@ -55,7 +55,7 @@ def check_gradients(
         units = [unit for unit in index.units if unit.definition == definition]
         for unit, ids in sample_rows(units, GRADIENTS, len(run.train)):
             check_columns_exist(run, unit, store)
-            stored = UnitIndex([unit]).read_rows(unit.columns, unit.level, ids)
+            stored = UnitIndex([unit], store.verification).read_rows(unit.columns, unit.level, ids)
             fresh = recompute("train", checkpoint, unit.columns, ids)
             check_rows_agree(stored, fresh, rounding, checkpoint.name, "train", store.folder)
     if older:
@@ -116,7 +116,9 @@ def check_item_digests(
         stored = unit.find_rows(ids) >= 0
         if stored.any():
             digests = run.examples(split).digests(ids) if digests is None else digests
-            rows = UnitIndex([unit]).read_rows(unit.columns[:1], "norms", ids[stored])
+            rows = UnitIndex([unit], store.verification).read_rows(
+                unit.columns[:1], "norms", ids[stored]
+            )
             check_items_agree(rows, digests[torch.from_numpy(stored)], split, store.folder)
 
 

@@ -132,6 +132,36 @@ def test_what_is_not_compared_is_said(run, influence, monkeypatch):
     assert "checksums" not in influence("score", run, "--verify").err
 
 
+def edited_after_caching_one_layer(run, influence):
+    """A definition that changed after the cache got one layer, of which a bit is flipped. The flip
+    is smaller than rounding, so comparing gradients does not find it."""
+    assert influence("cache", run, "--layers", "0.weight").code == 0
+    (run / "definition.py").write_text((run / "definition.py").read_text() + "# edited\n")
+    for path in unit_files(run):
+        with TensorFile(path) as file:
+            flip(path, next(s.start for name, s in file.entries.items() if name.endswith(":left")))
+
+
+def test_verify_compares_what_is_read_to_compare_definitions(run, influence, monkeypatch):
+    edited_after_caching_one_layer(run, influence)
+    monkeypatch.setattr(verification, "SHARE", 0.0)
+    refused(influence("score", run, "--layers", "2.weight", "--verify"), 1, "damaged", "left")
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [("score", "--verify"), ("self", "--verify"), ("cache", "influence check")],
+)
+def test_what_is_read_to_compare_definitions_is_in_the_note(
+    command, remedy, run, influence, monkeypatch
+):
+    edited_after_caching_one_layer(run, influence)
+    monkeypatch.setattr(verification, "SHARE", 0.0)
+    result = influence(command, run, "--layers", "2.weight")
+    assert result.code == 0, result.err
+    assert f"were not compared with their checksums; {remedy} compares all" in result.err
+
+
 def test_a_checkpoint_replaced_with_the_same_size_and_time_is_noticed(run, influence):
     before = influence("score", run)
     first, second, *_ = sorted((run / "checkpoints").iterdir())
