@@ -14,6 +14,7 @@ from typing import Any
 
 from influence_cli.errors import DefinitionError
 from influence_cli.run.source_texts import SourceFinder, install_finder
+from influence_cli.run.static_imports import find_imported_files
 
 REQUIRED = ("model", "train_data", "query_data", "loss")
 ARGUMENTS = {
@@ -30,8 +31,9 @@ ARGUMENTS = {
 class Definition:
     """A loaded definition.py. `digest` covers it and the user's own modules that it imports.
 
-    `late`: digests of the modules beside it that its functions may still import. `imported`:
-    digests of the texts of own modules, as they were imported; it grows.
+    `late`: digests of the modules that its functions may still import: those beside it, and those
+    that import statements name. `imported`: digests of the texts of own modules, as they were
+    imported; it grows.
     """
 
     path: Path
@@ -108,7 +110,9 @@ def load_definition(path: Path) -> Definition:
         file: finder.digests.get(file) or digest_file(file)
         for file in find_own_modules(path, set(sys.modules) - before, finder)
     }
+    named = find_imported_files(path, content, finder.is_installed) - beside.keys()
     late = {file: digest for file, digest in beside.items() if file not in texts}
+    late |= {file: digest_file(file) for file in sorted(named) if file not in texts}
     own = hashlib.sha256(content).hexdigest()
     digest = join_digests([own, *texts.values(), *late.values()])
     return Definition(path, digest, module, finder.digests, late)

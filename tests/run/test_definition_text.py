@@ -117,6 +117,61 @@ def edit_late_module():
     assert not list((run / ".influence").rglob("0*.safetensors"))
 
 
+LATE = """
+
+_loss_at_once = loss
+
+
+def loss(model, batch):
+    {statement}
+
+    return _loss_at_once(model, batch) * {name}
+"""
+LATE_IMPORTS = {
+    "a module": ("import late_one", "late_one.SCALE", "late_one.py"),
+    "from a module": ("from late_two import SCALE", "SCALE", "late_two.py"),
+    "a module of a package": (
+        "import late_three.inner.scale as s", "s.SCALE", "late_three/inner/scale.py"
+    ),
+    "from a package": ("from late_four import scale", "scale.SCALE", "late_four/scale.py"),
+    "through another module": ("from late_five import up", "up.SCALE", "late_five/scale.py"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATE_IMPORTS)
+def test_a_module_from_elsewhere_that_a_function_imports_is_in_the_digest(
+    case, tmp_path, monkeypatch
+):
+    statement, name, path = LATE_IMPORTS[case]
+    folder, other = tmp_path / "run", tmp_path / "elsewhere"
+    folder.mkdir()
+    file = other / path
+    file.parent.mkdir(parents=True)
+    (file.parent / "__init__.py").touch()
+    (file.parent / "up.py").write_text("def at_once():\n    from .scale import SCALE\n")
+    monkeypatch.syspath_prepend(other)
+    (folder / "definition.py").write_text(DEFINITION + LATE.format(statement=statement, name=name))
+    digests = []
+    for text in (MODULE, "SCALE = 4.0\n", MODULE):
+        file.write_text(text)
+        digests.append(load_definition(folder / "definition.py").digest)
+    assert digests[0] == digests[2] != digests[1]
+    assert path.partition("/")[0].removesuffix(".py") not in sys.modules  # reading imports nothing
+
+
+def test_scores_follow_a_module_from_elsewhere(make_run, tmp_path, influence, monkeypatch):
+    text = LATE.format(statement="import late_elsewhere", name="late_elsewhere.SCALE")
+    run, other = make_run("run", DEFINITION + text), tmp_path / "elsewhere"
+    other.mkdir()
+    monkeypatch.syspath_prepend(other)
+    (other / "late_elsewhere.py").write_text(MODULE)
+    assert influence("score", run, "--queries", "0").code == 0
+    sys.modules.pop("late_elsewhere")
+    (other / "late_elsewhere.py").write_text("SCALE = 4.0  # of another size\n")
+    refused(influence("score", run, "--queries", "0"), 1, "belongs to another run")
+    sys.modules.pop("late_elsewhere", None)
+
+
 def test_a_module_that_nobody_imports_may_change(make_run, influence):
     definition = (
         DEFINITION
