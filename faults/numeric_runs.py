@@ -121,7 +121,7 @@ def draw_batches(run: NumericRun) -> list[list[int]]:
     """The examples of each step: the same items of the pool for every order."""
     generator = torch.Generator().manual_seed(2)
     steps = [torch.randperm(POOL, generator=generator)[:BATCH].tolist() for _ in range(STEPS)]
-    return [[run.order.index(item) for item in step if item in run.order] for step in steps]
+    return [[run.order.index(item) for item in step if item in run.order] or [0] for step in steps]
 
 
 def build_numeric_run(run: NumericRun, folder: Path) -> Path:
@@ -227,8 +227,6 @@ class Reference:
         totals = torch.zeros(2, QUERIES, len(self.run.order), dtype=torch.float64)
         for step in reversed(range(STEPS)):
             ids = batches[step]
-            if not ids:
-                continue
             grads = self.gradients(step, "train")[ids]
             products = adjoint @ grads.T
             sizes = adjoint.norm(dim=1)[:, None] * grads.norm(dim=1)

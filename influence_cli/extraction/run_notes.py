@@ -8,7 +8,7 @@ import torch
 
 from influence_cli.cache.id_blocks import spread_evenly
 from influence_cli.errors import GradientError, listed
-from influence_cli.extraction.row_counts import SMALL_LOSS
+from influence_cli.extraction.row_counts import SMALL_LOSS, SMALL_NORM, VANISHING_LOSS, Key
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.autograd_gradients import gradients_by_autograd
 from influence_cli.gradients.capture import Capture
@@ -40,7 +40,7 @@ def report_numbers(
             f"the gradient of query {listed(zero)} is 0 in the selected parameters, so all scores "
             "of it are 0"
         )
-    note_small_losses(source, checkpoints)
+    note_small_numbers(source, checkpoints)
     note_half_precision(source, checkpoints[-1], columns)
 
 
@@ -72,23 +72,56 @@ def zero_error(source: GradientSource, split: str, losses: bool, gradients: bool
     )
 
 
-def note_small_losses(source: GradientSource, checkpoints: Sequence[Checkpoint]) -> None:
-    if source.settings.precision != torch.float32:
-        return
-    counts = source.counts
+def sample_train_rows(
+    source: GradientSource, checkpoint: Checkpoint, columns: Sequence[str]
+) -> None:
+    """Count a sample of the training examples, where a method reads none of their gradients."""
+    ids = np.array(spread_evenly(len(source.run.train), SAMPLE))
+    rows = source.extractor.rows_at(checkpoint, "train", columns, ids, "norms")
+    source.counts.add("train", checkpoint.step, columns, rows)
+
+
+def note_small_numbers(source: GradientSource, checkpoints: Sequence[Checkpoint]) -> None:
+    """Notes on losses and gradients that are too small for their number format."""
+    counts, precision = source.counts, source.settings.precision
     for split, kind in (("train", "training examples"), ("query", "queries")):
-        if source.extractor.quantity_name(split) != "loss()":
-            continue
-        key = max(
-            ((split, checkpoint.step) for checkpoint in checkpoints),
-            key=lambda key: counts.small.get(key, 0),
+
+        def worst(numbers: dict[Key, int], split: str = split) -> tuple[int, int, int]:
+            """The count, of how many examples, and the step with the highest count."""
+            keys = [(split, checkpoint.step) for checkpoint in checkpoints]
+            key = max(keys, key=lambda key: numbers.get(key, 0))
+            return numbers.get(key, 0), counts.read.get(key, 0), key[1]
+
+        if precision == torch.float32:
+            count, total, step = worst(counts.small)
+            what = f"a loss below {SMALL_LOSS:g}"
+            if not count or source.extractor.quantity_name(split) != "loss()":
+                count, total, step = worst(counts.small_norms)
+                what = f"a gradient below {SMALL_NORM:g}"
+            if count:
+                source.reporter.note(
+                    f"{count:,} of {total:,} {kind} have {what} at step {step}: their gradients "
+                    "may have few right digits in float32; --precision float64 computes more "
+                    "digits"
+                )
+        elif precision == torch.float64:
+            count, total, step = worst(counts.vanished)
+            if count:
+                source.reporter.note(
+                    f"{count:,} of {total:,} {kind} have a loss below {VANISHING_LOSS:g} at step "
+                    f"{step}, and the square of their gradient is 0 in float64: their norms, "
+                    "cosines and self-influence have few right digits"
+                )
+
+
+def note_rounded_features(source: GradientSource) -> None:
+    precision = source.settings.precision
+    if precision in HALVES:
+        source.reporter.note(
+            f"features are computed in {str(precision).removeprefix('torch.')}, as the checkpoints "
+            f"are: each number is rounded by up to {torch.finfo(precision).eps / 2:.1%}; "
+            "--precision float32 avoids this"
         )
-        if counts.small.get(key, 0):
-            source.reporter.note(
-                f"{counts.small[key]:,} of {counts.read[key]:,} {kind} have a loss below "
-                f"{SMALL_LOSS:g} at step {key[1]}: their gradients may have few right digits in "
-                "float32; --precision float64 computes more digits"
-            )
 
 
 def note_half_precision(

@@ -8,7 +8,7 @@ alike. It uses no labels and no gradients, so a proponent is similar, but did no
 the query's loss. With --sum-queries the score is the mean of the cosines.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from influence_cli.methods.declaration import Method
@@ -36,6 +36,8 @@ def score(
 
     extractor = FeatureExtractor(source)
     (checkpoint,) = request.checkpoints
+    zero_queries: list[int] = []
+    any_feature: set[str] = set()  # splits with a feature other than 0
 
     def unit_vectors(split: str, ids: "Ids") -> "Tensor":
         features_NF = extractor.features(split, checkpoint, ids)
@@ -47,12 +49,17 @@ def score(
                 f"{split}_data()",
                 "look at that example; --precision float64 helps against overflow",
             )
+        if bool(largest_N.any()):
+            any_feature.add(split)
         scaled_NF = features_NF / largest_N.where(largest_N > 0, 1)  # squares can't underflow
         norms_N = scaled_NF.norm(dim=1, keepdim=True)
         return scaled_NF / norms_N.where(norms_N > 0, 1)
 
     def load_queries(ids: "Ids") -> "Tensor":
         units_QF = unit_vectors("query", ids)
+        zero_queries.extend(
+            int(query) for query, unit_F in zip(ids, units_QF, strict=True) if not unit_F.any()
+        )
         return units_QF.mean(0, keepdim=True) if request.sum_queries else units_QF
 
     def score_blocks(
@@ -62,7 +69,40 @@ def score(
             yield (units_QF @ unit_vectors("train", ids).T)[None].numpy()
             advance(len(ids))
 
-    return score_without_gradients(source, request, new_ranking, load_queries, score_blocks)
+    for scored in score_without_gradients(source, request, new_ranking, load_queries, score_blocks):
+        report_features(source, unit_vectors, any_feature, zero_queries)
+        yield scored
+
+
+def report_features(
+    source: "GradientSource",
+    unit_vectors: "Callable[[str, Ids], Tensor]",
+    any_feature: set[str],
+    zero_queries: list[int],
+) -> None:
+    """Refuse features that are all zero, of what was read and of a sample; note zero queries and
+    half precision.
+    """
+    import numpy as np
+
+    from influence_cli.cache.id_blocks import spread_evenly
+    from influence_cli.errors import GradientError, listed
+    from influence_cli.extraction.run_notes import SAMPLE, note_rounded_features
+
+    for split in ("train", "query"):
+        ids = np.array(spread_evenly(len(source.run.examples(split)), SAMPLE))
+        if split in any_feature or len(ids) < 2 or bool(unit_vectors(split, ids).any()):
+            continue
+        raise GradientError(
+            f"every feature of {split}_data() is 0",
+            "expected: features that differ between examples",
+            "look at features(), or at the input of the last Linear layer",
+        )
+    if zero_queries:
+        source.reporter.note(
+            f"the features of query {listed(zero_queries)} are 0, so all scores of it are 0"
+        )
+    note_rounded_features(source)
 
 
 METHOD = Method(

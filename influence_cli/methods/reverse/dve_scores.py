@@ -13,6 +13,7 @@ from pathlib import Path
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.errors import UsageProblem
+from influence_cli.extraction.run_notes import sample_train_rows
 from influence_cli.extraction.source import GradientSource, IdsAt
 from influence_cli.methods.dve import DveOptions
 from influence_cli.methods.pairwise import RankingFactory
@@ -118,8 +119,10 @@ class Dve:
         curved = self.options.curvature != "none"
         builder = FisherStepBuilder(self.source, self.plan, curved, self.stability)
         if self.options.replay:
+            plan = self.plan
+            sample_train_rows(self.source, plan.segments[-1].checkpoint, list(plan.columns))
             # probes memory before the replay moves the model
-            self.source.budget.sizes("train", list(self.plan.columns))
+            self.source.budget.sizes("train", list(plan.columns))
             return lambda rows: self.step_effects(rows, RecomputedSteps(builder))
         fill_cache(self.source, self.plan)
         return lambda rows: self.step_effects(rows, CachedSteps(builder))

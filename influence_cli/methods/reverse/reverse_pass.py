@@ -17,6 +17,7 @@ from torch import Tensor
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
+from influence_cli.extraction.run_notes import refuse_zeros, report_numbers
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import LEAST, MOST
 from influence_cli.methods.pairwise import QUERY_BYTES, dtype_of, mean_query_row, query_rows
@@ -25,7 +26,7 @@ from influence_cli.methods.reverse.occurrences import NewSums, Sums
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.resume import PassProgress
 from influence_cli.methods.reverse.segments import ReversePlan
-from influence_cli.methods.reverse.stability import state_norms
+from influence_cli.methods.reverse.stability import check_finite, state_norms
 from influence_cli.methods.reverse.steps import PassSettings, StepEffects, StepSource, propagate
 from influence_cli.storage.scratch import ScratchFolder
 
@@ -57,11 +58,17 @@ def run_passes(
             rows = load_rows(source, trained, plan.end, ids)
             sums = new_sums(len(rows.ids), folder)
             label = f", queries {number} of {len(passes)}" if len(passes) > 1 else ""
+            any_effect = False
             doing = f"backpropagating through training{label}"
             with source.reporter.progress(doing, plan.count_occurrences()) as advance:
                 for effects in step_effects(rows):
                     sums.add(effects)
+                    any_effect = any_effect or any(map(torch.any, effects.values.values()))
                     advance(len(effects.examples), f"step {effects.step}")
+            points, columns = plan.checkpoints, list(plan.columns)
+            if not any_effect:
+                refuse_zeros(source, "train", points[0], columns)
+            report_numbers(source, points, columns)
             yield ids, sums
 
 
@@ -95,6 +102,8 @@ def backpropagate(
     for effects in propagate(reversed_steps, adjoint, start_norms, renormalize, layers):
         if scale_Q is not None:
             effects = effects.times(scale_Q)
+            for value in effects.values.values():
+                check_finite(value, effects.step, effects.checkpoint)
         if effects.step < progress.reached:
             yield effects
         progress.add(adjoint, effects)

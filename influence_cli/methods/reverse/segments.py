@@ -45,6 +45,11 @@ class ReversePlan:
         return range(self.segments[0].first, self.segments[-1].stop)
 
     @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Those that gradients are taken at: of each segment, and the end."""
+        return [*(segment.checkpoint for segment in self.segments), self.end]
+
+    @property
     def adam(self) -> bool:
         """Whether the optimizer is Adam or AdamW."""
         return self.trajectory.optimizer in ("adam", "adamw")

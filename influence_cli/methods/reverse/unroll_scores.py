@@ -5,6 +5,7 @@ from pathlib import Path
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
+from influence_cli.extraction.run_notes import sample_train_rows
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.pairwise import RankingFactory
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
@@ -72,6 +73,8 @@ class Unroll:
                 "all steps between two checkpoints use gradients and curvature at the first one "
                 f"(here at most {longest:,} steps); --replay uses the parameters of each step"
             )
+        plan = self.plan
+        sample_train_rows(self.source, plan.segments[-1].checkpoint, list(plan.columns))
         self.steps.prepare()
         return self.step_effects
 
