@@ -26,7 +26,7 @@ def agreement_rows(
     noise is the root mean square.
     """
     queries, count = [int(query) for query in request.queries], len(effects_RQ)
-    spread_Q = effects_RQ.std(axis=0)
+    spread_Q = spread(effects_RQ, axis=0)
     for method, predicted_RQ in predicted.items():
         columns = zip(predicted_RQ.T, effects_RQ.T, strict=True)
         pairs_Q2 = np.array([correlate(a, b) for a, b in columns])
@@ -37,7 +37,7 @@ def agreement_rows(
         effect, noise = float(spread_Q.mean()), float(noise_Q.mean())
         yield (method, "mean", *cells(means), count, effect, noise, "")
         pair = correlate(predicted_RQ.ravel(), effects_RQ.ravel())
-        effect, noise = float(effects_RQ.std()), root_mean_square(noise_Q)
+        effect, noise = float(spread(effects_RQ)), root_mean_square(noise_Q)
         yield (method, "pooled", *cells(pair), count, effect, noise, "")
 
 
@@ -76,5 +76,12 @@ def cells(correlations: Iterable[float]) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in correlations]
 
 
+def spread(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The standard deviation, whose squares neither overflow nor underflow."""
+    largest = np.abs(values).max() or 1.0
+    return (values / largest).std(axis=axis) * largest
+
+
 def root_mean_square(values: np.ndarray) -> float:
-    return float(np.sqrt(np.square(values).mean()))
+    largest = np.abs(values).max() or 1.0
+    return float(np.sqrt(np.square(values / largest).mean()) * largest)

@@ -13,7 +13,7 @@ import numpy as np
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import Method
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
-from influence_cli.output.ranking import Entry, Ranking
+from influence_cli.output.ranking import Entry, Ranking, refuse_non_finite
 
 
 class Removal(NamedTuple):
@@ -32,6 +32,7 @@ class UnrankedScores(Ranking):
         self._scores_PQN = np.empty((1 + parts, queries, 0))  # part 0 is the complete score
 
     def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        refuse_non_finite(ids, scores)
         block_PQN = scores[None]
         if self.parts and parts is not None:
             block_PQN = np.concatenate([block_PQN, parts])

@@ -30,7 +30,7 @@ from influence_cli.errors import (
     UsageProblem,
     is_out_of_memory,
 )
-from influence_cli.evaluate.agreement import agreement_rows, root_mean_square
+from influence_cli.evaluate.agreement import agreement_rows, root_mean_square, spread
 from influence_cli.evaluate.declaration import EvaluationRequest, Row
 from influence_cli.evaluate.predicted_effects import Removal, predict_effects
 from influence_cli.evaluate.result_log import ResultLog
@@ -209,7 +209,17 @@ def retrain(
             drop = DroppedExample(*removal, options_of(request).renormalize)
             replay.advance(end.step, drop, baseline["max_norm"], report_progress=report_step)
             effects = query_values(source, request.queries) - np.array(baseline["values"])
+            if not np.isfinite(effects).all():
+                raise too_large(removal)
             log.add({**removal._asdict(), "truth": effects.tolist()})
+
+
+def too_large(removal: Removal) -> GradientError:
+    return GradientError(
+        f"leaving example {removal.example} out of step {removal.step} changes the queries' losses "
+        "by more than float64 holds",
+        "look for a loss that is scaled up",
+    )
 
 
 def measure_baseline(
@@ -298,9 +308,9 @@ def note_limits(
             "the run clipped gradients. After a removal, tsloo clips them at a norm of "
             f"{baseline['max_norm']:.4g}, the median of the recorded ones"
         )
-    noise = root_mean_square(noise_Q)
-    if 0 < effects_RQ.std() < ABOVE_NOISE * noise:
+    noise, size = root_mean_square(noise_Q), float(spread(effects_RQ))
+    if 0 < size < ABOVE_NOISE * noise:
         reporter.note(
-            f"the effects ({effects_RQ.std():.2g}) are hardly larger than the noise of retraining "
+            f"the effects ({size:.2g}) are hardly larger than the noise of retraining "
             f"({noise:.2g}). Use --precision float64 to lower the noise"
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from faults.numeric_runs import NumericRun, Reference, build_numeric_run
+from tests.refusals import refused
 
 
 def scores_of(influence, run, method, *flags):
@@ -69,3 +70,42 @@ def test_a_pass_over_tiny_gradients_resumes(tmp_path, influence, monkeypatch):
     result = influence("score", run, "--method", "unroll")
     assert "resuming below step 2" in result.err
     assert result.out == influence("score", complete, "--method", "unroll").out
+
+
+@pytest.mark.parametrize("command", ["score", "trace"])
+def test_effects_past_float64_are_refused(command, tmp_path, influence):
+    run = build_numeric_run(NumericRun(exponent=140), tmp_path / "run")
+    lines = (run / "trajectory.jsonl").read_text().replace("e-141", "e+31")
+    (run / "trajectory.jsonl").write_text(lines)
+    flags = ("--method", "dve", "--curvature", "none", "--precision", "float64")
+    result = influence(command, run, *flags)
+    refused(result, 1, "backpropagating through training gave a number that is not finite")
+
+
+@pytest.mark.parametrize("exponent", [-140, 140])
+def test_evaluate_does_not_depend_on_the_scale_of_the_loss(exponent, tmp_path, influence):
+    flags = ("tsloo", "--method", "unroll", "--removals", "8", "--precision", "float64")
+    rows = []
+    for exponent_of_run in (0, exponent):
+        numeric = NumericRun(exponent=exponent_of_run)
+        run = build_numeric_run(numeric, tmp_path / f"{exponent_of_run}")
+        result = influence("evaluate", run, *flags)
+        assert result.code == 0, result.err
+        rows.append(result.rows)
+    assert len(rows[0]) == 7
+    for plain, scaled in zip(*rows, strict=True):
+        # one removal can take another rank where two effects are equal up to rounding
+        assert abs(float(plain["spearman"]) - float(scaled["spearman"])) < 0.02
+        assert float(scaled["effect"]) / 10.0**exponent == pytest.approx(
+            float(plain["effect"]), rel=1e-6
+        )
+    assert 0 < float(rows[1][-1]["noise"]) < float("inf")  # pooled
+
+
+def test_evaluate_refuses_scores_that_are_not_finite(tmp_path, influence):
+    run = build_numeric_run(NumericRun(), tmp_path / "run")
+    flags = ("--removals", "4", "--lr", "1e308", "--precision", "float64")
+    extra = "\ndef measure(model, batch):\n    return loss(model, batch) * -1e20\n"
+    (run / "definition.py").write_text(NumericRun(extra=extra).definition)
+    result = influence("evaluate", run, "tsloo", "--method", "tracin", *flags)
+    refused(result, 1, "the score of training example")

@@ -20,7 +20,8 @@ from influence_cli.methods.reverse.occurrences import (
     empty_occurrences,
 )
 from influence_cli.methods.reverse.segments import ReversePlan
-from influence_cli.output.ranking import Entry, Ranking
+from influence_cli.methods.reverse.stability import check_finite
+from influence_cli.output.ranking import Entry, Ranking, refuse_non_finite
 
 BLOCK = 4096  # training examples that a ranking receives at once
 ScorePasses = Callable[[NewSums[ScoreSums]], Iterator[tuple[Ids, ScoreSums]]]
@@ -84,7 +85,19 @@ def trace_scores(
         sums = torch.zeros(len(plan.steps), queries, dtype=torch.float64)
         return Trace(plan.steps.start, sums, totals)
 
-    yield from run_passes(new_sums)
+    for ids, trace in run_passes(new_sums):
+        refuse_non_finite_trace(trace, plan)
+        yield ids, trace
+
+
+def refuse_non_finite_trace(trace: Trace, plan: ReversePlan) -> None:
+    """Raise GradientError or NonFiniteScore where a sum over steps is NaN or infinite."""
+    running_TQ = trace.sums.cumsum(0)
+    if not running_TQ.isfinite().all():
+        at = int((~running_TQ.isfinite()).any(1).nonzero()[0])
+        step = plan.steps[at]
+        check_finite(running_TQ[at], step, plan.segment_at(step).checkpoint.step)
+    refuse_non_finite(np.asarray(trace.totals.ids), trace.totals.scores[0].T.numpy())
 
 
 def split_by_step(
