@@ -1053,6 +1053,24 @@ def test_damaged_checkpoint_digests_are_named(text, cached, influence):
     refused(influence("score", cached), 1, str(path), "delet")
 
 
+SIZES = ('{"forms": {}, "batches": null}', '{"forms": {"0.weight": [1, 2]}, "batches": {}}', '{"forms": {"0.weight": ["dense", -1]}, "batches": {}}', '{"forms": {}, "batches": {"a": [1.5, 2]}}')  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", *SIZES, *HOSTILE])
+def test_a_damaged_record_of_sizes_is_named(text, cached, influence):
+    path = next((cached / ".influence").rglob("sizes-train.json"))
+    path.write_text(text)
+    refused(influence("score", cached), 1, str(path), "delete")
+
+
+@pytest.mark.parametrize("names", [7, [7], {}, "ab", None])
+def test_a_damaged_list_of_definitions_is_named(names, cached, influence):
+    folder = next((cached / ".influence").glob("*/step-*/train"))
+    digest = json.loads(next(folder.rglob("columns.json")).read_text())["definition"]
+    (folder / "agrees.json").write_text(json.dumps({digest: names}))
+    refused(influence("score", cached), 1, str(folder / "agrees.json"), "delete that file")
+
+
 # ---------------------------------------------------------------- the disk
 def fails(number: int):
     def call(*args, **kwargs):

@@ -87,6 +87,7 @@ REFUSED = [
     ("auto", SLURM | {"SLURM_ARRAY_TASK_ID": "seven"}, "SLURM_ARRAY_TASK_ID is 'seven'"),
     ("auto", SLURM | {"SLURM_ARRAY_TASK_COUNT": "4"}, "array has gaps", "1 to 8, step 1, 4 jobs"),
     ("auto", SLURM | {"SLURM_ARRAY_TASK_STEP": "4"}, "array has gaps"),
+    ("auto", SLURM | {"SLURM_ARRAY_TASK_STEP": "0"}, "array has gaps", "step 0"),
     (
         "auto",
         SLURM | {"SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "2"},

@@ -14,6 +14,7 @@ from influence_cli.methods.declaration import Method
 from influence_cli.parallel.ranks import place_of
 from influence_cli.parallel.shards import Shard, parse_digits, parse_shard
 
+LONGEST_ID = 18  # digits that surely fit into 64 bits
 LONGEST_SHOWN = 60  # characters of a flag's value in a message
 LARGEST_SEED, LARGEST_PROJECTION = 2**63 - 1, 2**31 - 1
 EXPECTED = (
@@ -46,15 +47,25 @@ def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> r
         parts = split_ids([spec])
     if not parts:
         raise UsageProblem(f"{flag} {spec}: no ids", EXPECTED)
-    ranges = [_range(flag, part, size, split) for part in parts]
-    if len(ranges) == 1:
-        return ranges[0]
-    distinct = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
+    if len(parts) == 1:
+        return _range(flag, parts[0], size, split)
+    distinct = _distinct_numbers(parts, size)
+    if distinct is None:
+        ranges = [_range(flag, part, size, split) for part in parts]
+        distinct = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
     return (
         range(int(distinct[0]), int(distinct[-1]) + 1)
         if len(distinct) == distinct[-1] - distinct[0] + 1
         else distinct
     )
+
+
+def _distinct_numbers(parts: Sequence[str], size: int) -> np.ndarray | None:
+    """The numbers, rising, of a list without ranges, which may be long. None if one is no id."""
+    if not all(len(part) <= LONGEST_ID and part.isdecimal() for part in parts):
+        return None
+    distinct = np.unique(np.array(list(map(int, parts)), dtype=np.int64))
+    return distinct if distinct[-1] < size else None
 
 
 def split_ids(lines: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from influence_cli.cache.identity import Settings
 from influence_cli.cache.quantize import SCALED
 from influence_cli.cache.store import UNIT_BYTES, UNIT_EXAMPLES
 from influence_cli.cache.unit_file import Level
-from influence_cli.errors import CacheError
+from influence_cli.errors import CacheError, shown
 from influence_cli.extraction.machine import free_cuda_bytes
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.embedding_capture import EmbeddingCapture
@@ -51,14 +51,14 @@ class SizeRecord:
         content = read_json(path)
         try:
             forms = {
-                str(name): (str(kind), int(count))
+                name: (read_kind(kind), read_size(count))
                 for name, (kind, count) in content["forms"].items()
             }
             batches = {
-                str(key): (max(1, int(examples)), int(count))
+                key: (max(1, read_size(examples)), read_size(count))
                 for key, (examples, count) in content["batches"].items()
             }
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CacheError(
                 f"{path} is broken",
                 f"expected: forms and batches; found: {error}",
@@ -104,6 +104,20 @@ class SizeRecord:
         """Examples of a unit: a power of two, by the bytes of these columns."""
         fitting = UNIT_BYTES // max(1, self.example_bytes(columns))
         return min(UNIT_EXAMPLES, floor_power_of_two(fitting))
+
+
+def read_kind(value: object) -> str:
+    """The name of a form. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not the name of a form")
+    return value
+
+
+def read_size(value: object) -> int:
+    """A number of bytes or examples. Raises ValueError."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{shown(value)} is not a whole number from 0")
+    return value
 
 
 class MemoryBudget:

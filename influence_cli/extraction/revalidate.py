@@ -13,7 +13,7 @@ from influence_cli.cache.identity import check_items_agree, check_rows_agree
 from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit
 from influence_cli.cache.unit_index import UnitIndex
-from influence_cli.errors import CacheError, listed
+from influence_cli.errors import CacheError, listed, shown
 from influence_cli.progress import Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.run import Run
@@ -31,6 +31,12 @@ def trusted_definitions(folder: Path, digest: str) -> set[str]:
     """
     path = folder / "agrees.json"
     compared = read_json(path).get(digest, []) if path.is_file() else []
+    if not isinstance(compared, list) or not all(isinstance(name, str) for name in compared):
+        raise CacheError(
+            f"{path} is broken",
+            f"expected: a list of digests; found: {shown(compared)}",
+            "delete that file: influence compares the definitions again",
+        )
     return {digest, *compared}
 
 

@@ -122,7 +122,7 @@ def write_parquet(
     row_groups = iter(lambda: list(itertools.islice(rows, ROW_GROUP)), [])
     file.flush()
     binary = file.buffer  # type: ignore[attr-defined]  # IO[str] lacks it, text files have it
-    with pq.ParquetWriter(binary, schema) as writer:
+    with pq.ParquetWriter(binary, schema, write_page_checksum=True) as writer:
         for group in itertools.chain([first_rows], row_groups):
             cells = [list(map(encodable, cells)) for cells in zip(*group, strict=True)]
             cells = cells or [[] for _ in columns]
@@ -193,13 +193,16 @@ def read_parquet(path: Path) -> Iterator[NumberedRow]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield 0, list(file.schema_arrow.names)
             rows = (
                 zip(*(column.to_pylist() for column in batch.columns), strict=True)
                 for batch in file.iter_batches(batch_size=READ_BATCH)
             )
+            line = 0
             for line, cells in enumerate(itertools.chain.from_iterable(rows), start=1):
                 yield line, list(cells)
+            if line != file.metadata.num_rows:
+                raise ValueError(f"{line:,} rows, and its footer says {file.metadata.num_rows:,}")
     except (pa.ArrowException, OverflowError, TypeError) as error:
         raise ValueError(str(error)[:LONGEST_REASON]) from error

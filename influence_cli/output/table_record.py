@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ MakeRecord = Callable[[], Mapping[str, Any]]  # Any: JSON values
 
 def describe_command() -> Record:
     """Command line and versions."""
-    versions = {"influence": __version__, "python": platform.python_version()}
-    for name in ("torch", "numpy", "safetensors"):
-        versions[name] = metadata.version(name)
-    return {"command": sys.argv, "versions": versions}
+    return {"command": sys.argv, "versions": list_versions()}
+
+
+@cache
+def list_versions() -> Mapping[str, str]:
+    """The versions of influence, Python and the packages behind the numbers."""
+    packages = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")}
+    return {"influence": __version__, "python": platform.python_version(), **packages}
 
 
 def record_path(table: Path) -> Path:

@@ -146,9 +146,10 @@ def slurm_shard(spec: str, index: int, environ: Mapping[str, str]) -> Shard:
     first = parse_number(spec, "SLURM_ARRAY_TASK_MIN", environ)
     last = parse_number(spec, "SLURM_ARRAY_TASK_MAX", environ)
     step = parse_number(spec, "SLURM_ARRAY_TASK_STEP", environ, default=1)
-    total = (last - first) // step + 1
+    total = (last - first) // max(1, step) + 1
     count = parse_number(spec, "SLURM_ARRAY_TASK_COUNT", environ, default=total)
-    if first > 1 or not first <= index <= last or (index - first) % step or count != total:
+    is_complete = step >= 1 and first <= index <= last and (index - first) % step == 0
+    if first > 1 or not is_complete or count != total:
         raise UsageProblem(
             f"--shard {spec}: the Slurm array has gaps, or does not start at 0 or 1",
             f"found: index {index} in {first} to {last}, step {step}, {count} jobs",

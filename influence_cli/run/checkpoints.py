@@ -18,6 +18,7 @@ from influence_cli.storage.json_text import read_json_file
 from influence_cli.storage.safetensors_io import TensorFile, TruncatedFile
 
 INDEX = "model.safetensors.index.json"
+NUMBER = re.compile(r"[-+.0-9a-zA-Z]+")  # of metadata: int() and float() also take 1_0 and blanks
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _parse_number(  # Any: an instance of `kind`
     path: Path, metadata: dict[str, str], key: str, kind: type
 ) -> Any:
     try:
-        return kind(metadata[key])
+        if NUMBER.fullmatch(metadata[key]):
+            return kind(metadata[key])
+        raise ValueError
     except ValueError:
         raise CheckpointError(
             f"{path.name}: metadata {key} is no number",

@@ -30,7 +30,7 @@ def read_entries(indices: Numbers, weights: Numbers | None) -> tuple[list[int], 
         values = list(map(float, to_list(weights)))
         if len(values) == len(ids) and math.isfinite(sum(values)) and min(values, default=0) >= 0:
             return ids, values
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise TrajectoryError(
         "weights do not fit indices",
@@ -59,7 +59,7 @@ def read_number(name: str, value: Any) -> float:  # Any: a number of Python, num
     try:
         if 0 <= (number := float(value)) < math.inf:
             return number
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise TrajectoryError(f"{name} is {value!r:.80}", "expected: a finite number from 0")
 

@@ -1,12 +1,13 @@
 """Opens a run: definition, checkpoints and trajectory, checked against each other."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from influence_cli.errors import UsageProblem, listed
+from influence_cli.errors import UsageProblem, listed, shown
 from influence_cli.run import parameters
 from influence_cli.run.checkpoint_loading import check_fits_model
 from influence_cli.run.checkpoints import Checkpoint, find_checkpoints
@@ -16,6 +17,8 @@ from influence_cli.run.loaded_model import LoadedModel
 from influence_cli.run.parameters import Column
 from influence_cli.run.trajectory import Trajectory
 from influence_cli.run.trajectory_reader import read_trajectory
+
+STEPS = re.compile("([0-9]{1,4000})|([0-9]{0,4000}):([0-9]{0,4000})")  # of --steps: N or N:N
 
 
 @dataclass(frozen=True)
@@ -115,16 +118,17 @@ def select_steps(checkpoints: tuple[Checkpoint, ...], spec: str | None) -> tuple
     kept: set[int] = set()
     steps = [checkpoint.step for checkpoint in checkpoints]
     for part in spec.split(","):
-        low, colon, high = part.strip().partition(":")
-        try:
-            start, stop = int(low) if low else 0, int(high) if high else max(steps) + 1
-            if not colon:
-                start, stop = int(low), int(low) + 1
-        except ValueError:
+        match = STEPS.fullmatch(part.strip())
+        if match is None:
             raise UsageProblem(
-                f"--steps {spec!r} can't be read at {part!r}",
+                f"--steps {shown(spec)} can't be read at {shown(part)}",
                 "expected: steps like 100,200 or a half-open range like 100:500",
-            ) from None
+            )
+        if match[1]:
+            start = int(match[1])
+            stop = start + 1
+        else:
+            start, stop = int(match[2] or 0), int(match[3]) if match[3] else max(steps) + 1
         chosen = {step for step in steps if start <= step < stop}
         if not chosen:
             raise UsageProblem(

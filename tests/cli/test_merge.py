@@ -312,6 +312,22 @@ def test_a_cut_parquet_part_ends_in_one_message(size, tmp_path, influence):
     refused(influence("merge", tmp_path / "bad.parquet"), 1, "bad.parquet can't be read")
 
 
+def test_a_changed_byte_of_a_parquet_part_is_refused_or_harmless(tmp_path, influence):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "good.csv").write_text(GOOD)
+    part = tmp_path / "part.parquet"
+    influence("merge", tmp_path / "good.csv", "-o", part)
+    content, refusals = part.read_bytes(), 0
+    expected = influence("merge", part).out
+    for at in range(4, len(content) - 8, 16):
+        part.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        result = influence("merge", part)
+        assert "Traceback" not in result.err
+        assert result.code == 1 or result.out == expected, at
+        refusals += result.code == 1
+    assert refusals > 20
+
+
 def test_json_rows_must_be_alike(tmp_path, influence):
     rows = [
         dict(

@@ -1,6 +1,7 @@
 """Id specs against a plain reading of the same text."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -52,6 +53,20 @@ def test_a_file_of_ids_may_have_comments_and_ranges(tmp_path):
     assert np.asarray(
         specs.ids("--queries", f"@{tmp_path}/ids.txt", SIZE, "query", io.StringIO())
     ).tolist() == [3, 7, 8, 10, 11]
+
+
+@pytest.mark.parametrize("last", ["7", "20", "9" * 30, "x", "3:5"])
+def test_a_long_list_is_read_like_a_short_one(last):
+    spec = ",".join(["3", "1", "3", last])
+    try:
+        expected = list(specs.ids("--queries", last, 20, "query", io.StringIO()))
+    except UsageProblem as error:
+        with pytest.raises(UsageProblem, match=re.escape(str(error).splitlines()[0])):
+            specs.ids("--queries", spec, 20, "query", io.StringIO())
+    else:
+        assert list(specs.ids("--queries", spec, 20, "query", io.StringIO())) == sorted(
+            {1, 3, *expected}
+        )
 
 
 def test_a_contiguous_spec_is_a_range_so_that_memory_stays_flat():

@@ -402,6 +402,8 @@ ENTRIES = {
         [lambda r: r.step([1, 2], torch.tensor([float("nan"), 1.0]))],
         "weights do not fit",
     ),
+    "a weight of 400 digits": ([lambda r: r.step([1], [10**400])], "weights do not fit"),
+    "a clip of 400 digits": ([lambda r: r.step([1], clip=10**400)], "clip is 1000"),
     "nan clip": ([lambda r: r.step([1], clip=float("nan"))], "clip is nan"),
     "negative clip": ([lambda r: r.step([1], clip=torch.tensor(-0.5))], "clip is tensor(-0.5000)"),
     "clip of two": ([lambda r: r.step([1], clip=torch.ones(2))], "clip is tensor([1., 1.])"),
