@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # what a writer of files never writes, and a reader must survive
@@ -98,6 +98,30 @@ EDITS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )  # fmt: skip
 
 
+# what each file must survive: one clean message within two seconds
+EXTREME_VALUES = (
+    b"[" * 5000 + b"]" * 5000, b'{"a":' * 5000 + b"1" + b"}" * 5000, b"9" * 5000, b"9" * 400,
+    b"1e400", b"-1e400", b"NaN", b'"\\ud800"', b"1e12", b'"\\u0000"',
+)  # fmt: skip
+LONG_VALUES = (b'"' + b"x" * 10_000_000 + b'"', b"[" + b"1," * 1_000_000 + b"1]")
+EXTREME_TEXTS = (
+    b"", b"[" * 100_000, b"\xff\xfe", b"\x00" * 1000, b"9" * 5000, b"1e400", b" " * 10_000_000,
+    b"x" * 10_000_000,
+)  # fmt: skip
+
+
+def extreme_values(content: bytes) -> Iterator[bytes]:
+    """The text with each of its values, in turn, replaced by each extreme one; then long ones."""
+    spans = [match.span() for match in VALUE.finditer(content)]
+    for start, stop in spans:
+        for value in EXTREME_VALUES:
+            yield content[:start] + value + content[stop:]
+    yield from EXTREME_TEXTS
+    for start, stop in spans[:: max(1, len(spans) // 3)]:
+        for value in LONG_VALUES:
+            yield content[:start] + value + content[stop:]
+
+
 def random_text(rng: random.Random) -> str:
     """A text of letters and of the characters that break writers."""
     return "".join(
@@ -124,4 +148,7 @@ def strict_json(text: bytes | str, finite: bool = True) -> Any:  # Any: a JSON v
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no JSON")
 
-    return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse if finite else float)
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse if finite else float)
+    except RecursionError:
+        raise ValueError("nested too deep") from None

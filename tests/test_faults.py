@@ -8,60 +8,11 @@ import pytest
 
 from faults import __main__ as campaign
 from faults import forks, kills
-from faults.inputs import SilentFault, Target, run_inputs, try_input
 from faults.kills import KillTrials, Moment
 from faults.tally import Tally, format_causes, format_table
 from influence_cli.cache import store as store_module
-from influence_cli.errors import UsageProblem
 from influence_cli.output import merge as merge_module
 from influence_cli.storage import atomic
-
-# rows of the table that are clean now; add one when its last fault is fixed
-CLEAN = (
-    "trajectory header",
-    "index file",
-    "losses of a definition",
-    "merge part",
-    "texts to a terminal",
-)
-
-
-def raise_error(error: Exception) -> None:
-    raise error
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [(SilentFault("x"), "silent"), (KeyError("x"), "traceback"), (UsageProblem("x"), None)],
-)
-def test_an_outcome_is_counted_by_its_kind(error, kind):
-    tally = Tally("planted")
-    target = Target("planted", lambda rng: 0, raise_error)
-    try_input(target, error, tally)
-    assert tally.tried == 1
-    assert {name for name, count in tally.faults.items() if count} == ({kind} if kind else set())
-    assert tally.is_clean == (kind is None)
-
-
-def test_mutated_inputs_meet_no_fault():
-    tallies = {tally.name: tally for tally in run_inputs(20_000, 8)}
-    for name in CLEAN:
-        tally = tallies[f"inputs: {name}"]
-        assert tally.tried > 20
-        assert tally.is_clean, tally.causes
-    assert format_table(tallies.values()).count("\n") == len(tallies) + 1
-
-
-def test_a_seed_gives_the_same_inputs_again():
-    from faults.inputs import LINE
-    from faults.mutate import mutate_bytes
-
-    one, two = (
-        [mutate_bytes(LINE, rng) for _ in range(200)]
-        for rng in (random.Random(3), random.Random(3))
-    )
-    assert one == two
-    assert len(set(one)) > 100
 
 
 def test_a_part_gets_its_count_and_its_share_of_the_time(monkeypatch):
