@@ -51,7 +51,8 @@ class PartialTable:
                 self.line = line
                 yield line, cells
         except (csv.Error, ValueError, OSError) as error:
-            if isinstance(error, OSError) and not self.line:
+            # pyarrow raises OSError without errno for a damaged file
+            if isinstance(error, OSError) and error.errno is not None and not self.line:
                 raise UsageProblem(
                     f"{self.name} can't be read: {error.strerror or error}",
                     "expected: a table of score or self",
