@@ -15,6 +15,7 @@ from pathlib import Path
 from faults.flips import run_flips
 from faults.inputs import run_inputs
 from faults.kills import run_kills
+from faults.sanity import run_sanity
 from faults.tally import Clock, Tally, format_causes, format_table
 
 README = Path(__file__).parent / "README.md"
@@ -43,6 +44,7 @@ PARTS = {
     #             function    share  quick      full
     "kills": Part(run_kills, 0.4, 300, 1_000),
     "flips": Part(run_flips, 0.3, 1_500, 12_000),  # of each kind
+    "sanity": Part(run_sanity, 0.15, 500, 5_000),
     "inputs": Part(run_inputs, 0.3, 1_000_000, 10_000_000),
 }
 
