@@ -1304,6 +1304,6 @@ def test_init_on_a_full_disk_leaves_nothing(tmp_path, influence, monkeypatch):
 
     monkeypatch.setattr(atomic, "write_text", full)
     result = influence("init", tmp_path / "new" / "deep")
-    assert result.code == 2
+    assert result.code == 1
     assert "the disk is full" in result.err
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,13 @@ from influence_cli.cache.unit_file import Level, Unit, encode_unit, read_ids
 from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.cache.verification import Verification
 from influence_cli.errors import CacheError
-from influence_cli.storage.atomic import read_json, report_disk_errors, write_json, write_text
+from influence_cli.storage.atomic import (
+    make_folders,
+    read_json,
+    report_disk_errors,
+    write_json,
+    write_text,
+)
 from influence_cli.storage.safetensors_io import write_tensors
 
 FORMAT, VERSION = "influence-cache", 3
@@ -105,7 +111,7 @@ class Store:
         """
         tensors, metadata = encode_unit(unit, rows, storage_dtype)
         with report_disk_errors(self.folder):
-            unit.folder.mkdir(parents=True, exist_ok=True)
+            make_folders(unit.folder, self.folder)
             self.list_columns(unit)
             write_tensors(unit.path, tensors, metadata, direct)
 

@@ -28,7 +28,7 @@ def init(
     """
     from influence_cli.cli.specs import one_of
     from influence_cli.cli.streams import write_message
-    from influence_cli.errors import UsageProblem
+    from influence_cli.errors import InfluenceError, UsageProblem
     from influence_cli.storage.atomic import describe_disk_error, write_text
 
     one_of("--template", template, TEMPLATES)
@@ -44,7 +44,9 @@ def init(
         for folder in new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        raise UsageProblem(
+        wrong_name = isinstance(error, FileExistsError | NotADirectoryError)
+        problem = UsageProblem if wrong_name else InfluenceError  # exit 2: DIR; 1: the disk
+        raise problem(
             describe_disk_error(path, error),
             f"expected: {directory} is a folder, or can be made",
         ) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_cli.errors import CacheError
-from influence_cli.storage.atomic import LineLog, report_disk_errors
+from influence_cli.storage.atomic import LineLog, make_folders, report_disk_errors
 from influence_cli.storage.json_text import parse_json
 
 
@@ -42,6 +42,6 @@ class ResultLog:
         self.records.append(record)
         if self._path is not None:
             with report_disk_errors(self._path.parent):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                make_folders(self._path.parent, self._path.parent.parent)
                 with LineLog(self._path) as log:
                     log.append(json.dumps(record).encode() + b"\n")

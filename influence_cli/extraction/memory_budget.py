@@ -22,7 +22,7 @@ from influence_cli.extraction.machine import free_cuda_bytes
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.embedding_capture import EmbeddingCapture
 from influence_cli.gradients.forms import Form
-from influence_cli.storage.atomic import read_json, report_disk_errors, write_json
+from influence_cli.storage.atomic import make_folders, read_json, report_disk_errors, write_json
 
 BATCH_BYTES = 384 << 20  # working memory of a batch on a CPU: what its caches and allocator like
 MAX_BATCH = 1024
@@ -79,7 +79,7 @@ class SizeRecord:
                 contextlib.suppress(CacheError),
                 report_disk_errors(self.path.parent),
             ):  # may be read-only
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_folders(self.path.parent, self.path.parent.parent)
                 write_json(self.path, {"forms": self.forms, "batches": self.batches})
 
     def has_forms(self, columns: Sequence[str]) -> bool:

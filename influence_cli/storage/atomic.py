@@ -5,6 +5,7 @@ A reader sees the complete file or none. A killed process leaves only its tempor
 costs one file, and the next run writes it again.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -104,6 +105,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:  # Any: JSON values
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def make_folders(folder: Path, root: Path) -> None:
+    """Makes a folder below `root` and those between, but never `root`: if it vanished during the
+    work, a new one would lack the files that say what it is. Raises FileNotFoundError then.
+    """
+    path = root
+    for name in folder.relative_to(root).parts:
+        path /= name
+        if not path.is_dir():
+            with contextlib.suppress(FileExistsError):  # by another process, meanwhile
+                path.mkdir()
+
+
 class LineLog:
     """A file that grows by whole lines. A killed process leaves at most one incomplete line."""
 
@@ -157,10 +170,16 @@ def describe_disk_error(name: object, error: OSError, folder: Path | None = None
 
 @contextmanager
 def report_disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only cache folder into a CacheError."""
+    """Turns a full disk, a read-only cache folder or one that vanished into a CacheError."""
     try:
         yield
     except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise CacheError(
+                describe_disk_error(f"the cache {folder}", error),
+                f"missing: {error.filename}, which was probably removed during the work",
+                "re-run the command: it computes again what is missing",
+            ) from error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CacheError(
             describe_disk_error(f"the cache {folder}", error, folder),

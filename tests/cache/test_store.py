@@ -1,5 +1,7 @@
 """The files of the cache: what is written is what is read, whatever the store and however units overlap."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +168,16 @@ def test_a_killed_creation_is_completed(writer, tmp_path, monkeypatch):
         Store(tmp_path)
     Store(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "cache.json"]
+
+
+def test_a_cache_that_vanishes_during_the_work_is_not_begun_without_its_head(tmp_path):
+    store = Store(tmp_path / "c")
+    unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, 8, np.arange(8))
+    shutil.rmtree(store.folder)
+    with pytest.raises(CacheError, match="removed during the work"):
+        store.write(unit, rows(range(8)), torch.float32)
+    assert not store.folder.exists()
+    Store(tmp_path / "c").write(unit, rows(range(8)), torch.float32)  # the command again
 
 
 def test_an_empty_cache_holds_nothing():

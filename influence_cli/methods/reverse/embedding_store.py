@@ -35,7 +35,7 @@ from influence_cli.methods.reverse.saved_file import check_values, read_saved
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.stability import check_finite
 from influence_cli.methods.reverse.steps import StepEffects, step_slices
-from influence_cli.storage.atomic import report_disk_errors
+from influence_cli.storage.atomic import make_folders, report_disk_errors
 from influence_cli.storage.safetensors_io import write_tensors
 
 Part = tuple[int, int]  # first step, stop
@@ -124,7 +124,7 @@ class EmbeddingStore:
                 "delete the link: influence writes to no folder behind a link",
             )
         with report_disk_errors(self.folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder, self.folder)
 
     def write_rows(self, part: Part, stop: int, effects: list[StepEffects]) -> Part:
         """Write the rows of the neighbouring steps below `stop`, last first. Returns the steps."""

@@ -31,7 +31,7 @@ from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import StepEffects, step_slices
 from influence_cli.progress import Reporter
 from influence_cli.run.optimizer_state import find_state
-from influence_cli.storage.atomic import remove_stale_files, report_disk_errors
+from influence_cli.storage.atomic import make_folders, remove_stale_files, report_disk_errors
 from influence_cli.storage.safetensors_io import write_tensors
 
 VERSION = 2  # of the saved numbers: 2 scales the adjoint of tiny and huge queries
@@ -174,7 +174,7 @@ class PassProgress:
         with report_disk_errors(folder):
             for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    make_folders(folder, folder.parent.parent)
                     write_tensors(
                         self._effects_path(steps), content, self._describe("scores", steps)
                     )
