@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from faults.disk import run_disk
 from faults.flips import run_flips
 from faults.inputs import run_inputs
 from faults.kills import run_kills
@@ -43,6 +44,7 @@ class Part:
 PARTS = {
     #             function    share  quick      full
     "kills": Part(run_kills, 0.4, 300, 1_000),
+    "disk": Part(run_disk, 0.2, 200, 1_000),
     "flips": Part(run_flips, 0.3, 1_500, 12_000),  # of each kind
     "sanity": Part(run_sanity, 0.15, 500, 5_000),
     "inputs": Part(run_inputs, 0.3, 1_000_000, 10_000_000),

@@ -14,7 +14,8 @@ from typing import Any
 # audit events of Python whose first argument is a path
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-Act = Callable[[int, str], None]  # (number from 1, kind): may kill the process or raise an error
+# (number from 1, kind, path if it is known): may kill the process or raise an error
+Act = Callable[[int, str, str | None], None]
 
 
 class SharedCount:
@@ -37,19 +38,19 @@ def watch_changes(place: Path, act: Act, count: SharedCount | None = None) -> No
     """
     numbers, root = itertools.count(1), f"{place}{os.sep}"
 
-    def notice(kind: str) -> None:
+    def notice(kind: str, path: str | None = None) -> None:
         number = next(numbers)
         if count is not None:
             count.set(number)
-        act(number, kind)
+        act(number, kind, path)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:  # Any: those of the event
         if event == "open":
             path, mode, flags = arguments
             if is_inside(path, root) and (flags & WRITING or set(mode or "") & set("wax+")):
-                notice("open")
+                notice("open", os.fspath(path))
         elif event in EVENTS and is_inside(arguments[0], root):
-            notice(event)
+            notice(event, os.fspath(arguments[0]))
 
     def before(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:  # Any: those of `call`
         def noticed(*arguments: Any) -> Any:

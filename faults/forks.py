@@ -1,6 +1,8 @@
 """Runs the command line in forked processes: torch is imported once, a trial takes milliseconds."""
 
+import contextlib
 import faulthandler
+import gc
 import importlib
 import os
 import pkgutil
@@ -59,6 +61,7 @@ def import_package() -> None:
         importlib.import_module(name)
     torch.set_num_threads(1)
     cli.register()
+    gc.freeze()  # so that a fork collects only its own garbage
 
 
 def build_run(
@@ -93,7 +96,8 @@ class Ended:
 class ForkedCommand:
     """`influence ARGUMENTS` in a fork of this process, in the folder `place`.
 
-    `prepare` runs in the fork before the command. `environment`: variables to set there.
+    `prepare` runs in the fork before the command. `environment`: variables to set there. `logs`:
+    the folder that takes its stdout and stderr, `place` by default.
     """
 
     def __init__(
@@ -103,8 +107,9 @@ class ForkedCommand:
         name: str = "0",
         prepare: Callable[[], None] | None = None,
         environment: Mapping[str, str] | None = None,
+        logs: Path | None = None,
     ) -> None:
-        self.out, self.err = place / f"out-{name}", place / f"err-{name}"
+        self.out, self.err = (logs or place) / f"out-{name}", (logs or place) / f"err-{name}"
         self.start = time.monotonic()
         sys.stdout.flush()
         self.id = os.fork()
@@ -148,7 +153,8 @@ def run_in_fork(
     try:
         open_streams(files)
         faulthandler.register(STACKS, sys.stderr)
-        (place / "tmp").mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # the disk is read-only
+            (place / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(place / "tmp")
         os.chdir(place)
         handle_signals(exit_at_once)  # as __main__.py does
@@ -161,6 +167,7 @@ def run_in_fork(
     except BaseException:
         traceback.print_exc()
     finally:
+        gc.collect()  # what a failed command kept alive: scratch folders
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
