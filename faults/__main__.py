@@ -17,6 +17,7 @@ from faults.flips import run_flips
 from faults.inputs import run_inputs
 from faults.kills import run_kills
 from faults.sanity import run_sanity
+from faults.soak import run_soak
 from faults.tally import Clock, Tally, format_causes, format_table
 
 README = Path(__file__).parent / "README.md"
@@ -47,6 +48,7 @@ PARTS = {
     "disk": Part(run_disk, 0.2, 200, 1_000),
     "flips": Part(run_flips, 0.3, 1_500, 12_000),  # of each kind
     "sanity": Part(run_sanity, 0.15, 500, 5_000),
+    "soak": Part(run_soak, 0.09, 120, 1_200),  # seconds
     "inputs": Part(run_inputs, 0.3, 1_000_000, 10_000_000),
 }
 
