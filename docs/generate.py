@@ -1,16 +1,22 @@
 """Writes docs/commands.md from the commands themselves: python docs/generate.py. A test checks that it is up to date."""
 
+from collections import Counter
 from pathlib import Path
 
 import typer
+from typer.core import TyperArgument, TyperOption
 
 from influence_cli.cli import app, register
 
+Parameter = TyperArgument | TyperOption
+
 HEAD = """# Commands
 
-Written by `python docs/generate.py` from the commands themselves. Exit codes: 0 done; 1 the run or the cache has a problem; 2 the
-command line has; 130 or 143 interrupted, and resumable. stdout carries the table and nothing else.
+`python docs/generate.py` writes this page from the commands themselves. Exit codes: 0 done; 1 the run or the cache has a problem; 2 the
+command line has; 130 or 143 interrupted, and resumable. stdout carries the table and nothing else. Flags that several commands have are
+described once, under [Shared flags](#shared-flags).
 """
+SHARED = "\n## Shared flags\n"
 
 
 def plain(text: str) -> str:
@@ -18,31 +24,55 @@ def plain(text: str) -> str:
     return " ".join(text.split()).replace("\\[", "[")
 
 
+def flag_of(parameter: Parameter) -> str:
+    """`-o, --output FILE`; the name alone for an argument."""
+    names = ", ".join(parameter.opts) if parameter.opts[0].startswith("-") else ""
+    value = "" if getattr(parameter, "is_flag", False) else str(parameter.metavar or "")
+    return " ".join(filter(None, (names, value)))
+
+
+def name_of(parameter: Parameter) -> str:
+    """`--output`; the name alone for an argument."""
+    return parameter.opts[-1] if parameter.opts[0].startswith("-") else str(parameter.metavar)
+
+
+def describe(parameter: Parameter) -> str:
+    text = plain(parameter.help or "")
+    default = parameter.default
+    if default is not None and default is not False and "[default" not in text:
+        text += f" [default: {default}]"
+    return f"- `{flag_of(parameter)}` {text}\n"
+
+
+def heading_of(parameter: Parameter) -> str:
+    return getattr(parameter, "rich_help_panel", None) or (
+        "Options" if parameter.opts[0].startswith("-") else "Arguments"
+    )
+
+
+def list_by_heading(parameters: list[Parameter]) -> str:
+    """The parameters under their headings, in the order of the first of each."""
+    headings = dict.fromkeys(map(heading_of, parameters))
+    return "".join(
+        f"\n{heading}:\n\n" + "".join(describe(p) for p in parameters if heading_of(p) == heading)
+        for heading in headings
+    )
+
+
 def reference() -> str:
     register()
-    group = typer.main.get_command(app)
+    commands = sorted(typer.main.get_command(app).commands.items())  # type: ignore[attr-defined]
+    counts = Counter(describe(p) for _, command in commands for p in command.params)
+    shared: dict[str, Parameter] = {}
     parts = [HEAD]
-    for name, command in sorted(group.commands.items()):  # type: ignore[attr-defined]
-        parts.append(
-            f"\n## influence {name}\n\n{' '.join((command.help or '').split())}\n\n```\n{command.epilog.removeprefix('Example: ')}\n```\n"
-        )
-        panel = ""
-        for parameter in command.params:
-            heading = getattr(parameter, "rich_help_panel", None) or "Options"
-            if heading != panel:
-                panel = heading
-                parts.append(f"\n{panel}:\n\n")
-            names = ", ".join(parameter.opts) if parameter.opts[0].startswith("-") else ""
-            shown = " ".join(
-                part
-                for part in (
-                    names,
-                    parameter.metavar if not getattr(parameter, "is_flag", False) else "",
-                )
-                if part
-            )
-            parts.append(f"- `{shown}` {plain(parameter.help or '')}\n")
-    return "".join(parts)
+    for name, command in commands:
+        example = command.epilog.removeprefix("Example: ")
+        parts.append(f"\n## influence {name}\n\n{plain(command.help)}\n\n```\n{example}\n```\n")
+        parts.append(list_by_heading([p for p in command.params if counts[describe(p)] == 1]))
+        others = [p for p in command.params if counts[describe(p)] > 1]
+        shared |= {describe(p): p for p in others}
+        parts.append(f"\nShared flags: {', '.join(f'`{name_of(p)}`' for p in others)}\n")
+    return "".join([*parts, SHARED, list_by_heading(list(shared.values()))])
 
 
 if __name__ == "__main__":

@@ -238,13 +238,27 @@ def test_every_command_helps_with_an_example(command, influence):
 
 def test_each_heading_stands_once_in_a_command_of_the_reference():
     sections = (ROOT.parent / "docs" / "commands.md").read_text().split("\n## ")[1:]
-    assert len(sections) == len(COMMANDS)
+    assert len(sections) == len(COMMANDS) + 1
     for section in sections:
         headings = re.findall(r"^([A-Z].*):$", section, re.M)
         flags = re.findall(r"^- `(--[a-z-]+|-o)", section, re.M)
-        assert headings
         assert len(headings) == len(set(headings)), section[:30]
         assert len(flags) == len(set(flags)), section[:30]
+
+
+def test_each_flag_of_a_command_is_in_its_section_or_among_the_shared_flags(influence):
+    text = (ROOT.parent / "docs" / "commands.md").read_text()
+    *sections, shared = text.split("\n## ")[1:]
+    described = re.compile(r"^- `(?:-o, )?(--[a-z-]+|[A-Z]+)", re.M)
+    for command, section in zip(COMMANDS, sections, strict=True):
+        named = re.findall(r"`([^`]+)`", section.partition("\nShared flags:")[2])
+        assert section.startswith(f"influence {command}\n")
+        assert set(named) <= set(described.findall(shared)), command
+        flags = {*described.findall(section), *named, "--help"}
+        assert (
+            set(re.findall(r"^│ (?:-o, )?(--[a-z-]+)", influence(command, "--help").out, re.M))
+            <= flags
+        )
 
 
 def test_the_defaults_of_an_optimizer_are_read_without_torchs_compiler():

@@ -12,7 +12,8 @@ def cache(
 ) -> None:
     """Compute and store the gradients that scoring needs. Stored gradients are not computed again.
 
-    If it is interrupted, run the same command to resume. At most one unit of work is lost.
+    If it is interrupted, run the same command to resume. It loses at most the unit (cache file)
+    that it was computing.
     """
     from influence_cli.cli import specs
     from influence_cli.errors import UsageProblem

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from influence_cli.methods.table import METHODS
+from influence_cli.methods.table import METHODS, describe_methods, describe_parts
 
 DEFAULT_METHOD = next(iter(METHODS))
 
@@ -19,16 +19,6 @@ def option(*names: str, help: str, panel: str, metavar: str | None = None):
     """
     text = help.replace("[default", r"\[default")
     return Option(*names, help=text, rich_help_panel=panel, metavar=metavar or "")
-
-
-def parts_of_methods() -> str:
-    """The parts of scores, each with the methods that have it: `word (METHOD)`."""
-    parts = dict.fromkeys(part for method in METHODS.values() for part in method.parts)
-    owners = {part: [n for n, method in METHODS.items() if part in method.parts] for part in parts}
-    return ", ".join(
-        part if len(names) == len(METHODS) else f"{part} ({', '.join(names)})"
-        for part, names in owners.items()
-    )
 
 
 Run = Annotated[
@@ -127,7 +117,7 @@ Method = Annotated[
         "--method",
         metavar="NAME",
         panel=RANKED,
-        help="; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + ".",
+        help=describe_methods(METHODS),
     ),
 ]
 SumQueries = Annotated[
@@ -148,7 +138,7 @@ By = Annotated[
         "--by",
         metavar="PART",
         panel=RANKED,
-        help=f"One row per part of each score; parts sum to it. {parts_of_methods()}.",
+        help=f"One row per part of each score; parts sum to it. {describe_parts()}.",
     ),
 ]
 Normalize = Annotated[

@@ -2,27 +2,31 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Annotated
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import MethodFlags
-from influence_cli.methods.table import METHODS
+from influence_cli.methods.table import METHODS, describe_methods
 
 if TYPE_CHECKING:
     from influence_cli.cli.opening import Opened
-    from influence_cli.methods.declaration import Method
+    from influence_cli.methods.declaration import Method as TracedMethod
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.methods.reverse.occurrences import Trace
     from influence_cli.output.tables import TableWriter
 
 TRACED = tuple(name for name, method in METHODS.items() if method.trace is not None)
+Method = Annotated[
+    str,
+    options.option("--method", metavar="NAME", panel=options.RANKED, help=describe_methods(TRACED)),
+]
 
 
 @command("trace", example="influence trace my_run --queries 3 --train 17")
 def trace(
     shared: options.Shared,
     method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
-    method: options.Method = TRACED[0],
+    method: Method = TRACED[0],
     queries: options.Queries = None,
     train: options.Traced = None,
     sum_queries: options.SumQueries = False,
@@ -82,7 +86,7 @@ class TracedPair:
 
 
 def traced_scores(
-    opened: "Opened", method: "Method", request: "ScoreRequest"
+    opened: "Opened", method: "TracedMethod", request: "ScoreRequest"
 ) -> Iterator[TracedPair]:
     """Query by query: first of whole steps, then of each requested training example."""
     assert method.trace is not None

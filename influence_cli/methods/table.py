@@ -1,5 +1,7 @@
 """The methods, one line each. The first is the default of `score`."""
 
+from collections.abc import Iterable
+
 from influence_cli.methods import dve, grad_cos, grad_dot, random, repsim, tracin, tracin_we, unroll
 from influence_cli.methods.declaration import Method
 
@@ -14,3 +16,18 @@ _METHODS = (
     random.METHOD,
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+
+
+def describe_methods(names: Iterable[str]) -> str:
+    """What these methods are: `tracin: ...; grad-dot: ....`"""
+    return "; ".join(f"{name}: {METHODS[name].help}" for name in names) + "."
+
+
+def describe_parts() -> str:
+    """The parts of scores, each with the methods that have it: `word (METHOD)`."""
+    parts = dict.fromkeys(part for method in METHODS.values() for part in method.parts)
+    owners = {part: [n for n, method in METHODS.items() if part in method.parts] for part in parts}
+    return ", ".join(
+        part if len(names) == len(METHODS) else f"{part} ({', '.join(names)})"
+        for part, names in owners.items()
+    )
