@@ -166,7 +166,7 @@ def setting_cells(
     return [
         ("cache", cache),
         ("precision", f"{precision}, stored as {storage_dtype}"),
-        ("device", f"{source.device}, batches of {batch}, units of {unit}"),
+        ("device", f"{source.device}, batches of {batch}, units (cache files) of {unit}"),
         ("memory", f"about {format_bytes(peak)} at most while gradients are computed"),
         ("time to compute", f"about {format_duration(seconds)} ({milliseconds}{disk_speed})"),
     ]

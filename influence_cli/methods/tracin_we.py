@@ -87,6 +87,6 @@ METHOD = Method(
     pair_parts=("word",),
     refuses={
         "--layers": "it reads one embedding, which --embedding NAME chooses",
-        "--project": "it reads the rows of single words, which a projection does not keep",
+        "--project": "it reads the gradients of single words, which a projection does not keep",
     },
 )
