@@ -29,8 +29,10 @@ FORMS_KEY = "influence-unit"  # of the file's metadata: the forms as JSON
 IDENTITY_KEY = "influence-identity"  # of the file's metadata: Unit.identity
 SIDE_BY_SIDE = ":projected"  # the tensor that holds the projected gradients of all columns
 
-# fewer than a quarter of a unit's examples are read row by row, if the forms have one row each
+# fewer than a quarter of a unit's examples are read row by row, if the forms have one row each and
+# the file is large; a small one is read completely, and so can be compared with its checksums
 ROWWISE_FRACTION = 4
+ROWWISE_FROM = 1 << 20  # bytes
 ROWWISE_FORMS = ("dense", "factors", "projected")
 
 
@@ -195,7 +197,8 @@ def fetch_unit(
         heads = {"losses", "digests", *(f"{column}:sqnorms" for column in columns)}
         count = file.entries["losses"].shape[0]
         rowwise = len(ids) < count / ROWWISE_FRACTION and layout.has_one_row_each
-        rowwise &= not verification.always  # a checksum is over all rows
+        # a checksum is over all rows
+        rowwise &= not verification.always and file.size > ROWWISE_FROM
         # a unit with `rows` says nothing about its file's other rows
         expected = len(unit.example_ids) if unit.rows is None else count
         if any(

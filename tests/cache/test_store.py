@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from influence_cli.cache import store as store_module
+from influence_cli.cache import unit_file
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.quantize import pack, unpack
 from influence_cli.cache.store import Store
@@ -208,10 +209,14 @@ def test_few_rows_of_a_unit_are_read_row_by_row_and_are_the_same(store_as, tmp_p
         lambda self, name, rows: rowwise.append(name) or original(self, name, rows),
     )
     same(held.read_rows(list(forms), "values", few), whole.take(few))
+    assert not rowwise  # a small file is read completely
+    monkeypatch.setattr(unit_file, "ROWWISE_FROM", 0)
+    same(held.read_rows(list(forms), "values", few), whole.take(few))
     assert rowwise
 
 
-def test_a_row_past_the_end_of_a_damaged_file_is_noticed(tmp_path):
+def test_a_row_past_the_end_of_a_damaged_file_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(unit_file, "ROWWISE_FROM", 0)
     store = Store(tmp_path / "c")
     form = Dense((2, 3), torch.randn(40, 6))
     unit = store.unit_for(store.folder / "x", ["a"], "values", "digest", 0, 40, np.arange(40))

@@ -132,6 +132,11 @@ def test_what_is_not_compared_is_said(run, influence, monkeypatch):
     assert "checksums" not in influence("score", run, "--verify").err
 
 
+def test_a_few_rows_of_a_small_file_are_compared(run, influence):
+    assert influence("score", run).code == 0
+    assert "not compared" not in influence("score", run, "--queries", "0", "--train", "3").err
+
+
 def edited_after_caching_one_layer(run, influence):
     """A definition that changed after the cache got one layer, of which a bit is flipped. The flip
     is smaller than rounding, so comparing gradients does not find it."""
