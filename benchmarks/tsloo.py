@@ -7,7 +7,7 @@ digits: scikit-learn's digits (of sample_runs/digits, true labels), 64-32-10 GEL
 float64; faster and fast: at 0.2 and 0.5; relu: with ReLU, whose kinks no first-order method sees; momentum: 0.9, at 0.01 and at 0.05;
 adamw: its rate is that of the best final accuracy (--rates prints them). gpt: a character model of two blocks (--text: a text file, .gz
 too), 200 steps on 16 windows, SGD with momentum or AdamW. Checkpoints: as saved, or fewer of them (`--steps`); `replay`: from five. tracin:
-its part of the step's checkpoint. late: over the removals after the 10th step. --dattri: the python of an environment with dattri, whose
+its part of the step's checkpoint. K: `dve --project K`. late: over the removals after the 10th step. --dattri: the python of an environment with dattri, whose
 DVE then runs inside its own training loop on the same batches. In brackets: the mean loss of the queries at the end.
 """
 
@@ -189,8 +189,12 @@ def settings(name: str) -> list[tuple[str, tuple[str, ...]]]:
         return [("every step", ("--method", "tracin", "--lr", "1")), *again]
     both = ("--method", "dve", "--method", "tracin", "--lr", "1")
     frozen = [(f"every {n}", (*unroll, "--steps", every(n))) for n in (1, 3, 6, 10)]
+    projected = [
+        (f"every 1, K = {k}", ("--method", "dve", "--project", str(k))) for k in (1024, 256, 64)
+    ]
     return [
         *((f"every {n}", (*both, "--steps", every(n))) for n in (1, 3, 10)),
+        *projected,
         *frozen,
         ("every 1, gauss-newton", newton),
         *again,
