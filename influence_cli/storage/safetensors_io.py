@@ -46,13 +46,13 @@ FREE_BYTES = 512 << 20
 
 def allocate_pages(size: int) -> np.ndarray:
     """Page-aligned bytes, in huge pages where the system has them. The block is reused once the
-    array and all its views are deleted.
+    array and all its views are deleted. Private: a forked process writes into its own copy.
 
     The system zeroes fresh memory page by page, which takes as long as reading a cached file.
     """
     size = max(PAGE, -(-size // PAGE) * PAGE)
     free = FREE.get(size)
-    block = free.pop() if free else mmap.mmap(-1, size)
+    block = free.pop() if free else mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if not free and hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(block, dtype=np.uint8)

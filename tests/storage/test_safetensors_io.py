@@ -1,6 +1,8 @@
 """The reader and the writer of safetensors files agree with the safetensors library."""
 
 import json
+import os
+import time
 
 import pytest
 import safetensors.torch
@@ -75,6 +77,22 @@ def entry(start: int, stop: int, shape=(1,), dtype="F32") -> dict:
 def write_raw(path, head, content: bytes) -> None:
     text = head if isinstance(head, bytes) else json.dumps(head).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def test_a_forked_process_reads_into_memory_of_its_own(tmp_path):
+    for name, value in (("parent", 1.0), ("child", 2.0)):
+        write_tensors(tmp_path / name, {"a": torch.full((1000,), value)}, {})
+    read_tensors(tmp_path / "parent")  # its block is free now, in both processes
+    child = os.fork()
+    if not child:
+        kept = read_tensors(tmp_path / "child")
+        (tmp_path / "done").touch()
+        time.sleep(0.5)
+        os._exit(0 if kept["a"].unique().tolist() == [2.0] else 1)
+    while not (tmp_path / "done").exists():
+        time.sleep(0.01)
+    assert read_tensors(tmp_path / "parent")["a"].unique().tolist() == [1.0]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_tensor_that_is_not_aligned_is_read(tmp_path):
