@@ -162,7 +162,7 @@ def ids_digest(ids: np.ndarray) -> str:
 
 def check_version(folder: Path, head: Path) -> None:
     """Raises CacheError where cache.json is of another format or version."""
-    content = read_json(head)
+    content = read_json(head, "delete the cache folder to recompute it")
     if content.get("format") != FORMAT:
         raise CacheError(
             f"{folder} is not an influence cache",
@@ -180,7 +180,7 @@ def check_version(folder: Path, head: Path) -> None:
 def list_units(folder: Path) -> Iterator[Unit]:
     """The units of a folder with a columns.json. Raises CacheError where that is invalid."""
     listing = folder / "columns.json"
-    head = read_json(listing)
+    head = read_json(listing, f"delete {folder}, and re-run the command to recompute it")
     if (
         not isinstance(head.get("columns"), list)
         or head.get("level") not in ("values", "norms")

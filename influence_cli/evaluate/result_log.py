@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from influence_cli.errors import CacheError
+from influence_cli.errors import CacheError, shown
 from influence_cli.storage.atomic import LineLog, make_folders, report_disk_errors
-from influence_cli.storage.json_text import parse_json
+from influence_cli.storage.json_text import parse_sealed_json, seal_json
 
 
 class ResultLog:
@@ -27,9 +27,11 @@ class ResultLog:
             complete = content[: content.rfind(b"\n") + 1]
             if len(complete) < len(content):
                 os.truncate(path, len(complete))
-        for number, line in enumerate(complete.splitlines(), start=1):
+        for number, line in enumerate(complete.split(b"\n")[:-1], start=1):
             try:
-                record = parse_json(line)
+                record = parse_sealed_json(line)
+                if not isinstance(record, dict):
+                    raise ValueError(f"expected a JSON object, found {shown(record)}")
             except ValueError as error:
                 raise CacheError(
                     f"{path} line {number} can't be read: {error}",
@@ -44,4 +46,4 @@ class ResultLog:
             with report_disk_errors(self._path.parent):
                 make_folders(self._path.parent, self._path.parent.parent)
                 with LineLog(self._path) as log:
-                    log.append(json.dumps(record).encode() + b"\n")
+                    log.append(seal_json(json.dumps(record).encode()))

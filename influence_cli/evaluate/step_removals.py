@@ -24,6 +24,7 @@ from torch import Tensor
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import checkpoint_key
 from influence_cli.errors import (
+    CacheError,
     GradientError,
     InfluenceError,
     TrajectoryError,
@@ -169,12 +170,18 @@ def find_baseline(log: ResultLog) -> Record | None:
 
 
 def measured_effects(log: ResultLog) -> dict[Removal, list[float]]:
-    """(Q,) measured effects of each removal so far."""
-    return {
-        Removal(record["step"], record["example"]): record["truth"]
-        for record in log.records
-        if "truth" in record
-    }
+    """(Q,) measured effects of each removal so far. Raises CacheError for a damaged record."""
+    try:
+        return {
+            Removal(record["step"], record["example"]): record["truth"]
+            for record in log.records
+            if "truth" in record
+        }
+    except (KeyError, TypeError) as error:
+        raise CacheError(
+            f"the results of evaluate have a damaged record: {type(error).__name__} {error}",
+            "delete the folder evaluate of the cache; the same command computes its results again",
+        ) from error
 
 
 def retrain(

@@ -18,7 +18,7 @@ from typing import Any
 from influence_cli import __version__
 from influence_cli.errors import TableError
 from influence_cli.storage.atomic import write_json
-from influence_cli.storage.json_text import parse_json
+from influence_cli.storage.json_text import parse_sealed_json
 
 KEY = "influence"  # of a parquet file's metadata
 LARGEST_RECORD = 64 << 20  # bytes
@@ -98,7 +98,7 @@ def read_parquet_record(path: Path) -> Record | None:
 def parse_record(place: Path, content: bytes) -> Record:
     """Raises TableError if `content` is no record."""
     try:
-        record = parse_json(content)
+        record = parse_sealed_json(content)
         if isinstance(record, dict):
             shard = record.get("shard")
             is_record = isinstance(record.get("request", {}), dict) and is_count(record.get("top"))

@@ -30,6 +30,7 @@ from influence_cli.run.recording_header import (
     read_group_options,
 )
 from influence_cli.storage.atomic import LineLog, remove_stale_files, write_bytes
+from influence_cli.storage.json_text import seal_json
 
 
 class TrajectoryRecorder:
@@ -244,7 +245,7 @@ class TrajectoryRecorder:
 
 
 def encode_line(content: dict[str, Any]) -> bytes:  # Any: JSON values
-    return JSON.encode(content).encode() + b"\n"
+    return seal_json(JSON.encode(content).encode())
 
 
 def check_rank_zero() -> None:

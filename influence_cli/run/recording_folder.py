@@ -12,7 +12,7 @@ from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.optimizer_state import list_checkpoints, matches_parameters
 from influence_cli.run.recording_header import list_differences
 from influence_cli.run.trajectory_reader import read_trajectory
-from influence_cli.storage.json_text import parse_json
+from influence_cli.storage.json_text import parse_json, parse_sealed_json
 
 HOW_TO_RESUME = (
     "to resume: start = TrajectoryRecorder.restore(dir, model, optimizer), "
@@ -62,7 +62,7 @@ def read_earlier_part(
             "every step needs its line",
             "start is the number of steps that model and optimizer have taken",
         )
-    if differences := list_differences(parse_json(lines[0]), header):
+    if differences := list_differences(parse_sealed_json(lines[0]), header):
         raise TrajectoryError(
             f"{path} has another header than this training",
             *differences,

@@ -15,13 +15,15 @@ import numpy as np
 
 from influence_cli.errors import TrajectoryError, listed, shown
 from influence_cli.run.trajectory import Group, Line, Trajectory
-from influence_cli.storage.json_text import MAX_BYTES, parse_json
+from influence_cli.storage.json_text import MAX_BYTES, ChangedText, parse_json, parse_sealed_json
 
 FORMAT = "influence-trajectory"
 EXAMPLE_HEADER = (
     f'{{"format": "{FORMAT}", "version": 1, "reduction": "mean", "optimizer": {{"name": "sgd"}}}}'
 )
 EXAMPLE_LINE = '{"step": 0, "lr": 0.1, "examples": [17, 4, 256]}'
+
+CHANGED_LINE = "copy the file again; if you edited the line, remove its key crc32"
 
 Refuse = Callable[..., TrajectoryError]  # (rest of the headline, *details)
 Json = dict[str, Any]  # Any: JSON values
@@ -93,7 +95,9 @@ def read_header_line(path: Path, text: bytes) -> HeaderLine:
 
     expected = f"expected: {EXAMPLE_HEADER}"
     try:
-        header = parse_json(text)
+        header = parse_sealed_json(text)
+    except ChangedText as error:
+        raise refuse(f": {error}", CHANGED_LINE) from error
     except ValueError as error:
         raise refuse(f" is not a JSON object: {error}", expected) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -155,7 +159,9 @@ def read_line(
         return TrajectoryError(f"{path.name} line {number}: {what}", *details)
 
     try:
-        entry = parse_json(text, finite=False)
+        entry = parse_sealed_json(text, finite=False)
+    except ChangedText as error:
+        raise refuse(str(error), CHANGED_LINE) from error
     except ValueError as error:
         raise refuse(
             f"not JSON ({error})", f"found: {text[:80].decode('utf-8', 'replace').rstrip()}"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from influence_cli.errors import CacheError
-from influence_cli.storage.json_text import read_json_file
+from influence_cli.storage.json_text import parse_sealed_json, read_at_most, seal_json
 
 LEASE_SECONDS = 3600  # writing changes a file's time, so a file that old has no writer
 DAY_SECONDS = 24 * 3600
@@ -102,7 +102,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:  # Any: JSON values
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    """With a checksum, which `read_json` compares."""
+    write_bytes(path, seal_json(json.dumps(content, indent=1).encode()))
 
 
 def make_folders(folder: Path, root: Path) -> None:
@@ -142,17 +143,17 @@ class LineLog:
 
 
 # ---------------------------------------------------------------- reading and errors
-def read_json(path: Path) -> dict[str, Any]:  # Any: JSON values
-    """Raises CacheError for a file that is unreadable or holds no JSON object."""
+def read_json(
+    path: Path, remedy: str = "delete that file: influence makes it again"
+) -> dict[str, Any]:  # Any: JSON values
+    """Raises CacheError for a file that is unreadable, was changed, or holds no JSON object."""
     try:
-        content = read_json_file(path)
+        content = parse_sealed_json(read_at_most(path))
         if not isinstance(content, dict):
             raise ValueError(f"expected a JSON object, found {type(content).__name__}")
         return content
     except (OSError, ValueError) as error:
-        raise CacheError(
-            f"{path} can't be read: {error}", "delete the cache folder to recompute it"
-        ) from error
+        raise CacheError(f"{path} can't be read: {error}", remedy) from error
 
 
 def describe_disk_error(name: object, error: OSError, folder: Path | None = None) -> str:

@@ -1,13 +1,19 @@
-"""Reads JSON that may be broken or hostile. Every fault is a ValueError, after little time."""
+"""Reads JSON that may be broken or hostile. Every fault is a ValueError, after little time.
+
+A JSON object that influence writes ends with the key `crc32`: a checksum of the text before it.
+"""
 
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 256 << 20
 LONGEST_INTEGER = 20  # digits; 2^64 - 1 has as many
+LONGEST_SEAL = 60  # bytes
+SEAL = re.compile(rb',\s*"crc32":\s*(\d{1,10})\s*\}\s*$')
 # what only careful parsing refuses: long integers, large exponents, \uD800 to \uDFFF
 UNUSUAL = re.compile(rb"\d{20}|[eE]\+?0*[1-9]\d\d|\\u[dD][89a-fA-F]")
 
@@ -40,6 +46,31 @@ def parse_json(text: bytes, finite: bool = True) -> Any:  # Any: JSON values
     return value
 
 
+class ChangedText(ValueError):
+    """A JSON text that differs from its checksum."""
+
+
+def seal_json(text: bytes) -> bytes:
+    """The text of an object, on one line or more, with its checksum as the last key."""
+    body = text.rstrip()[:-1].rstrip()
+    key = b',\n "crc32": %d\n}\n' if b"\n" in body else b',"crc32":%d}\n'
+    return body + key % zlib.crc32(body)
+
+
+def parse_sealed_json(text: bytes, finite: bool = True) -> Any:  # Any: JSON values
+    """Like parse_json, without the checksum. A text without one is not compared.
+
+    Raises ChangedText where the text differs from it.
+    """
+    seal = SEAL.search(text, max(0, len(text) - LONGEST_SEAL))
+    if seal and zlib.crc32(memoryview(text)[: seal.start()]) != int(seal[1]):
+        raise ChangedText("it differs from its checksum, crc32")
+    value = parse_json(text, finite)
+    if seal and isinstance(value, dict):
+        value.pop("crc32", None)
+    return value
+
+
 def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -67,5 +98,10 @@ def refuse_constant(name: str) -> None:
 
 def read_json_file(path: Path, finite: bool = True) -> Any:  # Any: JSON values
     """Like parse_json, of a file. Raises OSError where it can't be read."""
+    return parse_json(read_at_most(path), finite)
+
+
+def read_at_most(path: Path) -> bytes:
+    """The content of a file; of one that is too large the first bytes, one more than the limit."""
     with path.open("rb") as file:
-        return parse_json(file.read(MAX_BYTES + 1), finite)
+        return file.read(MAX_BYTES + 1)

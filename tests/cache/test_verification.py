@@ -1,5 +1,6 @@
 """Every stored byte is compared with a checksum, and a file from another place is refused."""
 
+import json
 import os
 import shutil
 
@@ -119,8 +120,15 @@ def test_swapped_units_of_two_checkpoints_are_refused_by_score(run, influence):
 def test_a_changed_list_of_columns_is_refused(run, influence):
     assert influence("score", run).code == 0
     listing = unit_files(run)[0].with_name("columns.json")
-    listing.write_text(listing.read_text().replace("weight", "wejght", 1))
+    content = json.loads(listing.read_text())
+    columns = [name.replace("weight", "wejght") for name in content["columns"]]
+    listing.write_text(json.dumps(content | {"columns": columns}))
+    refused(influence("score", run), 1, "columns.json can't be read: it differs from its checksum")
+    del content["crc32"]
+    listing.write_text(json.dumps(content | {"columns": columns}))
     refused(influence("score", run), 1, "columns.json is damaged")
+    listing.write_text(json.dumps(content))  # a cache of an earlier version has no checksum here
+    assert influence("score", run).code == 0
 
 
 def test_what_is_not_compared_is_said(run, influence, monkeypatch):

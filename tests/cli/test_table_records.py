@@ -39,7 +39,9 @@ def test_a_file_has_its_record_beside_it(suffix, run, tmp_path, influence):
     path = tmp_path / f"scores.{suffix}"
     assert influence("score", run, "--top", 3, "-o", path).code == 0
     record = json.loads((tmp_path / f"scores.{suffix}.meta.json").read_text())
-    assert {"command", "versions", "request", "shard", "top", "bytes", "sha256"} == set(record)
+    assert {"command", "versions", "request", "shard", "top", "bytes", "sha256", "crc32"} == set(
+        record
+    )
     assert record["bytes"] == path.stat().st_size
     assert set(record["versions"]) >= {"influence", "python", "torch"}
     assert len(record["request"]["checkpoints"]) == 2

@@ -117,6 +117,24 @@ def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(
     assert len(calls) == 3
 
 
+def test_a_changed_result_is_refused_and_one_of_an_older_version_is_read(tmp_path, influence):
+    run = train(tmp_path / "run", every=4)
+    whole = evaluate(influence, run).out
+    path = next((run / ".influence" / "evaluate").glob("*.jsonl"))
+    text = path.read_text()
+    path.write_text(text.replace('"truth": [', '"truth": [1', 1))
+    refused(evaluate(influence, run), 1, "line 2 can't be read: it differs from its checksum")
+    old = [
+        {key: value for key, value in json.loads(line).items() if key != "crc32"}
+        for line in text.splitlines()
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    assert evaluate(influence, run).out == whole
+    old[1].pop("example")
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    refused(evaluate(influence, run), 1, "a damaged record: KeyError 'example'", "delete")
+
+
 def test_results_from_another_optimizer_state_are_not_used(tmp_path, influence):
     run = train(tmp_path / "run", every=4, kind=torch.optim.Adam, rate=0.05, states=True)
     (run / "checkpoints" / "step-000000.safetensors").unlink()

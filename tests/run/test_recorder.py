@@ -518,6 +518,39 @@ def test_pythons_numbers_in_an_optimizers_state_come_back_as_they_were(tmp_path)
     assert state == {"count": 3, "sum": 0.1 + 0.1 + 0.1} and type(state["count"]) is int
 
 
+def test_every_changed_byte_of_a_recorded_line_is_refused_or_changes_nothing(tmp_path):
+    path = tmp_path / "trajectory.jsonl"
+    with recording(tmp_path) as recorder:
+        recorder.step([1, 2], weights=[0.5, 0.25], clip=0.5, seed=3)
+        recorder.step([3])
+    content, steps = path.read_bytes(), read_trajectory(path, None).lines
+    refusals = 0
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            changed = read_trajectory(path, None)
+        except TrajectoryError:
+            refusals += 1
+            continue
+        assert changed.notes or repr(changed.lines) == repr(steps), at
+    assert refusals > 0.9 * len(content)
+
+
+def test_an_edited_line_says_how_to_keep_it(tmp_path):
+    path = tmp_path / "trajectory.jsonl"
+    with recording(tmp_path) as recorder:
+        recorder.step([1, 2])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["lr"] = 7.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(TrajectoryError, match="line 1: it differs") as raised:
+        read_trajectory(path, None)
+    assert "remove its key crc32" in str(raised.value)
+    del lines[0]["crc32"], lines[1]["crc32"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_trajectory(path, None).lines[0].lr == 7.0
+
+
 def test_an_exception_saves_nothing_and_keeps_the_lines(tmp_path):
     with pytest.raises(InterruptedError):
         train(tmp_path, 10, until=4)

@@ -34,7 +34,7 @@ def check_identity(store: EmbeddingStore) -> None:
     with report_disk_errors(store.folder):
         entries = [entry.name for entry in store.folder.iterdir()]
     if path.is_file():
-        stored = read_json(path)
+        stored = read_json(path, f"delete {store.folder} to recompute it")
         definition = stored.pop("definition", "")
         compare_identities(store, stored, identity)
         if definition != digest:
