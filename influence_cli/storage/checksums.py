@@ -35,8 +35,9 @@ def digest_tensors(path: Path) -> str:
                 digest.update(part)
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} changed or vanished during this command: {error}",
-            "finished work is kept; save or copy it again and run the same command",
+            f"{path} can't be read: {error}",
+            "it is damaged, or changed during this command; finished work is kept",
+            "copy it again, and run the same command",
         ) from error
     return digest.hexdigest()
 

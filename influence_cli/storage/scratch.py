@@ -31,7 +31,10 @@ class ScratchFolder:
             name = f".tmp-{socket.gethostname()}-{secrets.token_hex(8)}-influence-scratch"
             self.path = parent / name
             self.path.mkdir(mode=0o700)
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:  # the sweep of another process has removed it
+                continue
             # None: no locks here, so folders go by age. A sweep may have got the lock first
             if lock_file(descriptor) is not False and self.path.is_dir():
                 break

@@ -64,6 +64,22 @@ def test_a_link_is_not_followed(tmp_path):
     assert (tmp_path / "treasure" / "kept").exists()
 
 
+def test_a_folder_that_a_sweep_removes_at_its_birth_is_made_again(tmp_path, monkeypatch):
+    """Another process sweeps between the creation of the folder and its lock."""
+    swept, open_file = [], os.open
+
+    def sweep_first(path, *args, **options):
+        if not swept:
+            swept.append(path)
+            os.rmdir(path)
+        return open_file(path, *args, **options)
+
+    monkeypatch.setattr(scratch.os, "open", sweep_first)
+    with ScratchFolder(tmp_path) as folder:
+        assert folder.is_dir()
+        assert folder != swept[0]
+
+
 def test_the_ranking_of_all_pairs_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     ranking = FullRanking(1, 0)
