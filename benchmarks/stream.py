@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cli.opening import Opened
-from influence_cli.gradients.forms import Projected, products
+from influence_cli.gradients.forms import Projected
+from influence_cli.gradients.row_products import products
 from influence_cli.storage.safetensors_io import TensorFile, allocate_pages
 
 LAYERS, NUMBERS = 16, 64

@@ -17,7 +17,7 @@ from torch import nn
 
 from influence_cli import cli
 from influence_cli.cache.store import VERSION
-from influence_cli.extraction import extractor
+from influence_cli.extraction import batches
 from influence_cli.gradients.capture import Capture
 from influence_cli.storage import atomic, safetensors_io
 from tests.conftest import DEFINITION, build_run
@@ -1080,7 +1080,7 @@ def fails(number: int):
 
 
 def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(
-    make_run, influence, monkeypatch
+    make_run, influence, monkeypatch, tmp_path
 ):
     run, written, stream = make_run(), [], safetensors_io.stream_tensors
 
@@ -1105,7 +1105,7 @@ def test_a_full_disk_says_what_frees_space_and_keeps_finished_units(
     monkeypatch.undo()
     again = influence("score", run)
     assert again.code == 0
-    assert again.out == influence("score", run, "--cache", "none").out
+    assert again.out == influence("score", run, "--cache", tmp_path / "other").out
 
 
 def test_a_full_disk_while_the_cache_is_begun_is_a_full_disk(make_run, influence, monkeypatch):
@@ -1235,7 +1235,7 @@ def out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of it")
 
 
-@pytest.mark.parametrize("where", ["probe", "__call__"])
+@pytest.mark.parametrize("where", ["probe", "visit"])
 def test_out_of_memory_in_a_batch_names_batch_size_and_layers(
     where, make_run, influence, monkeypatch
 ):
@@ -1263,9 +1263,9 @@ def test_out_of_memory_inside_the_loss_is_out_of_memory(make_run, influence):
 def test_out_of_memory_while_a_batch_is_moved_is_out_of_memory(
     examples, make_run, influence, monkeypatch
 ):
-    to = extractor.to
+    to = batches.to
     monkeypatch.setattr(
-        extractor,
+        batches,
         "to",
         lambda batch, *args: out_of_memory() if len(batch[0]) >= examples else to(batch, *args),
     )

@@ -20,7 +20,7 @@ COMMANDS = (
 )  # fmt: skip
 
 # room -> what of ours it may use; `progress` and `errors` are everybody's (docs/architecture.md)
-FORMS = ("gradients.forms", "gradients.form_ops")
+FORMS = ("gradients.forms", "gradients.form_ops", "gradients.row_products")
 MAY_USE = {
     "errors": (),
     "progress": (),

@@ -103,7 +103,7 @@ def checkpoint_cells(opened: "Opened", lr: float | None, lr_weights: str | None)
 def parameter_cells(opened: "Opened") -> list[Cells]:
     source, columns = opened.gradients, list(opened.columns)
     forms = source.budget.sizes("train", columns).forms
-    ways = source.extractor.ways("train", columns)
+    ways = source.extractor.captures.ways("train", columns)
     return [
         (
             " = ".join(column.names),

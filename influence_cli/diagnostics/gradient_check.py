@@ -23,7 +23,7 @@ from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids, spread_evenly
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
-from influence_cli.extraction.extractor import check_finite
+from influence_cli.extraction.number_checks import check_finite
 from influence_cli.extraction.run_notes import USUAL_CAUSES
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.capture import Capture, Captured
@@ -125,11 +125,11 @@ class BatchCheck:
 
         Raises GradientError where a loss or a gradient is not finite.
         """
-        capture = source.extractor.capture_for(split, columns)
+        capture = source.extractor.captures.of(split, columns)
         assert isinstance(capture, Capture)
         self.source, self.checkpoint, self.split = source, checkpoint, split
         self.columns, self.ids, self.capture = columns, ids, capture
-        self.batch, self.single = source.extractor.batch(split, ids)
+        self.batch, self.single = source.extractor.batches.of(split, ids)
         references = [capture.single(self.single(i)) for i in range(len(ids))]
         self.losses = torch.cat([loss for loss, _ in references]).double().cpu()
         self.grads = {
@@ -196,7 +196,7 @@ class BatchCheck:
         """All examples in reverse order, then the first one alone."""
         size = len(self.ids)
         for order in (np.arange(size)[::-1].copy(), np.arange(1)):
-            batch, single = self.source.extractor.batch(self.split, self.ids[order])
+            batch, single = self.source.extractor.batches.of(self.split, self.ids[order])
             captured = self.capture(batch, single, len(order))
             yield from self.compare("batches", replace_rows(self.fast, order, captured), self.fast)
 

@@ -67,7 +67,7 @@ def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Row
     start, end = run.checkpoints[0], request.checkpoints[-1]
     trajectory = check_trajectory(run, start, end)
     size = source.budget.batch_size("train", list(run.columns))
-    replay = Replay(run, lambda ids: source.extractor.batch("train", ids)[0], size)
+    replay = Replay(run, lambda ids: source.extractor.batches.of("train", ids)[0], size)
     replay.start_from(start)
     for note in trajectory.notes:
         reporter.note(note)
@@ -268,7 +268,7 @@ def query_values(source: GradientSource, queries: Ids) -> np.ndarray:
     parts = []
     for first in range(0, len(queries), size):
         ids = np.array(queries[first : first + size])
-        batch, _ = source.extractor.batch("query", ids)
+        batch, _ = source.extractor.batches.of("query", ids)
         try:
             values = definition.raw(name)(source.run.model.module, batch)
         except (Exception, SystemExit) as error:

@@ -35,7 +35,7 @@ class FeatureExtractor:
         parts = []
         for first in range(0, len(ids), self.batch_size):
             some = np.asarray(ids[first : first + self.batch_size])
-            batch, _ = self.source.extractor.batch(split, some)
+            batch, _ = self.source.extractor.batches.of(split, some)
             with torch.no_grad():
                 features_BF = self._features(model, batch, len(some))
             parts.append(features_BF.to("cpu", torch.float64))

@@ -129,15 +129,16 @@ class MemoryBudget:
         device: torch.device,
         folder: Path | None,
         requested_batch_size: int | None,
-        capture_for: Callable[[str, Sequence[str]], AnyCapture],
+        measure: Callable[[str, Sequence[str]], tuple[dict[str, Form], float]],
         split_size: Callable[[str], int],
     ) -> None:
         """`folder`: of the records, None for none. `requested_batch_size`: the user's, if any.
-        `capture_for`: (split, columns) -> a probed capture, which knows the sizes of two examples.
+        `measure`: (split, columns) -> forms of a few examples, and the bytes of one example's
+        activations.
         `split_size`: the number of examples of a split."""
         self.settings, self.device = settings, device
         self.requested_batch_size = requested_batch_size
-        self._folder, self._capture_for, self._split_size = folder, capture_for, split_size
+        self._folder, self._measure, self._split_size = folder, measure, split_size
         self.records: dict[str, SizeRecord] = {}
 
     def record(self, split: str) -> SizeRecord:
@@ -150,12 +151,12 @@ class MemoryBudget:
         """The record with these columns in it; a probe measures those that are new."""
         record = self.record(split)
         if not (record.has_forms(columns) and record.has_batch(columns)):
-            sample = self._capture_for(split, columns)
+            sample, activations = self._measure(split, columns)
             dtype = self.settings.storage_dtype
             ratio = dtype.itemsize / self.settings.precision.itemsize
-            forms = stored_bytes(sample.sample, ratio, 4 if dtype in SCALED else 0)
-            form_bytes = sum(form.nbytes // len(form) for form in sample.sample.values())
-            working = round(sample.activations) * 2 + form_bytes
+            forms = stored_bytes(sample, ratio, 4 if dtype in SCALED else 0)
+            form_bytes = sum(form.nbytes // len(form) for form in sample.values())
+            working = round(activations) * 2 + form_bytes
             record.add(columns, forms, default_batch(working, self.device), working)
         return record
 

@@ -63,7 +63,7 @@ def refuse_zeros(
 
 def zero_error(source: GradientSource, split: str, losses: bool, gradients: bool) -> GradientError:
     """`losses`, `gradients`: whether any is other than 0."""
-    function = source.extractor.quantity_name(split)
+    function = source.extractor.batches.quantity_name(split)
     wrong = [name for name, fine in ((f"{function}", losses), ("gradient", gradients)) if not fine]
     return GradientError(
         f"every {' and every '.join(wrong)} of {split}_data() is 0",
@@ -95,7 +95,7 @@ def note_small_numbers(source: GradientSource, checkpoints: Sequence[Checkpoint]
         if precision == torch.float32:
             count, total, step = worst(counts.small)
             what = f"a loss below {SMALL_LOSS:g}"
-            if not count or source.extractor.quantity_name(split) != "loss()":
+            if not count or source.extractor.batches.quantity_name(split) != "loss()":
                 count, total, step = worst(counts.small_norms)
                 what = f"a gradient below {SMALL_NORM:g}"
             if count:
@@ -153,14 +153,14 @@ def measure_rounding(
     model = source.run.model.at(checkpoint)
     if sum(value.numel() for value in model.parameters()) * 4 > COPY_BYTES:
         return None
-    capture = source.extractor.capture_for("train", columns)
+    capture = source.extractor.captures.of("train", columns)
     if not isinstance(capture, Capture):
         return None
     wide, errors = copy.deepcopy(model).float(), []
     for index in spread_evenly(len(source.run.train), ROUNDING_SAMPLE):
         ids = np.array([index])
-        batch, _ = source.extractor.batch("train", ids)
-        wide_batch, _ = source.extractor.batch("train", ids, torch.float32)
+        batch, _ = source.extractor.batches.of("train", ids)
+        wide_batch, _ = source.extractor.batches.of("train", ids, torch.float32)
         _, rounded = capture.single(batch)
         _, exact = gradients_by_autograd(
             wide, capture.quantity, capture.names, capture.name, wide_batch

@@ -168,7 +168,7 @@ class GradientSource:
         settings = dataclasses.replace(
             self.settings, projection=None, storage_dtype=self.settings.precision
         )
-        batch_size, cast = self.budget.requested_batch_size, self.extractor.cast
+        batch_size, cast = self.budget.requested_batch_size, self.extractor.batches.cast
         return GradientSource(
             self.run, settings, None, self.device, batch_size, cast, self.reporter
         )

@@ -10,7 +10,7 @@ Letters: B examples.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from influence_cli.gradients.projection import Projection
 from influence_cli.gradients.quantity import Quantity, checked, frozen
 from influence_cli.gradients.tolerances import close, differing
 
+Kept = TypeVar("Kept")  # what a caller makes of the gradients of one parameter
+# (name of a parameter, its gradients) -> what is kept; the gradients may be overwritten afterwards
+Keep = Callable[[str, Form], Kept]
 # squared norms (B,), and the gradients where they are wanted
 NormsAndForm = tuple[Tensor, Form | None]
 
@@ -102,7 +105,7 @@ class Capture:
             batch_losses = checked(self.name, self.quantity(self.model, batch), size).detach()
         alone = [self.single(single) for single in singles]
         check_eval_mode(self.model, self.name)
-        check_not_random(self.single, singles, alone, self.name)
+        check_not_random(self.single, singles[:1], alone[:1], self.name)
         self._note_unlike_losses(batch_losses, torch.cat([losses for losses, _ in alone]))
         grads = {name: torch.stack([grads[name] for _, grads in alone]) for name in self.names}
         self.sample = {
@@ -212,47 +215,59 @@ class Capture:
         """The gradients of a batch of `size`. `singles(i)`: example i as a batch of one. `values`
         False: norms and losses only.
         """
-        captured = self._batch(batch, size, values) if self.at_once else None
-        if captured is None:
+        losses, kept = self.visit(batch, singles, size, self.norms_and_form(values))
+        sqnorms = {name: kept[name][0] for name in self.names}
+        forms = {name: form for name in self.names if (form := kept[name][1]) is not None}
+        return Captured(losses, sqnorms, forms)
+
+    def visit(
+        self, batch: Batch, singles: Callable[[int], Batch], size: int, keep: Keep[Kept]
+    ) -> tuple[Tensor, dict[str, Kept]]:
+        """Losses (B,) float64, and what `keep` makes of each parameter's gradients, while the
+        backward pass runs. A parameter may come twice; its last result counts.
+        """
+        visited = self._batch(batch, size, keep) if self.at_once else None
+        if visited is None:
             parts = [self.single(singles(i)) for i in range(size)]
             grads = {name: torch.stack([part[name] for _, part in parts]) for name in self.names}
-            captured = torch.cat([loss for loss, _ in parts]), self._forms_of(grads, values)
-        losses, forms = captured
-        losses = losses.cpu().double() if losses.device.type == "mps" else losses.double()
-        sqnorms = {name: forms[name][0] for name in self.names}
-        wanted = {name: form for name in self.names if (form := forms[name][1]) is not None}
-        return Captured(losses, sqnorms, wanted)
+            visited = torch.cat([loss for loss, _ in parts]), self._kept_of(grads, keep)
+        losses, kept = visited
+        return losses.cpu().double() if losses.device.type == "mps" else losses.double(), kept
 
-    def _forms_of(self, grads: dict[str, Tensor], values: bool) -> dict[str, NormsAndForm]:
+    def _kept_of(self, grads: dict[str, Tensor], keep: Keep[Kept]) -> dict[str, Kept]:
         return {
-            name: self._finish(name, smallest(value, name in self.embeddings), values)
+            name: keep(name, smallest(value, name in self.embeddings))
             for name, value in grads.items()
         }
 
-    def _finish(self, name: str, form: Form, values: bool) -> NormsAndForm:
-        """Exact squared norms (B,), and the gradients, projected or in their cheapest form."""
-        if form.device.type == "mps":  # no float64 there
-            form = form.to(torch.device("cpu"))
-        if not values:
-            return form.sqnorm(), None
-        if self.projection:
-            return self.projection(name, form)
-        form = cheapest(form)
-        return form.sqnorm(), form
+    def norms_and_form(self, values: bool = True) -> Keep[NormsAndForm]:
+        """Keep exact squared norms (B,) and, with `values`, the gradients, projected or in their
+        cheapest form.
+        """
+
+        def keep(name: str, form: Form) -> NormsAndForm:
+            if form.device.type == "mps":  # no float64 there
+                form = form.to(torch.device("cpu"))
+            if not values:
+                return form.sqnorm(), None
+            if self.projection:
+                return self.projection(name, form)
+            form = cheapest(form)
+            return form.sqnorm(), form
+
+        return keep
 
     def _batch(
-        self, batch: Batch, size: int, values: bool
-    ) -> tuple[Tensor, dict[str, NormsAndForm]] | None:
-        """Losses and gradients of all examples at once. None, and a note, where this batch does
-        not allow it.
-        """
+        self, batch: Batch, size: int, keep: Keep[Kept]
+    ) -> tuple[Tensor, dict[str, Kept]] | None:
+        """All examples at once. None, and a note, where this batch does not allow it."""
         try:
-            losses, forms = self._rules_on(batch, size, values)
-            others = [name for name in self.names if name not in forms]
+            losses, kept = self._rules_on(batch, size, keep)
+            others = [name for name in self.names if name not in kept]
             if others or losses is None:
                 losses, grads = self._by_torch_func(batch, others)
-                forms |= self._forms_of(grads, values)
-            return losses, forms
+                kept |= self._kept_of(grads, keep)
+            return losses, kept
         except Exception as error:  # a batch unlike the first: another length, another branch
             if is_out_of_memory(error):
                 raise
@@ -265,16 +280,14 @@ class Capture:
             return None
 
     def _rules_on(
-        self, batch: Batch, size: int, values: bool
-    ) -> tuple[Tensor | None, dict[str, NormsAndForm]]:
+        self, batch: Batch, size: int, keep: Keep[Kept]
+    ) -> tuple[Tensor | None, dict[str, Kept]]:
         """By rules. A batch whose operations differ from the plan gets its own plan. Returns
         nothing where that fails, too.
         """
         for _ in range(2 if self.hooked else 0):
             try:
-                return self._by_rules(
-                    batch, size, lambda name, form: self._finish(name, form, values)
-                )
+                return self._by_rules(batch, size, keep)
             except Unhooked:
                 try:
                     self._plan = self._make_plan(batch, size)
@@ -283,11 +296,8 @@ class Capture:
         return None, {}
 
     def _by_rules(
-        self,
-        batch: Batch,
-        size: int,
-        keep: Callable[[str, Form], Any],  # Any: whatever `keep` returns
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self, batch: Batch, size: int, keep: Keep[Kept]
+    ) -> tuple[Tensor, dict[str, Kept]]:
         parameters = dict(self.model.named_parameters())
         with frozen(self.model, self.hooked), torch.enable_grad():
             hooks = Hooks(self._plan, {name: parameters[name] for name in self.hooked}, size, keep)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import Dense, Factors, Form, Memo, squares
+from influence_cli.gradients.forms import Dense, Factors, Form
+from influence_cli.gradients.row_products import Memo, products, squares
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 
@@ -21,14 +22,11 @@ class DeferredForm(Form):
     def tensors(self) -> dict[str, Tensor]:
         return self.dense().tensors()
 
-    def take(self, index: Tensor) -> Form:
-        return self.dense().take(index)
-
     def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
-        return self.dense().dot(queries, memo)
+        return self.matvec(queries.dense().values.T)
 
     def matvec(self, vectors: Tensor) -> Tensor:
-        return self.dense().matvec(vectors)
+        return torch.cat([products(part, vectors.T) for _, part in self.parts()])
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         return self.dense().rmatvec(weights)
@@ -47,6 +45,9 @@ class TiedForm(DeferredForm):
 
     def part(self, at: slice) -> Form:
         return self._with(self.factors.part(at), self.rows.part(at))
+
+    def take(self, index: Tensor) -> Form:
+        return self._with(self.factors.take(index), self.rows.take(index))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
         return self._with(self.factors.to(device, dtype), self.rows.to(device, dtype))
@@ -70,6 +71,9 @@ class TiedForm(DeferredForm):
             self.rows.values
         )  # an example's ids are distinct
         return Dense(self.shape, values)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        return self.factors.matvec(vectors) + self.rows.matvec(vectors)
 
     def sqnorm(self) -> Tensor:
         """|F|^2 + |R|^2 + 2 <F, R>. A token's row multiplies only its own column of the left
@@ -112,10 +116,14 @@ class ConvolutionForm(DeferredForm):
         return len(self.x) // self.rows
 
     def part(self, at: slice) -> Form:
-        inside = slice(at.start * self.rows, at.stop * self.rows)
-        return ConvolutionForm(
-            self.shape, self.x[inside], self.g[inside], self.rows, self.gradients
-        )
+        return self._at(slice(at.start * self.rows, at.stop * self.rows))
+
+    def take(self, index: Tensor) -> Form:
+        rows = index[:, None] * self.rows + torch.arange(self.rows, device=index.device)
+        return self._at(rows.flatten())
+
+    def _at(self, rows: slice | Tensor) -> Form:
+        return ConvolutionForm(self.shape, self.x[rows], self.g[rows], self.rows, self.gradients)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
         return ConvolutionForm(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, is_out_of_memory
 from influence_cli.gradients.batches import Batch
-from influence_cli.gradients.capture import Captured
+from influence_cli.gradients.capture import Captured, Keep, Kept, NormsAndForm
 from influence_cli.gradients.form_ops import concat, distance, merged
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.layer_rules import embedding
@@ -95,14 +95,24 @@ class EmbeddingCapture:
         """The gradients of a batch of `size`. `singles(i)`: example i as a batch of one. `values`
         False: norms and losses only.
         """
+        losses, kept = self.visit(batch, singles, size, self.norms_and_form(values))
+        norms, form = kept[self.column]
+        return Captured(losses, {self.column: norms}, {self.column: form} if form else {})
+
+    def visit(
+        self, batch: Batch, singles: Callable[[int], Batch], size: int, keep: Keep[Kept]
+    ) -> tuple[Tensor, dict[str, Kept]]:
+        """Losses (B,) float64, and what `keep` makes of the gradients."""
         batched = self._batch(batch, size) if self.at_once else None
         if batched is None:
             parts = [self._gradients(singles(i), 1) for i in range(size)]
             batched = torch.cat([loss for loss, _ in parts]), concat([part for _, part in parts])
         losses, rows = batched
-        return Captured(
-            losses.double(), {self.column: rows.sqnorm()}, {self.column: rows} if values else {}
-        )
+        return losses.double(), {self.column: keep(self.column, rows)}
+
+    def norms_and_form(self, values: bool = True) -> Keep[NormsAndForm]:
+        """Keep squared norms (B,) and, with `values`, the rows."""
+        return lambda name, rows: (rows.sqnorm(), rows if values else None)
 
     def _batch(self, batch: Batch, size: int) -> tuple[Tensor, Form] | None:
         """All examples at once. None, and a note, where this batch does not allow it."""

@@ -11,13 +11,17 @@ projected numbers.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from influence_cli.gradients.row_products import HALVES, Memo, in_range, products, squares
 
 PART_BYTES = 16 << 20  # dense gradients that are computed from factors at once
+# Matrices from this size on are multiplied in slices of their rows, which stay in the CPU's cache.
+SLICED_BYTES, SLICE_BYTES = 2 << 20, 12 << 20
+LEAST_ROWS, MOST_ROWS = 32, 256  # of a slice
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Form(ABC):
         )
 
     @abstractmethod
-    def dot(self, queries: "Form", memo: "Memo | None" = None) -> Tensor:
+    def dot(self, queries: "Form", memo: Memo | None = None) -> Tensor:
         """Inner products with the queries' gradients: (N, Q). `memo`: products of tensors that
         several parameters share.
         """
@@ -123,7 +127,7 @@ class Dense(Form):
     def take(self, index: Tensor) -> "Form":
         return type(self)(self.shape, self.values[index])
 
-    def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
+    def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
         if not isinstance(queries, Dense):  # other forms multiply with a matrix more cheaply
             return queries.matvec(self.values.T).T
         return products(self.values, queries.dense().values, memo)
@@ -206,7 +210,7 @@ class Factors(Form):
         _, S, o, i = self.sizes
         return self.dense() if S * S * (o + i) >= o * i else self
 
-    def dot(self, queries: Form, memo: "Memo | None" = None) -> Tensor:
+    def dot(self, queries: Form, memo: Memo | None = None) -> Tensor:
         if isinstance(queries, Factors):
             (N, S, o, i), (Q, R) = self.sizes, queries.left.shape[:2]
             if S * R * (o + i) < o * i:
@@ -229,9 +233,30 @@ class Factors(Form):
                 turned = self.right @ vectors[:, k].view(o, i).T
                 out[:, k] = (self.left * turned).sum((1, 2))
             return out
+        if o * i * self.left.element_size() >= SLICED_BYTES:
+            return self._products_in_slices(vectors.T)
         for at, part in self.parts():
             out[at] = products(part, vectors.T)
         return out
+
+    def _products_in_slices(self, queries: Tensor) -> Tensor:
+        """(N, K) with the rows of (K, o i): some rows of the gradients at a time, and the sum."""
+        _, _, o, i = self.sizes
+        size = self.left.element_size()
+        step = max(1, SLICE_BYTES // (LEAST_ROWS * i * size))
+        out = []
+        for left, right in zip(self.left.split(step), self.right.split(step), strict=True):
+            rows = max(1, min(o, MOST_ROWS, SLICE_BYTES // (len(left) * i * size)))
+            buffer, sums = self.left.new_empty(len(left) * rows * i), None
+            for first in range(0, o, rows):
+                last = min(first + rows, o)
+                part = buffer[: len(left) * (last - first) * i].view(len(left), last - first, i)
+                torch.bmm(left[:, :, first:last].transpose(1, 2), right, out=part)
+                some = products(part.view(len(left), -1), queries[:, first * i : last * i])
+                sums = some if sums is None else sums.add_(some)
+            assert sums is not None
+            out.append(sums)
+        return torch.cat(out) if out else self.left.new_empty(0, len(queries))
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         right = self.right.flatten(0, 1)
@@ -262,71 +287,3 @@ class Factors(Form):
                     self.take(~sound).to(self.device, torch.float64).sqnorm().clamp_min(0)
                 )
         return square_sums
-
-
-# products by the addresses of their factors, valid while the factors' memory lives
-# Any: addresses, shapes and strides
-Memo = dict[tuple[Any, ...], tuple[Tensor, StorageWeakRef, StorageWeakRef]]
-
-HALVES = (torch.float16, torch.bfloat16)
-
-# oneDNN's float32 product. On the AMD processor of the benchmarks it is 1.3 times as fast as MKL's,
-# and its bits do not depend on the alignment of memory. torch exports it for its compiler only.
-ONEDNN_LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
-
-
-def products(left: Tensor, right: Tensor, memo: Memo | None = None) -> Tensor:
-    """(N, Q) inner products of the rows of (N, K) and (Q, K). `memo`: keeps them for the next call
-    with the same tensors.
-    """
-    key = tuple((value.data_ptr(), value.shape, value.stride()) for value in (left, right))
-    if memo is not None and key in memo and not any(storage.expired() for storage in memo[key][1:]):
-        return memo[key][0]
-    result = (
-        ONEDNN_LINEAR(right, left, None, "none", [], "").T
-        if ONEDNN_LINEAR and left.is_cpu and left.dtype == torch.float32
-        else left @ right.T
-    )
-    if memo is not None:
-        memo[key] = (
-            result,
-            StorageWeakRef(left.untyped_storage()),
-            StorageWeakRef(right.untyped_storage()),
-        )
-    return result
-
-
-def squares(values: Tensor) -> Tensor:
-    """Sum of squares of each row of an (N, D) tensor, float64.
-
-    It sums 1,024 numbers at a time in the tensor's precision, and these sums in float64. Rows that
-    under- or overflow are computed again in float64.
-    """
-    if (
-        values.is_cuda
-    ):  # as fast as reading memory, and needs no check, which would wait for the GPU
-        return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
-    if values.dtype in HALVES:
-        values = values.float()
-    size, width = values.shape
-    even_width = width // 1024 * 1024 if width > 2048 else 0
-    norms = torch.linalg.vector_norm(values[:, even_width:], dim=1)
-    squares = norms.double().square()
-    if even_width:
-        stretches = torch.linalg.vector_norm(values[:, :even_width].view(size, -1, 1024), dim=2)
-        squares += stretches.double().square().sum(1)
-    if values.dtype != torch.float64:
-        odd = ~in_range(squares, values.dtype)
-        if odd.any():
-            squares[odd] = values[odd].double().square().sum(1)
-    return squares
-
-
-def in_range(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which sums of squares lost at most 1e-8 of themselves to under- or overflow."""
-    limits = torch.finfo(dtype)
-    return (sums > limits.tiny * 1e8) & (sums < limits.max)

@@ -26,14 +26,14 @@ from influence_cli.gradients.sparse_forms import EmbeddingRows
 def linear(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     """y = x W^T + b over any leading axes: G = sum over positions of g_s (x) x_s."""
     weight: Tensor = call["weight"]
-    left, right = positions(g, weight), positions(x, weight)
+    left, right = live_positions(positions(g, weight), positions(x, weight))
     return {"weight": Factors(tuple(weight.shape), left, right), "bias": over_positions(left)}
 
 
 def matmul(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     """y = x W (+ b): a linear layer with a transposed weight, as in GPT-2."""
     weight: Tensor = call["weight"]
-    left, right = positions(x, weight), positions(g, weight)
+    right, left = live_positions(positions(g, weight), positions(x, weight))
     return {"weight": Factors(tuple(weight.shape), left, right), "bias": over_positions(right)}
 
 
@@ -95,6 +95,20 @@ def affine(shape: tuple[int, ...], normed: Tensor, g: Tensor) -> Gradients:
 def positions(value: Tensor, weight: Tensor) -> Tensor:
     """(B, ..., n) as (B, S, n), in the weight's precision."""
     return value.reshape(len(value), -1, value.shape[-1]).to(weight.dtype)
+
+
+def live_positions(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (B, S, n), without the positions at which g is zero in all examples. The last block of
+    a classifier that reads one position has many.
+
+    It looks at all examples only where the first one has such a position. Not on a GPU, which
+    would have to finish its work for that.
+    """
+    if not g.is_cpu or g.shape[1] == 1 or not len(g) or bool(g[0].any(1).all()):
+        return g, x
+    live = g.flatten(2).any(2).any(0)
+    live[0] |= ~live.any()  # at least one position
+    return (g, x) if bool(live.all()) else (g[:, live], x[:, live])
 
 
 def over_positions(value: Tensor) -> Dense:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import HALVES, Form, Projected
+from influence_cli.gradients.forms import Form, Projected
 from influence_cli.gradients.projection_kinds import KINDS
 from influence_cli.gradients.projection_map import ProjectionMap
 from influence_cli.gradients.random_tables import Tables
+from influence_cli.gradients.row_products import HALVES
 
 
 @dataclass(frozen=True)

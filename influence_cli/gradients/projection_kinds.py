@@ -21,9 +21,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import PART_BYTES, Factors, Form, products, squares
+from influence_cli.gradients.forms import PART_BYTES, Factors, Form
 from influence_cli.gradients.projection_map import FactoredMap, ProjectionMap
 from influence_cli.gradients.random_tables import Tables
+from influence_cli.gradients.row_products import products, squares
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 from influence_cli.gradients.tensor_sketch import TensorSketch
 

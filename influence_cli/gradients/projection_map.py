@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from influence_cli.gradients.deferred_forms import TiedForm
-from influence_cli.gradients.forms import Factors, Form, squares
+from influence_cli.gradients.forms import Factors, Form
+from influence_cli.gradients.row_products import squares
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import PART_BYTES, Dense, Form, Memo, products, squares
+from influence_cli.gradients.forms import PART_BYTES, Dense, Form
+from influence_cli.gradients.row_products import Memo, products, squares
 
 PAIRS = 128  # from this many pairs of rows on, one product per token is faster
 

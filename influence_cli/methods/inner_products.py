@@ -19,7 +19,9 @@ from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.store import UNIT_EXAMPLES
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import side_by_side
-from influence_cli.gradients.forms import Form, Memo, Projected
+from influence_cli.gradients.forms import Form, Projected
+from influence_cli.gradients.row_products import Memo
+from influence_cli.methods.fused_products import FusedProducts
 from influence_cli.methods.pairwise import (
     Advance,
     RankingFactory,
@@ -51,10 +53,11 @@ def score(
     numbers = sum(map(source.settings.width, request.columns.values()))
     query_bytes = numbers * max(4, source.settings.storage_dtype.itemsize)
     rows_of = mean_query_row if request.sum_queries else query_rows
+    joins = source.cache is not None  # columns that are captured come one by one
 
     def load_queries(ids: Ids) -> list[QueryGradients]:
         return [
-            QueryGradients.of(request, index, rows_of(source, request, checkpoint, ids))
+            QueryGradients.of(request, index, rows_of(source, request, checkpoint, ids), joins)
             for index, checkpoint in enumerate(request.checkpoints)
         ]
 
@@ -63,8 +66,13 @@ def score(
     ) -> np.ndarray:
         return block_scores(source.device, request, queries, ids, units, advance)
 
+    def score_captured(
+        queries: list[QueryGradients], ids: np.ndarray, advance: Advance
+    ) -> np.ndarray:
+        return captured_scores(source, request, queries, ids, advance)
+
     for ids, _, ranking in rank_by_gradients(
-        source, request, new_ranking, query_bytes, load_queries, score_block
+        source, request, new_ranking, query_bytes, load_queries, score_block, score_captured
     ):
         names = None if request.sum_queries else [int(query) for query in ids]
         yield ScoredQueries(names, ranking, request.parts)
@@ -84,8 +92,10 @@ class QueryGradients:
     smallest: float
 
     @classmethod
-    def of(cls, request: ScoreRequest, index: int, rows_QD: GradientRows) -> "QueryGradients":
-        counts = weights_and_parts(request, index, rows_QD.forms)
+    def of(
+        cls, request: ScoreRequest, index: int, rows_QD: GradientRows, joins: bool
+    ) -> "QueryGradients":
+        counts = weights_and_parts(request, index, rows_QD.forms, joins)
         scaled = {
             names: ScaledQueries.of(joined([rows_QD.forms[name] for name in names]))
             for names in counts
@@ -142,6 +152,37 @@ def block_scores(
     return totals_PQN.cpu().numpy()
 
 
+def captured_scores(
+    source: GradientSource,
+    request: ScoreRequest,
+    queries: list[QueryGradients],
+    ids: np.ndarray,
+    advance: Advance,
+) -> np.ndarray:
+    """The same as `block_scores`, while the gradients are captured. It keeps none of them."""
+    shape = 1 + len(request.parts), len(queries[0].inverse_Q), len(ids)
+    totals_PQN = torch.zeros(shape, dtype=torch.float64)
+    columns, any_small = list(request.columns), False
+    for number, (checkpoint, queries_QD) in enumerate(
+        zip(request.checkpoints, queries, strict=True), start=1
+    ):
+        products = FusedProducts(
+            source,
+            checkpoint,
+            {names[0]: query.to(source.device) for names, query in queries_QD.scaled.items()},
+            {names[0]: counts for names, counts in queries_QD.counts.items()},
+            queries_QD.inverse_Q if request.normalize else None,
+            shape,
+        )
+        where = f"checkpoint {number} of {len(request.checkpoints)}"
+        scores_PQN, any_product = products.scores(columns, ids, advance, where)
+        totals_PQN = totals_PQN.to(scores_PQN.device).add_(scores_PQN)
+        any_small = any_small or (any_product and queries_QD.smallest < SMALL)
+    if any_small:
+        refuse_underflow(float(totals_PQN[0].abs().max()), any_small)
+    return totals_PQN.cpu().numpy()
+
+
 def extreme_rows(
     unit: GradientRows, counts: dict[Columns, tuple[float, int]]
 ) -> dict[Columns, Tensor]:
@@ -156,7 +197,7 @@ def extreme_rows(
 
 
 def weights_and_parts(
-    request: ScoreRequest, index: int, forms: dict[str, Form]
+    request: ScoreRequest, index: int, forms: dict[str, Form], join: bool = True
 ) -> dict[Columns, tuple[float, int]]:
     """Columns that are multiplied as one, with their weight and the number of their part (0: none).
 
@@ -170,7 +211,8 @@ def weights_and_parts(
         counts = weight.of(column.names), part
         previous = joins[-1] if joins else None
         if (
-            previous is not None
+            join
+            and previous is not None
             and previous[1] == counts
             and isinstance(forms[name], Projected)
             and isinstance(forms[previous[0][0]], Projected)

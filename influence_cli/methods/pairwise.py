@@ -40,6 +40,8 @@ LoadQueries = Callable[[Ids], Any]
 ScoreBlocks = Callable[[Any, Iterator[np.ndarray], Advance], Iterator[np.ndarray]]
 # (queries, ids of a block, its rows unit by unit, advance) -> the same of one block
 ScoreBlock = Callable[[Any, np.ndarray, Units, Advance], np.ndarray]
+# (queries, ids of a block, advance) -> the same, computed while gradients are captured
+ScoreCaptured = Callable[[Any, np.ndarray, Advance], np.ndarray]
 
 
 def rank_by_gradients(
@@ -49,11 +51,13 @@ def rank_by_gradients(
     query_bytes: int,
     load_queries: LoadQueries,
     score_block: ScoreBlock,
+    score_captured: ScoreCaptured | None = None,
 ) -> Iterator[tuple[Ids, Any, Ranking]]:
     """Rank by scores that are made from the gradients of both sides, block by block.
 
     `query_bytes`: of one query at one checkpoint. Yields as `rank_blocks` does. The rows of a
     block come unit by unit, at one checkpoint after the other; the next unit is prefetched.
+    `score_captured` takes the place of `score_block` where no gradient is kept.
     """
     columns = list(request.columns)
     source.ensure("query", request.checkpoints, columns, request.queries)
@@ -62,6 +66,10 @@ def rank_by_gradients(
     def score_blocks(
         queries: Any, blocks: Iterator[np.ndarray], advance: Advance
     ) -> Iterator[np.ndarray]:
+        if source.cache is None and score_captured is not None:
+            for ids in blocks:
+                yield score_captured(queries, ids, advance)
+            return
         to_read, to_score = itertools.tee(blocks)
         ids_at = ((checkpoint, ids) for ids in to_read for checkpoint in request.checkpoints)
         units = source.read_each("train", ids_at, columns)

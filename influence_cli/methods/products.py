@@ -13,12 +13,15 @@ from torch import Tensor
 
 from influence_cli.errors import InfluenceError
 from influence_cli.gradients.form_ops import scale_rows
-from influence_cli.gradients.forms import Form, Memo
+from influence_cli.gradients.forms import Form
+from influence_cli.gradients.row_products import Memo
+from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
 TINY = torch.finfo(torch.float64).tiny  # smaller numbers lose digits
 # Norms of training gradients. Times a query's numbers, which are between 1e-12 and 1e12
 # (scale_rows), products keep float32's digits: they are between 1e-36 and 1e36.
 SMALLEST_NORM, LARGEST_NORM = 1e-24, 1e24
+SMALLEST_PRODUCT, LARGEST_PRODUCT = 1e-30, 1e36
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,54 @@ def inner_products(
         scores_NQ[extreme_N] = some.dot(queries.form.to(cpu, torch.float64))
     if queries.scale_Q is not None:
         scores_NQ = scores_NQ.cpu().double() * queries.scale_Q
+    return scores_NQ
+
+
+def products_in_range(
+    rows_ND: Form, queries: ScaledQueries, device: torch.device, memo: Memo | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(N, Q) inner products, and squared norms (N,), infinite where they are not known.
+
+    Norms are computed only of gradients with a product that is zero, tiny, or not finite. Their
+    squared norm is NaN where a gradient is not finite. A product of rows of an embedding skips
+    tokens, and a GPU would wait for such a look: there, norms of all gradients are computed.
+    """
+    scores_NQ = inner_products(rows_ND, queries, device, memo=memo)
+    if isinstance(rows_ND, EmbeddingRows | Postings) or not scores_NQ.is_cpu:
+        doubtful = torch.arange(len(rows_ND), device=rows_ND.device)
+        sqnorms = rows_ND.sqnorm()
+    else:
+        doubtful = doubtful_rows(scores_NQ)
+        if not len(doubtful):
+            return scores_NQ, None
+        sqnorms = rows_ND.take(doubtful).sqnorm()
+    extreme = doubtful[extreme_norms(sqnorms)]
+    if len(extreme) and scores_NQ.dtype == torch.float32:
+        scores_NQ = in_float64(scores_NQ, rows_ND, queries, extreme)
+    sqnorms = sqnorms.masked_fill(sqnorms.isinf(), torch.nan)
+    unknown = torch.full((len(rows_ND),), torch.inf, dtype=torch.float64, device=sqnorms.device)
+    return scores_NQ, unknown.index_copy(0, doubtful, sqnorms.double())
+
+
+def doubtful_rows(scores_NQ: Tensor) -> Tensor:
+    """Positions of the rows with a product that may have lost digits, or is not finite."""
+    sizes = scores_NQ.abs()
+    if not sizes.numel():
+        return torch.arange(0)
+    low, high = (float(value) for value in sizes.aminmax())
+    if low >= SMALLEST_PRODUCT and high <= LARGEST_PRODUCT:  # False for NaN
+        return torch.arange(0)
+    sound = (sizes >= SMALLEST_PRODUCT) & (sizes <= LARGEST_PRODUCT)
+    return (~sound).any(1).nonzero().flatten()
+
+
+def in_float64(scores_NQ: Tensor, rows_ND: Form, queries: ScaledQueries, at: Tensor) -> Tensor:
+    """The scores as float64, those of some rows computed in float64, on the CPU."""
+    cpu = torch.device("cpu")
+    some = rows_ND.take(at).to(cpu, torch.float64)
+    scores_NQ = scores_NQ.to(cpu, torch.float64)
+    exact_NQ = some.dot(queries.form.to(cpu, torch.float64))
+    scores_NQ[at.cpu()] = exact_NQ if queries.scale_Q is None else exact_NQ * queries.scale_Q
     return scores_NQ
 
 

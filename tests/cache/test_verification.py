@@ -189,11 +189,11 @@ def test_a_checkpoint_replaced_with_the_same_size_and_time_is_noticed(run, influ
     after = influence("score", run)
     assert after.code == 0, after.err
     assert after.out != before.out
-    assert after.out == influence("score", run, "--cache", "none").out
+    assert after.out == influence("score", run, "--cache", run / "other").out
 
 
 def test_a_checkpoint_replaced_while_the_command_runs_is_refused(run, influence, monkeypatch):
-    fresh = influence("score", run, "--cache", "none")
+    fresh = influence("score", run, "--cache", run / "other")
     first, second = sorted((run / "checkpoints").iterdir())
     kept, load = second.read_bytes(), loaded_model.load_checkpoint
 

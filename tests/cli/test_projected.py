@@ -115,7 +115,7 @@ def test_scores_are_those_of_explicit_matrices(kind, run, gradients, influence):
     flags = ("--project", "16", "--projection", kind, "--seed", "3", "--top", "all")
     kept = influence("score", run, *flags)
     close(table(kept), by_hand(gradients, kind, 16, 3))
-    assert kept.out == influence("score", run, *flags, "--cache", "none").out
+    close(table(influence("score", run, *flags, "--cache", "none")), table(kept), 1e-12)
     assert kept.out == influence("score", run, *flags).out  # read from disk
 
 

@@ -16,7 +16,8 @@ from influence_cli.gradients.form_ops import (
     padded,
     smallest,
 )
-from influence_cli.gradients.forms import Dense, Factors, Form, Projected, squares
+from influence_cli.gradients.forms import Dense, Factors, Form, Projected
+from influence_cli.gradients.row_products import squares
 from influence_cli.gradients.sparse_forms import EmbeddingRows, Postings
 
 torch.manual_seed(0)

@@ -297,10 +297,10 @@ def test_words_are_cached_once_and_none_gives_the_same_table(run, influence, mon
     first = influence("score", run, "--method", "tracin-we")
     assert {row["kind"] for row in first.rows} == {"proponent", "opponent"}
     calls: list[int] = []
-    original = EmbeddingCapture.__call__
+    original = EmbeddingCapture.visit
     monkeypatch.setattr(
         EmbeddingCapture,
-        "__call__",
+        "visit",
         lambda self, *args: (calls.append(args[2]), original(self, *args))[1],
     )
     for flags in (

@@ -101,7 +101,7 @@ class ExactSteps:
     def compute_curvature(self, ids: np.ndarray, weights_B: Tensor, at_once: int) -> Curvature:
         """The curvature of a part of a batch."""
         extractor, model = self.source.extractor, self.source.run.model.module
-        batch, _ = extractor.batch("train", ids)
+        batch, _ = extractor.batches.of("train", ids)
         columns = list(self.plan.columns)
         try:
             return Curvature(
@@ -110,7 +110,7 @@ class ExactSteps:
         except InfluenceError:
             raise
         except (Exception, SystemExit) as error:
-            raise extractor.explained("train", error, len(ids)) from error
+            raise extractor.batches.explained("train", error, len(ids)) from error
 
     def drop_vmap(self, reason: str) -> None:
         """Use one direction at a time from now on."""
@@ -129,7 +129,7 @@ class ExactSteps:
         ids = np.arange(min(CHECKED_EXAMPLES, len(self.source.run.train)))
         try:
             model = copy.deepcopy(self.source.run.model.module).double()
-            batch, _ = self.source.extractor.batch("train", ids, torch.float64)
+            batch, _ = self.source.extractor.batches.of("train", ids, torch.float64)
             check_curvature(model, list(self.plan.columns), self.functions, batch, len(ids))
         except GradientError:
             raise

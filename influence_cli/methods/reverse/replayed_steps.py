@@ -31,7 +31,7 @@ class ReplayedSteps:
         self.plan = plan
         self.replay = Replay(
             source.run,
-            lambda ids: source.extractor.batch("train", ids)[0],
+            lambda ids: source.extractor.batches.of("train", ids)[0],
             source.budget.requested_batch_size,
         )
         if not self.replay.can_start_from(plan.segments[0].checkpoint):

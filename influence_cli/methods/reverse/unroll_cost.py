@@ -77,7 +77,7 @@ def plain_step(source: GradientSource, number: int) -> Callable[[], object]:
     """A function that computes the gradient of a recorded step."""
     replay = Replay(
         source.run,
-        lambda ids: source.extractor.batch("train", ids)[0],
+        lambda ids: source.extractor.batches.of("train", ids)[0],
         source.budget.requested_batch_size,
     )
     return lambda: replay.gradient(number)

@@ -1,0 +1,153 @@
+"""The captures of a run: one for each quantity and set of columns, probed before any work."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from influence_cli.cache.identity import Settings
+from influence_cli.errors import InfluenceError
+from influence_cli.extraction.batches import Batches
+from influence_cli.extraction.memory_budget import AnyCapture
+from influence_cli.gradients.batches import Batch, leaves
+from influence_cli.gradients.capture import Capture
+from influence_cli.gradients.embedding_capture import EmbeddingCapture
+from influence_cli.gradients.forms import Form
+from influence_cli.gradients.probe_checks import check_loss_order
+from influence_cli.gradients.quantity import LossCountError, checked, plain_attention
+from influence_cli.gradients.tolerances import close
+from influence_cli.progress import Reporter
+
+ORDER_SAMPLE = 6  # examples whose losses are compared in a batch and alone
+
+Columns = tuple[str, ...]
+Result = TypeVar("Result")
+# forms of a few examples, and the bytes of one example's activations
+Measured = tuple[dict[str, Form], float]
+
+
+class Captures:
+    """Both splits share a capture where they share loss(), and their batches are alike.
+
+    `most`: examples of a batch by the user's wish, None for no wish.
+    """
+
+    def __init__(
+        self, batches: Batches, settings: Settings, reporter: Reporter, most: int | None
+    ) -> None:
+        self.batches, self.run, self.settings = batches, batches.run, settings
+        self._reporter, self._most = reporter, most
+        self._captures: dict[tuple[str, Columns], AnyCapture] = {}
+        self._measured: dict[tuple[str, Columns], Measured] = {}
+
+    def of(self, split: str, columns: Sequence[str]) -> AnyCapture:
+        """The capture of these columns. A new one is probed on the first two examples, with the
+        weights that the model holds, or with those of the first checkpoint.
+        """
+        key = split, tuple(columns)
+        if key not in self._captures:
+            self.run.model.at_any(self.run.checkpoints[0])
+            self.run.examples(split).check_stable(range(min(4, len(self.run.examples(split)))))
+            if not self._share(key):
+                capture = self._new_capture(split, columns)
+                self._on_first(split, lambda batch, singles: capture.probe(batch, singles))
+                self._on_first(split, lambda batch, singles: self._in_order(split, capture))
+                self._captures[key] = capture
+                self._measured[key] = capture.sample, capture.activations
+        return self._captures[key]
+
+    def measured(self, split: str, columns: Sequence[str]) -> Measured:
+        """What the probe measured."""
+        self.of(split, columns)
+        return self._measured[split, tuple(columns)]
+
+    def ways(self, split: str, columns: Sequence[str]) -> dict[str, str]:
+        """How the gradients of each column are computed: by a layer rule, by torch.func, one by
+        one.
+        """
+        capture = self.of(split, columns)
+        if isinstance(capture, EmbeddingCapture):
+            return dict.fromkeys(columns, "at the output" if capture.at_once else "one by one")
+        if not capture.at_once:
+            return dict.fromkeys(columns, "one by one")
+        return {name: "rule" if name in capture.hooked else "torch.func" for name in columns}
+
+    # ------------------------------------------------------------ probing
+    def _new_capture(self, split: str, columns: Sequence[str]) -> AnyCapture:
+        definition, module = self.run.definition, self.run.model.module
+        name = self.batches.quantity_name(split).removesuffix("()")
+        measured = name == "measure"
+        function = definition.raw(name)
+
+        def quantity(model: torch.nn.Module, batch: Any) -> Any:  # the user's batch and tensor
+            value = function(model, batch)
+            return -value if measured and isinstance(value, torch.Tensor) else value
+
+        note = self._reporter.note
+        if len(columns) == 1 and columns[0] not in self.run.columns:
+            output = self.run.embeddings.get(columns[0])
+            if output is not None and output.module is not None:
+                return EmbeddingCapture(
+                    module, quantity, output.name, output.module, f"{name}()", note
+                )
+        embeddings = [column for column in columns if self.run.columns[column].embedding]
+        return Capture(
+            module, quantity, columns, embeddings, f"{name}()", note, self.settings.projection
+        )
+
+    def _share(self, key: tuple[str, Columns]) -> bool:
+        """Take the other split's capture, if it is right for this one: they share loss(), their
+        first examples have tensors of the same shapes, and have their losses in batches, too.
+        """
+        split, other = key[0], "query" if key[0] == "train" else "train"
+        capture = self._captures.get((other, key[1]))
+        if (
+            capture is None
+            or self.batches.quantity_name(split) != self.batches.quantity_name(other)
+            or self._shapes(split) != self._shapes(other)
+            or not self._on_first(split, lambda batch, singles: self._in_order(split, capture))
+        ):
+            return False
+        self._captures[key], self._measured[key] = capture, self._measured[other, key[1]]
+        return True
+
+    def _shapes(self, split: str) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        first = np.arange(min(2, len(self.run.examples(split))))
+        batch, single = self.batches.of(split, first)
+        tensors = [tensor for part in (batch, single(0)) for tensor in leaves(part)]
+        return [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+
+    def _on_first(self, split: str, check: Callable[[Batch, list[Batch]], Result]) -> Result:
+        """check(batch, singles) on the first two examples, with errors that name the user's
+        function.
+        """
+        first = np.arange(min(2, len(self.run.examples(split))))
+        batch, single = self.batches.of(split, first)
+        try:
+            return check(batch, [single(i) for i in range(len(first))])
+        except LossCountError as error:
+            self.batches.refuse_dropped(split, first)
+            raise error
+        except InfluenceError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self.batches.explained(split, error, len(first)) from error
+
+    def _in_order(self, split: str, capture: AnyCapture) -> bool:
+        """Whether examples have the same losses in a batch and alone. Raises GradientError where
+        a batch has them in another order.
+        """
+        most = min(ORDER_SAMPLE, self._most or ORDER_SAMPLE)
+        ids = np.arange(min(most, len(self.run.examples(split))))
+        batch, single = self.batches.of(split, ids)
+
+        def losses(examples: Batch, size: int) -> torch.Tensor:
+            values = capture.quantity(self.run.model.module, examples)
+            return checked(capture.name, values, size, traced=True).detach()
+
+        with plain_attention(), torch.enable_grad():  # the loss may take gradients itself
+            together = losses(batch, len(ids))
+            alone = torch.cat([losses(single(i), 1) for i in range(len(ids))])
+        check_loss_order(capture.name, together, alone)
+        return close(together, alone)
