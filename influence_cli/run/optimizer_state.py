@@ -133,19 +133,30 @@ class SavedState:
 
 
 def find_state(folder: Path, step: int) -> SavedState:
+    """Raises TrajectoryError for a file without a valid header."""
     path = state_path(folder, step)
-    return SavedState(step, (path,) if path.is_file() else ())
+    if not path.is_file():
+        return SavedState(step, ())
+    read_metadata(path)
+    return SavedState(step, (path,))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a saved state. Raises TrajectoryError."""
+    try:
+        return read_header((path,)).metadata
+    except CheckpointError as error:
+        raise TrajectoryError(
+            f"optimizer/{path.name} can't be read: {error.headline}", *error.details
+        ) from error
 
 
 def read_state(path: Path, optimizer: str) -> dict[str, dict[str, Any]]:
     """The state of each parameter, by torch's names. Raises TrajectoryError where the file is of
     another optimizer."""
+    metadata = read_metadata(path)
     try:
-        metadata, tensors = read_header((path,)).metadata, read_tensors(path)
-    except CheckpointError as error:
-        raise TrajectoryError(
-            f"optimizer/{path.name} can't be read: {error.headline}", *error.details
-        ) from error
+        tensors = read_tensors(path)
     except (OSError, ValueError) as error:
         raise TrajectoryError(
             f"optimizer/{path.name} can't be read: {error}", "copy it again, or delete it"
