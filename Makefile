@@ -1,6 +1,7 @@
 # make demo          print a first table
 # make test          run lint, types and tests; the same as make check
 # make faults        look for lost work, silent errors and tracebacks (MINUTES=30)
+# make mutants       do tests notice 350 small changes of the code? Takes about an hour
 # make coverage      measure which lines the tests run; below 95 % it fails
 # make mislabelled   count the wrong labels among the 40 highest scores of `influence self`
 # make sample-runs   train the sample runs again
@@ -17,7 +18,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests faults coverage clean mislabelled sample-runs bench-peers
+.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs bench-peers
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -59,6 +60,9 @@ MINUTES ?= 30
 
 faults: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m faults --minutes $(MINUTES) --write
+
+mutants: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m faults.mutants
 
 mislabelled: $(VENV)/core
 	$(VENV)/bin/influence self $(RUN) --top 40 | $(VENV)/bin/python $(RUN)/count_flipped.py

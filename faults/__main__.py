@@ -46,7 +46,7 @@ PARTS = {
     #             function    share  quick      full
     "kills": Part(run_kills, 0.4, 300, 1_000),
     "disk": Part(run_disk, 0.2, 200, 1_000),
-    "flips": Part(run_flips, 0.3, 1_500, 12_000),  # of each kind
+    "flips": Part(run_flips, 0.3, 1_500, 12_000),  # bytes of tensors; and headers
     "sanity": Part(run_sanity, 0.15, 500, 5_000),
     "soak": Part(run_soak, 0.09, 120, 1_200),  # seconds
     "inputs": Part(run_inputs, 0.3, 1_000_000, 10_000_000),

@@ -1,0 +1,150 @@
+"""Flipped bits in every kind of stored file: detected, harmless (an equal table), or silent.
+
+Each flip asks two commands: the one that uses the file, with --verify where it has that, and
+`check`. A flip is detected where one of them fails or prints a note that it did not print before.
+"""
+
+import multiprocessing
+import random
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from faults.flips.kinds import KINDS, Kind, kept_progress
+from faults.flips.session import Outcome, Snapshot, run_inside
+from faults.forks import import_package
+from faults.tally import Clock, Tally
+from influence_cli.storage.safetensors_io import TensorFile
+
+WORKERS = 2
+ALL_HEADERS = 10_000  # body flips from which every header byte is flipped; else every nth
+Flip = tuple[Path, int]  # a file and the position of a byte
+
+
+class FlipTrials:
+    """One kind of file in a folder of its own: the table without flips, and trials."""
+
+    def __init__(self, kind: Kind, folder: Path, rng: random.Random) -> None:
+        self.kind, self.rng, self.place = kind, rng, folder / "place"
+        kind.build(self.place)
+        with kept_progress(kind):
+            for arguments in kind.make:
+                self._run_undisturbed(arguments)
+        self.files = sorted(path for path in self.place.glob(kind.pattern) if path.is_file())
+        if not self.files:
+            raise RuntimeError(f"{kind.name}: no file is {kind.pattern}")
+        self.snapshot = Snapshot(self.place, folder / "copy")
+        self.plain = [self._run_undisturbed(kind.use)]
+        self.wanted = (self.place / "table.csv").read_bytes()
+        self.plain.append(self._run_undisturbed(kind.check))
+        self.snapshot.restore()
+        if self._ask() != (False, self.wanted):
+            raise RuntimeError(f"{kind.name}: a second run without a flip differs")
+        self.snapshot.restore()
+
+    def _run_undisturbed(self, arguments: tuple[str, ...]) -> Outcome:
+        outcome = run_inside(arguments, self.place)
+        if outcome.code:
+            raise RuntimeError(f"{' '.join(arguments)} fails undisturbed: {outcome.err}")
+        return outcome
+
+    def headers(self, stride: int) -> Iterator[Flip]:
+        """Every byte of the header of one file of each sort; of a text file every byte."""
+        if self.kind.suffix:
+            return
+        for path in one_of_each_sort(self.files):
+            stop = path.stat().st_size
+            if path.suffix == ".safetensors":
+                stop = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+            for at in range(self.rng.randrange(stride), stop, stride):
+                yield path, at
+
+    def body(self) -> Flip:
+        """A random byte of a random tensor, or of a file that holds no tensors."""
+        path = self.rng.choice(self.files)
+        if path.suffix != ".safetensors":
+            return path, self.rng.randrange(path.stat().st_size)
+        with TensorFile(path) as file:
+            spans = [
+                entry
+                for name, entry in file.entries.items()
+                if name.endswith(self.kind.suffix) and entry.stop > entry.start
+            ]
+        span = self.rng.choice(spans)
+        return path, self.rng.randrange(span.start, span.stop)
+
+    def flip(self, flip: Flip, tally: Tally) -> None:
+        path, at = flip
+        bit = self.rng.randrange(8)
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1 << bit
+        path.write_bytes(content)
+        trial = f"{self.kind.name}: bit {bit} of byte {at} of {path.relative_to(self.place)}"
+        detected, table = self._ask(tally, trial)
+        tally.tried += 1
+        if detected:
+            tally.refused += 1
+        elif table != self.wanted:
+            tally.fault("silent", f"another table ({path.name})", trial)
+        self.snapshot.restore()
+
+    def _ask(self, tally: Tally | None = None, trial: str = "") -> tuple[bool, bytes]:
+        """Whether one of the two commands detects something, and the table."""
+        table, detected = self.place / "table.csv", False
+        table.unlink(missing_ok=True)
+        for arguments, plain in zip((self.kind.use, self.kind.check), self.plain, strict=True):
+            outcome = run_inside(arguments, self.place)
+            if tally is not None and outcome.has_fault:
+                last = (outcome.err.strip().splitlines() or ["nothing"])[-1][:80]
+                kind = "hang" if outcome.code is None else "traceback"
+                tally.fault(kind, last, f"{trial}\n{outcome.err[-2000:]}")
+            detected |= outcome.code != 0 or bool(outcome.notes - plain.notes)
+        return detected, table.read_bytes() if table.is_file() else b""
+
+
+def one_of_each_sort(files: list[Path]) -> list[Path]:
+    """One file of each sort: names that differ in digits only are of one sort."""
+    sorts = {"".join("0" if c.isdigit() else c for c in path.name): path for path in files}
+    return list(sorts.values())
+
+
+def run_kind(name: str, count: int, stride: int, seconds: float, seed: int) -> Tally:
+    """`count` body flips, and every `stride`th byte of headers."""
+    kind = next(kind for kind in KINDS if kind.name == name)
+    rng, clock = random.Random(f"{seed} {name}"), Clock(seconds)
+    shm = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    tally = Tally(f"flips: {name}", is_known=bool(kind.known))
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        trials = FlipTrials(kind, Path(folder), rng)
+        flips: list[Flip | None] = [*trials.headers(stride), *([None] * count)]
+        rng.shuffle(flips)  # in turns, should time be short
+        tally.target = len(flips)
+        for flip in flips:
+            if clock.is_over:
+                break
+            trials.flip(flip or trials.body(), tally)
+    tally.seconds = clock.seconds
+    return tally
+
+
+def run_flips(count: int, seconds: float, seed: int = 0) -> list[Tally]:
+    """About `count` body flips over all kinds, and header bytes, in two processes."""
+    import_package()
+    stride = max(1, round(ALL_HEADERS / count))
+    each = -(-count // len(KINDS))
+    share = WORKERS * seconds / len(KINDS)
+    context = multiprocessing.get_context("fork")
+    tallies = []
+    with ProcessPoolExecutor(WORKERS, context) as pool:
+        runs = {
+            kind.name: pool.submit(run_kind, kind.name, each, stride, share, seed) for kind in KINDS
+        }
+        for name, run in runs.items():
+            try:
+                tallies.append(run.result())
+            except BrokenProcessPool as error:
+                tallies.append(Tally(f"flips: {name}"))
+                tallies[-1].crash(error, name)
+    return tallies

@@ -1,0 +1,44 @@
+"""A small fixed part of the campaign of flips: no flip is silent, and a planted one is found."""
+
+import random
+
+import pytest
+
+from faults.flips import FlipTrials, run_flips, run_kind
+from faults.flips.kinds import KINDS
+from faults.tally import Tally
+from influence_cli.storage import checksums
+
+FEW = ("int8", "small files of the cache", "recorded trajectory", "results of evaluate")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_flipped_bit_is_noticed_or_harmless(name):
+    tally = run_kind(name, count=6, stride=600, seconds=60, seed=3)
+    assert tally.tried == tally.target >= 6
+    assert tally.refused > 0.7 * tally.tried
+    assert tally.is_clean, tally.causes
+
+
+def test_a_flip_that_no_checksum_finds_is_silent(tmp_path, monkeypatch):
+    kind = next(kind for kind in KINDS if kind.name == "scales of int8")
+    trials = FlipTrials(kind, tmp_path, random.Random(0))
+    tally = Tally("planted")
+    monkeypatch.setattr(checksums, "compare_checksums", lambda tensors, sums: None)
+    for _ in range(6):
+        trials.flip(trials.body(), tally)
+    assert tally.faults["silent"] >= 1
+    assert tally.tried == 6
+
+
+def test_a_file_that_no_checksum_covers_has_a_row_that_fails_nothing():
+    tally = run_kind("checkpoints without checksums", count=4, stride=10_000, seconds=60, seed=0)
+    assert tally.faults["silent"] >= 2
+    assert tally.is_clean
+
+
+def test_kinds_run_side_by_side(monkeypatch):
+    monkeypatch.setattr("faults.flips.KINDS", KINDS[:2])
+    tallies = run_flips(2, 60)
+    assert [tally.name for tally in tallies] == ["flips: float32", "flips: float16"]
+    assert all(tally.tried >= 1 and tally.is_clean for tally in tallies)
