@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,11 +49,30 @@ class TorchRanks(Ranks):
                 f"RANK and WORLD_SIZE are set, but the ranks can't meet: {error}",
                 "start the ranks with torchrun",
             ) from error
-        with self._report_lost_rank():
+        self._connect()
+
+    def _connect(self) -> None:
+        """Connect the ranks, in a thread: gloo waits for a rank that is gone, and ignores signals
+        meanwhile.
+        """
+        errors: list[RuntimeError] = []
+
+        def connect() -> None:
             store = dist.PrefixStore("gloo", self._store)
-            dist.init_process_group(
-                "gloo", store=store, rank=self.rank, world_size=self.count, timeout=self.TIMEOUT
-            )
+            try:
+                dist.init_process_group(
+                    "gloo", store=store, rank=self.rank, world_size=self.count, timeout=self.TIMEOUT
+                )
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(self.POLL)
+        with self._report_lost_rank():
+            for error in errors:
+                raise error
 
     @contextmanager
     def _report_lost_rank(self) -> Iterator[None]:

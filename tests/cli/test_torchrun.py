@@ -184,6 +184,33 @@ def test_an_error_of_another_rank_names_it(tmp_path):
     assert "\nerror: " not in result.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_rank_that_waits_for_another_one_ends_at_a_signal(number, run):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    environ = {
+        **{"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "influence_cli", "cache", str(run)],
+        env={**os.environ, **environ},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    keys, until = store.num_keys(), time.monotonic() + 60
+    while store.num_keys() < keys + 2 and time.monotonic() < until:  # its address in gloo
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(number)
+    try:
+        _, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+
+
 class Other(Ranks):
     """The first of two ranks, where the other takes every job; its units, those of `source`, are seen some seconds `after`, or never."""
 
