@@ -16,6 +16,7 @@ from faults.disk import run_disk
 from faults.flips import run_flips
 from faults.inputs import run_inputs
 from faults.kills import run_kills
+from faults.ranks import run_ranks
 from faults.sanity import run_sanity
 from faults.soak import run_soak
 from faults.tally import Clock, Tally, format_causes, format_table
@@ -45,6 +46,7 @@ class Part:
 PARTS = {
     #             function    share  quick      full
     "kills": Part(run_kills, 0.4, 300, 1_000),
+    "ranks": Part(run_ranks, 0.15, 60, 240),
     "disk": Part(run_disk, 0.2, 200, 1_000),
     "flips": Part(run_flips, 0.3, 1_500, 12_000),  # bytes of tensors; and headers
     "sanity": Part(run_sanity, 0.15, 500, 5_000),

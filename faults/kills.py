@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from faults.file_changes import SharedCount, watch_changes
@@ -92,11 +91,15 @@ class Moment:
             when = f"before change {self.change}"
         return f"{self.number.name} {when}"
 
-    def prepare(self, place: Path) -> None:
-        """In the fork: many small files, and the signal if a change of a file brings it."""
-        write_small_pieces()
-        if self.change is not None:
-            watch_changes(place, self.signal_at_change)
+    def prepare_in(self, place: Path) -> Callable[[], None]:
+        """What a fork does first: many small files, and the signal if a change brings it."""
+
+        def prepare() -> None:
+            write_small_pieces()
+            if self.change is not None:
+                watch_changes(place, self.signal_at_change)
+
+        return prepare
 
     def signal_at_change(self, number: int, kind: str, path: str | None) -> None:
         if number == self.change:
@@ -190,9 +193,9 @@ class KillTrials:
     ) -> None:
         processes = []
         for at in range(count):
-            prepare: Callable[[], None] = write_small_pieces
-            if at < len(moments):
-                prepare = partial(moments[at].prepare, self.place)
+            prepare = (
+                moments[at].prepare_in(self.place) if at < len(moments) else write_small_pieces
+            )
             processes.append(ForkedCommand(COMMANDS[name], self.place, str(at), prepare))
         start = time.monotonic()
         timed = [(moment, at) for at, moment in enumerate(moments) if moment.change is None]

@@ -12,6 +12,7 @@ from faults import forks, kills
 from faults.disk import DiskTrials
 from faults.disk_failures import PLANTED, FailingSync, PlantedErrors
 from faults.kills import KillTrials, Moment
+from faults.ranks import RankTrials
 from faults.tally import Tally, format_causes
 from influence_cli.cache import store as store_module
 from influence_cli.output import merge as merge_module
@@ -78,6 +79,13 @@ def test_a_planted_hang_is_counted_and_its_output_shown(kill_trials, monkeypatch
     report = format_causes([tally])
     assert "a planted hang" in report
     assert "in hang" in report  # the stack of the process
+
+
+def test_a_killed_rank_loses_nothing(tmp_path):
+    forks.import_package()
+    trials, tally = RankTrials(tmp_path, ["cache"]), Tally("ranks")
+    trials.try_rank("cache", random.Random(2), tally)
+    assert tally.is_clean, tally.causes
 
 
 # ---------------------------------------------------------------- disk
