@@ -2,9 +2,9 @@
 
 The mutants are drawn by seed from all changes of the files of ROOMS (mutations.py). Each is written
 into a copy of the tree, and the tests that run its line are run there, quickest first, until one
-fails. A mutant whose tests all pass within QUICK seconds is a survivor of the first stage; the second
-stage gives it SLOW seconds. Which tests run a line is measured once, by the whole suite under
-coverage, and kept (--map).
+fails: first tests of QUICK seconds together, then of SLOW seconds, as they took in the whole suite.
+Which tests run a line is measured once, by the whole suite under coverage, and kept (--map). A
+survivor may still fail a slower test: --again --slow 300 judges the survivors of a log with more.
 
 The tests of a mutant run in a fork of this process, which has imported torch but nothing of ours: a
 mutant costs about a second.
@@ -39,7 +39,7 @@ ROOMS = {  # room -> its share, and its files
     "methods": (0.26, ("methods/*.py", "methods/reverse/*.py")),
 }
 LEFT_OUT = (".git", ".venv*", "__pycache__", ".influence", ".hypothesis", ".*_cache")
-QUICK, SLOW = 8.0, 90.0  # seconds of tests, as they took in the whole suite
+QUICK, SLOW = 8.0, 30.0  # seconds of tests
 WAIT = 4.0  # a mutant that takes so many times as long as its tests hangs
 IMPORTED = ("torch", "torch.func", "torch._dynamo", "numpy", "pytest", "hypothesis", "safetensors.torch",
             "typer", "rich.console", "rich.progress", "pyarrow.parquet")  # fmt: skip
@@ -77,15 +77,25 @@ def draw_mutations(tree: Path, count: int, seed: int, rooms: list[str]) -> list[
 class MutantRunner:
     """Runs tests on mutants in a copy of the tree."""
 
-    def __init__(self, tree: Path, suite: SuiteMap) -> None:
-        self.tree, self.suite = tree, suite
+    def __init__(self, tree: Path, suite: SuiteMap, slow: float = SLOW) -> None:
+        """`slow`: seconds of tests, of which all must pass."""
+        self.tree, self.suite, self.slow = tree, suite, slow
 
-    def judge(self, mutation: Mutation, budget: float) -> Verdict:
-        """`budget`: seconds of tests."""
+    def judge(self, mutation: Mutation) -> Verdict:
+        """Quick tests, then slower ones if all of them pass."""
         start = time.monotonic()
-        tests = self.suite.tests_of(mutation.path, mutation.line, budget)
-        if not tests:
-            return Verdict(mutation, "uncovered", 0, 0.0)
+        quick, slow = (
+            self.suite.tests_of(mutation.path, mutation.line, budget)
+            for budget in (QUICK, self.slow)
+        )
+        outcome = "uncovered"
+        for tests in (quick, [test for test in slow if test not in quick]):
+            if tests and outcome in ("uncovered", "survived"):
+                outcome = self.try_tests(mutation, tests)
+        return Verdict(mutation, outcome, len(slow), round(time.monotonic() - start, 1))
+
+    def try_tests(self, mutation: Mutation, tests: list[str]) -> str:
+        """The outcome of these tests, on the tree with the mutation."""
         path = self.tree / mutation.path
         source = path.read_bytes()
         try:
@@ -94,8 +104,7 @@ class MutantRunner:
             code = self.run_tests(tests, 30 + WAIT * expected)
         finally:
             path.write_bytes(source)
-        outcome = "hang" if code is None else "killed" if code else "survived"
-        return Verdict(mutation, outcome, len(tests), round(time.monotonic() - start, 1))
+        return "hang" if code is None else "killed" if code else "survived"
 
     def run_tests(self, tests: list[str], patience: float) -> int | None:
         """The exit code of pytest in a fork; None where it takes longer."""
@@ -161,19 +170,23 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def run_mutants(mutations: list[Mutation], runner: MutantRunner, log: Path | None) -> list[Verdict]:
-    """Both stages. `log`: gets a line per verdict of the first stage; a later run continues it."""
-    known = read_log(log)
+def run_mutants(
+    mutations: list[Mutation], runner: MutantRunner, log: Path | None, again: bool = False
+) -> list[Verdict]:
+    """`log`: gets a line per verdict; a later run continues it. `again`: judge its survivors again."""
+    known = {
+        mutation: verdict
+        for mutation, verdict in read_log(log).items()
+        if not (again and verdict.is_survivor)
+    }
     verdicts = []
     for number, mutation in enumerate(mutations, start=1):
-        verdict = known.get(mutation) or runner.judge(mutation, QUICK)
-        if verdict.outcome == "survived" and mutation not in known:
-            verdict = runner.judge(mutation, SLOW)
+        verdict = known.get(mutation) or runner.judge(mutation)
         verdicts.append(verdict)
         if log and mutation not in known:
             with log.open("a") as file:
                 file.write(json.dumps(asdict(verdict)) + "\n")
-        if verdict.is_survivor:
+        if verdict.is_survivor and mutation not in known:
             print(f"{number}/{len(mutations)} {verdict.outcome}: {mutation}", flush=True)
     return verdicts
 
@@ -195,6 +208,8 @@ def main() -> int:
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS))
     parser.add_argument("--map", type=Path, help="file that keeps which tests run which line")
     parser.add_argument("--log", type=Path, help="file of verdicts; a later run continues it")
+    parser.add_argument("--slow", type=float, default=SLOW, help="seconds of tests for a mutant")
+    parser.add_argument("--again", action="store_true", help="judge the survivors of the log again")
     flags = parser.parse_args()
     os.environ["PYTHONDONTWRITEBYTECODE"] = (
         "1"  # a mutant may have the size and time of the original
@@ -211,7 +226,8 @@ def main() -> int:
         for name in IMPORTED:
             importlib.import_module(name)
         mutations = draw_mutations(tree, flags.count, flags.seed, flags.rooms)
-        verdicts = run_mutants(mutations, MutantRunner(tree, suite), flags.log)
+        runner = MutantRunner(tree, suite, flags.slow)
+        verdicts = run_mutants(mutations, runner, flags.log, flags.again)
     survivors = [verdict for verdict in verdicts if verdict.is_survivor]
     print(
         f"{len(verdicts)} mutants, {len(survivors)} survivors, {sum(v.seconds for v in verdicts):.0f} s"

@@ -93,7 +93,7 @@ def runner(tmp_path):
 def test_a_mutant_is_judged_by_its_tests(after, outcome, runner, monkeypatch):
     monkeypatch.setattr("faults.mutants.WAIT", -200.0 if outcome == "hang" else 4.0)  # 10 seconds
     (mutation,) = [m for m in list_mutations("tiny/x.py", TINY) if m.after == after]
-    verdict = runner.judge(mutation, 10)
+    verdict = runner.judge(mutation)
     assert verdict.outcome == outcome, (runner.tree / "mutant.log").read_text()
     assert (runner.tree / "tiny/x.py").read_bytes() == TINY
 
@@ -101,7 +101,7 @@ def test_a_mutant_is_judged_by_its_tests(after, outcome, runner, monkeypatch):
 def test_a_line_without_tests_is_uncovered(runner):
     mutation = list_mutations("tiny/x.py", TINY)[0]
     empty = MutantRunner(runner.tree, SuiteMap({}, {}))
-    assert empty.judge(mutation, 10).outcome == "uncovered"
+    assert empty.judge(mutation).outcome == "uncovered"
 
 
 def test_a_log_is_continued(runner, tmp_path, monkeypatch):
@@ -110,6 +110,17 @@ def test_a_log_is_continued(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(MutantRunner, "judge", None)
     assert run_mutants(mutations, runner, tmp_path / "log") == verdicts
     assert list(read_log(tmp_path / "log")) == mutations
+
+
+def test_the_survivors_of_a_log_are_judged_again(runner, tmp_path, capsys):
+    mutations = list_mutations("tiny/x.py", TINY)
+    first = run_mutants(mutations, MutantRunner(runner.tree, SuiteMap({}, {})), tmp_path / "log")
+    assert {verdict.outcome for verdict in first} == {"uncovered"}
+    second = run_mutants(mutations[:2], runner, tmp_path / "log", again=True)
+    assert {verdict.outcome for verdict in second} == {"killed"}
+    judged = read_log(tmp_path / "log")
+    assert judged[mutations[0]].outcome == "killed"
+    assert capsys.readouterr().out.count("uncovered: tiny/x.py:") == len(mutations)
 
 
 def test_the_quickest_tests_of_a_line_come_first():

@@ -148,3 +148,8 @@ def test_memory_is_flat_in_the_number_of_examples(top):
     assert many - few < 30_000, (
         f"{many - few} KiB more for 100 times the examples"
     )  # their scores alone would be 31,250
+
+
+@pytest.mark.parametrize("make", [lambda: TopRanking(2, 0, 4), lambda: FullRanking(2, 0)])
+def test_a_ranking_of_nothing_has_no_entries(make):
+    assert [list(make().entries(query)) for query in range(2)] == [[], []]
