@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from faults.flips.kinds import KINDS, Kind, kept_progress
-from faults.flips.session import Outcome, Snapshot, run_inside
 from faults.forks import import_package
+from faults.session import Outcome, Snapshot, run_inside
 from faults.tally import Clock, Tally
 from influence_cli.storage.safetensors_io import TensorFile
 

@@ -29,6 +29,14 @@ class SilentFault(Exception):
     """An input was accepted, and read as something that it does not say."""
 
 
+class Refused(Exception):
+    """A command ended with exit 1 or 2 and one message."""
+
+
+class CommandFault(Exception):
+    """A command ended in another way than it may: a traceback, a hang, or several messages."""
+
+
 class Stopped(BaseException):
     """An input was stopped after GIVE_UP seconds."""
 
@@ -78,6 +86,8 @@ def try_input(target: Target, value: object, tally: Tally) -> None:
             target.parse(value)
     except SilentFault as fault:
         tally.fault("silent", str(fault), repr(value))
+    except CommandFault as fault:
+        tally.fault("traceback", str(fault), repr(value))
     except target.refusals:
         tally.refused += 1
     except Stopped:

@@ -43,7 +43,10 @@ def parse_line(text: bytes) -> None:
     expect(line.clip == entry.get("clip", 1.0), "another clip")
     expect(np.array_equal(np.asarray(line.lr), np.asarray(entry["lr"])), "another rate")
     weights = None if line.weights is None else line.weights.tolist()
-    expect(weights == entry.get("weights"), "other weights")
+    written = entry.get("weights")
+    expect(
+        weights == (written and list(map(float, written))) or weights == written, "other weights"
+    )
 
 
 def parse_header(text: bytes) -> None:
