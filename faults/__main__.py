@@ -8,6 +8,10 @@ inputs, or the seconds of a soak.
 """
 
 import argparse
+import datetime
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +67,28 @@ def run_parts(names: list[str], minutes: float, full: bool, seed: int) -> list[T
         part = PARTS[name]
         share = part.share / sum(PARTS[later].share for later in names[at:])
         remaining = max(0.0, 60 * minutes - clock.seconds)
-        tallies += part.run(part.count(minutes, full), share * remaining, seed)
+        try:
+            tallies += part.run(part.count(minutes, full), share * remaining, seed)
+        except Exception as error:  # the other parts still run
+            tallies.append(Tally(name))
+            tallies[-1].crash(error, traceback.format_exc())
         print(f"{name}: {clock.seconds / 60:.1f} minutes", flush=True)
     return tallies
+
+
+def describe_run(arguments: list[str], seconds: float) -> str:
+    """One line: the command, and how long it took on what."""
+    command = " ".join(["python -m faults", *arguments])
+    today = datetime.date.today().isoformat()
+    return (
+        f"`{command}` made this table in {seconds / 60:.0f} minutes, on a machine of "
+        f"{os.cpu_count()} cores, on {today}."
+    )
+
+
+def replace_table(text: str, how: str, table: str) -> str:
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}{how}\n\n{table}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> int:
@@ -78,13 +101,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="write the table to README.md")
     flags = parser.parse_args()
+    clock = Clock(0.0)
     tallies = run_parts(flags.parts, flags.minutes, flags.full, flags.seed)
     table, causes = format_table(tallies), format_causes(tallies)
     print(table, causes, sep="\n\n")
     if flags.write:
-        before, rest = README.read_text().split(BEGIN)
-        after = rest.partition(END)[2]
-        README.write_text(f"{before}{BEGIN}{table}\n{END}{after}")
+        how = describe_run(sys.argv[1:], clock.seconds)
+        README.write_text(replace_table(README.read_text(), how, table))
     return 0 if all(tally.is_clean for tally in tallies) else 1
 
 

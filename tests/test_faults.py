@@ -24,6 +24,31 @@ def test_a_part_gets_its_count_and_its_share_of_the_time(monkeypatch):
         assert [count for count, *_ in calls[-2:]] == [10, 1_000]
 
 
+def test_a_part_that_fails_is_a_traceback_and_the_others_run(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a planted failure")
+
+    def run(*_):
+        return [Tally("planted", tried=1)]
+
+    parts = {"a": campaign.Part(fail, 1, 1, 1), "b": campaign.Part(run, 1, 1, 1)}
+    monkeypatch.setattr(campaign, "PARTS", parts)
+    broken, planted = campaign.run_parts(["a", "b"], 1, False, 0)
+    assert broken.faults["traceback"] == 1
+    assert "a planted failure" in format_causes([broken])
+    assert planted.is_clean
+
+
+def test_the_table_says_how_it_was_made():
+    text = f"before\n{campaign.BEGIN}old\n{campaign.END}\nafter\n"
+    how = campaign.describe_run(["--minutes", "40", "--write"], 2400)
+    changed = campaign.replace_table(text, how, "| new |")
+    assert "`python -m faults --minutes 40 --write` made this table in 40 minutes" in changed
+    assert changed.startswith("before\n") and changed.endswith("\nafter\n")
+    assert "old" not in changed
+    assert campaign.replace_table(changed, how, "| new |") == changed
+
+
 def test_the_whole_output_of_a_hang_is_shown():
     tally = Tally("planted")
     tally.fault("hang", "score", "score: KILL\n" + "x" * 900)
