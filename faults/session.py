@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from faults.inputs.target import Stopped, time_limit
+from faults.time_limit import Stopped, time_limit
 from influence_cli import cli
 
 PATIENCE = 30.0  # seconds after which a command hangs

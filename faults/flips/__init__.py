@@ -19,7 +19,8 @@ from faults.tally import Clock, Tally
 from influence_cli.storage.safetensors_io import TensorFile
 
 WORKERS = 2
-ALL_HEADERS = 10_000  # body flips from which every header byte is flipped; else every nth
+ALL_HEADERS = 18_000  # divided by the count of body flips: every nth header byte is flipped
+EDGE = 2048  # bytes at each end of a table that count as its header
 Flip = tuple[Path, int]  # a file and the position of a byte
 
 
@@ -51,15 +52,15 @@ class FlipTrials:
         return outcome
 
     def headers(self, stride: int) -> Iterator[Flip]:
-        """Every byte of the header of one file of each sort; of a text file every byte."""
+        """Every byte of the header of one file of each sort; of a table or text both ends."""
         if self.kind.suffix:
             return
         for path in one_of_each_sort(self.files):
-            stop = path.stat().st_size
+            size = path.stat().st_size
+            positions = [*range(min(size, EDGE)), *range(max(size - EDGE, EDGE), size)]
             if path.suffix == ".safetensors":
-                stop = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-            for at in range(self.rng.randrange(stride), stop, stride):
-                yield path, at
+                positions = list(range(8 + int.from_bytes(path.read_bytes()[:8], "little")))
+            yield from ((path, at) for at in positions[self.rng.randrange(stride) :: stride])
 
     def body(self) -> Flip:
         """A random byte of a random tensor, or of a file that holds no tensors."""
@@ -132,7 +133,7 @@ def run_kind(name: str, count: int, stride: int, seconds: float, seed: int) -> T
 def run_flips(count: int, seconds: float, seed: int = 0) -> list[Tally]:
     """About `count` body flips over all kinds, and header bytes, in two processes."""
     import_package()
-    stride = max(1, round(ALL_HEADERS / count))
+    stride = max(1, ALL_HEADERS // count)
     each = -(-count // len(KINDS))
     share = WORKERS * seconds / len(KINDS)
     context = multiprocessing.get_context("fork")

@@ -5,19 +5,17 @@ or a silent difference from an independent reading.
 """
 
 import itertools
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
-from types import FrameType
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from faults.tally import Clock, Tally
+from faults.time_limit import Stopped, time_limit
 from influence_cli.errors import InfluenceError
 
 HANG = 2.0  # seconds of processor time that one input may take: the machine may be busy
@@ -35,10 +33,6 @@ class Refused(Exception):
 
 class CommandFault(Exception):
     """A command ended in another way than it may: a traceback, a hang, or several messages."""
-
-
-class Stopped(BaseException):
-    """An input was stopped after GIVE_UP seconds."""
 
 
 def expect(holds: bool, cause: str) -> None:
@@ -61,22 +55,6 @@ class Target:
     refusals: tuple[type[Exception], ...] = (InfluenceError,)
     extremes: Callable[[], Iterable[Any]] = tuple
     strategy: SearchStrategy | None = None
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises Stopped in the block after these seconds. For the main thread."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def try_input(target: Target, value: object, tally: Tally) -> None:
