@@ -104,6 +104,11 @@ def listed(names, most: int = 8, count: int | None = None) -> str:
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 file`, `2,000 files`; `plural`: where it is more than an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def shown(value: object) -> str:
     """A value of a user's file, short enough for an error message."""
     short = reprlib.Repr()

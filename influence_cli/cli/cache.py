@@ -16,7 +16,7 @@ def cache(
     that it was computing.
     """
     from influence_cli.cli import specs
-    from influence_cli.errors import UsageProblem
+    from influence_cli.errors import UsageProblem, counted
 
     if shared.cache == "none":
         raise UsageProblem(
@@ -37,8 +37,8 @@ def cache(
         new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
         cached = len(ids) * len(opened.checkpoints) - new
         opened.reporter.note(
-            f"{split}: {new:,} gradients computed, {cached:,} were stored already "
-            f"({len(ids):,} examples, {len(opened.checkpoints)} checkpoints)"
+            f"{split}: {counted(new, 'gradient')} computed, {cached:,} were stored already "
+            f"({counted(len(ids), 'example')}, {counted(len(opened.checkpoints), 'checkpoint')})"
         )
     opened.note_unverified()
     opened.ranks.close()

@@ -23,7 +23,7 @@ CHECKPOINT_HEADS = ("step", "file", "size", "weight", "from")
 PARAMETER_HEADS = ("name", "layer", "shape", "capture", "form", "bytes per example")
 GRADIENT_HEADS = ("split", "examples", "x checkpoints", "cached", "to compute", "to store")
 FIDELITY_HEADS = (
-    "kept", "numbers per example", "relative error", "expected below",
+    "stored as", "numbers per example", "relative error", "expected below",
     "Pearson", "Spearman", "top-10 overlap",
 )  # fmt: skip
 SETTING_HEADS = ("setting", "value")
@@ -150,7 +150,7 @@ def setting_cells(
     from influence_cli.diagnostics.cost_estimate import free_disk_bytes
 
     source, columns, folder = opened.gradients, list(opened.columns), opened.folder
-    cache = "none: nothing is kept"
+    cache = "none: nothing is stored"
     if folder is not None:
         absent = "" if folder.exists() else " (not existing yet)"
         needed, free = format_bytes(disk_bytes), format_bytes(free_disk_bytes(folder))

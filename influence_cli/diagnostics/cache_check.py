@@ -14,7 +14,7 @@ from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit, open_tensor_file, read_unit
 from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
-from influence_cli.errors import CacheError, listed
+from influence_cli.errors import CacheError, counted
 from influence_cli.extraction import revalidate
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form, Projected
@@ -70,7 +70,7 @@ def check_folder(store: Store, folder: Path) -> Finding:
             files, examples = files + 1, examples + len(rows.ids)
     except CacheError as error:
         return Finding("cache", split, subject, math.nan, allowed, describe_damage(error))
-    note = f"{files:,} files, {examples:,} examples"
+    note = f"{counted(files, 'file')}, {counted(examples, 'example')}"
     return Finding("cache", split, subject, worst, allowed, note)
 
 
@@ -93,7 +93,7 @@ def check_other_files(store: Store) -> Finding | None:
             return Finding("cache", "train", subject, math.nan, 0.0, describe_damage(error))
     if not files:
         return None
-    return Finding("cache", "train", "other files", 0.0, 0.0, f"{len(files):,} files")
+    return Finding("cache", "train", "other files", 0.0, 0.0, counted(len(files), "file"))
 
 
 def describe_damage(error: CacheError) -> str:
@@ -122,7 +122,7 @@ def check_recomputed(
     """
     assert source.cache is not None
     store, allowed = source.cache.store, source.settings.rounding
-    subject, count = f"{checkpoint.name}, taken again", 0
+    subject, count = f"{checkpoint.name}, recomputed", 0
     try:
         revalidate.check_items(
             source.run, "train", {folder: index}, store, source.reporter, all_items=True
@@ -134,4 +134,6 @@ def check_recomputed(
             count += len(ids)
     except CacheError as error:
         return Finding("cache", "train", subject, math.nan, allowed, describe_damage(error))
-    return Finding("cache", "train", subject, 0.0, allowed, f"{listed([count])} gradients agree")
+    return Finding(
+        "cache", "train", subject, 0.0, allowed, f"{counted(count, 'gradient')} compared"
+    )

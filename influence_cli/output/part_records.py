@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from influence_cli.errors import TableError, UsageProblem, listed
+from influence_cli.errors import TableError, UsageProblem, counted, listed
 from influence_cli.output.table_record import Record, read_record
 
 
@@ -83,7 +83,7 @@ def check_shards(names: Sequence[str], shards: dict[str, list[int] | None]) -> N
     count = expected[1]
     if len(names) != count:
         missing = [index for index in range(1, min(count, 10**6) + 1) if index not in owners]
-        tables = f"{len(names)} table{'s' * (len(names) != 1)}"
+        tables = counted(len(names), "table")
         raise TableError(
             f"merge got {tables}, but {first} is shard {expected[0]} of {count}",
             f"found: {tables}; expected: {count}"

@@ -168,7 +168,7 @@ def test_a_cache_of_other_data_is_found(make_run, influence):
         replaced(DEFINITION, ("return examples(0, 20)", "return examples(5, 20)"))
     )
     result = influence("check", run)
-    assert ("cache", "checkpoints/step-000010.safetensors, taken again") in failed(result)
+    assert ("cache", "checkpoints/step-000010.safetensors, recomputed") in failed(result)
     assert "belongs to other data" in result.err
 
 

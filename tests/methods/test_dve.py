@@ -385,7 +385,7 @@ def test_an_unstable_step_is_named(tmp_path, influence):
         for k, line in enumerate(lines)
     ]
     path.write_text("\n".join([head, *loud]) + "\n")
-    assert "1 steps are unstable: at step 1 the curvature is" in dve(influence, run).err
+    assert "1 step is unstable: at step 1 the curvature is" in dve(influence, run).err
 
 
 def test_a_recursion_that_runs_away_is_an_error_and_never_a_number(tmp_path, influence):

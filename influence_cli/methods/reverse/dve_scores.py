@@ -12,7 +12,7 @@ from pathlib import Path
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.errors import UsageProblem
+from influence_cli.errors import UsageProblem, counted
 from influence_cli.extraction.run_notes import sample_train_rows
 from influence_cli.extraction.source import GradientSource, IdsAt
 from influence_cli.methods.dve import DveOptions
@@ -66,8 +66,8 @@ def list_rows(source: GradientSource, request: ScoreRequest) -> list[IdsAt]:
     plan = build_plan(source.run, request.checkpoints, request.columns)
     plan.trajectory.weights(plan.steps[-1])
     source.reporter.note(
-        f"trajectory: {len(plan.steps):,} steps of {plan.trajectory.optimizer}, "
-        f"{plan.count_occurrences():,} occurrences"
+        f"trajectory: {counted(len(plan.steps), 'step')} of {plan.trajectory.optimizer}, "
+        f"{counted(plan.count_occurrences(), 'occurrence')}"
     )
     return list(plan.examples_by_checkpoint)
 
@@ -169,8 +169,7 @@ class Dve:
             )
         reason = f"embeddings in {options.embeddings}"
         if options.embeddings is None:
-            noun = "query" if queries == 1 else "queries"
-            reason = f"{queries:,} {noun}, {size:,} numbers in the final model"
+            reason = f"{counted(queries, 'query', 'queries')}, {size:,} numbers in the final model"
         self.source.reporter.note(
             f"dve in {'embedding' if embedding else 'query'} form ({reason}), curvature "
             f"{options.curvature}"

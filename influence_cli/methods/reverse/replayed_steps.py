@@ -7,7 +7,7 @@ them, recursively. Each level of the recursion takes up to STATE_BYTES.
 
 from collections.abc import Iterator
 
-from influence_cli.errors import TrajectoryError
+from influence_cli.errors import TrajectoryError, counted
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.progress import Reporter
@@ -115,8 +115,7 @@ class ReplayedSteps:
     def _describe_agreement(self) -> str:
         step = max(self.distances, key=lambda step: self.distances[step])
         largest = self.distances[step]
-        count = len(self.distances)
-        checkpoints = f"{count} saved checkpoint{'s' * (count != 1)}"
+        checkpoints = counted(len(self.distances), "saved checkpoint")
         if not largest:
             return f"replay: it reproduced {checkpoints} bit for bit"
         text = (

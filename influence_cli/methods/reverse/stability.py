@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from influence_cli.errors import GradientError
+from influence_cli.errors import GradientError, counted
 from influence_cli.gradients.forms import Form
 from influence_cli.methods.reverse.fisher_batch import weighted_gram
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, SgdUpdate
@@ -45,11 +45,12 @@ class Stability:
         if not self.unstable:
             return None
         share, step = max(self.unstable)
+        verb = "is" if len(self.unstable) == 1 else "are"
         return (
-            f"{len(self.unstable)} steps are unstable: at step {step} the curvature is {share:.3g} "
-            "times the largest stable one, so scores of earlier steps are too large. "
-            "All steps between two checkpoints use gradients of the first one: save checkpoints "
-            "more often"
+            f"{counted(len(self.unstable), 'step')} {verb} unstable: at step {step} the curvature "
+            f"is {share:.3g} times the largest stable one, so scores of earlier steps are too "
+            "large. All steps between two checkpoints use gradients of the first one: save "
+            "checkpoints more often"
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
+from influence_cli.errors import counted
 from influence_cli.extraction.run_notes import sample_train_rows
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.pairwise import RankingFactory
@@ -38,7 +39,9 @@ def estimate_cost(source: GradientSource, request: ScoreRequest) -> str:
     """The cost in one line, for `influence inspect`: in trainings of the recorded steps."""
     cost = measure_cost(source, request, Unroll(source, request).steps)
     return cost.describe(
-        "the mean query" if request.sum_queries else f"{len(request.queries):,} queries"
+        "the mean query"
+        if request.sum_queries
+        else counted(len(request.queries), "query", "queries")
     )
 
 
