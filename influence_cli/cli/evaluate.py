@@ -56,8 +56,8 @@ def evaluate(
 ) -> None:
     """How well do scores predict what retraining does, on this run? It really retrains.
 
-    One row per method and query says how well the scores predicted the measured effects. Finished
-    retrainings are stored. If it is interrupted, run the same command to resume.
+    The table has one row per method and query. Finished retrainings are stored. If it is
+    interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
     from influence_cli.cli.method_options import (

@@ -90,7 +90,7 @@ Layers = Annotated[
         "--layers",
         metavar="GLOB",
         panel=RANKED,
-        help="Parameters or modules to use; '!GLOB' leaves out. Repeatable. [default: all]",
+        help="Parameters or modules to use; '!GLOB' leaves some out. Repeatable. [default: all]",
     ),
 ]
 Train = Annotated[
@@ -283,7 +283,8 @@ Output = Annotated[
     ),
 ]
 Verify = Annotated[
-    bool, option("--verify", panel=RUN, help="Compare what is read from the cache with checksums.")
+    bool,
+    option("--verify", panel=RUN, help="Compare all that is read from the cache with checksums."),
 ]
 SafeCells = Annotated[
     bool,

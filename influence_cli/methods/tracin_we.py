@@ -35,7 +35,9 @@ class TracinWeOptions:
         choices=("keep", "drop", "only"),
     )
     pad_id: int | None = option(
-        None, "Token that never counts. The padding_idx of the embedding never counts.", "ID"
+        None,
+        "Token to ignore, such as padding. The padding_idx of the embedding is always ignored.",
+        "ID",
     )
     top_words: int | None = option(
         None, "Use only the K words of each text with the largest gradient.", "K", minimum=1
