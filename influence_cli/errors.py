@@ -2,6 +2,8 @@
 
 import reprlib
 
+LONGEST_PART = 2000  # characters of a headline, or of one detail
+
 
 class InfluenceError(Exception):
     """A known mistake. The headline says what is wrong with what; the details say what was found
@@ -13,8 +15,9 @@ class InfluenceError(Exception):
     exit_code = 1
 
     def __init__(self, headline: str, *details: str) -> None:
-        super().__init__(headline, *details)
-        self.headline, self.details = headline, details
+        headline, *shown_details = map(cut_part, (headline, *details))
+        super().__init__(headline, *shown_details)
+        self.headline, self.details = headline, tuple(shown_details)
 
     def __str__(self) -> str:
         return "\n  ".join((self.headline, *self.details))
@@ -93,6 +96,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "allocate memory" in text
         or "not enough memory" in text
     )
+
+
+def cut_part(text: str) -> str:
+    """A part of a message that holds a value of 10 MB, in a readable length."""
+    if len(text) <= LONGEST_PART:
+        return text
+    return f"{text[:LONGEST_PART]}... ({len(text):,} characters)"
 
 
 def listed(names, most: int = 8, count: int | None = None) -> str:

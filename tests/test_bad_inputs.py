@@ -1053,6 +1053,15 @@ def test_damaged_checkpoint_digests_are_named(text, cached, influence):
     refused(influence("score", cached), 1, str(path), "delet")
 
 
+@pytest.mark.parametrize("value", ['"' + "x" * 10_000_000 + '"', "9" * 5000, "[" * 5000, "1e400"])
+def test_an_enormous_value_of_a_trainer_ends_in_one_short_message(value, make_run, influence):
+    run = make_run()
+    trainer_folder(run, state=f'{{"log_history": [{{"step": 1, "learning_rate": {value}}}]}}')
+    result = influence("score", run)
+    refused(result, 1, "error: ", "checkpoint-20")
+    assert len(result.err) < 5000
+
+
 SIZES = ('{"forms": {}, "batches": null}', '{"forms": {"0.weight": [1, 2]}, "batches": {}}', '{"forms": {"0.weight": ["dense", -1]}, "batches": {}}', '{"forms": {}, "batches": {"a": [1.5, 2]}}')  # fmt: skip
 
 
