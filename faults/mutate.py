@@ -111,15 +111,16 @@ EXTREME_TEXTS = (
 
 
 def extreme_values(content: bytes) -> Iterator[bytes]:
-    """The text with each of its values, in turn, replaced by each extreme one; then long ones."""
+    """Extreme texts, then the text with its values, in turn, replaced by each extreme one."""
     spans = [match.span() for match in VALUE.finditer(content)]
-    for start, stop in spans:
-        for value in EXTREME_VALUES:
-            yield content[:start] + value + content[stop:]
     yield from EXTREME_TEXTS
-    for start, stop in spans[:: max(1, len(spans) // 3)]:
-        for value in LONG_VALUES:
-            yield content[:start] + value + content[stop:]
+    for values, places in (
+        (LONG_VALUES, spans[:: max(1, len(spans) // 3)]),
+        (EXTREME_VALUES, spans),
+    ):
+        for start, stop in places:
+            for value in values:
+                yield content[:start] + value + content[stop:]
 
 
 def random_text(rng: random.Random) -> str:

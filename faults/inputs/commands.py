@@ -10,18 +10,21 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load
 
 from faults.forks import build_run
 from faults.inputs import flags, headers, merge_parts
 from faults.inputs.definition_texts import Written, judge_definition, make_definition
 from faults.inputs.tables import ACTING
 from faults.inputs.target import CommandFault, Refused, Target, expect
-from faults.mutate import mutate_bytes, strict_json
+from faults.mutate import extreme_values, mutate_bytes, strict_json
 from faults.session import Outcome, Snapshot, run_inside
 
 TRAIN, QUERIES, STEPS, RATE = 40, 6, (10, 20, 30), 0.1
@@ -227,6 +230,32 @@ def parse_trainer_state(trials: CommandTrials, text: bytes) -> None:
     trials.expect_scores(rows, {10: RATE, 20: float(logged[step]), 30: RATE})
 
 
+def make_header(rng: random.Random) -> bytes:
+    """The header of a checkpoint, of two layers."""
+    model = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": span}
+        for name, shape, span in (
+            ("0.bias", [5], [0, 20]), ("0.weight", [5, 4], [20, 100]), ("2.bias", [3], [100, 112]),
+            ("2.weight", [3, 5], [112, 172]),
+        )
+    }  # fmt: skip
+    metadata = {"step": "10", "learning_rate": rng.choice(("0.1", "3", "1e-3"))}
+    return mutate_bytes(json.dumps({"__metadata__": metadata, **model}).encode(), rng)
+
+
+def parse_header(trials: CommandTrials, text: bytes) -> None:
+    """The first checkpoint with another header; its tensors, where they are the same."""
+    name = "run/checkpoints/step-000010.safetensors"
+    content = (trials.place / name).read_bytes()
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    written = len(text).to_bytes(8, "little") + text + body
+    rows = trials.run_with({name: written}, *SCORE)
+    before, after = load(content), load(written)
+    if all(torch.equal(before[key], after[key]) for key in before):
+        rate = float(strict_json(text)["__metadata__"]["learning_rate"])
+        trials.expect_scores(rows, {10: rate, 20: RATE, 30: RATE})
+
+
 CACHE_FILES = ("cache.json", "checkpoints.json", "sizes-train.json", "columns.json")
 
 
@@ -292,6 +321,7 @@ CASES: dict[str, Case] = {
     "flags": (make_flags, parse_flags),
     "trajectory.jsonl": (make_trajectory, parse_trajectory),
     "trainer_state.json": (headers.mutated(headers.TRAINER_STATE), parse_trainer_state),
+    "headers of a checkpoint": (make_header, parse_header),
     "files of the cache": (make_cache_file, parse_cache_file),
     "group file": (headers.mutated(GROUPS), parse_groups),
     "merge parts": (make_part, parse_part),
@@ -306,7 +336,11 @@ def make_command_targets(folder: Path) -> list[Target]:
     def bind(parse: Callable[[CommandTrials, Any], None]) -> Callable[[Any], None]:
         return lambda value: parse(trials, value)
 
+    extremes: dict[str, Callable[[], Iterable[Any]]] = {
+        "trainer_state.json": partial(extreme_values, headers.TRAINER_STATE),
+        "merge parts": lambda: (("jsonl", text) for text in extreme_values(encoded_part("jsonl"))),
+    }
     return [
-        Target(f"command line: {name}", make, bind(parse), 1, (Refused,))
+        Target(f"command line: {name}", make, bind(parse), 1, (Refused,), extremes.get(name, tuple))
         for name, (make, parse) in CASES.items()
     ]

@@ -15,6 +15,7 @@ from faults.mutate import extreme_values, mutate_bytes, strict_json
 from faults.strategies import broken_json, json_texts
 from influence_cli.cache.store import check_version, columns_digest, list_units
 from influence_cli.errors import InfluenceError
+from influence_cli.evaluate.result_log import ResultLog
 from influence_cli.extraction.memory_budget import SizeRecord
 from influence_cli.extraction.revalidate import trusted_definitions
 from influence_cli.run.checkpoints import Checkpoint, describe_checkpoint, list_shards
@@ -213,8 +214,31 @@ def make_cache_targets(folder: Path) -> list[Target]:
     return targets
 
 
+def make_log_target(folder: Path) -> Target:
+    """The results of evaluate. A record whose checksum was lost is read like an older one."""
+    path = folder / "tsloo.jsonl"
+    log = ResultLog(path)
+    for number in range(3):
+        log.add({"step": number, "example": 7, "truth": [0.5 * number, -1e-9]})
+    content = path.read_bytes()
+
+    def parse(text: bytes) -> None:
+        path.write_bytes(text)
+        records = ResultLog(path).records
+        lines = text[: text.rfind(b"\n") + 1].split(b"\n")[:-1]
+        wanted = [strict_json(line) for line in lines]
+        for record in (*wanted, *records):
+            record.pop("crc32", None)
+        expect(records == wanted, "other records")
+
+    return Target(
+        "results of evaluate", mutated(content), parse, 6, extremes=partial(extreme_values, content)
+    )
+
+
 def make_targets(folder: Path) -> list[Target]:
     return [
+        make_log_target(folder),
         Target(
             "safetensors header", mutated(HEADER), parse_header, 180,
             (InfluenceError, ValueError), partial(extreme_values, HEADER), headers(),
