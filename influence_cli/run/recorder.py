@@ -29,7 +29,12 @@ from influence_cli.run.recording_header import (
     list_differences,
     read_group_options,
 )
-from influence_cli.storage.atomic import LineLog, remove_stale_files, write_bytes
+from influence_cli.storage.atomic import (
+    LineLog,
+    remove_stale_files,
+    remove_stale_siblings,
+    write_bytes,
+)
 from influence_cli.storage.json_text import seal_json
 
 
@@ -79,6 +84,7 @@ class TrajectoryRecorder:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in ("checkpoints", "optimizer"):
                 remove_stale_files(self.folder / name)
+            remove_stale_siblings(self.path)
             write_bytes(self.path, b"".join([encode_line(header), *earlier.lines]))
             self._log = LineLog(self.path)
         return self

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -580,6 +581,13 @@ def test_a_killed_training_goes_on_to_the_same_bytes(at, tmp_path):
     train(tmp_path / "parts", 10, OPTIMIZERS["adam"], save_optimizer=True)
     train(tmp_path / "whole", 10, OPTIMIZERS["adam"], save_optimizer=True)
     assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+
+
+def test_the_temporary_file_of_a_training_killed_at_its_start_is_removed(tmp_path):
+    name = f".tmp-{socket.gethostname()}-{'0' * 16}-trajectory.jsonl"
+    (tmp_path / name).write_text("{")
+    train(tmp_path, 2)
+    assert not (tmp_path / name).exists()
 
 
 def test_going_on_after_the_last_step_changes_nothing(tmp_path):
