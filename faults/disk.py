@@ -20,8 +20,16 @@ from faults.disk_failures import (
     MakeFailure,
     small_disk,
 )
-from faults.forks import Ended, ForkedCommand, copy_folder, import_package, read_files
-from faults.kills import COMMANDS, Undisturbed, judge_end, judge_files, results, run_undisturbed
+from faults.forks import Ended, copy_folder, import_package, read_files
+from faults.kills import (
+    COMMANDS,
+    Undisturbed,
+    judge_end,
+    judge_files,
+    results,
+    run_undisturbed,
+    start_command,
+)
 from faults.runs import build_template, write_small_pieces
 from faults.tally import Clock, Tally
 
@@ -29,6 +37,7 @@ from faults.tally import Clock, Tally
 DISK_COMMANDS = {
     name: tuple(word.replace("table.", "out/table.") for word in arguments)
     for name, arguments in COMMANDS.items()
+    if arguments
 }
 BEST_EFFORT = ("sizes-train.json", "sizes-query.json", "agrees.json")  # may be absent at exit 0
 
@@ -79,7 +88,7 @@ class DiskTrials:
             write_small_pieces()
             failure.prepare()
 
-        process = ForkedCommand(DISK_COMMANDS[name], self.place, prepare=prepare, logs=self.logs)
+        process = start_command(DISK_COMMANDS[name], self.place, prepare, logs=self.logs)
         ended = process.wait(usual.patience)
         failure.end()
         (self.logs / "first").write_text(ended.output)
@@ -99,9 +108,7 @@ class DiskTrials:
             (self.place / folder).mkdir(exist_ok=True)
         # a complete `init` rightly refuses to run again
         if name != "init" or not (self.place / "new" / "definition.py").exists():
-            again = ForkedCommand(
-                DISK_COMMANDS[name], self.place, prepare=write_small_pieces, logs=self.logs
-            )
+            again = start_command(DISK_COMMANDS[name], self.place, logs=self.logs)
             judge_end(again.wait(usual.patience), {0}, tally, trial)
         # a folder that vanished when its content was no longer needed stays away
         judge_files(self.place, usual.files, tally, trial, failure.folders)

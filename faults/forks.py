@@ -23,7 +23,7 @@ import influence_cli
 from influence_cli import cli
 from influence_cli.signals import exit_at_once, handle_signals
 
-PATIENCE = 20.0  # seconds after which a process hangs
+PATIENCE = 60.0  # seconds after which a process hangs; other processes may share the cores
 STACKS = signal.SIGUSR1  # makes a fork print the stacks of its threads
 DEFINITION = """
 import torch
@@ -94,7 +94,7 @@ class Ended:
 
 
 class ForkedCommand:
-    """`influence ARGUMENTS` in a fork of this process, in the folder `place`.
+    """`influence ARGUMENTS` in a fork of this process, in the folder `place`. `main`: instead.
 
     `prepare` runs in the fork before the command. `environment`: variables to set there. `logs`:
     the folder that takes its stdout and stderr, `place` by default.
@@ -108,6 +108,7 @@ class ForkedCommand:
         prepare: Callable[[], None] | None = None,
         environment: Mapping[str, str] | None = None,
         logs: Path | None = None,
+        main: Callable[[], object] = cli.app,
     ) -> None:
         self.out, self.err = (logs or place) / f"out-{name}", (logs or place) / f"err-{name}"
         self.start = time.monotonic()
@@ -115,7 +116,8 @@ class ForkedCommand:
         self.id = os.fork()
         if not self.id:
             os.environ.update(environment or {})
-            run_in_fork(arguments, place, (self.out, self.err), prepare or (lambda: None))
+            sys.argv = ["influence", *arguments]
+            run_in_fork(place, (self.out, self.err), prepare or (lambda: None), main)
 
     def kill(self, number: int) -> None:
         os.kill(self.id, number)  # not yet waited for, so the id is still ours
@@ -146,7 +148,10 @@ class ForkedCommand:
 
 
 def run_in_fork(
-    arguments: Sequence[str], place: Path, files: tuple[Path, Path], prepare: Callable[[], None]
+    place: Path,
+    files: tuple[Path, Path],
+    prepare: Callable[[], None],
+    main: Callable[[], object],
 ) -> None:
     """The child: never returns. `files`: take its stdout and stderr."""
     code = 1
@@ -158,9 +163,8 @@ def run_in_fork(
         tempfile.tempdir = str(place / "tmp")
         os.chdir(place)
         handle_signals(exit_at_once)  # as __main__.py does
-        sys.argv = ["influence", *arguments]
         prepare()
-        cli.app()
+        main()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

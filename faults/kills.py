@@ -23,8 +23,9 @@ from faults.forks import (
     import_package,
     read_files,
 )
-from faults.runs import build_template, write_small_pieces
+from faults.runs import build_template, train_run, write_small_pieces
 from faults.tally import Clock, Tally
+from influence_cli import cli
 
 TABLE, DVE, UNROLL = ("-o", "table.csv"), ("--method", "dve"), ("--method", "unroll")
 TRAINED = ("score", "trained", "--top", "all")
@@ -51,9 +52,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "run"),
     "check": ("check", "run"),
     "init": ("init", "new"),
+    "training": (),  # no command: a program that records its training
 }
 # -N too: the fork had not yet installed its handlers
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+ALONE = ("init", "training")  # of two in one folder, the second is rightly refused
 SLOWER = 30  # a trial that takes so many times the undisturbed run hangs
 
 
@@ -144,6 +147,17 @@ def judge_files(
         tally.fault("lost", "other bytes after resuming", f"{trial}: {names[:3]}")
 
 
+def start_command(
+    arguments: Sequence[str],
+    place: Path,
+    prepare: Callable[[], None] = write_small_pieces,
+    name: str = "0",
+    logs: Path | None = None,
+) -> ForkedCommand:
+    main = cli.app if arguments else lambda: train_run(Path("recorded"))
+    return ForkedCommand(arguments, place, name, prepare, logs=logs, main=main)
+
+
 def run_undisturbed(arguments: Sequence[str], template: Path, place: Path) -> Undisturbed:
     copy_folder(template, place)
     count = SharedCount()
@@ -152,7 +166,7 @@ def run_undisturbed(arguments: Sequence[str], template: Path, place: Path) -> Un
         write_small_pieces()
         watch_changes(place, lambda *_: None, count)
 
-    ended = ForkedCommand(arguments, place, prepare=prepare).wait()
+    ended = start_command(arguments, place, prepare).wait()
     if ended.code:
         raise RuntimeError(f"{' '.join(arguments)} fails undisturbed: {ended.output}")
     return Undisturbed(results(place), ended.seconds, count.get())
@@ -184,7 +198,7 @@ class KillTrials:
         tally.tried += 1
         # a complete `init` rightly refuses to run again
         if name != "init" or not (self.place / "new" / "definition.py").exists():
-            again = ForkedCommand(COMMANDS[name], self.place, prepare=write_small_pieces)
+            again = start_command(COMMANDS[name], self.place)
             judge_end(again.wait(usual.patience), {0}, tally, f"{trial}; then again")
         judge_files(self.place, usual.files, tally, trial)
 
@@ -196,7 +210,7 @@ class KillTrials:
             prepare = (
                 moments[at].prepare_in(self.place) if at < len(moments) else write_small_pieces
             )
-            processes.append(ForkedCommand(COMMANDS[name], self.place, str(at), prepare))
+            processes.append(start_command(COMMANDS[name], self.place, prepare, str(at)))
         start = time.monotonic()
         timed = [(moment, at) for at, moment in enumerate(moments) if moment.change is None]
         for moment, at in sorted(timed, key=lambda pair: pair[0].seconds):
@@ -213,13 +227,17 @@ def run_kills(count: int, seconds: float, seed: int = 0) -> list[Tally]:
     folder = Path(tempfile.mkdtemp())
     try:
         trials = KillTrials(folder, list(COMMANDS))
-        for processes, label, share in ((1, "one process", 0.6), (2, "two processes", 0.4)):
-            tally = Tally(f"kills: {label}", target=round(count * share))
+        together = [name for name in COMMANDS if name not in ALONE]
+        rows = (("one process", 1, 0.6, list(COMMANDS)), ("two processes", 2, 1.0, together))
+        remaining = count
+        for label, processes, share, names in rows:  # `share`: of what remains
+            tally = Tally(f"kills: {label}", target=round(remaining * share))
+            remaining -= tally.target
             rng = random.Random(f"{seed} {processes}")
-            part = Clock(share * seconds)
-            while tally.tried < tally.target and not (part.is_over or clock.is_over):
-                name = tuple(COMMANDS)[tally.tried % len(COMMANDS)]
-                trials.try_kill(name, processes, rng, tally)
+            part = Clock(share * (seconds - clock.seconds))
+            while tally.tried < tally.target and not part.is_over:
+                trials.try_kill(names[tally.tried % len(names)], processes, rng, tally)
+            tally.seconds = part.seconds
             tallies.append(tally)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

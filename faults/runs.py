@@ -70,7 +70,8 @@ def call_in_fork(work: Callable[[], None]) -> None:
 
 
 def train_run(folder: Path) -> None:
-    folder.mkdir(parents=True)
+    """Trains and records; resumes a training that was killed, as the documentation says."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "definition.py").write_text(DEFINITION)
     space: dict = {"__name__": "definition_of_the_campaign"}
     exec(DEFINITION, space)
@@ -78,11 +79,12 @@ def train_run(folder: Path) -> None:
     model, data = space["model"](), space["train_data"]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     order = torch.Generator().manual_seed(1)
+    batches = [torch.randperm(len(data), generator=order)[:BATCH].tolist() for _ in range(STEPS)]
+    start = TrajectoryRecorder.restore(folder, model, optimizer)
     with TrajectoryRecorder(
-        folder, model, optimizer, CHECKPOINT_EVERY, save_optimizer=True
+        folder, model, optimizer, CHECKPOINT_EVERY, start=start, save_optimizer=True
     ) as recorder:
-        for _ in range(STEPS):
-            ids = torch.randperm(len(data), generator=order)[:BATCH].tolist()
+        for ids in batches[start:]:
             batch = torch.utils.data.default_collate([data[i] for i in ids])
             optimizer.zero_grad()
             space["loss"](model, batch).mean().backward()
