@@ -1,6 +1,6 @@
 """The units of work that a request lacks, in order.
 
-A plan of a billion rows is a few numbers: it makes a unit of work when someone asks for it.
+A plan of a billion rows is a few numbers: it makes a WorkUnit when someone asks for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from influence_cli.run.checkpoints import Checkpoint
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """One unit of work: these examples lack the unit's columns at this checkpoint."""
+    """A unit to compute: these examples lack the unit's columns at this checkpoint."""
 
     checkpoint: Checkpoint
     unit: Unit
