@@ -105,6 +105,11 @@ def cut_part(text: str) -> str:
     return f"{text[:LONGEST_PART]}... ({len(text):,} characters)"
 
 
+def is_too_large(error: RuntimeError) -> bool:
+    """Whether torch refused a number, such as a learning rate, that its tensors can't hold."""
+    return "cannot be converted to type" in str(error)
+
+
 def listed(names, most: int = 8, count: int | None = None) -> str:
     """`a, b, c and 12 more`: a list short enough for an error message. `count`: of all names, where
     `names` are the first ones.

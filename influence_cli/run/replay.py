@@ -7,7 +7,7 @@ checkpoint's statistics. If training ran in another mode, the replay may diverge
 Letters: B entries of a step.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory
+from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, is_too_large
 from influence_cli.progress import Advance
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.definition import describe_failure
@@ -54,6 +54,17 @@ class DroppedExample:
         if self.renormalize and rest_B.sum():
             return rest_B * (weights_B.sum() / rest_B.sum())
         return rest_B
+
+
+def explain_failed_step(step: int, rates: Sequence[float], error: RuntimeError) -> Exception:
+    """A GradientError if a number of the step is too large for the model's precision."""
+    if not is_too_large(error):
+        return error
+    return GradientError(
+        f"the optimizer can't make step {step}: {error}",
+        f"the learning rate is {', '.join(f'{rate:g}' for rate in rates)}",
+        "check lr, weights and clip in the trajectory; --precision float64 holds larger numbers",
+    )
 
 
 class Replay:
@@ -172,7 +183,10 @@ class Replay:
             rates = self.trajectory.rates(step)
             for number, optimizer in self._optimizers.items():
                 optimizer.param_groups[0]["lr"] = rates[number]
-            self._model.step(self._optimizers.values())
+            try:
+                self._model.step(self._optimizers.values())
+            except RuntimeError as error:
+                raise explain_failed_step(step, rates, error) from error
             self.step = step + 1
             if report_progress is not None:
                 report_progress(1)

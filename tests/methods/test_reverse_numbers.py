@@ -109,3 +109,20 @@ def test_evaluate_refuses_scores_that_are_not_finite(tmp_path, influence):
     (run / "definition.py").write_text(NumericRun(extra=extra).definition)
     result = influence("evaluate", run, "tsloo", "--method", "tracin", *flags)
     refused(result, 1, "the score of training example")
+
+
+@pytest.mark.parametrize("momentum", ["", ', "momentum": 0.9'])
+@pytest.mark.parametrize("flags", [("dve",), ("dve", "--replay"), ("unroll",)], ids=str)
+def test_a_learning_rate_past_float32_is_refused_or_right(flags, momentum, tmp_path, influence):
+    # torch refuses it with a RuntimeError where it is an argument of an operation
+    run = build_numeric_run(NumericRun(exponent=-44), tmp_path / "run")
+    lines = (run / "trajectory.jsonl").read_text().replace('"sgd"', f'"sgd"{momentum}')
+    assert "e+43" in lines
+    (run / "trajectory.jsonl").write_text(lines)
+    result = influence("score", run, "--method", *flags)
+    assert "Traceback" not in result.err
+    assert "RuntimeError" not in result.err
+    if momentum or "--replay" in flags:
+        assert result.code == 1
+        says = "can't make step" if "--replay" in flags else "gave a number that is not finite"
+        assert says in result.err

@@ -85,13 +85,17 @@ def check_finite(values: Tensor, step: int, checkpoint: int) -> None:
     `checkpoint`: the step of the checkpoint before it.
     """
     if not torch.isfinite(values).all():
-        raise GradientError(
-            f"backpropagating through training gave a number that is not finite at step {step} "
-            f"(after the checkpoint of step {checkpoint})",
-            "expected: finite effects. The learning rate, a weight or a gradient of this step, or "
-            "the query's gradient, is too large or not a number",
-            "look at this line of the trajectory, and run `influence check`",
-        )
+        raise not_finite(step, checkpoint)
+
+
+def not_finite(step: int, checkpoint: int) -> GradientError:
+    return GradientError(
+        f"backpropagating through training gave a number that is not finite at step {step} "
+        f"(after the checkpoint of step {checkpoint})",
+        "expected: finite effects. The learning rate, a weight or a gradient of this step, or "
+        "the query's gradient, is too large or not a number",
+        "look at this line of the trajectory, and run `influence check`",
+    )
 
 
 def check_growth(start_norms_K: Tensor, norms_K: Tensor, step: int) -> None:

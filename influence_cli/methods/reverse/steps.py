@@ -15,9 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_cli.errors import is_too_large
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint, StepBatch, Update
 from influence_cli.methods.reverse.removal_effects import removal_effects, sum_parameters
-from influence_cli.methods.reverse.stability import check_finite, check_growth, state_norms
+from influence_cli.methods.reverse.stability import (
+    check_finite,
+    check_growth,
+    not_finite,
+    state_norms,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,12 @@ def propagate(
     Raises GradientError where the adjoint diverges or a number is not finite.
     """
     for step in steps:
-        products = adjoint.reverse_step(step.batch, step.updates, step.clip)
+        try:
+            products = adjoint.reverse_step(step.batch, step.updates, step.clip)
+        except RuntimeError as error:
+            if is_too_large(error):
+                raise not_finite(step.number, step.checkpoint) from error
+            raise
         norms = state_norms(adjoint)
         check_finite(norms, step.number, step.checkpoint)
         check_growth(start_norms, norms, step.number)
