@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -1305,6 +1306,13 @@ def test_a_model_too_large_for_memory_is_refused(make_run, influence):
         replaced(DEFINITION, (MODEL, "return nn.Linear(2**24, 2**24)"))
     )
     refused(influence("score", run), 1, "allocate memory")
+
+
+def test_init_removes_the_temporary_file_of_a_killed_init(tmp_path, influence):
+    name = f".tmp-{socket.gethostname()}-{'0' * 16}-definition.py"
+    (tmp_path / name).write_text("import")
+    assert influence("init", tmp_path).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["definition.py"]
 
 
 def test_init_on_a_full_disk_leaves_nothing(tmp_path, influence, monkeypatch):

@@ -29,7 +29,7 @@ def init(
     from influence_cli.cli.specs import one_of
     from influence_cli.cli.streams import write_message
     from influence_cli.errors import InfluenceError, UsageProblem
-    from influence_cli.storage.atomic import describe_disk_error, write_text
+    from influence_cli.storage.atomic import describe_disk_error, remove_stale_siblings, write_text
 
     one_of("--template", template, TEMPLATES)
     text = (Path(__file__).parent / "templates" / f"{template}.py").read_text(encoding="utf-8")
@@ -39,6 +39,7 @@ def init(
     new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        remove_stale_siblings(path)
         write_text(path, text)
     except OSError as error:
         for folder in new:
