@@ -76,6 +76,12 @@ def lock_file(descriptor: int) -> bool | None:
     return True
 
 
+def wait_for_lock(descriptor: int) -> None:
+    """Waits until this process has the file's lock. Without locks it does not wait."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 @contextmanager
 def replace_text_file(path: Path) -> Iterator[IO[str]]:
     """The same, as an open text file in UTF-8 with LF line ends."""
