@@ -100,3 +100,19 @@ def test_half_precision_is_noted(method, ask):
     what = "features" if method == "repsim" else "gradients"
     assert result.code == 0, result.err
     assert f"{what} are computed in bfloat16" in result.err
+
+
+@pytest.mark.parametrize("method", ["tracin", "tracin-we"])
+def test_scores_that_underflow_are_refused_although_some_pairs_share_nothing(method, ask):
+    # texts of other words have products of 0, which do not underflow
+    flags = ("--layers", "0.weight") if method == "tracin" else ()
+    run = NumericRun("words", order=tuple(range(6)))
+    scores = [float(row["score"]) for row in ask(run, "score", method, "--top", "all", *flags).rows]
+    assert 0 < scores.count(0) < len(scores)
+    refused(ask(run, "score", method, "--lr", "1e-320", *flags), 1, "all scores underflow")
+
+
+@pytest.mark.parametrize(("count", "code"), [(1, 0), (2, 1), (3, 1)])
+def test_a_single_example_without_features_is_no_sign_of_a_wrong_definition(count, code, ask):
+    run = zeros(train=ALL, order=tuple(range(count)), extra=FEATURES)
+    assert ask(run, "score", "repsim").code == code
