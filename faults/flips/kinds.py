@@ -18,7 +18,8 @@ class Kind:
     """Files of one kind: those of `pattern` after the commands `make` ran in a built run.
 
     `use` reads them and writes table.csv. `suffix`: only tensors with such names are flipped.
-    `known`: why a flip can stay silent, a limit that README.md explains.
+    `keeps_times`: the cache takes the flipped file for the one that it knows, as it does after a
+    disk flips a bit: no time stamp changes.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Kind:
     suffix: str = ""
     check: Arguments = CHECK
     keeps_progress: bool = False
-    known: str = ""
+    keeps_times: bool = False
 
 
 def score(*flags: str) -> Arguments:
@@ -104,7 +105,7 @@ KINDS = (
     parts(".parquet"),
     Kind(
         "checkpoints without checksums", "run/checkpoints/*", score(), make=(score(),),
-        known="the user's own program wrote them",
+        keeps_times=True,
     ),
 )  # fmt: skip
 

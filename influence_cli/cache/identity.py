@@ -12,11 +12,11 @@ import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.quantize import STORE_EPS
-from influence_cli.errors import CacheError
+from influence_cli.errors import CacheError, CheckpointError
 from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.projection import Projection
 from influence_cli.storage.atomic import read_json, write_json
-from influence_cli.storage.checksums import digest_tensors
+from influence_cli.storage.checksums import digest_header, digest_tensors
 
 
 class CheckpointFiles(Protocol):
@@ -69,27 +69,42 @@ class Settings:
         return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * STORE_EPS[self.storage_dtype])
 
 
-def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None) -> str:
+def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None, compare: bool = False) -> str:
     """`step-N-<digest of its tensors>`.
 
     `memory`: a JSON file that stores digests by path, size, both time stamps and inode. A file
     that replaces another one has another inode, and nobody can set the time of its last change.
+    `compare`: read the files again, and raise CheckpointError where one differs from its digests.
     """
     known = read_json(memory) if memory and memory.is_file() else {}
     parts, fresh = [], False
     for file in checkpoint.files:
-        state = file.stat()
-        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}:"
-        key += f"{state.st_ctime_ns}:{state.st_ino}"
-        if key not in known:
-            known[key], fresh = digest_tensors(file), True
-        parts.append(known[key])
+        state = describe_state(file)
+        stored = known.get(state)
+        digests = f"{digest_tensors(file)}-{digest_header(file)}" if compare else stored
+        if not isinstance(stored, str) or "-" not in stored:  # one digest in older caches
+            digests = f"{digest_tensors(file)}-{digest_header(file)}"
+            known[state], fresh = digests, True
+        elif digests != stored:
+            raise CheckpointError(
+                f"{file} is damaged: its content changed, and its time stamps did not",
+                f"it differs from its digests in {memory}",
+                "copy it again, or leave it out with --steps",
+            )
+        parts.append(known[state].partition("-")[0])
     if fresh and memory:
         with contextlib.suppress(OSError):  # a read-only cache works without it
             write_json(memory, known)
     return (
         f"step-{checkpoint.step:09d}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
     )
+
+
+def describe_state(file: Path) -> str:
+    """What changes when a file is written or replaced."""
+    state = file.stat()
+    times = f"{state.st_mtime_ns}:{state.st_ctime_ns}"
+    return f"{file.resolve()}:{state.st_size}:{times}:{state.st_ino}"
 
 
 def check_rows_agree(

@@ -284,7 +284,11 @@ Output = Annotated[
 ]
 Verify = Annotated[
     bool,
-    option("--verify", panel=RUN, help="Compare all that is read from the cache with checksums."),
+    option(
+        "--verify",
+        panel=RUN,
+        help="Compare all that is read from the cache, and checkpoints, with their checksums.",
+    ),
 ]
 SafeCells = Annotated[
     bool,

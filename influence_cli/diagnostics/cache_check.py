@@ -8,13 +8,13 @@ import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import spread_evenly
-from influence_cli.cache.identity import check_rows_agree
+from influence_cli.cache.identity import check_rows_agree, checkpoint_key
 from influence_cli.cache.quantize import STORE_EPS
 from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit, open_tensor_file, read_unit
 from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
-from influence_cli.errors import CacheError, counted
+from influence_cli.errors import CacheError, CheckpointError, counted
 from influence_cli.extraction import revalidate
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form, Projected
@@ -36,6 +36,7 @@ def check_cache(source: GradientSource, checkpoints: Sequence[Checkpoint]) -> It
             advance(1)
     if finding := check_other_files(store):
         yield finding
+    yield check_checkpoints(store, checkpoints)
     for position in spread_evenly(len(checkpoints), CHECKPOINTS):
         checkpoint = checkpoints[position]
         folder = source.cache.folder("train", checkpoint)
@@ -74,6 +75,17 @@ def check_folder(store: Store, folder: Path) -> Finding:
     return Finding("cache", split, subject, worst, allowed, note)
 
 
+def check_checkpoints(store: Store, checkpoints: Sequence[Checkpoint]) -> Finding:
+    """Compares checkpoints with the digests that the cache has of files with their time stamps."""
+    for checkpoint in checkpoints:
+        try:
+            checkpoint_key(checkpoint, store.folder / "checkpoints.json", compare=True)
+        except CheckpointError as error:
+            return Finding("cache", "train", checkpoint.name, math.nan, 0.0, describe_damage(error))
+    note = counted(len(checkpoints), "checkpoint")
+    return Finding("cache", "train", "checkpoints", 0.0, 0.0, note)
+
+
 def check_other_files(store: Store) -> Finding | None:
     """Compares the files that are not units (saved progress, embeddings) with their checksums; None
     where there are none."""
@@ -96,7 +108,7 @@ def check_other_files(store: Store) -> Finding | None:
     return Finding("cache", "train", "other files", 0.0, 0.0, counted(len(files), "file"))
 
 
-def describe_damage(error: CacheError) -> str:
+def describe_damage(error: CacheError | CheckpointError) -> str:
     return "; ".join((error.headline, *error.details[:1]))
 
 

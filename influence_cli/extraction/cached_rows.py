@@ -42,7 +42,8 @@ class CachedRows:
         text of the definition has its own folder of query units.
         """
         if checkpoint not in self._keys:
-            self._keys[checkpoint] = self._digest_checkpoint(checkpoint)
+            always = self.store.verification.always
+            self._keys[checkpoint] = self._digest_checkpoint(checkpoint, compare=always)
         folder = self.settings_folder / self._keys[checkpoint] / split
         return folder if split == "train" else folder / self.run.definition.digest[:12]
 
@@ -56,8 +57,8 @@ class CachedRows:
                 "finished units are kept; run the same command again",
             )
 
-    def _digest_checkpoint(self, checkpoint: Checkpoint) -> str:
-        return checkpoint_key(checkpoint, self.store.folder / "checkpoints.json")
+    def _digest_checkpoint(self, checkpoint: Checkpoint, compare: bool = False) -> str:
+        return checkpoint_key(checkpoint, self.store.folder / "checkpoints.json", compare)
 
     def index(self, split: str, checkpoint: Checkpoint) -> UnitIndex:
         """The units of a checkpoint; of queries only those whose item is unchanged."""

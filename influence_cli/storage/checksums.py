@@ -42,6 +42,13 @@ def digest_tensors(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_header(path: Path) -> str:
+    """The start of the sha256 of a safetensors file's header, with its metadata."""
+    with path.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        return hashlib.sha256(content.read(length)).hexdigest()[:16]
+
+
 # ---------------------------------------------------------------- in the header of a file
 CHECKSUMS = "influence-checksums"  # metadata: CRC-32 of each tensor, as JSON
 HEADER_DIGEST = "influence-header"  # metadata: SHA-256 of the header, with zeros in its own place

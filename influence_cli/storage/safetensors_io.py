@@ -322,7 +322,7 @@ def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[
     """
     try:
         head = parse_json(text)
-        metadata = dict(head.pop("__metadata__", None) or {})
+        metadata = head.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata holds more than texts")
         entries = {}

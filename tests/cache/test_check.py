@@ -42,7 +42,7 @@ def test_a_sound_run_passes_and_every_parameter_is_looked_at(make_run, influence
                 (check, split, name) for check in ("gradients", "batches", "repeats", "coverage")
             } <= seen
     assert all(float(row["error"]) <= float(row["allowed"]) < 2e-3 for row in result.rows)
-    assert sum(row["check"] == "cache" for row in result.rows) == 2 * 2 + 2
+    assert sum(row["check"] == "cache" for row in result.rows) == 2 * 2 + 3
 
 
 def test_a_check_leaves_no_cache_behind(make_run, influence):

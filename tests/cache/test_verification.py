@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.cache import verification
+from influence_cli.cache import identity, verification
 from influence_cli.errors import CheckpointError, TrajectoryError
 from influence_cli.run import loaded_model
 from influence_cli.run.checkpoint_loading import load_checkpoint
@@ -240,3 +240,44 @@ def test_flips_in_recorded_checkpoints_and_optimizer_states_are_found(tmp_path):
 
 def test_verify_without_a_cache_is_refused(run, influence):
     refused(influence("score", run, "--cache", "none", "--verify"), 2, "--verify has nothing")
+
+
+def test_a_checkpoint_that_changed_on_disk_is_found_though_its_times_did_not(run, influence):
+    """A disk flips a bit and no time stamp: the cache knows the file by another digest."""
+    table = influence("score", run).out
+    memory = run / ".influence" / "checkpoints.json"
+    path = sorted((run / "checkpoints").iterdir())[0]
+    whole = path.read_bytes()
+    for at in (len(whole) - 3, whole.index(b"0.1") + 2):  # of a tensor, of the learning rate
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        keep_time_stamps(memory, path)
+        refused(influence("score", run, "--verify"), 1, path.name, "is damaged", "copy it again")
+        checked = influence("check", run)
+        assert checked.code == 1
+        assert "its time stamps did not" in checked.err
+    path.write_bytes(whole)
+    keep_time_stamps(memory, path)
+    assert influence("score", run, "--verify").out == table
+    assert influence("check", run).code == 0
+
+
+def keep_time_stamps(memory, path):
+    """Enter the file's digests under its present state."""
+    known = json.loads(memory.read_text())
+    (old,) = (key for key in known if key.startswith(f"{path.resolve()}:"))
+    digests = known.pop(old)
+    known.pop("crc32", None)
+    memory.write_text(json.dumps(known | {identity.describe_state(path): digests}))
+
+
+def test_digests_of_an_older_cache_are_computed_again(run, influence):
+    table = influence("score", run).out
+    memory = run / ".influence" / "checkpoints.json"
+    known = json.loads(memory.read_text())
+    known.pop("crc32", None)
+    old = {key: digests.partition("-")[0] for key, digests in known.items()}
+    for content in (old, {key: [7] for key in known}):
+        memory.write_text(json.dumps(content))
+        assert influence("score", run, "--verify").out == table
+        again = json.loads(memory.read_text())
+        assert {key: again[key] for key in known} == known

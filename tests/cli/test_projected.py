@@ -282,7 +282,7 @@ def test_a_projected_cache_is_small_and_passes_its_check(run, influence):
     assert result.code == 0, result.err
     assert (
         sum(row["check"] == "cache" and row["result"] == "ok" for row in result.rows)
-        == 2 * 2 * 2 + 2
+        == 2 * 2 * 2 + 3
     )
 
 
