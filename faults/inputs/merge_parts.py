@@ -75,7 +75,8 @@ def compare_rows(merged: list[dict[str, Any]], own: Cells) -> None:
     expect(len(rows) == sum(int(row["train"]) not in others for row in own), "rows more or less")
     for row in own:
         expect(is_whole(row["train"]) and is_whole(row["rank"]), "an id that is no whole number")
-        found = rows.get((str(row["query"]).lstrip("0") or "0", row["kind"], int(row["train"])))
+        query = str(int(row["query"])) if is_whole(row["query"]) else str(row["query"])  # -0 is 0
+        found = rows.get((query, row["kind"], int(row["train"])))
         if int(row["train"]) in others:
             continue
         expect(found is not None, "a row is lost")
