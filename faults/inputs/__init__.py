@@ -15,8 +15,8 @@ from faults.tally import Clock, Tally
 DRAWN = 0.02  # of the inputs of a kind with a strategy come from hypothesis, at most DRAWN_MOST
 DRAWN_LEAST, DRAWN_MOST = 20, 10_000
 ROOMS = (headers, trajectories, flags, merge_parts, tables, definitions)
-COMMANDS = 0.0007  # of the inputs go through the command line, in a process of their own
-COMMANDS_TIME = 0.25  # the share of the time that these may take
+COMMANDS = 0.002  # of the inputs go through the command line, in a process of their own
+COMMANDS_TIME = 0.4  # the share of the time that these may take
 
 
 def make_targets(folder: Path) -> list[Target]:

@@ -113,7 +113,7 @@ def make_checkpoint_target(folder: Path) -> Target:
         return json.dumps({"__metadata__": metadata, **head}, ensure_ascii=False).encode()
 
     return Target(
-        "metadata of a checkpoint", make, parse, 6, extremes=partial(extreme_values, HEADER)
+        "metadata of a checkpoint", make, parse, 15, extremes=partial(extreme_values, HEADER)
     )
 
 
@@ -132,7 +132,7 @@ def make_index_target(folder: Path) -> Target:
         named = set(strict_json(text)["weight_map"].values())
         expect({file.name for file in shards} == named, "other shards")
 
-    return Target("index file", mutated(INDEX), parse, 6, extremes=partial(extreme_values, INDEX))
+    return Target("index file", mutated(INDEX), parse, 15, extremes=partial(extreme_values, INDEX))
 
 
 def make_trainer_target(folder: Path) -> Target:
@@ -156,7 +156,7 @@ def make_trainer_target(folder: Path) -> Target:
     refusals = (InfluenceError, NoLearningRate)
     strategy = json_texts(TRAINER_STATE)
     return Target(
-        "trainer_state.json", mutated(TRAINER_STATE), parse, 8, refusals,
+        "trainer_state.json", mutated(TRAINER_STATE), parse, 15, refusals,
         partial(extreme_values, TRAINER_STATE), strategy,
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ def make_cache_targets(folder: Path) -> list[Target]:
     for name, content, parse in cases:
         text = json.dumps(content, indent=1).encode()
         targets.append(
-            Target(name, mutated(text), parse, 6, extremes=partial(extreme_values, text), strategy=json_texts(text))
+            Target(name, mutated(text), parse, 15, extremes=partial(extreme_values, text), strategy=json_texts(text))
         )  # fmt: skip
     return targets
 
@@ -232,7 +232,7 @@ def make_log_target(folder: Path) -> Target:
         expect(records == wanted, "other records")
 
     return Target(
-        "results of evaluate", mutated(content), parse, 6, extremes=partial(extreme_values, content)
+        "results of evaluate", mutated(content), parse, 15, extremes=partial(extreme_values, content)
     )
 
 

@@ -195,9 +195,9 @@ def make_record_target(folder: Path) -> Target:
 def make_targets(folder: Path) -> list[Target]:
     (folder / "part-2.csv").write_bytes(encode(OTHER, "csv", folder))
     return [
-        make_part_target("csv", folder, 6),
-        make_part_target("tsv", folder, 6),
-        make_part_target("jsonl", folder, 6),
-        make_part_target("parquet", folder, 3),
+        make_part_target("csv", folder, 20),
+        make_part_target("tsv", folder, 20),
+        make_part_target("jsonl", folder, 20),
+        make_part_target("parquet", folder, 10),
         make_record_target(folder),
     ]

@@ -93,10 +93,10 @@ def parse_plain_terminal(rows: Rows) -> None:
 
 def make_targets(folder: Path) -> list[Target]:
     return [
-        make_writer_target("csv", folder, 3),
-        make_writer_target("tsv", folder, 3),
-        make_writer_target("jsonl", folder, 3),
-        make_writer_target("parquet", folder, 1),
-        Target("texts to a terminal", make_rows, parse_terminal, 2, strategy=row_lists),
-        Target("csv, tsv, jsonl to a terminal", make_rows, parse_plain_terminal, 3, strategy=row_lists),
+        make_writer_target("csv", folder, 10),
+        make_writer_target("tsv", folder, 10),
+        make_writer_target("jsonl", folder, 10),
+        make_writer_target("parquet", folder, 5),
+        Target("texts to a terminal", make_rows, parse_terminal, 8, strategy=row_lists),
+        Target("csv, tsv, jsonl to a terminal", make_rows, parse_plain_terminal, 10, strategy=row_lists),
     ]  # fmt: skip

@@ -24,7 +24,7 @@ WRITE_AGAIN = "write this table again"
 IN_ORDER = "merge expects the rows in the order in which score and self write them"
 ALL_QUERIES = -1  # the query `all` as a number
 NUMBERS = frozenset({"query", "rank", "train", "score"})  # columns; the others hold texts
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
+WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]{0,18}")  # as `score` writes it
 LARGEST_WHOLE = 1 << 63
 
 Place = tuple[int, int, int, int]  # (query, kind, rank, training id); `self` has query and kind 0

@@ -200,6 +200,8 @@ BROKEN = {
         "..",
     ),
     "30 digits": (HEAD + f"0,proponent,1,{'9' * 30},1.0,,,,\n", "bad.csv, line 2: train is '9999"),
+    "a zero too many": (HEAD + "0,proponent,1,007,1.0,,,,\n", "line 2: train is '007'"),
+    "minus zero": (HEAD + "-0,proponent,1,7,1.0,,,,\n", "line 2: query is '-0'"),
     "an underscore": (HEAD + "0,proponent,1,1_0,1.0,,,,\n", "line 2: train is '1_0'"),
     "an underscore in a score": (HEAD + "0,proponent,1,5,1_0.0,,,,\n", "line 2: score is '1_0.0'"),
     "a query below 0": (HEAD + "-1,proponent,1,5,1.0,,,,\n", "line 2", "an id is below 0"),
