@@ -1,10 +1,17 @@
 """Single functions of merging: what a cell holds, and whether parts were cut."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
 
-from influence_cli.output.merge import find_top_of_parts, parse_score, parse_whole_number
+from influence_cli.output.merge import (
+    find_top_of_parts,
+    merge_tables,
+    open_tables,
+    parse_score,
+    parse_whole_number,
+)
 
 LARGEST = (1 << 63) - 1
 
@@ -50,3 +57,36 @@ def part(longest, ends, has_all_pairs=False):
 )
 def test_parts_that_were_cut_are_recognized_by_their_ends(parts, k, top):
     assert find_top_of_parts(parts, k) == top
+
+
+HEAD = "query,kind,rank,train,score,query_label,train_label,query_text,train_text"
+SCORES = (
+    ["0,proponent,1,3,2.0,,,,", "0,proponent,2,1,0.0,,,,", "0,opponent,1,2,-1.0,,,,"],
+    ["0,proponent,1,5,3.0,,,,", "0,proponent,2,4,0.0,,,,", "0,opponent,1,6,-4.0,,,,"],
+)
+SELF_HEAD = "rank,train,score,train_label,train_text"
+SELF = (["1,3,2.0,,", "2,1,0.0,,"], ["1,5,0.0,,"])
+
+
+@pytest.mark.parametrize(
+    ("head", "parts", "k", "expected"),
+    [
+        # a score of 0 is no proponent of --top K, only the last one of --top all
+        (HEAD, SCORES, 4, [(1, 5), (2, 3), (1, 6), (2, 2)]),
+        (HEAD, SCORES, 1, [(1, 5), (1, 6)]),
+        (HEAD, SCORES, None, [(1, 5), (2, 3), (3, 1), (4, 4), (1, 6), (2, 2)]),
+        # self ranks zeros as any other score
+        (SELF_HEAD, SELF, 2, [(1, 3), (2, 1)]),
+        (SELF_HEAD, SELF, 9, [(1, 3), (2, 1), (3, 5)]),
+    ],
+)
+def test_the_first_rows_of_each_kind_are_merged(head, parts, k, expected, tmp_path):
+    names = []
+    for number, rows in enumerate(parts):
+        path = tmp_path / f"{number}.csv"
+        path.write_text("\n".join([head, *rows, ""]))
+        names.append(str(path))
+    tables, columns = open_tables(names, io.StringIO())
+    rank, train = columns.index("rank"), columns.index("train")
+    merged = [(row[rank], row[train]) for row in merge_tables(tables, columns, k)]
+    assert merged == expected
