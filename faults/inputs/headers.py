@@ -232,7 +232,11 @@ def make_log_target(folder: Path) -> Target:
         expect(records == wanted, "other records")
 
     return Target(
-        "results of evaluate", mutated(content), parse, 15, extremes=partial(extreme_values, content)
+        "results of evaluate",
+        mutated(content),
+        parse,
+        15,
+        extremes=partial(extreme_values, content),
     )
 
 
