@@ -15,7 +15,7 @@ import torch
 from faults.forks import DEFINITION, build_run, run_command
 from influence_cli import TrajectoryRecorder
 from influence_cli.extraction import memory_budget
-from influence_cli.methods.reverse import embedding_build, resume
+from influence_cli.methods.reverse import embedding_build, occurrences, resume
 
 TEXTS = """
 import torch
@@ -52,6 +52,7 @@ def write_small_pieces() -> None:
     memory_budget.UNIT_EXAMPLES = 16
     resume.SAVE_SECONDS = 0.0
     embedding_build.ROWS_BYTES = 4096
+    occurrences.MEMORY_BYTES = 0
 
 
 def call_in_fork(work: Callable[[], None]) -> None:

@@ -4,6 +4,8 @@ Nobody reads it after a crash, so it needs no sync and no rename. A process lock
 as it lives, so the next command can remove the folders of killed ones.
 """
 
+import errno
+import math
 import os
 import re
 import secrets
@@ -78,6 +80,23 @@ def spill_arrays(path: Path, arrays: Iterable[np.ndarray]) -> None:
 
 
 def map_zeros(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped float64 array of zeros in a new file. Raises OSError where it has no room."""
+    """A memory-mapped float64 array of zeros in a new file. Raises OSError where it has no room.
+
+    The file gets its room at once: a process that writes to a mapped page for which the disk has
+    no room is killed by SIGBUS.
+    """
     path.unlink(missing_ok=True)
-    return np.memmap(path, dtype=np.float64, mode="w+", shape=shape)
+    with path.open("xb") as file:
+        reserve_room(file.fileno(), 8 * math.prod(shape))
+    return np.memmap(path, dtype=np.float64, mode="r+", shape=shape)
+
+
+def reserve_room(descriptor: int, size: int) -> None:
+    """Makes an empty file `size` bytes long, with room on the disk where the system can do that."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.truncate(descriptor, size)

@@ -1,5 +1,6 @@
 """Scratch folders: private, gone at the end, and swept after a kill."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from faults.disk_failures import remount, small_disk
 from influence_cli.output.ranking import FullRanking
 from influence_cli.storage import scratch
 from influence_cli.storage.scratch import ScratchFolder, remove_stale_folders
@@ -78,6 +80,47 @@ def test_a_folder_that_a_sweep_removes_at_its_birth_is_made_again(tmp_path, monk
     with ScratchFolder(tmp_path) as folder:
         assert folder.is_dir()
         assert folder != swept[0]
+
+
+FILL = """
+import sys
+from pathlib import Path
+from influence_cli.storage.scratch import map_zeros
+try:
+    map_zeros(Path(sys.argv[1]), (1 << 20,)).fill(1.0)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_an_array_for_which_the_disk_has_no_room_is_an_error_and_no_bus_error(tmp_path):
+    with small_disk(tmp_path / "disk") as mounted:
+        if not mounted:
+            pytest.skip("this user may mount no disk")
+        remount(tmp_path / "disk", "size=1m")
+        ended = subprocess.run(
+            [sys.executable, "-c", FILL, str(tmp_path / "disk" / "scores")],
+            capture_output=True,
+            text=True,
+        )
+    assert (ended.returncode, ended.stdout) == (0, "No space left on device\n"), ended.stderr
+
+
+def test_a_mapped_array_is_zero_and_holds_what_is_written(tmp_path, monkeypatch):
+    for number in (None, errno.EOPNOTSUPP):  # of a file system that can't reserve room
+        if number:
+            monkeypatch.setattr(scratch.os, "posix_fallocate", raising(number))
+        array = scratch.map_zeros(tmp_path / "scores", (3, 5))
+        assert array.sum() == 0
+        array += 2.0
+        assert (tmp_path / "scores").stat().st_size == 8 * 15
+
+
+def raising(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def test_the_ranking_of_all_pairs_leaves_nothing(tmp_path, monkeypatch):
