@@ -132,6 +132,59 @@ class Recurrent(nn.Module):
         return self.out(self.rnn(x)[0][:, -1])
 
 
+class FirstSteps(nn.Module):
+    """A recurrent layer whose batch is the second axis; it starts from a learned state."""
+
+    def __init__(self, kind: type[nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.rnn, self.start = kind(4, 5, **options), nn.Parameter(torch.randn(1, 1, 5))
+        self.is_lstm = kind is nn.LSTM
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.start.expand(1, len(x), 5).contiguous()
+        outputs, last = self.rnn(x.transpose(0, 1), (start, start * 2) if self.is_lstm else start)
+        return (
+            outputs[2] + sum(value[0] for value in last) if self.is_lstm else outputs[2] + last[0]
+        )
+
+
+class PackedGRU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.full((len(x),), 5)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.rnn(packed)[1][0]
+
+
+class MaskOnlyIfNeeded(nn.Module):
+    """Leaves a mask of ones out, as Hugging Face models do: its operations depend on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.mix, self.out = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, mask = batch
+        h = self.emb(x)
+        weights = h @ self.mix(h).transpose(1, 2)
+        if not bool(mask.all()):
+            weights = weights.masked_fill(mask[:, None] == 0, -1e9)
+        return self.out((weights.softmax(2) @ h)[:, 0])
+
+
+def half_masked() -> list[Any]:
+    """The first two have no padding."""
+    texts = tokens(7)()
+    lengths = (7, 7, 3, 5, 7)
+    return [
+        (text * (torch.arange(7) < length), (torch.arange(7) < length).long())
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+
+
 class Pair(nn.Module):
     """Reads a tuple or a dict, some of it broadcast."""
 
@@ -241,9 +294,15 @@ CASES = {
     "layernorm": Case(
         lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)), numbers(3, 4)
     ),
-    "lstm": Case(lambda: Recurrent(nn.LSTM), numbers(6, 4), at_once=None),
-    "gru": Case(lambda: Recurrent(nn.GRU), numbers(6, 4), at_once=None),
-    "rnn": Case(lambda: Recurrent(nn.RNN), numbers(6, 4), at_once=None),
+    "lstm": Case(lambda: Recurrent(nn.LSTM), numbers(6, 4)),
+    "gru": Case(lambda: Recurrent(nn.GRU), numbers(6, 4)),
+    "rnn": Case(lambda: Recurrent(nn.RNN), numbers(6, 4)),
+    "rnn-relu-no-bias": Case(
+        lambda: FirstSteps(nn.RNN, nonlinearity="relu", bias=False), numbers(6, 4)
+    ),
+    "lstm-last-state": Case(lambda: FirstSteps(nn.LSTM), numbers(6, 4)),
+    "packed-gru": Case(PackedGRU, numbers(6, 4), at_once=None),
+    "mask-only-if-needed": Case(MaskOnlyIfNeeded, half_masked),
     "attention": Case(SelfAttention, numbers(6, 8)),
     "encoder-layer": Case(
         lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), numbers(6, 8)

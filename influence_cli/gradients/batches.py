@@ -3,7 +3,7 @@ dataclasses.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,3 +66,20 @@ def leaves(batch: Batch) -> list[torch.Tensor]:
 def without_tensors(batch: Batch) -> Batch:
     """The batch with None in place of each tensor, to compare the other contents of two batches."""
     return map_tensors(lambda tensor: None, batch)
+
+
+def unlike_examples(
+    tensors: Sequence[torch.Tensor], batched: Sequence[bool], size: int
+) -> torch.Tensor:
+    """Positions of two examples of a batch, of one in a batch of one: the one with the fewest and
+    the one with the most numbers other than 0 in tensors of whole numbers, such as tokens and
+    masks.
+    """
+    counts = torch.zeros(size, dtype=torch.int64)
+    for tensor, has_examples in zip(tensors, batched, strict=True):
+        if has_examples and not (tensor.is_floating_point() or tensor.is_complex()):
+            counts += tensor.reshape(size, -1).count_nonzero(1).cpu()
+    at = torch.stack([counts.argmin(), counts.argmax()])
+    if at[0] == at[1]:
+        at = torch.arange(min(2, size))
+    return at.to(tensors[0].device) if tensors else at

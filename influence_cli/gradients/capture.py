@@ -21,7 +21,13 @@ from influence_cli.gradients.autograd_gradients import (
     gradients_by_autograd,
     gradients_by_torch_func,
 )
-from influence_cli.gradients.batches import Batch, leaves, map_tensors, without_tensors
+from influence_cli.gradients.batches import (
+    Batch,
+    leaves,
+    map_tensors,
+    unlike_examples,
+    without_tensors,
+)
 from influence_cli.gradients.example_axes import AxisPlan, Unhooked, make_plan
 from influence_cli.gradients.form_ops import cheapest, smallest
 from influence_cli.gradients.forms import Form
@@ -196,10 +202,13 @@ class Capture:
             self.hooked = tuple(name for name in self.hooked if name not in wrong)
 
     def _make_plan(self, batch: Batch, size: int) -> AxisPlan:
-        """The plan of a batch, from its first two examples and the same two twice."""
-        sample_size = min(2, size)
+        """The plan of a batch, from two of its examples and the same two twice. They are those
+        that differ most, so that a mask that one of them needs is in the plan.
+        """
+        at = unlike_examples(leaves(batch), self._batched, size)
+        sample_size = len(at)
         flags = iter(self._batched * 2)
-        two = map_tensors(lambda tensor: tensor[:sample_size] if next(flags) else tensor, batch)
+        two = map_tensors(lambda tensor: tensor[at] if next(flags) else tensor, batch)
         twice = map_tensors(
             lambda tensor: torch.cat([tensor, tensor]) if next(flags) else tensor, two
         )

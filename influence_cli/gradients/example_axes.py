@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from influence_cli.gradients.batches import Batch
+from influence_cli.gradients.recurrent import is_recurrent, step_by_step
 
 # Any, here and below: arguments and results of any torch function
 
@@ -103,6 +104,8 @@ class Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward:
             return self.attention(function, args, kwargs)
+        if is_recurrent(function, args):
+            return step_by_step(function, args, lambda *call: self.seen(F.linear, call, {}))
         if getattr(function, "__name__", "") in ("__get__", "__set__"):
             return function(*args, **kwargs)
         return self.seen(function, args, kwargs)
