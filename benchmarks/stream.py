@@ -62,7 +62,7 @@ def fill(run: Opened) -> float:
     started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
     jobs = plan_of(gradients, run.checkpoints[0], range(len(run.run.train)), names)
     values = torch.randn(4096 + 509, LAYERS * NUMBERS, generator=generator)
-    with gradients.cache.store.writer(gradients.settings.storage_dtype, 1 << 40) as write:
+    with gradients.cache.store.writer(gradients.settings.storage_dtype, 1 << 40) as writer:
         for number, job in enumerate(jobs):
             size = len(job.ids)
             some = values[number % 509 :][:size]
@@ -71,7 +71,7 @@ def fill(run: Opened) -> float:
                 for k, name in enumerate(names)
             }
             zeros = torch.ones(size, dtype=torch.float64)
-            write(
+            writer.write(
                 job.unit,
                 GradientRows(
                     job.ids,

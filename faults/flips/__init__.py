@@ -4,11 +4,9 @@ Each flip asks two commands: the one that uses the file, with --verify where it 
 `check`. A flip is detected where one of them fails or prints a note that it did not print before.
 """
 
-import math
 import multiprocessing
 import random
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +21,6 @@ from influence_cli.storage.atomic import read_json, write_json
 from influence_cli.storage.safetensors_io import TensorFile
 
 WORKERS = 2
-SLACK = 1.3  # most kinds are ready before their share of the time is over
 ALL_HEADERS = 18_000  # divided by the count of body flips: every nth header byte is flipped
 EDGE = 2048  # bytes at each end of a table that count as its header
 Flip = tuple[Path, int]  # a file and the position of a byte
@@ -126,12 +123,10 @@ def one_of_each_sort(files: list[Path]) -> list[Path]:
     return list(sorts.values())
 
 
-def run_kind(
-    name: str, count: int, stride: int, seconds: float, seed: int, deadline: float = math.inf
-) -> Tally:
-    """`count` body flips, and every `stride`th byte of headers. `deadline`: of time.monotonic."""
+def run_kind(name: str, count: int, stride: int, seconds: float, seed: int) -> Tally:
+    """`count` body flips, and every `stride`th byte of headers."""
     kind = next(kind for kind in KINDS if kind.name == name)
-    rng, clock = random.Random(f"{seed} {name}"), Clock(min(seconds, deadline - time.monotonic()))
+    rng, clock = random.Random(f"{seed} {name}"), Clock(seconds)
     shm = "/dev/shm" if Path("/dev/shm").is_dir() else None
     tally = Tally(f"flips: {name}")
     with tempfile.TemporaryDirectory(dir=shm) as folder:
@@ -152,16 +147,12 @@ def run_flips(count: int, seconds: float, seed: int = 0) -> list[Tally]:
     import_package()
     stride = max(1, ALL_HEADERS // count)
     each = -(-count // len(KINDS))
-    deadline = time.monotonic() + seconds
-    share = SLACK * WORKERS * seconds / sum(kind.effort for kind in KINDS)
+    share = WORKERS * seconds / len(KINDS)
     context = multiprocessing.get_context("fork")
     tallies = []
     with ProcessPoolExecutor(WORKERS, context) as pool:
         runs = {
-            kind.name: pool.submit(
-                run_kind, kind.name, each, stride, kind.effort * share, seed, deadline
-            )
-            for kind in KINDS
+            kind.name: pool.submit(run_kind, kind.name, each, stride, share, seed) for kind in KINDS
         }
         for name, run in runs.items():
             try:

@@ -19,7 +19,7 @@ class Kind:
 
     `use` reads them and writes table.csv. `suffix`: only tensors with such names are flipped.
     `keeps_times`: the cache takes the flipped file for the one that it knows, as it does after a
-    disk flips a bit: no time stamp changes. `effort`: its share of the time, by its header bytes.
+    disk flips a bit: no time stamp changes.
     """
 
     name: str
@@ -31,7 +31,6 @@ class Kind:
     check: Arguments = CHECK
     keeps_progress: bool = False
     keeps_times: bool = False
-    effort: float = 1.0
 
 
 def score(*flags: str) -> Arguments:
@@ -40,14 +39,7 @@ def score(*flags: str) -> Arguments:
 
 def gradients(name: str, *flags: str, suffix: str = "") -> Kind:
     """The units of training gradients, stored in some format."""
-    return Kind(
-        name,
-        UNITS,
-        score(*flags),
-        make=(score(*flags),),
-        suffix=suffix,
-        effort=0.2 if suffix else 1.0,
-    )
+    return Kind(name, UNITS, score(*flags), make=(score(*flags),), suffix=suffix)
 
 
 def shard(index: int, suffix: str) -> Arguments:
@@ -66,10 +58,11 @@ def saved_progress(*flags: str) -> Kind:
     use = score(*flags)[:-1]
     return Kind(
         f"back/ of {' '.join(flags[1:])}", "run/.influence/back/*/*", use, build_recorded, (use,),
-        keeps_progress=True, effort=2.6,
+        keeps_progress=True,
     )  # fmt: skip
 
 
+DVE = score("--method", "dve", "--lr-weights", "none")
 KINDS = (
     gradients("float32"),
     gradients("float16", "--store", "float16"),
@@ -91,11 +84,11 @@ KINDS = (
     saved_progress("--method", "unroll"),
     saved_progress("--method", "dve", "--replay"),
     Kind(
-        "data value embeddings", "run/.influence/embeddings/**/*",
-        score("--method", "dve", "--embeddings", "run/.influence/embeddings")[:-1], build_recorded,
-        (score("--method", "dve", "--embeddings", "run/.influence/embeddings"),), effort=3.0,
+        "data value embeddings", "run/embeddings/**/*",
+        score("--method", "dve", "--embeddings", "run/embeddings")[:-1], build_recorded,
+        (score("--method", "dve", "--embeddings", "run/embeddings"),),
     ),
-    Kind("recorded trajectory", "run/trajectory.jsonl", score("--method", "dve"), build_recorded, (score("--method", "dve"),), effort=0.5),
+    Kind("recorded trajectory", "run/trajectory.jsonl", score("--method", "dve"), build_recorded, (score("--method", "dve"),)),
     Kind("recorded checkpoints", "run/checkpoints/*", score(), build_recorded, (score(),)),
     Kind(
         "optimizer states", "run/optimizer/step-000004*", score("--method", "unroll", "--replay")[:-1],
@@ -112,7 +105,7 @@ KINDS = (
     parts(".parquet"),
     Kind(
         "checkpoints without checksums", "run/checkpoints/*", score(), make=(score(),),
-        keeps_times=True, effort=0.2,
+        keeps_times=True,
     ),
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,14 @@ import numpy as np
 import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
-from influence_cli.cache.unit_file import Level, Unit, encode_unit, read_ids
+from influence_cli.cache.unit_file import (
+    Level,
+    Unit,
+    UnitContent,
+    decode_unit,
+    encode_unit,
+    read_ids,
+)
 from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.cache.verification import Verification
 from influence_cli.errors import CacheError
@@ -109,11 +116,13 @@ class Store:
 
         Raises CacheError for a full or read-only disk.
         """
-        tensors, metadata = encode_unit(unit, rows, storage_dtype)
+        self.write_content(unit, encode_unit(unit, rows, storage_dtype), direct)
+
+    def write_content(self, unit: Unit, content: UnitContent, direct: bool = False) -> None:
         with report_disk_errors(self.folder):
             make_folders(unit.folder, self.folder)
             self.list_columns(unit)
-            write_tensors(unit.path, tensors, metadata, direct)
+            write_tensors(unit.path, content.tensors, content.metadata, direct)
 
     def list_columns(self, unit: Unit) -> None:
         """Writes the columns.json of the unit's folder, if it is absent."""
@@ -128,26 +137,50 @@ class Store:
                 write_json(path, content)
 
     @contextmanager
-    def writer(
-        self, storage_dtype: torch.dtype | None, size: int = 0
-    ) -> Iterator[Callable[[Unit, GradientRows], None]]:
-        """Yields a `write_unit` that returns while the disk works: the caller computes the next
-        unit while a thread writes one. On exit all units are written.
+    def writer(self, storage_dtype: torch.dtype | None, size: int = 0) -> Iterator["UnitWriter"]:
+        """Yields a writer that returns while the disk works: the caller computes the next unit
+        while a thread writes one. On exit all units are written.
 
-        `size`: bytes to be written in all; many bypass the page cache.
+        `storage_dtype` None: as computed. `size`: bytes to be written in all; many bypass the page
+        cache.
         """
         with ThreadPoolExecutor(1) as thread:
-            pending: list[Future[None]] = []
+            writer = UnitWriter(self, storage_dtype, size > DIRECT_FROM, thread)
+            yield writer
+            writer.finish()
 
-            def write_unit(unit: Unit, rows: GradientRows) -> None:
-                while pending:
-                    pending.pop().result()
-                direct = size > DIRECT_FROM
-                pending.append(thread.submit(self.write, unit, rows, storage_dtype, direct))
 
-            yield write_unit
-            while pending:
-                pending.pop().result()
+class UnitWriter:
+    """Writes one unit at a time in a thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        storage_dtype: torch.dtype | None,
+        direct: bool,
+        thread: ThreadPoolExecutor,
+    ) -> None:
+        self._store, self._dtype, self._direct, self._thread = store, storage_dtype, direct, thread
+        self._pending: list[Future[None]] = []
+
+    def write(self, unit: Unit, rows: GradientRows) -> None:
+        """Write a unit, which the thread encodes."""
+        self.finish()
+        arguments = unit, rows, self._dtype, self._direct
+        self._pending.append(self._thread.submit(self._store.write, *arguments))
+
+    def write_and_decode(self, unit: Unit, rows: GradientRows) -> GradientRows:
+        """Write a unit; returns its rows as a read would return them. Neither may be changed."""
+        content = encode_unit(unit, rows, self._dtype)
+        self.finish()
+        arguments = unit, content, self._direct
+        self._pending.append(self._thread.submit(self._store.write_content, *arguments))
+        return decode_unit(unit, content)
+
+    def finish(self) -> None:
+        """Wait until all units are written. Raises what the writing raised."""
+        while self._pending:
+            self._pending.pop().result()
 
 
 def columns_digest(columns: Sequence[str], level: Level, definition: str) -> str:

@@ -5,7 +5,7 @@ The format is in docs/cache-format.md. A unit file is complete or absent.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +85,17 @@ class Unit:
         return dataclasses.replace(self, ids=self.example_ids[mask], rows=np.flatnonzero(mask))
 
 
+@dataclass(frozen=True)
+class UnitContent:
+    """What a unit's file holds: tensors and metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
 # ---------------------------------------------------------------- writing
-def encode_unit(
-    unit: Unit, rows: GradientRows, storage_dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a unit's file."""
+def encode_unit(unit: Unit, rows: GradientRows, storage_dtype: torch.dtype | None) -> UnitContent:
+    """The content of a unit's file."""
     tensors: dict[str, Tensor] = {"losses": rows.losses, "digests": rows.digests}
     if unit.ids is not None:
         tensors["ids"] = torch.from_numpy(unit.ids)
@@ -115,7 +121,18 @@ def encode_unit(
                 packed, shared = encode_form(column, form, storage_dtype, names)
                 tensors |= packed
                 forms[column] = [form.kind, list(form.shape), shared]
-    return tensors, {FORMS_KEY: json.dumps(forms), IDENTITY_KEY: unit.identity}
+    return UnitContent(tensors, {FORMS_KEY: json.dumps(forms), IDENTITY_KEY: unit.identity})
+
+
+def decode_unit(unit: Unit, content: UnitContent) -> GradientRows:
+    """All rows of a unit, as a read of its file would return them."""
+    tensors = content.tensors
+    columns = unit.columns if unit.level == "values" else ()
+    layout = read_layout(content.metadata, tensors, columns)
+    sqnorms = {column: tensors[f"{column}:sqnorms"] for column in unit.columns}
+    forms = decode_forms(layout, tensors)
+    ids = unit.example_ids
+    return GradientRows(ids, tensors["losses"], tensors["digests"], sqnorms, forms)
 
 
 def encode_form(
@@ -191,7 +208,7 @@ def fetch_unit(
     with open_tensor_file(unit.path) as file:
         if (identity := file.metadata.get(IDENTITY_KEY)) != unit.identity:
             raise ValueError(f"it belongs to {identity}, not to {unit.identity}")
-        layout = read_layout(file, columns) if level == "values" else UnitLayout({}, [])
+        layout = read_layout(file.metadata, file.entries, columns if level == "values" else ())
         values = layout.tensor_names
         scales = {f"{name}.scale" for name in values} & set(file.entries)
         heads = {"losses", "digests", *(f"{column}:sqnorms" for column in columns)}
@@ -255,11 +272,13 @@ def decode_forms(layout: UnitLayout, content: dict[str, Tensor]) -> dict[str, Fo
     return forms
 
 
-def read_layout(file: TensorFile, columns: Sequence[str]) -> UnitLayout:
-    """Where the forms of these columns are, from the file's header."""
-    heads = json.loads(file.metadata[FORMS_KEY])
+def read_layout(
+    metadata: Mapping[str, str], names: Iterable[str], columns: Sequence[str]
+) -> UnitLayout:
+    """Where the forms of these columns are. `names`: of all tensors of the file."""
+    heads = json.loads(metadata[FORMS_KEY])
     own: dict[str, dict[str, TensorPlace]] = {}
-    for name in file.entries:
+    for name in names:
         column, _, part = name.rpartition(":")
         if part != "sqnorms" and not part.endswith(".scale"):
             own.setdefault(column, {})[part] = TensorPlace(name)

@@ -5,7 +5,7 @@ Ranks of a torchrun job share the units. Rank 0 plans for all of them.
 
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -137,6 +137,10 @@ class CacheFiller:
         run, record = self.extractor.run, self.extractor.budget.record(message["split"])
         return SharedPlan.from_message(message, run.checkpoints, record)
 
+    def checked_bytes(self, request: FillRequest, recompute: Recompute) -> int:
+        """The bytes on disk of what the request lacks. Raises as `fill` does, before any work."""
+        return self._checked_plan(request, recompute).disk_bytes
+
     def _checked_plan(self, request: FillRequest, recompute: Recompute) -> SharedPlan:
         if request.split == "train":
             checkpoints = [checkpoint for checkpoint, _ in request.ids_at]
@@ -194,32 +198,34 @@ class CacheFiller:
         label = f"gradients of {request.split} examples"
         with (
             self.extractor.reporter.progress(label, shared.examples) as advance,
-            store.writer(dtype, shared.disk_bytes) as write,
+            store.writer(dtype, shared.disk_bytes) as writer,
         ):
             for number in self.ranks.deal(len(plan)):
                 for skipped in range(next_number, number):  # other ranks work on these
                     advance(len(plan[skipped].ids), names[plan[skipped].checkpoint.step])
                 work, next_number = plan[number], number + 1
-                self._compute_unit(request, work, advance, names[work.checkpoint.step], write)
+                rows = self.compute(request, work, advance, names[work.checkpoint.step])
+                if rows is not None:
+                    writer.write(work.unit, rows)
 
-    def _compute_unit(
+    def compute(
         self,
         request: FillRequest,
         work: WorkUnit,
-        advance: Advance,
-        where: str,
-        write: Callable[[Unit, GradientRows], None],
-    ) -> None:
+        advance: Advance = lambda examples, where="": None,
+        where: str = "",
+    ) -> GradientRows | None:
+        """The rows of a unit; None where another process wrote it first."""
         unit = work.unit
-        if unit.path.is_file():  # another process wrote it first
+        if unit.path.is_file():
             self.rows.store.list_columns(unit)
             advance(len(work.ids), where)
-            return
+            return None
         rows = self.extractor.rows_at(
             work.checkpoint, request.split, unit.columns, work.ids, unit.level, advance, where
         )
         self.rows.check_unchanged(work.checkpoint)
-        write(unit, rows)
+        return rows
 
     def _wait_until_visible(self, request: FillRequest) -> None:
         """Wait until this machine sees what all ranks wrote. Raises CacheError after

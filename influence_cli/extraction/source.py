@@ -1,8 +1,7 @@
 """What methods ask: the rows of these columns for these examples, cached or computed."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from influence_cli.cache.id_blocks import Ids, cut_ids
 from influence_cli.cache.identity import Settings
 from influence_cli.cache.quantize import as_stored
 from influence_cli.cache.store import Store
-from influence_cli.cache.unit_file import Level, RowDecoder
+from influence_cli.cache.unit_file import Level
 from influence_cli.extraction.cached_rows import CachedRows
 from influence_cli.extraction.extractor import GradientExtractor
 from influence_cli.extraction.fill import CacheFiller, FillRequest
+from influence_cli.extraction.read_through import Block, read_blocks, read_or_compute
 from influence_cli.extraction.row_counts import RowCounts
 from influence_cli.gradients.forms import Form
 from influence_cli.parallel.ranks import Ranks
@@ -121,30 +121,59 @@ class GradientSource:
         self, split: str, ids_at: Iterable[IdsAt], columns: Sequence[str], level: Level = "values"
     ) -> Iterator[GradientRows]:
         """The same for several checkpoints, one after the other. It prefetches the next unit."""
-        for checkpoint, rows in self._read_units(split, ids_at, columns, level):
+        blocks = self._blocks(split, ids_at, columns, level)
+        if self.cache is None:
+            yield from self._counted(split, columns, self._captured(split, blocks, columns, level))
+        else:
+            rows = read_blocks(self.cache, split, blocks, columns, level)
+            yield from self._counted(split, columns, rows)
+
+    def prepare(
+        self, split: str, checkpoints: Sequence[Checkpoint], columns: Sequence[str], ids: Ids
+    ) -> Callable[[Iterable[IdsAt]], Iterator[GradientRows]]:
+        """Check a request, and return the function that reads its rows, all or some of them.
+
+        A single process computes and stores on the way what the cache lacks: one pass over the
+        data. Read to the end; that waits for the disk. Ranks compute all of it here, together.
+        """
+        if self.filler is None or self.ranks.count > 1:
+            self.ensure(split, checkpoints, columns, ids)
+            return lambda ids_at: self.read_each(split, ids_at, columns)
+        filler = self.filler
+        request = FillRequest(split, [(point, ids) for point in checkpoints], columns)
+        disk_bytes = filler.checked_bytes(request, self.recompute)
+
+        def read(ids_at: Iterable[IdsAt]) -> Iterator[GradientRows]:
+            blocks = self._blocks(split, ids_at, columns, "values")
+            rows = read_or_compute(filler, split, blocks, columns, disk_bytes)
+            return self._counted(split, columns, rows)
+
+        return read
+
+    def _counted(
+        self,
+        split: str,
+        columns: Sequence[str],
+        blocks: Iterable[tuple[Checkpoint, GradientRows]],
+    ) -> Iterator[GradientRows]:
+        for checkpoint, rows in blocks:
             self.counts.add(split, checkpoint.step, columns, rows)
             yield rows
 
-    def _read_units(
+    def _blocks(
         self, split: str, ids_at: Iterable[IdsAt], columns: Sequence[str], level: Level
-    ) -> Iterator[tuple[Checkpoint, GradientRows]]:
+    ) -> Iterator[Block]:
         size = self.budget.unit_size(split, columns, level)
-        blocks = ((checkpoint, block) for checkpoint, ids in ids_at for block in cut_ids(ids, size))
-        if self.cache is None:
-            for checkpoint, block in blocks:
-                rows = self.extractor.rows_at(checkpoint, split, columns, block, level)
-                yield checkpoint, dataclasses.replace(rows, forms=self._widened(rows))
-            return
-        with ThreadPoolExecutor(1) as thread:
-            pending: tuple[Checkpoint, Future[RowDecoder]] | None = None
-            for checkpoint, block in blocks:
-                index = self.cache.index(split, checkpoint)
-                following = thread.submit(index.fetch_rows, columns, level, block)
-                if pending is not None:
-                    yield pending[0], pending[1].result()()
-                pending = checkpoint, following
-            if pending is not None:
-                yield pending[0], pending[1].result()()
+        for checkpoint, ids in ids_at:
+            for block in cut_ids(ids, size):
+                yield checkpoint, block
+
+    def _captured(
+        self, split: str, blocks: Iterable[Block], columns: Sequence[str], level: Level
+    ) -> Iterator[tuple[Checkpoint, GradientRows]]:
+        for checkpoint, block in blocks:
+            rows = self.extractor.rows_at(checkpoint, split, columns, block, level)
+            yield checkpoint, dataclasses.replace(rows, forms=self._widened(rows))
 
     def _widened(self, rows: GradientRows) -> dict[str, Form]:
         """Forms on the CPU, half precision as float32, as a cache would give them."""

@@ -56,12 +56,12 @@ def rank_by_gradients(
     """Rank by scores that are made from the gradients of both sides, block by block.
 
     `query_bytes`: of one query at one checkpoint. Yields as `rank_blocks` does. The rows of a
-    block come unit by unit, at one checkpoint after the other; the next unit is prefetched.
-    `score_captured` takes the place of `score_block` where no gradient is kept.
+    block come unit by unit, at one checkpoint after the other. `score_captured` takes the place of
+    `score_block` where no gradient is kept.
     """
     columns = list(request.columns)
     source.ensure("query", request.checkpoints, columns, request.queries)
-    source.ensure("train", request.checkpoints, columns, request.train)
+    read_train = source.prepare("train", request.checkpoints, columns, request.train)
 
     def score_blocks(
         queries: Any, blocks: Iterator[np.ndarray], advance: Advance
@@ -72,9 +72,10 @@ def rank_by_gradients(
             return
         to_read, to_score = itertools.tee(blocks)
         ids_at = ((checkpoint, ids) for ids in to_read for checkpoint in request.checkpoints)
-        units = source.read_each("train", ids_at, columns)
+        units = read_train(ids_at)
         for ids in to_score:
             yield score_block(queries, ids, units, advance)
+        next(units, None)  # its end: all units are on disk
 
     def size_for(width: int) -> int:
         return block_size(source, request, width)
@@ -100,7 +101,7 @@ def describe_largest_product(
     ids = {"train": error.train, "query": int(request.queries[error.query])}
     for checkpoint, weight in zip(request.checkpoints, request.weights, strict=True):
         norms = [
-            next(source.read(split, checkpoint, columns, np.array([id]), "norms")).sqnorms
+            source.extractor.rows_at(checkpoint, split, columns, np.array([id]), "norms").sqnorms
             for split, id in ids.items()
         ]
         for name, column in request.columns.items():

@@ -18,10 +18,10 @@ def test_a_large_cache_is_announced_with_its_bytes_before_it_is_begun(
     assert "--cache none writes none" not in small.err
     monkeypatch.setattr(fill, "ANNOUNCED_BYTES", 1)
     seen = []
-    compute = fill.CacheFiller._compute_unit
+    compute = fill.CacheFiller.compute
     monkeypatch.setattr(
         fill.CacheFiller,
-        "_compute_unit",
+        "compute",
         lambda *given: seen.append(list(run.rglob("*.safetensors"))) or compute(*given),
     )
     large = influence("cache", run)

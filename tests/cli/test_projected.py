@@ -215,11 +215,11 @@ def test_gradients_of_a_trillionth_survive(store, projection, make_run, influenc
 def computed(influence, monkeypatch, *arguments: object) -> int:
     """How many units of training examples a command writes."""
     written = []
-    write = Store.write
+    write = Store.write_content
     with monkeypatch.context() as patch:
         patch.setattr(
             Store,
-            "write",
+            "write_content",
             lambda self, unit, *rest, **more: (
                 written.append(unit.path),
                 write(self, unit, *rest, **more),

@@ -51,7 +51,8 @@ def test_a_terminal_gets_a_bar_and_a_table(make_run):
         seen += part
     assert process.wait() == 0
     text = seen.decode()
-    assert "gradients of train examples" in text
+    assert "gradients of query examples" in text
+    assert "scores" in text
     assert "checkpoint 2 of 2" in text
     assert "/s" in text
     assert "query,kind" not in text
