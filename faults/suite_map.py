@@ -76,8 +76,10 @@ def build_map(tree: Path) -> SuiteMap:
 
 
 def read_map(tree: Path, data_files: Iterable[Path], report: Path) -> SuiteMap:
+    """Tests that failed without any mutant are left out: they would fail with each."""
     from coverage import CoverageData
 
+    failed = read_failed(tree, report)
     lines: dict[str, dict[int, set[str]]] = {}
     for path in data_files:
         data = CoverageData(str(path))
@@ -86,7 +88,7 @@ def read_map(tree: Path, data_files: Iterable[Path], report: Path) -> SuiteMap:
             name = "influence_cli/" + measured.rpartition("influence_cli/")[2]
             of_file = lines.setdefault(name, {})
             for line, contexts in data.contexts_by_lineno(measured).items():
-                tests = {test for context in contexts if (test := test_of(tree, context))}
+                tests = {test for context in contexts if (test := test_of(tree, context))} - failed
                 of_file.setdefault(line, set()).update(tests)
                 of_file.setdefault(0, set()).update(tests)
     listed = {
@@ -103,13 +105,24 @@ def test_of(tree: Path, context: str) -> str | None:
     return f"{path}::{function}" if function and (tree / path).is_file() else None
 
 
+def read_failed(tree: Path, report: Path) -> set[str | None]:
+    return {
+        test_of_case(tree, case)
+        for case in ElementTree.parse(report).iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    }
+
+
+def test_of_case(tree: Path, case: ElementTree.Element) -> str | None:
+    name = (case.get("name") or "").partition("[")[0]
+    return test_of(tree, f"{case.get('classname')}.{name}")
+
+
 def read_seconds(tree: Path, report: Path) -> dict[str, float]:
     """Of each test function, the sum over its parameters."""
     seconds: dict[str, float] = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        test = test_of(
-            tree, f"{case.get('classname')}.{(case.get('name') or '').partition('[')[0]}"
-        )
+        test = test_of_case(tree, case)
         if test is not None:
             seconds[test] = seconds.get(test, 0.0) + float(case.get("time", 0))
     return seconds

@@ -4,7 +4,7 @@ import pytest
 
 from faults.mutants import ROOMS, ROOT, MutantRunner, draw_mutations, read_log, run_mutants
 from faults.mutations import list_mutations
-from faults.suite_map import SuiteMap
+from faults.suite_map import SuiteMap, read_failed, read_seconds
 from faults.suite_map import test_of as context_test
 
 SOURCE = b'''"""A docstring: 1 < 2."""
@@ -140,3 +140,19 @@ def test_a_context_names_a_test():
         context_test(ROOT, context) == "tests/test_faults_mutants.py::test_a_context_names_a_test"
     )
     assert context_test(ROOT, "") is None
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_faults_mutants" name="test_one[a]" time="1.5"/>
+<testcase classname="tests.test_faults_mutants" name="test_one[b]" time="2"/>
+<testcase classname="tests.test_faults_mutants" name="test_two" time="1"><failure/></testcase>
+<testcase classname="elsewhere" name="test_three" time="1"><error/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_test_that_fails_without_a_mutant_is_left_out(tmp_path):
+    report = tmp_path / "junit.xml"
+    report.write_text(REPORT)
+    one, two = (f"tests/test_faults_mutants.py::test_{name}" for name in ("one", "two"))
+    assert read_seconds(ROOT, report) == {one: 3.5, two: 1.0}
+    assert read_failed(ROOT, report) == {two, None}

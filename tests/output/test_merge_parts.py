@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from influence_cli.errors import TableError
 from influence_cli.output.merge import (
     find_top_of_parts,
     merge_tables,
@@ -75,6 +76,13 @@ SELF = (["1,3,2.0,,", "2,1,0.0,,"], ["1,5,0.0,,"])
         (HEAD, SCORES, 4, [(1, 5), (2, 3), (1, 6), (2, 2)]),
         (HEAD, SCORES, 1, [(1, 5), (1, 6)]),
         (HEAD, SCORES, None, [(1, 5), (2, 3), (3, 1), (4, 4), (1, 6), (2, 2)]),
+        # --sum-queries writes the query `all`
+        (
+            HEAD,
+            [[row.replace("0,", "all,", 1) for row in part] for part in SCORES],
+            1,
+            [(1, 5), (1, 6)],
+        ),
         # self ranks zeros as any other score
         (SELF_HEAD, SELF, 2, [(1, 3), (2, 1)]),
         (SELF_HEAD, SELF, 9, [(1, 3), (2, 1), (3, 5)]),
@@ -90,3 +98,12 @@ def test_the_first_rows_of_each_kind_are_merged(head, parts, k, expected, tmp_pa
     rank, train = columns.index("rank"), columns.index("train")
     merged = [(row[rank], row[train]) for row in merge_tables(tables, columns, k)]
     assert merged == expected
+
+
+@pytest.mark.parametrize("row", ["0,proponent,1,all,2.0,,,,", "0,proponent,all,3,2.0,,,,"])
+def test_only_a_query_may_be_all(row, tmp_path):
+    path = tmp_path / "part.csv"
+    path.write_text(f"{HEAD}\n{row}\n")
+    tables, columns = open_tables([str(path)], io.StringIO())
+    with pytest.raises(TableError, match="is 'all', expected a number"):
+        list(merge_tables(tables, columns, None))
