@@ -9,6 +9,7 @@ import torch
 
 from faults.numeric_runs import NumericRun, Reference, build_numeric_run, draw_batches
 from influence_cli.methods.pairwise import query_passes
+from influence_cli.methods.products import extreme_norms, inverse_of_norms
 from influence_cli.methods.random import draw_scores
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
@@ -203,3 +204,14 @@ def test_the_size_of_an_adjoint_counts_momentum_but_not_the_moments_of_adam():
     assert state_norms(Adjoint(three, {})).tolist() == [3.0]
     assert state_norms(Adjoint(three, four)).tolist() == [5.0]
     assert state_norms(Adjoint(three, four, twelve)).tolist() == [3.0]  # they are of another scale
+
+
+def test_a_norm_of_0_has_the_inverse_0_and_an_infinite_one_none():
+    inverse = inverse_of_norms(torch.tensor([0.0, 2.0, float("inf")]))
+    assert inverse[:2].tolist() == [0.0, 0.5]
+    assert inverse[2].isnan()  # no score of it may look right
+
+
+def test_norms_past_the_range_of_float32_products_are_extreme():
+    norms = torch.tensor([0.0, 1e-25, 1e-23, 1.0, 1e23, 1e25], dtype=torch.float64)
+    assert extreme_norms(norms.square()).tolist() == [False, True, False, False, False, True]
