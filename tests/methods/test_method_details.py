@@ -215,3 +215,16 @@ def test_a_norm_of_0_has_the_inverse_0_and_an_infinite_one_none():
 def test_norms_past_the_range_of_float32_products_are_extreme():
     norms = torch.tensor([0.0, 1e-25, 1e-23, 1.0, 1e23, 1e25], dtype=torch.float64)
     assert extreme_norms(norms.square()).tolist() == [False, True, False, False, False, True]
+
+
+def test_word_scores_of_one_checkpoint_are_those_of_its_embedding(tmp_path, influence):
+    run = build_numeric_run(NumericRun("words"), tmp_path / "run")
+    flags = ("--lr", "0.1", "--steps", "5", "--top", "all")
+    words = influence("score", run, "--method", "tracin-we", *flags)
+    embedding = influence("score", run, "--layers", "0.weight", *flags)
+    assert words.code == embedding.code == 0, words.err
+    one, two = (
+        {(row["query"], row["train"]): float(row["score"]) for row in result.rows}
+        for result in (words, embedding)
+    )
+    assert one == pytest.approx(two, rel=1e-5, abs=1e-9)
