@@ -135,7 +135,21 @@ def estimate(
     peak = cost_estimate.estimate_peak_bytes(
         source, columns, speed, counts["train"].missing if "train" in counts else 0
     )
-    return counts, setting_cells(opened, disk_bytes, speed, seconds, peak)
+    cells = setting_cells(opened, disk_bytes, speed, seconds, peak)
+    if "train" in counts:
+        cells.append(("score", describe_score(opened, counts["train"].missing)))
+    return counts, cells
+
+
+def describe_score(opened: "Opened", missing: int) -> str:
+    """How `score` will get the gradients of training examples, and multiply them."""
+    if opened.folder is None:
+        return "multiplies each layer's gradients as they are computed, and keeps none"
+    if opened.gradients.ranks.count > 1:
+        return "the ranks compute and store what is missing, then read all of it"
+    if missing:
+        return "one pass: it computes, stores and multiplies"
+    return "reads stored gradients"
 
 
 def total_needs(counts: "Iterable[GradientCount]") -> tuple[int, int]:
