@@ -81,6 +81,7 @@ def rank_by_gradients(
         return block_size(source, request, width)
 
     passes = query_passes(request, query_bytes)
+    note_passes(source, len(passes))
     ranked = rank_blocks(source, request, new_ranking, passes, size_for, load_queries, score_blocks)
     try:
         for scored in ranked:
@@ -238,6 +239,14 @@ def query_passes(request: ScoreRequest, query_bytes: int) -> list[Ids]:
     count = len(request.queries)
     size = count if request.sum_queries else max(1, most)
     return [request.queries[first : first + size] for first in range(0, count, size)]
+
+
+def note_passes(source: GradientSource, passes: int) -> None:
+    if passes > 1 and source.cache is None:
+        source.reporter.note(
+            f"the queries take {passes} passes, and with --cache none each pass computes the "
+            "gradients of all training examples: a cache computes them once"
+        )
 
 
 def block_size(

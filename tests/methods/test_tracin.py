@@ -209,6 +209,12 @@ def test_queries_in_several_passes_score_the_same(make_run, influence, monkeypat
     once = influence("score", run, "--precision", "float64", "--top", "4")
     monkeypatch.setattr(pairwise, "QUERY_BYTES", 1200)
     passes = influence("score", run, "--precision", "float64", "--top", "4")
+    assert "passes, and with --cache none" not in passes.err
+    live = influence("score", run, "--precision", "float64", "--top", "4", "--cache", "none")
+    assert "the queries take 6 passes, and with --cache none" in live.err
+    assert [(r["query"], r["train"]) for r in live.rows] == [
+        (r["query"], r["train"]) for r in once.rows
+    ]
     assert [(r["query"], r["train"]) for r in passes.rows] == [
         (r["query"], r["train"]) for r in once.rows
     ]
