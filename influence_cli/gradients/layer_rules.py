@@ -22,6 +22,8 @@ from influence_cli.gradients.forms import Dense, Factors
 from influence_cli.gradients.rule import Arguments, Gradients, Rule
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 
+MOST_LIVE = 0.75  # of the positions; copying more than that costs more than it saves
+
 
 def linear(call: Arguments, x: Tensor, g: Tensor) -> Gradients:
     """y = x W^T + b over any leading axes: G = sum over positions of g_s (x) x_s."""
@@ -101,14 +103,18 @@ def live_positions(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Both (B, S, n), without the positions at which g is zero in all examples. The last block of
     a classifier that reads one position has many.
 
-    It looks at all examples only where the first one has such a position. Not on a GPU, which
+    It looks at all examples only where the first one has many such positions. Not on a GPU, which
     would have to finish its work for that.
     """
-    if not g.is_cpu or g.shape[1] == 1 or not len(g) or bool(g[0].any(1).all()):
+    if not g.is_cpu or g.shape[1] == 1 or not len(g):
+        return g, x
+    if int(g[0].any(1).sum()) > MOST_LIVE * g.shape[1]:
         return g, x
     live = g.flatten(2).any(2).any(0)
     live[0] |= ~live.any()  # at least one position
-    return (g, x) if bool(live.all()) else (g[:, live], x[:, live])
+    if int(live.sum()) > MOST_LIVE * len(live):
+        return g, x
+    return g[:, live], x[:, live]
 
 
 def over_positions(value: Tensor) -> Dense:
