@@ -1,5 +1,6 @@
 """A small fixed part of the campaign of flips: no flip is silent, and a planted one is found."""
 
+import os
 import random
 
 import pytest
@@ -35,6 +36,19 @@ def test_a_flip_that_no_checksum_finds_is_silent(tmp_path, monkeypatch):
         trials.flip(trials.body(), tally)
     assert tally.faults["silent"] >= 1
     assert tally.tried == 6
+
+
+def test_a_process_that_dies_is_a_fault_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr("faults.flips.KINDS", KINDS[:3])
+    monkeypatch.setattr("faults.flips.run_kind", die_at_float16)
+    tallies = run_flips(2, 60)
+    assert [tally.faults["traceback"] for tally in tallies] == [0, 1, 0]
+
+
+def die_at_float16(name: str, *rest: object) -> Tally:
+    if name == "float16":
+        os._exit(3)
+    return Tally(f"flips: {name}")
 
 
 def test_kinds_run_side_by_side(monkeypatch):

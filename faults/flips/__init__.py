@@ -7,8 +7,9 @@ Each flip asks two commands: the one that uses the file, with --verify where it 
 import multiprocessing
 import random
 import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -143,21 +144,30 @@ def run_kind(name: str, count: int, stride: int, seconds: float, seed: int) -> T
 
 
 def run_flips(count: int, seconds: float, seed: int = 0) -> list[Tally]:
-    """About `count` body flips over all kinds, and header bytes, in two processes."""
+    """About `count` body flips over all kinds, and header bytes, in two processes.
+
+    A kind that begins gets its part, by its effort, of the time that is left.
+    """
     import_package()
     stride = max(1, ALL_HEADERS // count)
     each = -(-count // len(KINDS))
-    share = WORKERS * seconds / len(KINDS)
-    context = multiprocessing.get_context("fork")
-    tallies = []
-    with ProcessPoolExecutor(WORKERS, context) as pool:
-        runs = {
-            kind.name: pool.submit(run_kind, kind.name, each, stride, share, seed) for kind in KINDS
-        }
-        for name, run in runs.items():
+    deadline = time.monotonic() + seconds
+    waiting, running, tallies = list(KINDS), dict[Future[Tally], Kind](), dict[str, Tally]()
+    while waiting or running:
+        while waiting and len(running) < WORKERS:
+            effort = sum(kind.effort for kind in waiting)
+            kind = waiting.pop(0)
+            left = max(0.0, deadline - time.monotonic())
+            share = min(left, WORKERS * left * kind.effort / effort)
+            # a process of its own, which may crash
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+            running[pool.submit(run_kind, kind.name, each, stride, share, seed)] = kind
+            pool.shutdown(wait=False)
+        for run in wait(running, return_when=FIRST_COMPLETED).done:
+            name = running.pop(run).name
             try:
-                tallies.append(run.result())
+                tallies[name] = run.result()
             except BrokenProcessPool as error:
-                tallies.append(Tally(f"flips: {name}"))
-                tallies[-1].crash(error, name)
-    return tallies
+                tallies[name] = Tally(f"flips: {name}")
+                tallies[name].crash(error, name)
+    return [tallies[kind.name] for kind in KINDS]

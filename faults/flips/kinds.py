@@ -19,7 +19,7 @@ class Kind:
 
     `use` reads them and writes table.csv. `suffix`: only tensors with such names are flipped.
     `keeps_times`: the cache takes the flipped file for the one that it knows, as it does after a
-    disk flips a bit: no time stamp changes.
+    disk flips a bit: no time stamp changes. `effort`: its share of the time, by its header bytes.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Kind:
     check: Arguments = CHECK
     keeps_progress: bool = False
     keeps_times: bool = False
+    effort: float = 1.0
 
 
 def score(*flags: str) -> Arguments:
@@ -39,7 +40,14 @@ def score(*flags: str) -> Arguments:
 
 def gradients(name: str, *flags: str, suffix: str = "") -> Kind:
     """The units of training gradients, stored in some format."""
-    return Kind(name, UNITS, score(*flags), make=(score(*flags),), suffix=suffix)
+    return Kind(
+        name,
+        UNITS,
+        score(*flags),
+        make=(score(*flags),),
+        suffix=suffix,
+        effort=0.2 if suffix else 1.0,
+    )
 
 
 def shard(index: int, suffix: str) -> Arguments:
@@ -58,11 +66,10 @@ def saved_progress(*flags: str) -> Kind:
     use = score(*flags)[:-1]
     return Kind(
         f"back/ of {' '.join(flags[1:])}", "run/.influence/back/*/*", use, build_recorded, (use,),
-        keeps_progress=True,
+        keeps_progress=True, effort=2.6,
     )  # fmt: skip
 
 
-DVE = score("--method", "dve", "--lr-weights", "none")
 KINDS = (
     gradients("float32"),
     gradients("float16", "--store", "float16"),
@@ -84,11 +91,11 @@ KINDS = (
     saved_progress("--method", "unroll"),
     saved_progress("--method", "dve", "--replay"),
     Kind(
-        "data value embeddings", "run/embeddings/**/*",
-        score("--method", "dve", "--embeddings", "run/embeddings")[:-1], build_recorded,
-        (score("--method", "dve", "--embeddings", "run/embeddings"),),
+        "data value embeddings", "run/.influence/embeddings/**/*",
+        score("--method", "dve", "--embeddings", "run/.influence/embeddings")[:-1], build_recorded,
+        (score("--method", "dve", "--embeddings", "run/.influence/embeddings"),), effort=3.0,
     ),
-    Kind("recorded trajectory", "run/trajectory.jsonl", score("--method", "dve"), build_recorded, (score("--method", "dve"),)),
+    Kind("recorded trajectory", "run/trajectory.jsonl", score("--method", "dve"), build_recorded, (score("--method", "dve"),), effort=0.5),
     Kind("recorded checkpoints", "run/checkpoints/*", score(), build_recorded, (score(),)),
     Kind(
         "optimizer states", "run/optimizer/step-000004*", score("--method", "unroll", "--replay")[:-1],
@@ -105,7 +112,7 @@ KINDS = (
     parts(".parquet"),
     Kind(
         "checkpoints without checksums", "run/checkpoints/*", score(), make=(score(),),
-        keeps_times=True,
+        keeps_times=True, effort=0.2,
     ),
 )  # fmt: skip
 
