@@ -8,6 +8,7 @@ import torch
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.identity import Settings, check_rows_agree
+from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Dense
@@ -75,3 +76,14 @@ def test_rows_agree_up_to_rounding(losses, values, differs):
         return
     with pytest.raises(CacheError, match=differs):
         compare()
+
+
+def test_only_a_unit_with_gaps_lists_its_examples(tmp_path):
+    store = Store(tmp_path / "c")
+    all_ids, some = np.arange(4, 8), np.array([4, 6])
+    complete, with_gaps = (
+        store.unit_for(store.folder / "x", ["a"], "norms", "d", 4, 8, ids) for ids in (all_ids, some)
+    )
+    assert complete.ids is None
+    assert with_gaps.ids.tolist() == [4, 6]
+    assert complete.name != with_gaps.name
