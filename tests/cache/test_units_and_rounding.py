@@ -82,7 +82,8 @@ def test_only_a_unit_with_gaps_lists_its_examples(tmp_path):
     store = Store(tmp_path / "c")
     all_ids, some = np.arange(4, 8), np.array([4, 6])
     complete, with_gaps = (
-        store.unit_for(store.folder / "x", ["a"], "norms", "d", 4, 8, ids) for ids in (all_ids, some)
+        store.unit_for(store.folder / "x", ["a"], "norms", "d", 4, 8, ids)
+        for ids in (all_ids, some)
     )
     assert complete.ids is None
     assert with_gaps.ids.tolist() == [4, 6]
