@@ -5,6 +5,7 @@
 # make coverage      measure which lines the tests run; below 95 % it fails
 # make mislabelled   count the wrong labels among the 40 highest scores of `influence self`
 # make sample-runs   train the sample runs again
+# make gpu           test and measure a CUDA device; without one it says so
 # make bench-peers   compare with public libraries, each in its own environment
 # make clean         remove environments and caches
 #
@@ -18,7 +19,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs bench-peers
+.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -70,6 +71,10 @@ mislabelled: $(VENV)/core
 sample-runs: $(VENV)/core
 	$(VENV)/bin/python $(RUN)/train.py
 	$(VENV)/bin/python sample_runs/words/train.py
+
+gpu: $(VENV)/dev
+	$(VENV)/bin/python benchmarks/gpu.py
+	$(VENV)/bin/python -m pytest tests/test_gpu.py
 
 # Compares whole jobs with those of public libraries. WORKLOADS="w1 w3" selects workloads.
 PEERS = captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 traker==0.3.2 bergson==2.5.1
