@@ -162,7 +162,9 @@ def read_rows(name: str, stdin: IO[str]) -> Iterator[NumberedRow]:
 def read_csv(file: IO[str], delimiter: str) -> Iterator[NumberedRow]:
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(file, delimiter=delimiter)
-    for cells in reader:
+    for number, cells in enumerate(reader):
+        if not number and not cells:
+            raise ValueError("its first line is empty; expected a header line")
         yield reader.line_num, cells
     if not reader.line_num:
         raise ValueError("the file is empty; expected a header line")
@@ -172,8 +174,8 @@ def read_jsonl(file: IO[bytes]) -> Iterator[NumberedRow]:
     columns: list[str] = []
     for line, text in enumerate(iter(lambda: file.readline(MAX_BYTES + 1), b""), start=1):
         row = parse_json(text, finite=False)
-        if not isinstance(row, dict):
-            raise ValueError(f"found {shown(row)}, expected a JSON object")
+        if not isinstance(row, dict) or not row:
+            raise ValueError(f"found {shown(row)}, expected a JSON object with columns")
         if not columns:
             columns = list(row)
             yield 0, columns

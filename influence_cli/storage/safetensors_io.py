@@ -328,7 +328,7 @@ def read_head(text: bytes, begin: int, size: int) -> tuple[dict[str, str], dict[
         entries = {}
         for name, entry in head.items():
             shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            if {*map(type, (*shape, first, last))} != {int}:
+            if type(entry["shape"]) is not list or {*map(type, (*shape, first, last))} != {int}:
                 raise ValueError(f"{name[:80]} has a shape or an offset that is not whole")
             if len(shape) > MAX_AXES or min(shape, default=0) < 0:
                 raise ValueError(f"{name} has a shape that no tensor has")

@@ -243,6 +243,7 @@ BROKEN = {
         "rank,train,score,train_label,train_text\n1,5,2.0,,\n",
         "bad.csv has other columns than good.csv",
     ),
+    "an empty first line": ("\r\n" + GOOD, "bad.csv can't be read: its first line is empty"),
     "an open quote": (
         HEAD + '0,proponent,1,8,2.0,,"\n0,proponent,2,9,1.0,,,,\n',
         "bad.csv, line 3: 7 columns",
@@ -281,6 +282,7 @@ BROKEN_JSON = {
     "half a surrogate pair": ('"y"', '"\\ud800"', "no valid UTF-8 text"),
     "a list": ('"y"', "[1]", "train_text is [1], expected a text"),
     "no object": (JSON_ROW, "[1, 2]\n", "found [1, 2], expected a JSON object"),
+    "an empty object": (JSON_ROW, "{}\n" + JSON_ROW, "found {}, expected a JSON object"),
     "10 MB": ('"kind": "pro', '"kind": "' + "x" * 10_000_000, "line 1: kind is 'xxxx"),
 }
 

@@ -110,6 +110,15 @@ MALFORMED = {
     "an unknown dtype": ({"a": entry(0, 4, dtype="F7")}, b"1234"),
     "another size than its shape": ({"a": entry(0, 4, (2,))}, b"1234"),
     "a negative offset": ({"a": entry(-4, 0)}, b""),
+    "a shape that is an object": (
+        {"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}},
+        b"1234",
+    ),
+    "a shape that is a text": (
+        {"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}},
+        b"1234",
+    ),
+    "metadata that are a list": ({"__metadata__": [], "a": entry(0, 4)}, b"1234"),
     "a gap": ({"a": entry(0, 4), "b": entry(8, 12)}, b"1234" * 3),
     "an overlap": ({"a": entry(0, 4), "b": entry(0, 4)}, b"1234"),
     "bytes after its last tensor": ({"a": entry(0, 4)}, b"12345"),
