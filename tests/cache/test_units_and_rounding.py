@@ -10,6 +10,7 @@ from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.identity import Settings, check_rows_agree
 from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Unit
+from influence_cli.cache.unit_index import UnitIndex
 from influence_cli.errors import CacheError
 from influence_cli.gradients.forms import Dense
 
@@ -88,3 +89,15 @@ def test_only_a_unit_with_gaps_lists_its_examples(tmp_path):
     assert complete.ids is None
     assert with_gaps.ids.tolist() == [4, 6]
     assert complete.name != with_gaps.name
+
+
+def test_an_index_covers_only_what_its_complete_units_hold():
+    a = Unit(Path("c"), "u", ("a",), "values", "d", 0, 8)
+    b = Unit(Path("c"), "v", ("b",), "norms", "d", 0, 4)
+    index = UnitIndex([a, b, a.keep_examples(np.arange(8) < 4)])
+    low, high = np.array([0, 4, 2]), np.array([4, 8, 9])
+    assert index.covers(["a"], "values", low, high).tolist() == [True, True, False]
+    assert index.covers(["a"], "norms", low, high).tolist() == [True, True, False]
+    assert index.covers(["b"], "norms", low, high).tolist() == [True, False, False]
+    assert not index.covers(["b"], "values", low, high).any()
+    assert not index.covers(["a", "b"], "norms", low, high).any()
