@@ -257,6 +257,7 @@ def decode_forms(layout: UnitLayout, content: dict[str, Tensor]) -> dict[str, Fo
         else unpack(content[name], content.get(f"{name}.scale"))
         for name in layout.tensor_names
     }
+    values = {name: aligned(value) for name, value in values.items()}
     forms: dict[str, Form] = {}
     for column, form in layout.forms.items():
         tensors = {}
@@ -270,6 +271,14 @@ def decode_forms(layout: UnitLayout, content: dict[str, Tensor]) -> dict[str, Fo
             tensors[part] = value
         forms[column] = from_tensors(form.kind, form.shape, tensors)
     return forms
+
+
+def aligned(value: Tensor) -> Tensor:
+    """float64 numbers at an address that is a multiple of 64: the last bits of their products
+    depend on it, and a tensor has another address in a file than in memory.
+    """
+    misplaced = value.dtype == torch.float64 and value.data_ptr() % 64
+    return value.clone() if misplaced else value
 
 
 def read_layout(

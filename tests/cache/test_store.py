@@ -1,5 +1,6 @@
 """The files of the cache: what is written is what is read, whatever the store and however units overlap."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -53,6 +54,23 @@ def test_a_unit_round_trips_bit_for_bit(tmp_path):
     same(held.read_rows(["a", "b"], "values", np.arange(8)), rows(range(8)))
     same(held.read_rows(["b"], "values", np.array([2, 5])), rows([2, 5]))
     assert held.read_rows(["a"], "norms", np.array([2])).forms == {}
+
+
+@pytest.mark.parametrize("count", [7, 8])
+def test_float64_numbers_have_the_same_place_in_memory_written_and_read(count, tmp_path):
+    """The last bits of their products depend on it."""
+    store, ids = Store(tmp_path / "c"), np.arange(count)
+    unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, count, ids)
+    made = rows(ids)
+    wide = {name: form.to(torch.device("cpu"), torch.float64) for name, form in made.forms.items()}
+    with store.writer(torch.float64) as writer:
+        written = writer.write_and_decode(unit, dataclasses.replace(made, forms=wide))
+    read = store.index_units(store.folder / "x").read_rows(["a", "b"], "values", ids)
+    same(read, written)
+    for decoded in (read, written):
+        for form in decoded.forms.values():
+            assert form.tensors()["values"].dtype == torch.float64
+            assert form.tensors()["values"].data_ptr() % 64 == 0
 
 
 def test_every_form_is_kept_in_its_own_form(tmp_path):
