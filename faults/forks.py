@@ -108,7 +108,7 @@ class ForkedCommand:
         prepare: Callable[[], None] | None = None,
         environment: Mapping[str, str] | None = None,
         logs: Path | None = None,
-        main: Callable[[], object] = cli.app,
+        main: Callable[[], object] = lambda: cli.app(),
     ) -> None:
         self.out, self.err = (logs or place) / f"out-{name}", (logs or place) / f"err-{name}"
         self.start = time.monotonic()
