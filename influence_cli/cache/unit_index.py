@@ -7,6 +7,7 @@ import numpy as np
 from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.cache.unit_file import Level, RowDecoder, Unit, fetch_unit
 from influence_cli.cache.verification import Verification
+from influence_cli.errors import CacheError
 
 
 class UnitIndex:
@@ -74,7 +75,12 @@ class UnitIndex:
         every example."""
         parts: list[tuple[list[np.ndarray], list[RowDecoder]]] = []
         for numbers, members in self._group_columns(columns, level, ids):
-            assert (numbers >= 0).all(), f"{members[0]}: read before it was ensured"
+            if (numbers < 0).any():
+                raise CacheError(
+                    f"the cache has no gradients of {members[0]} any more",
+                    "its files were probably removed during the work",
+                    "re-run the command: it computes again what is missing",
+                )
             positions = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
             decoders = [
                 fetch_unit(self.units[numbers[at[0]]], members, level, ids[at], self.verification)

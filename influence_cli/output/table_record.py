@@ -17,7 +17,7 @@ from typing import Any
 
 from influence_cli import __version__
 from influence_cli.errors import TableError
-from influence_cli.storage.atomic import write_json
+from influence_cli.storage.atomic import remove_stale_siblings, write_json
 from influence_cli.storage.json_text import parse_sealed_json
 
 KEY = "influence"  # of a parquet file's metadata
@@ -44,6 +44,7 @@ def record_path(table: Path) -> Path:
 
 def write_record(table: Path, record: Record) -> None:
     """Write the record beside a table, with the table's size and digest."""
+    remove_stale_siblings(record_path(table))
     write_json(record_path(table), {**record, **digest_file(table)})
 
 

@@ -199,6 +199,15 @@ def test_a_cache_that_vanishes_during_the_work_is_not_begun_without_its_head(tmp
     Store(tmp_path / "c").write(unit, rows(range(8)), torch.float32)  # the command again
 
 
+def test_rows_that_vanished_are_an_error_and_no_row_of_another_example(tmp_path):
+    store = Store(tmp_path / "c")
+    unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, 8, np.arange(8))
+    store.write(unit, rows(range(8)), torch.float32)
+    shutil.rmtree(store.folder)
+    with pytest.raises(CacheError, match="no gradients of a any more"):
+        store.index_units(store.folder / "x").read_rows(["a"], "values", np.arange(8))
+
+
 def test_an_empty_cache_holds_nothing():
     assert (UnitIndex([]).locate("a", "values", np.arange(3)) == -1).all()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import stat
 import threading
 from pathlib import Path
@@ -32,6 +33,13 @@ def write_part(run, tmp_path, influence):
         return tmp_path / name
 
     return write
+
+
+def test_the_temporary_record_of_a_killed_command_is_removed(run, tmp_path, influence):
+    left = tmp_path / f".tmp-{socket.gethostname()}-{'0' * 16}-scores.csv.meta.json"
+    left.write_text("{")
+    assert influence("score", run, "-o", tmp_path / "scores.csv").code == 0
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -275,7 +276,10 @@ def test_a_folder_of_embeddings_left_by_a_kill_at_its_start_is_used(tmp_path, in
     half_made = tmp_path / "half"
     half_made.mkdir()
     shutil.copy(tmp_path / "kept" / "sample.safetensors", half_made)
+    left = half_made / f".tmp-{socket.gethostname()}-{'0' * 16}-sample.safetensors"
+    left.touch()
     assert score(influence, run, (*EMBEDDINGS, half_made)).out == undisturbed.out
+    assert not left.exists()
     (half_made / "embeddings.json").unlink()
     refused(score(influence, run, (*EMBEDDINGS, half_made)), 1, "holds other files")
 

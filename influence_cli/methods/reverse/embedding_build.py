@@ -20,7 +20,7 @@ from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.stability import Stability, state_norms
 from influence_cli.methods.reverse.steps import PassSettings, StepEffects, propagate
 from influence_cli.progress import Advance
-from influence_cli.storage.atomic import report_disk_errors
+from influence_cli.storage.atomic import remove_stale_files, report_disk_errors
 
 ROWS_BYTES = 64 << 20  # of a file of rows
 
@@ -33,6 +33,7 @@ def build_embeddings(store: EmbeddingStore) -> None:
     with report_disk_errors(store.folder):
         store.folder.mkdir(parents=True, exist_ok=True)
     check_identity(store)
+    remove_stale_files(store.folder)  # it is ours
     missing = [part for part in store.parts if not store.is_complete(part)]
     if not missing:
         return
