@@ -359,6 +359,7 @@ def test_an_index_that_can_not_be_read_is_refused(text, make_run, influence):
     [
         '{"log_history": [{"step": 10, "learning_rate"',
         '{"log_history": [{"step": 1e400, "learning_rate": 0.1}]}',
+        '{"log_history": [{"step": 0.5, "learning_rate": 0.1}]}',
         '{"log_history": [{"step": 1' + "0" * 400 + ', "learning_rate": 0.1}]}',
         '{"log_history": ' + "[" * 5000,
         '{"log_history": [], "log_history": []}',

@@ -130,13 +130,21 @@ def _read_saved_rate(checkpoint: Checkpoint) -> Weight | None:
     return weight
 
 
+def whole_step(value: str | float) -> int:
+    """Raises ValueError, TypeError or OverflowError."""
+    step = int(value)
+    if isinstance(value, float) and step != value:
+        raise ValueError(f"the step {value} is not whole")
+    return step
+
+
 def _read_trainer_rate(checkpoint: Checkpoint, state: Path) -> Weight | None:
     """A Hugging Face Trainer logs the rate at some steps: the last entry up to this step."""
     try:
         # a diverged training logs NaN
         log = read_json_file(state, finite=False).get("log_history", [])
         logged = {
-            int(entry["step"]): float(entry["learning_rate"])
+            whole_step(entry["step"]): float(entry["learning_rate"])
             for entry in log
             if "learning_rate" in entry
         }
