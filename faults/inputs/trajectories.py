@@ -40,7 +40,7 @@ def parse_line(text: bytes) -> None:
     entry = read_strictly(text, finite=False)  # a user's own key may hold NaN
     expect(step == entry["step"], "another step")
     expect(line.examples.tolist() == entry["examples"], "other examples")
-    expect(line.clip == entry.get("clip", 1.0), "another clip")
+    expect(line.clip == float(entry.get("clip", 1.0)), "another clip")
     expect(np.array_equal(np.asarray(line.lr), np.asarray(entry["lr"])), "another rate")
     weights = None if line.weights is None else line.weights.tolist()
     written = entry.get("weights")
