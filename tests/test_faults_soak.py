@@ -1,5 +1,6 @@
 """A few rounds of the soak in faults/, and growth of each kind, planted."""
 
+import mmap
 import os
 import sys
 import tempfile
@@ -56,7 +57,11 @@ def leave_a_thread():
 
 
 def leave_memory():
-    KEPT.append(b"x" * (2 * MEMORY))  # written, so resident
+    """New pages, which are written: malloc may give freed memory that is resident already."""
+    pages = mmap.mmap(-1, 2 * MEMORY)
+    for first in range(0, len(pages), mmap.PAGESIZE):
+        pages[first] = 1
+    KEPT.append(pages)
 
 
 def leave_a_file():
