@@ -55,15 +55,15 @@ def gemm_share(job: Callable[[], object]) -> float:
 
 def measure(name: str, train: int | None, repeats: int) -> str:
     with workload(name, train) as (work, run):
-        kept = run / ".influence"
+        cache = run / ".influence"
 
         def disk() -> float:
-            shutil.rmtree(kept, ignore_errors=True)
-            stored = opened(run, str(kept), device="cuda")
+            shutil.rmtree(cache, ignore_errors=True)
+            stored = opened(run, str(cache), device="cuda")
             return score(stored, stored.gradients)
 
         def again() -> float:
-            stored = opened(run, str(kept), device="cuda")
+            stored = opened(run, str(cache), device="cuda")
             return score(stored, stored.gradients)
 
         live = opened(run, "none", device="cuda")

@@ -38,7 +38,7 @@ def agree(influence, run, *arguments):
     keys = ("query", "train", "group", "layer", "value")
     command, *flags = arguments
     own = [] if "--cache" in flags else ["--cache"]
-    found, expected = (
+    on_device, expected = (
         cells(
             influence(
                 command,
@@ -54,9 +54,9 @@ def agree(influence, run, *arguments):
         )
         for device in (DEVICE, "cpu")
     )
-    assert found.keys() == expected.keys()
+    assert on_device.keys() == expected.keys()
     largest = max(map(abs, expected.values()))
-    assert max(abs(found[key] - expected[key]) for key in expected) < LIMIT * largest
+    assert max(abs(on_device[key] - expected[key]) for key in expected) < LIMIT * largest
 
 
 @pytest.mark.parametrize("arguments", FLAGS)

@@ -79,7 +79,7 @@ class UnitIndex:
                 raise CacheError(
                     f"the cache has no gradients of {members[0]} any more",
                     "its files were probably removed during the work",
-                    "re-run the command: it computes again what is missing",
+                    "re-run the command: it computes the missing gradients again",
                 )
             positions = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
             decoders = [

@@ -146,7 +146,7 @@ def describe_score(opened: "Opened", missing: int) -> str:
     if opened.folder is None:
         return "multiplies each layer's gradients as they are computed, and keeps none"
     if opened.gradients.ranks.count > 1:
-        return "the ranks compute and store what is missing, then read all of it"
+        return "the ranks compute and store the missing gradients, then read all of them"
     if missing:
         return "one pass: it computes, stores and multiplies"
     return "reads stored gradients"

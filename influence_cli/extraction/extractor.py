@@ -28,7 +28,7 @@ from influence_cli.progress import Advance, Reporter
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.run import Run
 
-# one batch: its place among the examples, losses (B,), and what was kept of each column
+# one batch: its place among the examples, losses (B,), and a result for each column
 Visited = tuple[slice, torch.Tensor, dict[str, Kept]]
 Counted = Callable[[int], None]
 Result = TypeVar("Result")
@@ -114,7 +114,7 @@ class GradientExtractor:
         where: str = "",
     ) -> None:
         """Give the gradients of each batch to `keep`, column by column while the backward pass
-        runs, and then what it kept to `take`. Nothing else is kept of them.
+        runs, and then its results to `take`. It stores none of the gradients.
 
         A batch may come again in other cuts, after memory ran out. Raises as `rows_at` does.
         """
@@ -179,16 +179,16 @@ class GradientExtractor:
         losses, digests = [], []
         sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
         buffer = FormBuffer(len(ids))
-        for at, batch_losses, kept in self._visit(weights, split, columns, ids, size, finish):
+        for at, batch_losses, results in self._visit(weights, split, columns, ids, size, finish):
             losses.append(batch_losses)
             for name in columns:
-                sqnorms[name].append(kept[name][0])
+                sqnorms[name].append(results[name][0])
             if level == "values":
-                forms = {name: form for name in columns if (form := kept[name][1]) is not None}
+                forms = {name: form for name in columns if (form := results[name][1]) is not None}
                 buffer.add(forms)
             digests.append(self._digests(split, ids[at]))
             if self.device.type == "cpu":  # a GPU would have to finish each batch for this check
-                norms = {name: kept[name][0] for name in columns}
+                norms = {name: results[name][0] for name in columns}
                 check_finite(weights, split, ids[at], batch_losses, norms)
             advance(len(batch_losses))
         all_losses = torch.cat(losses).cpu()
@@ -215,7 +215,7 @@ class GradientExtractor:
             at = slice(first, min(first + size, len(ids)))
             batch, single = self.batches.of(split, ids[at])
             try:
-                losses, kept = capture.visit(batch, single, len(ids[at]), keep)
+                losses, results = capture.visit(batch, single, len(ids[at]), keep)
             except LossCountError as error:
                 self.batches.refuse_dropped(split, ids[at])
                 raise error
@@ -225,7 +225,7 @@ class GradientExtractor:
                 raise self.batches.explained(split, error, len(ids[at])) from error
             if self.device.type == "cpu":
                 check_finite(weights, split, ids[at], losses, {})
-            yield at, losses, kept
+            yield at, losses, results
 
     def _digests(self, split: str, ids: np.ndarray) -> torch.Tensor:
         if self._with_digests:

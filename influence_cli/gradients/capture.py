@@ -38,7 +38,7 @@ from influence_cli.gradients.quantity import Quantity, checked, frozen
 from influence_cli.gradients.tolerances import close, differing
 
 Kept = TypeVar("Kept")  # what a caller makes of the gradients of one parameter
-# (name of a parameter, its gradients) -> what is kept; the gradients may be overwritten afterwards
+# (name of a parameter, its gradients) -> a result; the gradients may be overwritten afterwards
 Keep = Callable[[str, Form], Kept]
 # squared norms (B,), and the gradients where they are wanted
 NormsAndForm = tuple[Tensor, Form | None]
@@ -224,9 +224,9 @@ class Capture:
         """The gradients of a batch of `size`. `singles(i)`: example i as a batch of one. `values`
         False: norms and losses only.
         """
-        losses, kept = self.visit(batch, singles, size, self.norms_and_form(values))
-        sqnorms = {name: kept[name][0] for name in self.names}
-        forms = {name: form for name in self.names if (form := kept[name][1]) is not None}
+        losses, results = self.visit(batch, singles, size, self.norms_and_form(values))
+        sqnorms = {name: results[name][0] for name in self.names}
+        forms = {name: form for name in self.names if (form := results[name][1]) is not None}
         return Captured(losses, sqnorms, forms)
 
     def visit(
@@ -239,11 +239,11 @@ class Capture:
         if visited is None:
             parts = [self.single(singles(i)) for i in range(size)]
             grads = {name: torch.stack([part[name] for _, part in parts]) for name in self.names}
-            visited = torch.cat([loss for loss, _ in parts]), self._kept_of(grads, keep)
-        losses, kept = visited
-        return losses.cpu().double() if losses.device.type == "mps" else losses.double(), kept
+            visited = torch.cat([loss for loss, _ in parts]), self._results_of(grads, keep)
+        losses, results = visited
+        return losses.cpu().double() if losses.device.type == "mps" else losses.double(), results
 
-    def _kept_of(self, grads: dict[str, Tensor], keep: Keep[Kept]) -> dict[str, Kept]:
+    def _results_of(self, grads: dict[str, Tensor], keep: Keep[Kept]) -> dict[str, Kept]:
         return {
             name: keep(name, smallest(value, name in self.embeddings))
             for name, value in grads.items()
@@ -271,12 +271,12 @@ class Capture:
     ) -> tuple[Tensor, dict[str, Kept]] | None:
         """All examples at once. None, and a note, where this batch does not allow it."""
         try:
-            losses, kept = self._rules_on(batch, size, keep)
-            others = [name for name in self.names if name not in kept]
+            losses, results = self._rules_on(batch, size, keep)
+            others = [name for name in self.names if name not in results]
             if others or losses is None:
                 losses, grads = self._by_torch_func(batch, others)
-                kept |= self._kept_of(grads, keep)
-            return losses, kept
+                results |= self._results_of(grads, keep)
+            return losses, results
         except Exception as error:  # a batch unlike the first: another length, another branch
             if is_out_of_memory(error):
                 raise

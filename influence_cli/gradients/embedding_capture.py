@@ -95,8 +95,8 @@ class EmbeddingCapture:
         """The gradients of a batch of `size`. `singles(i)`: example i as a batch of one. `values`
         False: norms and losses only.
         """
-        losses, kept = self.visit(batch, singles, size, self.norms_and_form(values))
-        norms, form = kept[self.column]
+        losses, results = self.visit(batch, singles, size, self.norms_and_form(values))
+        norms, form = results[self.column]
         return Captured(losses, {self.column: norms}, {self.column: form} if form else {})
 
     def visit(

@@ -4,6 +4,7 @@ The model runs on two examples, and on the same two twice. The axis that doubles
 The plan lists the calls of torch functions in order; hooks.py follows it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ def make_plan(forward: Callable[[Batch], Any], two: Batch, twice: Batch, size: i
     return AxisPlan(tuple(double.steps), (double.bytes - single.bytes) / size)
 
 
-class Watcher(TorchFunctionMode):
+class Watcher(TorchFunctionMode, ABC):
     """Sees each call of a torch function, also the linear layers inside attention."""
 
     def __torch_function__(
@@ -121,9 +122,9 @@ class Watcher(TorchFunctionMode):
         finally:
             F.linear = plain
 
+    @abstractmethod
     def seen(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Makes the call. Each subclass says what it records of it."""
-        raise NotImplementedError
 
 
 class Recorder(Watcher):

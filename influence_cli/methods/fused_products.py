@@ -63,19 +63,21 @@ class FusedProducts:
 
         def take(visited: tuple[slice, Tensor, dict[str, ColumnProducts]]) -> None:
             nonlocal any_product
-            at, losses, kept = visited
+            at, losses, results = visited
             self._memo.clear()
-            self._check(ids[at], kept)
+            self._check(ids[at], results)
             batch_PQB = totals_PQN[:, :, at].zero_()
             for name in columns:  # in the same order as for cached gradients
                 weight, part = self.counts[name]
-                scores_QB = kept[name].scores_BQ.T.to(place)
+                scores_QB = results[name].scores_BQ.T.to(place)
                 any_product = any_product or bool(scores_QB.any())
                 for index in {0, part}:
                     batch_PQB[index].add_(scores_QB, alpha=weight)
             if self.inverse_Q is not None:
-                batch_PQB *= self.inverse_Q.to(place)[:, None] * self._inverse_norms(kept).to(place)
-            squares = torch.stack([sqnorms_of(kept[name]) for name in columns]).sum(0)
+                batch_PQB *= self.inverse_Q.to(place)[:, None] * self._inverse_norms(results).to(
+                    place
+                )
+            squares = torch.stack([sqnorms_of(results[name]) for name in columns]).sum(0)
             step = self.checkpoint.step
             self.source.counts.add_numbers("train", step, ids[at], losses.cpu(), squares)
 
@@ -99,16 +101,16 @@ class FusedProducts:
             sqnorms = exact.masked_fill(exact.isinf(), torch.nan)
         return ColumnProducts(scores_BQ, sqnorms)
 
-    def _check(self, ids: np.ndarray, kept: Mapping[str, ColumnProducts]) -> None:
+    def _check(self, ids: np.ndarray, results: Mapping[str, ColumnProducts]) -> None:
         zeros = torch.zeros(len(ids), dtype=torch.float64)
-        for name, products in kept.items():
+        for name, products in results.items():
             if products.sqnorms is not None:
                 wrong = zeros.masked_fill(products.sqnorms.cpu().isnan(), torch.nan)
                 check_finite(self.checkpoint.name, "train", ids, zeros, {name: wrong})
 
-    def _inverse_norms(self, kept: Mapping[str, ColumnProducts]) -> Tensor:
+    def _inverse_norms(self, results: Mapping[str, ColumnProducts]) -> Tensor:
         """(B,) of 1/|g| over all columns; 0 where a gradient is zero."""
-        squares = torch.stack([sqnorms_of(products) for products in kept.values()]).sum(0)
+        squares = torch.stack([sqnorms_of(products) for products in results.values()]).sum(0)
         return inverse_of_norms(squares.sqrt())
 
 

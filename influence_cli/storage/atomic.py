@@ -185,7 +185,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
             raise CacheError(
                 describe_disk_error(f"the cache {folder}", error),
                 f"missing: {error.filename}, which was probably removed during the work",
-                "re-run the command: it computes again what is missing",
+                "re-run the command: it computes the missing gradients again",
             ) from error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CacheError(

@@ -88,9 +88,9 @@ def test_a_unit_that_the_cache_has_in_part_is_read_with_the_rest(make_run, influ
     def scores(result):
         return {(r["query"], r["train"]): float(r["score"]) for r in result.rows}
 
-    found, expected = scores(pieced), scores(whole)
+    pieces, expected = scores(pieced), scores(whole)
     largest = max(map(abs, expected.values()))
-    assert max(abs(found[key] - expected[key]) for key in expected) < 1e-6 * largest
+    assert max(abs(pieces[key] - expected[key]) for key in expected) < 1e-6 * largest
     assert influence("score", run, "--top", "all").out == pieced.out
 
 

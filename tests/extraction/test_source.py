@@ -142,7 +142,7 @@ def test_the_unit_size_does_not_change_scores(make_run, influence, monkeypatch):
 
 
 def test_any_finished_units_plus_the_rest_are_the_same_bytes(make_run, influence, small_units):
-    """Every unit in turn is taken away; computing what is missing gives the same files and the same
+    """Every unit in turn is taken away; computing it again gives the same files and the same
     table.
     """
     run = make_run()

@@ -50,7 +50,7 @@ def test_scores_equal_the_formula(name, precision, limit, make_run, influence):
 def test_scores_equal_those_of_a_cache(flags, make_run, influence):
     run = make_run()
     limit = 1e-2 if "bfloat16" in flags else 1e-6
-    kept, live, again = (
+    with_cache, live, again = (
         influence("score", run, "--top", "all", *flags.split(), *more)
         for more in ((), ("--cache", "none"), ("--cache", "none"))
     )
@@ -63,7 +63,7 @@ def test_scores_equal_those_of_a_cache(flags, make_run, influence):
         named = (tuple(row.get(key, "") for key in keys) for row in result.rows)
         return dict(zip(named, (float(row["score"]) for row in result.rows), strict=True))
 
-    first, second = cells(kept), cells(live)
+    first, second = cells(with_cache), cells(live)
     assert first.keys() == second.keys()
     largest = max(map(abs, first.values()))
     assert max(abs(first[key] - second[key]) for key in first) < limit * largest
@@ -157,12 +157,12 @@ def test_gradients_of_zero_score_zero(make_run, influence):
         'reduction="none")', 'reduction="none") * (batch[1] != train_data()[0][1])'
     )
     run = make_run(definition=text)
-    live, kept = (
+    live, with_cache = (
         table(influence("score", run, "--top", "all", *flags), 6, 20)
         for flags in (("--cache", "none"), ())
     )
     assert (live[:, 0] == 0).all()
-    assert reference.relative_error(live, kept) < 1e-6
+    assert reference.relative_error(live, with_cache) < 1e-6
 
 
 @pytest.mark.parametrize(("measured", "probes"), [(False, 1), (True, 2)])
@@ -183,11 +183,11 @@ def test_dead_positions_are_dropped():
     g, x = torch.zeros(3, 4, 2), torch.randn(3, 4, 5)
     g[1, 2] = 1.0
     g[0, 0] = torch.nan
-    kept, inputs = live_positions(g, x)
-    assert torch.equal(kept[:, 1], g[:, 2])
+    live, inputs = live_positions(g, x)
+    assert torch.equal(live[:, 1], g[:, 2])
     assert torch.equal(inputs, x[:, [0, 2]])
-    kept, inputs = live_positions(torch.zeros(3, 4, 2), x)
-    assert kept.shape[1] == inputs.shape[1] == 1
+    live, inputs = live_positions(torch.zeros(3, 4, 2), x)
+    assert live.shape[1] == inputs.shape[1] == 1
 
 
 def test_a_classifier_of_one_position_keeps_one_position():
