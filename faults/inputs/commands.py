@@ -114,7 +114,7 @@ class CommandTrials:
             expect(abs(float(row["score"]) - scores[key]) <= TOLERANCE * scale, "another score")
         for query in queries:
             for kind, sign in (("proponent", 1), ("opponent", -1)):
-                found = [
+                table_scores = [
                     sign * float(row["score"])
                     for row in rows
                     if (int(row["query"]), row["kind"]) == (query, kind)
@@ -122,10 +122,11 @@ class CommandTrials:
                 best = sorted((sign * scores[query, n] for n in train), reverse=True)[:top]
                 best = [score for score in best if score > 0]
                 close = (
-                    len(found) == len(best) or min(map(abs, best), default=0) < TOLERANCE * scale
+                    len(table_scores) == len(best)
+                    or min(map(abs, best), default=0) < TOLERANCE * scale
                 )
                 expect(close, "more or fewer rows")
-                pairs = zip(found, best, strict=False)
+                pairs = zip(table_scores, best, strict=False)
                 expect(all(abs(a - b) <= TOLERANCE * scale for a, b in pairs), "another ranking")
 
 

@@ -76,13 +76,13 @@ def compare_rows(merged: list[dict[str, Any]], own: Cells) -> None:
     for row in own:
         expect(is_whole(row["train"]) and is_whole(row["rank"]), "an id that is no whole number")
         query = str(int(row["query"])) if is_whole(row["query"]) else str(row["query"])  # -0 is 0
-        found = rows.get((query, row["kind"], int(row["train"])))
+        merged_row = rows.get((query, row["kind"], int(row["train"])))
         if int(row["train"]) in others:
             continue
-        expect(found is not None, "a row is lost")
-        assert found is not None
-        expect(found["score"] == float(row["score"]), "another score")
-        expect((found["train_text"] or "") == (row["train_text"] or ""), "another text")
+        expect(merged_row is not None, "a row is lost")
+        assert merged_row is not None
+        expect(merged_row["score"] == float(row["score"]), "another score")
+        expect((merged_row["train_text"] or "") == (row["train_text"] or ""), "another text")
 
 
 def check_merged(merged: list[dict[str, Any]]) -> None:
