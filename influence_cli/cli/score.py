@@ -36,7 +36,7 @@ def score(
 ) -> None:
     """Which training examples lowered each query's loss (proponents), and which raised it?
 
-    A score above 0 is a proponent, below 0 an opponent. score first computes and caches the
+    A score above 0 is a proponent, below 0 an opponent. score computes and caches the
     gradients that the cache lacks. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
