@@ -81,7 +81,8 @@ class UnitIndex:
                     "its files were probably removed during the work",
                     "re-run the command: it computes the missing gradients again",
                 )
-            positions = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
+            # np.unique would import numpy.ma
+            positions = [np.flatnonzero(numbers == n) for n in sorted(set(numbers.tolist()))]
             decoders = [
                 fetch_unit(self.units[numbers[at[0]]], members, level, ids[at], self.verification)
                 for at in positions

@@ -64,7 +64,7 @@ def _distinct_numbers(parts: Sequence[str], size: int) -> np.ndarray | None:
     """The numbers, rising, of a list without ranges, which may be long. None if one is no id."""
     if not all(len(part) <= LONGEST_ID and part.isdecimal() for part in parts):
         return None
-    distinct = np.unique(np.array(list(map(int, parts)), dtype=np.int64))
+    distinct = np.array(sorted(set(map(int, parts))), dtype=np.int64)
     return distinct if distinct[-1] < size else None
 
 

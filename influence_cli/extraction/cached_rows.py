@@ -81,7 +81,7 @@ class CachedRows:
         """What a new unit depends on: the definition; for queries also the items themselves."""
         if split == "train":
             return self.run.definition.digest
-        items = np.array([self._query_digest(index) for index in ids], dtype="<i8")
+        items = self._query_digests_of(ids)
         return hashlib.sha256(self.run.definition.digest.encode() + items.tobytes()).hexdigest()
 
     def check_training_rows(self, checkpoints: Sequence[Checkpoint], recompute: Recompute) -> None:
@@ -110,12 +110,16 @@ class CachedRows:
         rows = UnitIndex([unit], self.store.verification).read_rows(
             unit.columns[:1], "norms", unit.example_ids
         )
-        size = len(self.run.query)
-        pairs = zip(unit.example_ids, rows.digests.tolist(), strict=True)
-        unchanged = [index < size and self._query_digest(index) == value for index, value in pairs]
-        return np.array(unchanged, dtype=bool)
+        known = unit.example_ids < len(self.run.query)
+        unchanged = np.zeros(len(known), dtype=bool)
+        digests = self._query_digests_of(unit.example_ids[known])
+        unchanged[known] = rows.digests.numpy()[known] == digests
+        return unchanged
 
-    def _query_digest(self, index: int) -> int:
-        if index not in self._query_digests:
-            self._query_digests[index] = self.run.query.digest(index)
-        return self._query_digests[index]
+    def _query_digests_of(self, ids: np.ndarray) -> np.ndarray:
+        """(Q,) int64. It reads each query once."""
+        new = [index for index in ids.tolist() if index not in self._query_digests]
+        if new:
+            digests = self.run.query.digests(new).tolist()
+            self._query_digests.update(zip(new, digests, strict=True))
+        return np.array([self._query_digests[index] for index in ids.tolist()], dtype="<i8")

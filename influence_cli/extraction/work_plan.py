@@ -63,7 +63,8 @@ class WorkPlan(Sequence[WorkUnit]):
             if len(lacking_ids):
                 partial[start] = columns, lacking_ids
                 self.examples += len(lacking_ids)
-        starts = np.union1d(starts, np.array(list(partial), dtype=np.int64))
+        if partial:
+            starts = np.union1d(starts, np.array(list(partial), dtype=np.int64))
         self.checkpoints.append(CheckpointWork(checkpoint, ids, starts, partial))
 
     def _blocks_of_range(

@@ -215,7 +215,7 @@ def check_rates(rate: Any, groups: int, refuse: Refuse) -> None:  # Any: a JSON 
 
 
 def check_examples(examples: Any, n_train: int | None, refuse: Refuse) -> None:  # Any: JSON
-    if not isinstance(examples, list) or not all(map(is_index, examples)):
+    if not isinstance(examples, list) or not are_indices(examples):
         raise refuse("examples is not a list of example ids", f"expected: {EXAMPLE_LINE}")
     if n_train is not None and examples and max(examples) >= n_train:
         unknown = sorted({value for value in examples if value >= n_train})
@@ -238,6 +238,13 @@ def check_weights(weights: Any, count: int, refuse: Refuse) -> None:  # Any: a J
 
 def is_index(value: Any) -> bool:  # Any: a JSON value
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def are_indices(values: list[Any]) -> bool:  # Any: JSON values
+    """Whether `is_index` holds for all, in a fraction of the time."""
+    if not values:
+        return True
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 1 << 63
 
 
 def is_number(value: Any) -> bool:  # Any: a JSON value
