@@ -4,6 +4,7 @@ fast.
 
 import dataclasses
 import errno
+import importlib
 import os
 import sys
 import traceback
@@ -59,6 +60,19 @@ app = typer.Typer(
 
 # Headings in the order of --help; those of methods and protocols have number 3
 HEADING_ORDER = {RUN: 1, RANKED: 2, NUMBERS: 4, OUT: 5}
+# command: its module
+COMMANDS = {
+    "cache": "cache",
+    "check": "check",
+    "evaluate": "evaluate",
+    "init": "init",
+    "inspect": "inspect",
+    "merge": "merge",
+    "methods": "methods",
+    "score": "score",
+    "self": "self_influence",
+    "trace": "trace",
+}
 OUT_OF_MEMORY = (
     "select fewer --queries or --layers at once; finished units are kept",
     "see where it happened: --debug",
@@ -200,26 +214,17 @@ def influence(
     """
 
 
-def register() -> None:
-    """Import the commands; each one adds itself to `app`."""
-    from influence_cli.cli import (  # noqa: F401
-        cache,
-        check,
-        evaluate,
-        init,
-        inspect,
-        merge,
-        methods,
-        score,
-        self_influence,
-        trace,
-    )
+def register(name: str | None = None) -> None:
+    """Import a command, which adds itself to `app`. Another name, or None: all commands."""
+    modules = [COMMANDS[name]] if name in COMMANDS else COMMANDS.values()
+    for module in modules:
+        importlib.import_module(f"influence_cli.cli.{module}")
 
 
 def main() -> None:
     """Run the command line. A stdout that can't be written in the end is an error, too."""
     open_closed_streams()
-    register()
+    register(*sys.argv[1:2])  # the others would cost a tenth of a second
     code: Any = 0  # Any: an int, None or a text
     try:
         app()

@@ -1,6 +1,7 @@
 """influence cache: compute the missing gradients, ahead of scoring."""
 
 from influence_cli.cli import command, options
+from influence_cli.cli.torch_import import import_torch
 
 
 @command("cache", example="influence cache my_run --train 0:10000 --layers head", ranks=True)
@@ -26,6 +27,7 @@ def cache(
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
 
+    import_torch()
     from influence_cli.cli.opening import open_shared
 
     opened = open_shared(shared)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
+from influence_cli.cli.torch_import import import_torch
 
 if TYPE_CHECKING:
     from influence_cli.cli.opening import Opened
@@ -37,6 +38,7 @@ def check(
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
 
+    import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.diagnostics.cache_check import check_cache
     from influence_cli.diagnostics.fidelity import check_fidelity

@@ -9,6 +9,7 @@ from typer import Argument
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import flags_group
+from influence_cli.cli.torch_import import import_torch
 from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
 
@@ -107,6 +108,7 @@ def evaluate_methods(
     flags: RequestFlags,
 ) -> "Iterator[Row]":
     """The protocol's rows. `own_options`: the protocol's, `options_of`: those of each method."""
+    import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
     from influence_cli.evaluate.declaration import EvaluationRequest

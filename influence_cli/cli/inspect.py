@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import MethodFlags
+from influence_cli.cli.torch_import import import_torch
 from influence_cli.methods.table import METHODS
 from influence_cli.progress import format_bytes, format_duration
 
@@ -60,6 +61,7 @@ def inspect(
     own_options = method_options(chosen, method_flags)
     refuse_flags(chosen, {"--project": shared.project is not None})
 
+    import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.extraction.machine import check_fits
 
@@ -68,12 +70,11 @@ def inspect(
         "train": opened.ids("--train", train, "train"),
         "query": opened.ids("--queries", queries, "query"),
     }
-    checkpoints = checkpoint_cells(opened, lr, lr_weights)
     if not chosen.caches_train:
         del ids["train"]
     counts, settings = estimate(opened, ids)
     tables = [
-        ("checkpoints", CHECKPOINT_HEADS, checkpoints),
+        ("checkpoints", CHECKPOINT_HEADS, checkpoint_cells(opened, lr, lr_weights)),
         ("parameters", PARAMETER_HEADS, parameter_cells(opened)),
         ("gradients", GRADIENT_HEADS, gradient_cells(opened, counts)),
     ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import MethodFlags
+from influence_cli.cli.torch_import import import_torch
 from influence_cli.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def score(
     top, part = specs.top(shown.top), specs.shard(shard)
     own_options = checked_options(chosen, method_flags, shared, scored, part)
 
+    import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.table_request import record_maker
 

@@ -1,6 +1,7 @@
 """influence self: suspected mislabelled or atypical training examples."""
 
 from influence_cli.cli import command, options
+from influence_cli.cli.torch_import import import_torch
 
 
 @command("self", example="influence self my_run --top 50 --format csv > suspects.csv", ranks=True)
@@ -27,6 +28,7 @@ def self_influence(
     top = specs.top(shown.top)
     part = specs.shard(shard)
 
+    import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.table_request import record_maker
     from influence_cli.methods.request import ScoreRequest

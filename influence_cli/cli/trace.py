@@ -1,11 +1,14 @@
 """influence trace: influence over training time."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Annotated
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import MethodFlags
+from influence_cli.cli.torch_import import import_torch
+from influence_cli.errors import UsageProblem
 from influence_cli.methods.table import METHODS, describe_methods
 
 if TYPE_CHECKING:
@@ -39,11 +42,8 @@ def trace(
     Rows with train = all show a step's whole batch; --train adds rows for single examples.
     running is the sum of scores up to the step. The output is a plot in a terminal, CSV in a pipe.
     """
-    import sys
-
     from influence_cli.cli import specs
     from influence_cli.cli.method_options import method_options, refuse_flags
-    from influence_cli.errors import UsageProblem
     from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
@@ -59,6 +59,7 @@ def trace(
     own_options = method_options(chosen, method_flags)
     refuse_flags(chosen, {"--project": shared.project is not None, "--layers": bool(shared.layers)})
 
+    import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
 
