@@ -23,7 +23,7 @@ def cut_by_grid(ids: Ids, size: int) -> Iterator[np.ndarray]:
 def cut_ids(ids: Ids, size: int) -> Iterator[np.ndarray]:
     """The ids by blocks of the grid. Joins neighbouring blocks of scattered ids, up to `size` ids
     together."""
-    if isinstance(ids, range) or len(ids) <= 1:
+    if isinstance(ids, range) or not len(ids):
         yield from cut_by_grid(ids, size)
         return
     ends = [*(np.flatnonzero(np.diff(ids // size)) + 1), len(ids)]  # of the grid's blocks

@@ -137,7 +137,7 @@ class Store:
                 write_json(path, content)
 
     @contextmanager
-    def writer(self, storage_dtype: torch.dtype | None, size: int = 0) -> Iterator["UnitWriter"]:
+    def writer(self, storage_dtype: torch.dtype | None, size: int) -> Iterator["UnitWriter"]:
         """Yields a writer that returns while the disk works: the caller computes the next unit
         while a thread writes one. On exit all units are written.
 

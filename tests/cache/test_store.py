@@ -63,7 +63,7 @@ def test_float64_numbers_have_the_same_place_in_memory_written_and_read(count, t
     unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, count, ids)
     made = rows(ids)
     wide = {name: form.to(torch.device("cpu"), torch.float64) for name, form in made.forms.items()}
-    with store.writer(torch.float64) as writer:
+    with store.writer(torch.float64, 0) as writer:
         written = writer.write_and_decode(unit, dataclasses.replace(made, forms=wide))
     read = store.index_units(store.folder / "x").read_rows(["a", "b"], "values", ids)
     same(read, written)

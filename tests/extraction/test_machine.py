@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from influence_cli.errors import CacheError
 from influence_cli.extraction import machine
 from influence_cli.extraction.machine import available_memory
 from tests.refusals import refused
@@ -60,10 +61,23 @@ def test_gradients_that_do_not_fit_into_memory_are_refused(tell, make_run, influ
     refused(influence("score", run), 1, "does not fit into memory", "--batch-size")
 
 
-def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch, make_run, influence):
-    class Full:
+@pytest.fixture
+def ten_free_bytes(monkeypatch):
+    class Usage:
         free = 10
 
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage)
+
+
+def test_all_free_bytes_of_disk_and_memory_may_be_used(tmp_path, tell, ten_free_bytes):
+    tell({"/proc/meminfo": MEMINFO})
+    machine.check_fits(tmp_path, 10, 7000 * 1024)
+    with pytest.raises(CacheError, match="do not fit on the disk"):
+        machine.check_fits(tmp_path, 11, 0)
+    with pytest.raises(CacheError, match="does not fit into memory"):
+        machine.check_fits(tmp_path, 10, 7000 * 1024 + 1)
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path, ten_free_bytes, make_run, influence):
     result = influence("score", make_run(), "--cache", tmp_path / "new" / "cache")
     refused(result, 1, "do not fit on the disk of the cache", "free: 10 bytes")

@@ -369,9 +369,10 @@ def test_changed_data_is_refused_even_when_the_definition_is_the_same(make_run, 
     seed.write_text("0")
     influence("cache", run)
     seed.write_text("5")
-    result = influence("score", run)
-    assert result.code == 1
-    assert "belongs to other data: example 0 of train_data() differs" in result.err
+    for command in ("score", "self", "cache"):
+        result = influence(command, run)
+        assert result.code == 1, command
+        assert "belongs to other data: example 0 of train_data() differs" in result.err
 
 
 def test_one_corrected_label_is_noticed_when_the_definition_changed(make_run, influence):
@@ -470,6 +471,7 @@ def test_scattered_examples_share_units_and_batches(make_run, influence, capture
         (np.array([1, 2, 9, 17, 25]), [[1, 2, 9, 17, 25]]),
         (np.array([*range(8), 9, 17, 25]), [[*range(8)], [9, 17, 25]]),
         (np.array([5]), [[5]]),
+        (np.array([7, 8]), [[7, 8]]),
         (np.array([], dtype=np.int64), []),
         (np.array([0, *range(8, 16), 17]), [[0], [*range(8, 16)], [17]]),
     ],

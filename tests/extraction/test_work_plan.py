@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +77,8 @@ def test_what_is_missing(existing, ids, size, level):
     assert [int(i) for job in jobs for i in job.ids] == expected
     assert missing.examples == len(expected) and len(missing) == len(jobs)
     assert [job.ids.tolist() for job in jobs] == [missing[k].ids.tolist() for k in range(len(jobs))]
+    with pytest.raises(IndexError):
+        missing[len(jobs)]
     for job in jobs:
         assert set(job.unit.columns) == {column for i in job.ids for column in lacking[int(i)]}
         if isinstance(ids, range):
