@@ -83,16 +83,15 @@ def gradients_by_autograd(
     names: Sequence[str],
     label: str,
     batch: Batch,
-    size: int = 1,
 ) -> LossesAndGradients:
-    """Losses (size,), and per parameter the gradient of their sum: of one example for a batch of
-    one. Zeros for a parameter that the losses do not depend on.
+    """The loss (1,) of a batch of one, and per parameter its gradient. Zeros for a parameter that
+    the loss does not depend on.
     """
     parameters = dict(model.named_parameters())
     theta = [parameters[name] for name in names]
     with frozen(model, names), torch.enable_grad():
-        losses = checked(label, quantity(model, batch), size)
-        grads = torch.autograd.grad(losses.sum(), theta, allow_unused=True)
+        losses = checked(label, quantity(model, batch), 1)
+        grads = torch.autograd.grad(losses, theta, allow_unused=True)
     dense = [
         torch.zeros_like(value) if grad is None else grad.to_dense() if grad.is_sparse else grad
         for value, grad in zip(theta, grads, strict=True)

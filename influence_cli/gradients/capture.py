@@ -144,8 +144,8 @@ class Capture:
         self, batch: Batch, singles: Sequence[Batch], alone: Sequence[LossesAndGradients]
     ) -> str:
         """Compare whole batches with single examples. Returns the reason where they differ."""
-        size, first = len(singles), leaves(singles[0])
-        if len(leaves(batch)) != len(first):
+        tensors, single_tensors = leaves(batch), [leaves(single) for single in singles]
+        if any(len(single) != len(tensors) for single in single_tensors):
             return "a batch of one has another structure"
         try:
             contents = without_tensors(batch)
@@ -155,8 +155,8 @@ class Capture:
         if not alike:
             return "batches hold more than tensors, and it differs between examples"
         self._batched = [
-            counts_examples(tensor, size) and counts_examples(one, 1)
-            for tensor, one in zip(leaves(batch), first, strict=True)
+            counts_examples(tensor, len(singles)) and all(counts_examples(one, 1) for one in ones)
+            for tensor, *ones in zip(tensors, *single_tensors, strict=True)
         ]
         expected = {name: torch.stack([grads[name] for _, grads in alone]) for name in self.names}
         losses = torch.cat([loss for loss, _ in alone])
@@ -320,9 +320,9 @@ class Capture:
             self.model, self.quantity, names, self.name, batch, self._batched
         )
 
-    def single(self, batch: Batch, size: int = 1) -> LossesAndGradients:
-        """Plain autograd: losses, and the gradient of their sum. `batch`: of one, or of `size`."""
-        return gradients_by_autograd(self.model, self.quantity, self.names, self.name, batch, size)
+    def single(self, batch: Batch) -> LossesAndGradients:
+        """The loss and the gradients of a batch of one, by plain autograd."""
+        return gradients_by_autograd(self.model, self.quantity, self.names, self.name, batch)
 
 
 def counts_examples(tensor: Tensor, size: int) -> bool:

@@ -171,3 +171,64 @@ def test_parameters_that_are_not_asked_for_keep_their_requires_grad():
 def test_fused_attention_is_restored_afterwards():
     captured(CASES["encoder"])
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_frozen_attention_computes_what_it_computes_in_training():
+    """The fused path of attention writes zeros where a padded position has numbers in training."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Linear(8, 1)).double()
+    model[0].requires_grad_(False)
+    x = torch.randn(1, 5, 8, dtype=torch.float64)
+    padded = torch.tensor([[False, False, False, True, True]])
+
+    def loss(model, batch):
+        return model[1](model[0](batch, src_key_padding_mask=padded)).square().sum((1, 2))
+
+    expected = torch.autograd.grad(loss(model.train(), x).sum(), model[1].weight)[0]
+    _, grads = Capture(model.eval(), loss, ["1.weight"]).single(x)
+    torch.testing.assert_close(grads["1.weight"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_that_makes_more_calls_for_more_examples_has_no_plan():
+    def loss(model, batch):
+        losses = batch.new_zeros(len(batch))
+        for i in range(len(batch)):
+            losses[i] = model(batch[i]).square().sum()
+        return losses
+
+    x, notes = torch.randn(2, 3, dtype=torch.float64), []
+    capture = Capture(nn.Linear(3, 2).double().eval(), loss, ["weight"], note=notes.append)
+    capture.probe(x, [x[:1], x[1:]])
+    reason = "Unhooked: the model computes differently for other batch sizes"
+    assert capture.why_not_hooked == {"weight": reason}
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_the_examples_of_a_batch_all_have_its_structure_or_are_computed_alone(other):
+    x, notes = torch.randn(2, 3, dtype=torch.float64), []
+    singles = [(x[:1],), (x[1:],)]
+    singles[other] += (torch.ones(1),)
+    capture = Capture(
+        nn.Linear(3, 2).double().eval(),
+        lambda model, batch: squared(model, batch[0]),
+        ["weight"],
+        note=notes.append,
+    )
+    capture.probe((x,), singles)
+    assert not capture.at_once
+    assert "(a batch of one has another structure)" in notes[0]
+
+
+def test_a_tensor_that_counts_the_examples_by_chance_is_shared_by_all_of_them():
+    def loss(model, batch):
+        # torch.func computes it: no layer rule knows a bilinear form
+        return nn.functional.bilinear(batch[0], batch[0], model.weight)[:, 0] * batch[1].max()
+
+    # the distinct words of a batch: two of both examples, one of the first alone
+    x, words = torch.randn(2, 3, dtype=torch.float64), torch.tensor([9.0, 5.0])
+    notes = []
+    model = nn.Bilinear(3, 3, 1, bias=False).double().eval()
+    capture = Capture(model, loss, ["weight"], note=notes.append)
+    capture.probe((x, words), [(x[:1], words[:1]), (x[1:], words)])
+    assert capture.at_once and capture.others == ("weight",), notes
