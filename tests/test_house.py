@@ -30,7 +30,7 @@ MAY_USE = {
     "run": ("run", "storage"),
     "gradients": ("gradients",),
     "cache": ("storage", "cache", *FORMS),
-    "cache.identity": ("storage", "cache", *FORMS, "gradients.projection"),
+    "cache.identity": ("storage", "cache", *FORMS, "gradients.projection", "gradients.tf32"),
     "extraction": ("storage", "cache", "gradients", "parallel", "run", "extraction"),
     "methods": (
         "cache",

@@ -15,6 +15,7 @@ from influence_cli.cache.quantize import STORE_EPS
 from influence_cli.errors import CacheError, CheckpointError
 from influence_cli.gradients.form_ops import distance
 from influence_cli.gradients.projection import Projection
+from influence_cli.gradients.tf32 import EPS as TF32_EPS
 from influence_cli.storage.atomic import read_json, write_json
 from influence_cli.storage.checksums import digest_header, digest_tensors
 
@@ -40,21 +41,27 @@ class Settings:
     """How gradients are computed and stored: both dtypes, and the projection if any.
 
     `mixed`: the model keeps parameters of several dtypes; `precision` is the widest of them.
+    `tf32`: float32 numbers are multiplied in TF32.
     """
 
     precision: torch.dtype
     storage_dtype: torch.dtype
     mixed: bool = False
     projection: Projection | None = None
+    tf32: bool = False
+
+    @property
+    def precision_name(self) -> str:
+        """As --precision calls it."""
+        return "tf32" if self.tf32 else str(self.precision).removeprefix("torch.")
 
     @property
     def key(self) -> str:
         """The name of the folder of all units with these settings."""
-        precision, storage_dtype = (
-            str(dtype).removeprefix("torch.") for dtype in (self.precision, self.storage_dtype)
-        )
+        precision = "mixed" if self.mixed else self.precision_name
+        storage_dtype = str(self.storage_dtype).removeprefix("torch.")
         projection = self.projection.key if self.projection else "exact"
-        return f"{'mixed' if self.mixed else precision}-stored-{storage_dtype}-{projection}"
+        return f"{precision}-stored-{storage_dtype}-{projection}"
 
     def width(self, column: Shaped) -> int:
         """The number of numbers in one example's gradient of this column, if stored dense."""
@@ -65,7 +72,7 @@ class Settings:
     def rounding(self) -> float:
         """The allowed distance of two captures of one gradient, relative to the largest norm among
         the rows."""
-        eps = torch.finfo(self.precision).eps
+        eps = TF32_EPS if self.tf32 else torch.finfo(self.precision).eps
         return max(4 * eps**0.5 if eps < 1e-6 else 8 * eps, 4 * STORE_EPS[self.storage_dtype])
 
 

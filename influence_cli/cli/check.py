@@ -1,12 +1,13 @@
 """influence check: are the gradients correct, and is the cache complete?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
 from influence_cli.cli.torch_import import import_torch
 
 if TYPE_CHECKING:
+    from influence_cli.cache.id_blocks import Ids
     from influence_cli.cli.opening import Opened
     from influence_cli.diagnostics.finding import Finding
 
@@ -28,7 +29,7 @@ def check(
     batches, again, and summed. It reads every file of the cache. The table has one row per check
     and parameter: the worst relative error, and the rounding error that is allowed. With --project,
     or with a --store narrower than the precision, it compares the scores of a sample of pairs with
-    exact ones.
+    exact ones. It compares gradients in bfloat16, float16 or tf32 with gradients in float32.
     """
     from influence_cli.cli import specs
     from influence_cli.output.columns import CHECK_COLUMNS
@@ -40,21 +41,13 @@ def check(
 
     import_torch()
     from influence_cli.cli.opening import open_shared
-    from influence_cli.diagnostics.cache_check import check_cache
-    from influence_cli.diagnostics.fidelity import check_fidelity
-    from influence_cli.diagnostics.gradient_check import check_gradients
 
     opened = open_shared(shared, create=False, searched=target is not None)
     ids = {
         "train": opened.ids("--train", train, "train"),
         "query": opened.ids("--queries", queries, "query"),
     }
-    request = opened.gradients, opened.checkpoints, list(opened.columns), ids
-    findings = [
-        *check_gradients(*request),
-        *check_cache(opened.gradients, opened.checkpoints),
-        *check_fidelity(*request, shared.projection, target),
-    ]
+    findings = find_errors(opened, ids, shared.projection, target)
     rows = [
         (f.check, f.split, f.subject, "ok" if f.passed else "FAILED", f.error, f.allowed, f.note)
         for f in findings
@@ -62,6 +55,26 @@ def check(
     sink.write(rows, CHECK_COLUMNS)
     note_frozen_parameters(opened)
     raise_failures(findings)
+
+
+def find_errors(
+    opened: "Opened", ids: "Mapping[str, Ids]", projection: str | None, target: float | None
+) -> "list[Finding]":
+    """All checks. Ways to compute a number are compared without TF32."""
+    from influence_cli.diagnostics.cache_check import check_cache
+    from influence_cli.diagnostics.fidelity import check_fidelity
+    from influence_cli.diagnostics.gradient_check import check_gradients, check_precision
+    from influence_cli.gradients.tf32 import without_tf32
+
+    request = opened.gradients, opened.checkpoints, list(opened.columns)
+    precision = check_precision(*request)
+    with without_tf32(opened.gradients.settings.tf32):
+        return [
+            *check_gradients(*request, ids),
+            *precision,
+            *check_cache(opened.gradients, opened.checkpoints),
+            *check_fidelity(*request, ids, projection, target),
+        ]
 
 
 def note_frozen_parameters(opened: "Opened") -> None:
@@ -92,7 +105,9 @@ def raise_failures(findings: "Sequence[Finding]") -> None:
         details.append("the target needs a larger --project K: see the last row of the table")
     if "cache" in checks:
         details.append("delete a damaged cache file; the next command computes it again")
-    if checks - {"target", "cache", "zeros"}:
+    if "precision" in checks:
+        details.append("these gradients are mostly rounding error: use --precision float32")
+    if checks - {"target", "cache", "zeros", "precision"}:
         details.append(
             "do not trust scores of these parameters; leave a parameter out: --layers '!NAME'"
         )

@@ -170,10 +170,8 @@ def setting_cells(
         absent = "" if folder.exists() else " (not existing yet)"
         needed, free = format_bytes(disk_bytes), format_bytes(free_disk_bytes(folder))
         cache = f"{folder}{absent}, {needed} to store, {free} free"
-    precision, storage_dtype = (
-        str(dtype).removeprefix("torch.")
-        for dtype in (source.settings.precision, source.settings.storage_dtype)
-    )
+    precision = source.settings.precision_name
+    storage_dtype = str(source.settings.storage_dtype).removeprefix("torch.")
     batch = source.budget.batch_size("train", columns)
     unit = source.budget.unit_size("train", columns, "values")
     milliseconds = f"{speed.gradient_seconds * 1e3:.3g} ms per gradient"

@@ -17,6 +17,7 @@ from influence_cli.errors import UsageProblem
 from influence_cli.extraction.machine import keep_freed_memory
 from influence_cli.extraction.source import GradientSource, open_store
 from influence_cli.gradients.projection import Projection
+from influence_cli.gradients.tf32 import allow_tf32
 from influence_cli.methods.request import Groups
 from influence_cli.parallel.ranks import Place, Ranks, open_ranks, place_of
 from influence_cli.parallel.shards import Shard
@@ -27,7 +28,7 @@ from influence_cli.run.parameters import PRECISIONS, Column, select_columns
 from influence_cli.run.run import Run, open_run, select_steps
 
 PRECISION_NAMES, STORE_NAMES = (
-    ("float32", "float64", "bfloat16"),
+    ("float32", "float64", "bfloat16", "tf32"),
     ("float64", "float32", "float16", "bfloat16", "int8"),
 )
 
@@ -130,15 +131,37 @@ class Opened:
         return examples.label(index), examples.text(index)
 
 
-def number_formats(flags: Shared) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """`--precision` and `--store`. Raises UsageProblem for unknown names."""
+@dataclass(frozen=True)
+class NumberFormats:
+    """`--precision` and `--store`; None: not given. `tf32`: float32 in TF32."""
+
+    precision: torch.dtype | None
+    storage_dtype: torch.dtype | None
+    tf32: bool
+
+    def settings(self, run: Run, projection: Projection | None) -> Settings:
+        """Without flags, the run's own precision: the widest of its parameters."""
+        dtypes = {column.dtype for column in run.columns.values()}
+        widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+        return Settings(
+            self.precision or widest,
+            self.storage_dtype or self.precision or widest,
+            self.precision is None and len(dtypes) > 1,
+            projection,
+            self.tf32,
+        )
+
+
+def number_formats(flags: Shared) -> NumberFormats:
+    """Raises UsageProblem for unknown names."""
     precision = storage_dtype = None
     if flags.precision:
-        precision = PRECISIONS[specs.one_of("--precision", flags.precision, PRECISION_NAMES)]
+        name = specs.one_of("--precision", flags.precision, PRECISION_NAMES)
+        precision = PRECISIONS["float32" if name == "tf32" else name]
     if flags.store:
         known = PRECISIONS | {"int8": torch.int8}
         storage_dtype = known[specs.one_of("--store", flags.store, STORE_NAMES)]
-    return precision, storage_dtype
+    return NumberFormats(precision, storage_dtype, flags.precision == "tf32")
 
 
 def check_cache_flags(flags: Shared, verify: bool) -> None:
@@ -165,26 +188,21 @@ def open_shared(
     Raises UsageProblem for flags that contradict each other or the machine.
     """
     check_cache_flags(flags, verify)
-    precision, storage_dtype = number_formats(flags)
+    formats = number_formats(flags)
     projection = specs.projection(flags.project, flags.projection, flags.seed, searched)
     batch_size = specs.batch_size(flags.batch_size)
     place = place_of(os.environ)
     device = find_device(flags.device, place)
+    check_tf32(formats.tf32, device)
     keep_freed_memory()
     reporter = Reporter() if flags.quiet or place.rank else StderrReporter()
-    run = open_run(flags.run, flags.definition, flags.checkpoints, trajectory, precision, device)
+    run = open_run(
+        flags.run, flags.definition, flags.checkpoints, trajectory, formats.precision, device
+    )
+    allow_tf32(formats.tf32)  # after definition.py, which may allow it for training
     checkpoints = select_steps(run.checkpoints, flags.steps)
     columns = select_columns(run.columns, flags.layers)
-    widest = max(
-        (column.dtype for column in run.columns.values()), key=lambda dtype: dtype.itemsize
-    )
-    mixed = precision is None and len({column.dtype for column in run.columns.values()}) > 1
-    settings = Settings(
-        precision or widest,
-        storage_dtype or precision or widest,
-        mixed,
-        Projection(*projection) if projection else None,
-    )
+    settings = formats.settings(run, Projection(*projection) if projection else None)
     folder = (
         None
         if flags.cache == "none"
@@ -195,11 +213,21 @@ def open_shared(
     exists = folder is not None and (create or folder.exists())
     opened = open_store(folder, verify) if folder is not None and exists else None
     gradients = GradientSource(
-        run, settings, opened, device, batch_size, precision, reporter, open_ranks(place)
+        run, settings, opened, device, batch_size, formats.precision, reporter, open_ranks(place)
     )
     return Opened(
         run, checkpoints, columns, gradients, folder, reporter, flags.steps, flags.seed or 0
     )
+
+
+def check_tf32(tf32: bool, device: torch.device) -> None:
+    """Raises UsageProblem for TF32 on another device than an NVIDIA GPU that has it."""
+    if tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UsageProblem(
+            f"--precision tf32: {device} does not multiply in TF32",
+            "expected: --device cuda, and an NVIDIA GPU from compute capability 8.0 (Ampere) on",
+            "--precision float32 computes all bits",
+        )
 
 
 def find_device(name: str, place: Place) -> torch.device:

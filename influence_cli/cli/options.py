@@ -182,7 +182,8 @@ Precision = Annotated[
         "--precision",
         panel=NUMBERS,
         metavar="DTYPE",
-        help="Cast model and batches to float32, float64 or bfloat16. [default: the model's]",
+        help="Cast model and batches to float32, float64 or bfloat16; tf32: float32, multiplied "
+        "in TF32 on an NVIDIA GPU. [default: the model's]",
     ),
 ]
 StoreAs = Annotated[

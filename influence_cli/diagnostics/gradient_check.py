@@ -7,6 +7,7 @@ batches    with the same examples in another order, and alone: an example's grad
            depend on the rest of its batch
 repeats    with the same batch again
 coverage   the sum over the examples, with one backward pass of the summed loss through the model
+precision  gradients in half precision or TF32 with those in float32
 outputs    loss_from_outputs(outputs(...)), if the definition has them, with loss(...)
 zeros      fails where all losses or all gradients are 0
 
@@ -24,7 +25,12 @@ from torch import Tensor
 from influence_cli.cache.id_blocks import Ids, spread_evenly
 from influence_cli.diagnostics.finding import CHECKPOINTS, EXAMPLES, Finding
 from influence_cli.extraction.number_checks import check_finite
-from influence_cli.extraction.run_notes import USUAL_CAUSES
+from influence_cli.extraction.run_notes import (
+    ROUNDING_SAMPLE,
+    USUAL_CAUSES,
+    is_coarse,
+    measure_rounding,
+)
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.capture import Capture, Captured
 from influence_cli.gradients.forms import Form
@@ -34,6 +40,7 @@ from influence_cli.run.checkpoints import Checkpoint
 ORDER = ("zeros", "gradients", "batches", "repeats", "coverage", "outputs")
 DENSE_BYTES = 2 << 30  # dense gradients in memory; at least those of two examples
 DENSE_COPIES = 6  # of the dense gradients that the checks compare
+MOST_ROUNDING = 0.5  # of a gradient's norm; well-fit examples in bfloat16 have 0.2 to 0.3
 TINY = 1e-30  # a divisor that is not zero
 
 LossesAndGrads = tuple[Tensor, Mapping[str, Tensor]]  # (B,), and (B, D) of each parameter
@@ -71,6 +78,22 @@ def check_gradients(
                 finding = Finding("zeros", split, name, math.inf, 0.0, f"0; {USUAL_CAUSES}")
                 worst["zeros", split, name] = finding
     return sorted(worst.values(), key=lambda finding: ORDER.index(finding.check))
+
+
+def check_precision(
+    source: GradientSource, checkpoints: Sequence[Checkpoint], columns: Sequence[str]
+) -> list[Finding]:
+    """The rounding error of gradients in half precision or TF32, at the last checkpoint. Nothing
+    for other precisions.
+    """
+    if not is_coarse(source):
+        return []
+    error = measure_rounding(source, checkpoints[-1], columns)
+    if error is None:
+        return []
+    name = source.settings.precision_name
+    note = f"{name} against float32, {checkpoints[-1].name}, mean of {ROUNDING_SAMPLE} examples"
+    return [Finding("precision", "train", "all parameters", error, MOST_ROUNDING, note)]
 
 
 def select_examples(

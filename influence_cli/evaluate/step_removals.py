@@ -152,7 +152,7 @@ def log_path(
         hashlib.sha256(run.trajectory.path.read_bytes()).hexdigest(),
         checkpoint_key(start, request.folder / "checkpoints.json"),
         end.step,
-        f"{settings.precision} {settings.mixed}",
+        f"{'tf32' if settings.tf32 else settings.precision} {settings.mixed}",
         request.seed,
         options_of(request).renormalize,
         [int(query) for query in request.queries],

@@ -16,6 +16,7 @@ from influence_cli.gradients.embedding_capture import EmbeddingCapture
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.probe_checks import check_loss_order
 from influence_cli.gradients.quantity import LossCountError, checked, plain_attention
+from influence_cli.gradients.tf32 import without_tf32
 from influence_cli.gradients.tolerances import close
 from influence_cli.progress import Reporter
 
@@ -51,8 +52,9 @@ class Captures:
             self.run.examples(split).check_stable(range(min(4, len(self.run.examples(split)))))
             if not self._share(key):
                 capture = self._new_capture(split, columns)
-                self._on_first(split, lambda batch, singles: capture.probe(batch, singles))
-                self._on_first(split, lambda batch, singles: self._in_order(split, capture))
+                with without_tf32(self.settings.tf32):  # it compares ways to compute a number
+                    self._on_first(split, lambda batch, singles: capture.probe(batch, singles))
+                    self._on_first(split, lambda batch, singles: self._in_order(split, capture))
                 self._captures[key] = capture
                 self._measured[key] = capture.sample, capture.activations
         return self._captures[key]

@@ -12,6 +12,8 @@ from influence_cli.extraction.row_counts import SMALL_LOSS, SMALL_NORM, VANISHIN
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.autograd_gradients import gradients_by_autograd
 from influence_cli.gradients.capture import Capture
+from influence_cli.gradients.tf32 import EPS as TF32_EPS
+from influence_cli.gradients.tf32 import without_tf32
 from influence_cli.run.checkpoints import Checkpoint
 
 SAMPLE = 16  # other examples to look at, where all that were read are zero
@@ -41,7 +43,7 @@ def report_numbers(
             "of it are 0"
         )
     note_small_numbers(source, checkpoints)
-    note_half_precision(source, checkpoints[-1], columns)
+    note_coarse_precision(source, checkpoints[-1], columns)
 
 
 def refuse_zeros(
@@ -118,37 +120,41 @@ def note_rounded_features(source: GradientSource) -> None:
     precision = source.settings.precision
     if precision in HALVES:
         source.reporter.note(
-            f"features are computed in {str(precision).removeprefix('torch.')}, as the checkpoints "
-            f"are: each number is rounded by up to {torch.finfo(precision).eps / 2:.1%}; "
-            "--precision float32 avoids this"
+            f"features are computed in {source.settings.precision_name}: each number is rounded by "
+            f"up to {torch.finfo(precision).eps / 2:.1%}; --precision float32 avoids this"
         )
 
 
-def note_half_precision(
+def note_coarse_precision(
     source: GradientSource, checkpoint: Checkpoint, columns: Sequence[str]
 ) -> None:
-    precision = source.settings.precision
-    if precision not in HALVES:
+    if not is_coarse(source):
         return
-    name = str(precision).removeprefix("torch.")
+    settings = source.settings
+    eps = TF32_EPS if settings.tf32 else torch.finfo(settings.precision).eps
     error = measure_rounding(source, checkpoint, columns)
     effect = (
-        f"each number is rounded by up to {torch.finfo(precision).eps / 2:.1%}"
+        f"each number is rounded by up to {eps / 2:.1%}"
         if error is None
         else f"a gradient differs from float32 by {error:.1%} of its norm "
         f"(mean of {ROUNDING_SAMPLE} training examples)"
     )
     source.reporter.note(
-        f"gradients are computed in {name}, as the checkpoints are: {effect}; "
+        f"gradients are computed in {settings.precision_name}: {effect}; "
         "--precision float32 avoids this"
     )
+
+
+def is_coarse(source: GradientSource) -> bool:
+    """Whether gradients are computed with fewer digits than float32 has."""
+    return source.settings.tf32 or source.settings.precision in HALVES
 
 
 def measure_rounding(
     source: GradientSource, checkpoint: Checkpoint, columns: Sequence[str]
 ) -> float | None:
-    """The relative error of gradients in half precision against float32, the mean over a few
-    training examples. None where the model is too large to copy, or all gradients are zero.
+    """The relative error of gradients in half precision or TF32 against float32, the mean over a
+    few training examples. None where the model is too large to copy, or all gradients are zero.
     """
     model = source.run.model.at(checkpoint)
     if sum(value.numel() for value in model.parameters()) * 4 > COPY_BYTES:
@@ -162,9 +168,10 @@ def measure_rounding(
         batch, _ = source.extractor.batches.of("train", ids)
         wide_batch, _ = source.extractor.batches.of("train", ids, torch.float32)
         _, rounded = capture.single(batch)
-        _, exact = gradients_by_autograd(
-            wide, capture.quantity, capture.names, capture.name, wide_batch
-        )
+        with without_tf32(source.settings.tf32):
+            _, exact = gradients_by_autograd(
+                wide, capture.quantity, capture.names, capture.name, wide_batch
+            )
         squares = sum(float(grad.double().square().sum()) for grad in exact.values())
         differences = [
             float((rounded[key].double() - exact[key].double()).square().sum()) for key in exact
