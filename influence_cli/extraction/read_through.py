@@ -7,6 +7,7 @@ run, a resumed one and a later one return the same bytes.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from influence_cli.run.checkpoints import Checkpoint
 
 Block = tuple[Checkpoint, np.ndarray]  # the examples of at most one unit
 LoadRows = Callable[[], GradientRows]
+Key = TypeVar("Key")
 
 
 def read_blocks(
@@ -97,11 +99,9 @@ def fetch(
     return lambda: reading.result()()
 
 
-def one_ahead(
-    loads: Iterator[tuple[Checkpoint, LoadRows]],
-) -> Iterator[tuple[Checkpoint, GradientRows]]:
+def one_ahead(loads: Iterator[tuple[Key, LoadRows]]) -> Iterator[tuple[Key, GradientRows]]:
     """The results, each after the next load was begun."""
-    pending: tuple[Checkpoint, LoadRows] | None = None
+    pending: tuple[Key, LoadRows] | None = None
     for following in loads:
         if pending is not None:
             yield pending[0], pending[1]()

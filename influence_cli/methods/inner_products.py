@@ -22,12 +22,10 @@ from influence_cli.gradients.form_ops import side_by_side
 from influence_cli.gradients.forms import Form, Projected
 from influence_cli.gradients.row_products import Memo
 from influence_cli.methods.fused_products import FusedProducts
+from influence_cli.methods.pair_products import PairProducts, Units
 from influence_cli.methods.pairwise import (
-    Advance,
     RankingFactory,
-    Units,
     mean_query_row,
-    next_units,
     query_rows,
     rank_by_gradients,
 )
@@ -39,6 +37,7 @@ from influence_cli.methods.products import (
     refuse_underflow,
 )
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
+from influence_cli.progress import Advance
 
 SMALL_PART = 512  # training examples multiplied at once: their products stay in the CPU's cache
 SMALL = 1e-100  # a factor below which scores may underflow
@@ -50,32 +49,36 @@ def score(
     source: GradientSource, request: ScoreRequest, new_ranking: RankingFactory
 ) -> Iterator[ScoredQueries]:
     """Scores of every requested training example, ranked per query."""
-    numbers = sum(map(source.settings.width, request.columns.values()))
-    query_bytes = numbers * max(4, source.settings.storage_dtype.itemsize)
     rows_of = mean_query_row if request.sum_queries else query_rows
-    joins = source.cache is not None  # columns that are captured come one by one
 
-    def load_queries(ids: Ids) -> list[QueryGradients]:
-        return [
-            QueryGradients.of(request, index, rows_of(source, request, checkpoint, ids), joins)
-            for index, checkpoint in enumerate(request.checkpoints)
-        ]
+    def read_queries(number: int, ids: Ids) -> GradientRows:
+        return rows_of(source, request, request.checkpoints[number], ids)
 
-    def score_block(
-        queries: list[QueryGradients], ids: np.ndarray, units: Units, advance: Advance
-    ) -> np.ndarray:
-        return block_scores(source.device, request, queries, ids, units, advance)
+    def prepare(number: int, rows: GradientRows, by_column: bool) -> QueryGradients:
+        return QueryGradients.of(request, number, rows, joins=not by_column)
+
+    def add(
+        totals_PQN: Tensor, number: int, queries: QueryGradients, units: Units, advance: Advance
+    ) -> bool:
+        return add_products(source.device, request, queries, units, totals_PQN, advance)
 
     def score_captured(
         queries: list[QueryGradients], ids: np.ndarray, advance: Advance
     ) -> np.ndarray:
         return captured_scores(source, request, queries, ids, advance)
 
+    products = PairProducts(bytes_per_query(source, request), read_queries, prepare, add)
     for ids, _, ranking in rank_by_gradients(
-        source, request, new_ranking, query_bytes, load_queries, score_block, score_captured
+        source, request, new_ranking, products, score_captured
     ):
         names = None if request.sum_queries else [int(query) for query in ids]
         yield ScoredQueries(names, ranking, request.parts)
+
+
+def bytes_per_query(source: GradientSource, request: ScoreRequest) -> int:
+    """Bytes of one query's gradient at one checkpoint, in memory."""
+    numbers = sum(map(source.settings.width, request.columns.values()))
+    return numbers * max(4, source.settings.storage_dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -106,50 +109,43 @@ class QueryGradients:
         return cls(counts, scaled, inverse_norms(rows_QD), smallest)
 
 
-def block_scores(
+def add_products(
     device: torch.device,
     request: ScoreRequest,
-    queries: list[QueryGradients],
-    ids: np.ndarray,
+    queries_QD: QueryGradients,
     units: Units,
+    totals_PQN: Tensor,
     advance: Advance,
-) -> np.ndarray:
-    """(1 + P, Q, N) float64: the scores of a block, then their parts.
+) -> bool:
+    """Add the products at one checkpoint to the scores of a block, and to their parts.
 
     Each product is computed once and added in one order, so that exact scores are the same with
-    and without parts. Raises InfluenceError where all scores underflow.
+    and without parts. Returns whether any product is not 0, where scores may underflow.
     """
-    # Products are added in float64, which MPS lacks.
-    place = device if device.type == "cuda" else torch.device("cpu")
-    shape = 1 + len(request.parts), len(queries[0].inverse_Q), len(ids)
-    totals_PQN = torch.zeros(shape, dtype=torch.float64, device=place)
-    any_product = False
-    for number, queries_QD in enumerate(queries, start=1):
-        counts, small = queries_QD.counts, queries_QD.smallest < SMALL
-        scaled = {names: query.to(device) for names, query in queries_QD.scaled.items()}
-        first = 0
-        for unit in next_units(units, len(ids)):
-            extreme = extreme_rows(unit, counts)
-            for at, rows in parts_of_unit(unit, counts, request.normalize, place):
-                columns = totals_PQN[:, :, first + at.start : first + at.stop]
-                inverses: tuple[Tensor, ...] = ()
-                if request.normalize:
-                    inverses = inverse_norms(rows)[:, None], queries_QD.inverse_Q
-                memo: Memo = {}
-                for names, (weight, part) in counts.items():
-                    mask = extreme[names][at] if names in extreme else None
-                    form = rows.forms[names[0]]
-                    scores_NQ = inner_products(form, scaled[names], device, mask, memo).to(place)
-                    any_product = any_product or (small and bool(scores_NQ.any()))
-                    for factor in inverses:
-                        scores_NQ = scores_NQ * factor.to(place)
-                    for index in {0, part}:
-                        columns[index].add_(scores_NQ.T, alpha=weight)
-                advance(len(rows.ids), f"checkpoint {number} of {len(request.checkpoints)}")
-            first += len(unit.ids)
-    if any_product:
-        refuse_underflow(float(totals_PQN[0].abs().max()), any_product)
-    return totals_PQN.cpu().numpy()
+    place, any_product = totals_PQN.device, False
+    counts, small = queries_QD.counts, queries_QD.smallest < SMALL
+    scaled = {names: query.to(device) for names, query in queries_QD.scaled.items()}
+    first = 0
+    for unit in units:
+        extreme = extreme_rows(unit, counts)
+        for at, rows in parts_of_unit(unit, counts, request.normalize, place):
+            columns = totals_PQN[:, :, first + at.start : first + at.stop]
+            inverses: tuple[Tensor, ...] = ()
+            if request.normalize:
+                inverses = inverse_norms(rows)[:, None], queries_QD.inverse_Q
+            memo: Memo = {}
+            for names, (weight, part) in counts.items():
+                mask = extreme[names][at] if names in extreme else None
+                form = rows.forms[names[0]]
+                scores_NQ = inner_products(form, scaled[names], device, mask, memo).to(place)
+                any_product = any_product or (small and bool(scores_NQ.any()))
+                for factor in inverses:
+                    scores_NQ = scores_NQ * factor.to(place)
+                for index in {0, part}:
+                    columns[index].add_(scores_NQ.T, alpha=weight)
+            advance(len(rows.ids))
+        first += len(unit.ids)
+    return any_product
 
 
 def captured_scores(
@@ -159,7 +155,9 @@ def captured_scores(
     ids: np.ndarray,
     advance: Advance,
 ) -> np.ndarray:
-    """The same as `block_scores`, while the gradients are captured. It keeps none of them."""
+    """(1 + P, Q, N) float64: the scores of a block, then their parts, computed while gradients are
+    captured. It keeps none of them. Raises InfluenceError where all scores underflow.
+    """
     shape = 1 + len(request.parts), len(queries[0].inverse_Q), len(ids)
     totals_PQN = torch.zeros(shape, dtype=torch.float64)
     columns, any_small = list(request.columns), False

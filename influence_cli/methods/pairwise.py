@@ -1,14 +1,16 @@
 """What methods on pairs of rows share: query gradients, and the loop that ranks.
 
-The loop: queries in passes, blocks of training examples outside, checkpoints inside. Each block is
+The loop: queries in rounds, blocks of training examples outside, checkpoints inside. Each block is
 ranked as soon as it is scored, so memory is flat in the number of training examples.
 
-Letters: N train, Q query, P parts of a score, G groups, D gradient.
+Letters: N train, Q query, P parts of a score, D gradient.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,81 +19,112 @@ from torch import Tensor
 
 from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.cache.id_blocks import Ids, cut_ids
-from influence_cli.cache.unit_file import Level
 from influence_cli.errors import NonFiniteScore
-from influence_cli.extraction.memory_budget import floor_power_of_two
+from influence_cli.extraction.query_files import QueryFiles, open_query_files
 from influence_cli.extraction.run_notes import report_numbers
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Dense, Form
-from influence_cli.methods.request import Groups, ScoredQueries, ScoreRequest
-from influence_cli.output.ranking import MergeableRanking, Ranking
+from influence_cli.methods.group_sums import sum_groups
+from influence_cli.methods.pair_products import (
+    LoadedQueries,
+    PairProducts,
+    RoundQueries,
+    RoundScorer,
+    ScoreCaptured,
+)
+from influence_cli.methods.query_passes import PassPlan, note_passes, plan_passes
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
+from influence_cli.output.ranking import MergeableRanking, Ranking, RankingSlice
 from influence_cli.parallel.ranks import Ranks
+from influence_cli.progress import Advance
 from influence_cli.run.checkpoints import Checkpoint
 
-QUERY_BYTES = 2 << 30  # query gradients in memory, over all checkpoints; more queries: more passes
 BLOCK, MOST_QUERIES = 4096, 512  # of a block and a pass, where no gradients are read
-TOTAL_BYTES = 16 << 20  # scores of a block of training examples
 RankingFactory = Callable[[int, int], Ranking]  # (queries, parts) -> an empty ranking
-Advance = Callable[..., None]
-Units = Iterator[GradientRows]
 # Any: what a method keeps of the queries of a pass
 LoadQueries = Callable[[Ids], Any]
 # (queries, blocks of ids, advance) -> of each block its scores and parts (1 + P, Q, N), float64
 ScoreBlocks = Callable[[Any, Iterator[np.ndarray], Advance], Iterator[np.ndarray]]
-# (queries, ids of a block, its rows unit by unit, advance) -> the same of one block
-ScoreBlock = Callable[[Any, np.ndarray, Units, Advance], np.ndarray]
-# (queries, ids of a block, advance) -> the same, computed while gradients are captured
-ScoreCaptured = Callable[[Any, np.ndarray, Advance], np.ndarray]
+LoadPass = Callable[[], list[Any]]  # -> the prepared queries of a pass, at each checkpoint
 
 
 def rank_by_gradients(
     source: GradientSource,
     request: ScoreRequest,
     new_ranking: RankingFactory,
-    query_bytes: int,
-    load_queries: LoadQueries,
-    score_block: ScoreBlock,
+    products: PairProducts,
     score_captured: ScoreCaptured | None = None,
-) -> Iterator[tuple[Ids, Any, Ranking]]:
+) -> Iterator[tuple[Ids, LoadPass, Ranking]]:
     """Rank by scores that are made from the gradients of both sides, block by block.
 
-    `query_bytes`: of one query at one checkpoint. Yields as `rank_blocks` does. The rows of a
-    block come unit by unit, at one checkpoint after the other. `score_captured` takes the place of
-    `score_block` where no gradient is kept.
+    Yields per pass its query ids, a function that returns its prepared queries, and their ranking.
+    `score_captured` takes the place of `products.add` where no gradient is kept and a round has one
+    pass.
     """
     columns = list(request.columns)
     source.ensure("query", request.checkpoints, columns, request.queries)
     read_train = source.prepare("train", request.checkpoints, columns, request.train)
+    plan = plan_passes(source, request, products.query_bytes)
+    note_passes(source, plan)
+    with query_files(source, request, plan) as files:
+        scorer = RoundScorer(source, request, products, score_captured, plan, files, read_train)
+        ranked = rank_blocks(
+            source,
+            request,
+            new_ranking,
+            plan.rounds,
+            scorer.block_size,
+            scorer.load_queries,
+            scorer.score_blocks,
+        )
+        try:
+            for ids, queries, ranking in ranked:
+                for scored in split_round(ids, queries, ranking):
+                    report_numbers(source, request.checkpoints, columns)
+                    yield scored
+        except NonFiniteScore as error:
+            raise located(source, request, error, scorer.offset) from error
 
-    def score_blocks(
-        queries: Any, blocks: Iterator[np.ndarray], advance: Advance
-    ) -> Iterator[np.ndarray]:
-        if source.cache is None and score_captured is not None:
-            for ids in blocks:
-                yield score_captured(queries, ids, advance)
-            return
-        to_read, to_score = itertools.tee(blocks)
-        ids_at = ((checkpoint, ids) for ids in to_read for checkpoint in request.checkpoints)
-        units = read_train(ids_at)
-        for ids in to_score:
-            yield score_block(queries, ids, units, advance)
-        next(units, None)  # its end: all units are on disk
 
-    def size_for(width: int) -> int:
-        return block_size(source, request, width)
+def split_round(
+    ids: Ids, queries: RoundQueries, ranking: Ranking
+) -> Iterator[tuple[Ids, LoadPass, Ranking]]:
+    """The passes of a ranked round."""
+    if isinstance(queries, LoadedQueries):
+        yield ids, lambda: queries.prepared, ranking
+        return
+    first = 0
+    for number, some in enumerate(queries.passes):
+        yield some, partial(queries.load_pass, number), RankingSlice(ranking, first, len(some))
+        first += len(some)
 
-    passes = query_passes(request, query_bytes)
-    note_passes(source, len(passes))
-    ranked = rank_blocks(source, request, new_ranking, passes, size_for, load_queries, score_blocks)
-    try:
-        for scored in ranked:
-            report_numbers(source, request.checkpoints, columns)
-            yield scored
-    except NonFiniteScore as error:
-        if request.groups or request.sum_queries or len(passes) > 1:
-            raise
-        where = describe_largest_product(source, request, error)
-        raise NonFiniteScore(error.query, error.train, error.score, where) from error
+
+def query_files(
+    source: GradientSource, request: ScoreRequest, plan: PassPlan
+) -> AbstractContextManager[QueryFiles | None]:
+    """Files for the gradients of queries, where a round has several passes. Raises OutputError: no
+    room for them.
+    """
+    if not plan.disk_bytes:
+        return nullcontext()
+    beside = source.ranks.place.beside  # each rank has its own
+    return open_query_files(
+        list(request.columns), len(request.checkpoints), plan.disk_bytes, beside
+    )
+
+
+def located(
+    source: GradientSource, request: ScoreRequest, error: NonFiniteScore, offset: int
+) -> NonFiniteScore:
+    """The error with the query's place among all queries, and with what made it, if one pair did.
+    `offset`: place of the first query of its ranking.
+    """
+    query = error.query + offset
+    moved = NonFiniteScore(query, error.train, error.score)
+    if request.groups or request.sum_queries:
+        return moved
+    where = describe_largest_product(source, request, moved)
+    return NonFiniteScore(query, error.train, error.score, where)
 
 
 def describe_largest_product(
@@ -184,81 +217,6 @@ def merge_rankings(ranks: Ranks, ranking: Ranking) -> None:
         assert isinstance(ranking, MergeableRanking)
         for partial in ranks.collect(ranking.export_partials()):
             ranking.import_partial(partial)
-
-
-def sum_groups(
-    groups: Groups,
-    scored: Iterator[tuple[np.ndarray, np.ndarray]],
-    turns: int,
-    ranks: Ranks,
-    shape: tuple[int, int],
-) -> np.ndarray:
-    """(1 + P, Q, G) sums of all blocks. They are added block by block in the order of the ids, so
-    that sums do not depend on the number of ranks. `turns`: blocks of the
-    rank that has the most. `shape`: P, Q."""
-    parts, width = shape
-    sums = np.zeros((parts + 1, width, len(groups.names)))
-    for _ in range(turns):
-        block = next(scored, None)
-        for block_sums in ranks.gather(group_sums(groups, *block) if block else None):
-            if block_sums is not None:
-                numbers, values = block_sums
-                sums[:, :, numbers] += values
-    return sums
-
-
-def group_sums(
-    groups: Groups, ids: np.ndarray, totals: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The groups (G,) of a block, and the sums (1 + P, Q, G) of its scores (1 + P, Q, N)."""
-    numbers, inverse = np.unique(groups.of[ids], return_inverse=True)
-    sums = np.zeros((*totals.shape[:2], len(numbers)))
-    np.add.at(sums.transpose(2, 0, 1), inverse, totals.transpose(2, 0, 1))
-    return numbers, sums
-
-
-def next_units(units: Units, count: int) -> Units:
-    """The units of the next `count` examples."""
-    done = 0
-    while done < count:
-        rows = next(units)
-        done += len(rows.ids)
-        yield rows
-
-
-def query_passes(request: ScoreRequest, query_bytes: int) -> list[Ids]:
-    """The queries, cut into passes; one pass with --sum-queries.
-
-    The gradients of a pass fit into QUERY_BYTES over all checkpoints, and its scores of the
-    smallest block into 8 TOTAL_BYTES.
-    """
-    most = min(
-        QUERY_BYTES // (query_bytes * len(request.checkpoints)),
-        8 * TOTAL_BYTES // (4096 * 8 * (1 + len(request.parts))),
-    )
-    count = len(request.queries)
-    size = count if request.sum_queries else max(1, most)
-    return [request.queries[first : first + size] for first in range(0, count, size)]
-
-
-def note_passes(source: GradientSource, passes: int) -> None:
-    if passes > 1 and source.cache is None:
-        source.reporter.note(
-            f"the queries take {passes} passes, and with --cache none each pass computes the "
-            "gradients of all training examples: a cache computes them once"
-        )
-
-
-def block_size(
-    source: GradientSource, request: ScoreRequest, queries: int, level: Level = "values"
-) -> int:
-    """Training examples of a block: some for each query, whole units, and work for several
-    ranks.
-    """
-    most = TOTAL_BYTES // (8 * queries * (1 + len(request.parts)))
-    shared = min(floor_power_of_two(most), floor_power_of_two(len(request.train) // 64))
-    unit = source.budget.unit_size("train", list(request.columns), level)
-    return max(min(4096, floor_power_of_two(4 * queries)), 256, unit, shared)
 
 
 def query_rows(

@@ -7,8 +7,9 @@ import numpy as np
 from influence_cli.cache.id_blocks import cut_ids
 from influence_cli.extraction.run_notes import report_numbers
 from influence_cli.extraction.source import GradientSource
-from influence_cli.methods.pairwise import block_size, merge_rankings
+from influence_cli.methods.pairwise import merge_rankings
 from influence_cli.methods.products import refuse_underflow
+from influence_cli.methods.query_passes import block_size
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.output.ranking import Ranking
 

@@ -6,33 +6,26 @@ Letters: T rows (the distinct words of each text), N train, Q query, P parts of 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.cache.gradient_rows import concat_rows
+from influence_cli.cache.gradient_rows import GradientRows, concat_rows
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.sparse_forms import Postings
-from influence_cli.methods.pairwise import (
-    Advance,
-    RankingFactory,
-    Units,
-    next_units,
-    rank_by_gradients,
-)
+from influence_cli.methods.pair_products import PairProducts, Units
+from influence_cli.methods.pairwise import RankingFactory, rank_by_gradients
 from influence_cli.methods.products import (
     ScaledQueries,
     extreme_norms,
     inner_products,
     inverse_of_norms,
-    refuse_underflow,
 )
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.methods.tracin_we import TracinWeOptions
 from influence_cli.methods.word_selection import WordSelector
 from influence_cli.methods.word_split import WordSplit
-from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.progress import Advance
 
 
 def score(
@@ -50,18 +43,21 @@ def score(
     widening = max(1, 4 // source.settings.storage_dtype.itemsize)
     query_bytes = max(1, bytes_per_example * widening) * (1 + options.synonyms)
 
-    def load_queries(ids: Ids) -> list[WordQueries]:
-        return [query_words(selector, checkpoint, ids) for checkpoint in request.checkpoints]
+    def read_queries(number: int, ids: Ids) -> GradientRows:
+        checkpoint = request.checkpoints[number]
+        return concat_rows(list(source.read("query", checkpoint, [name], ids)))
 
-    def score_block(
-        queries: list[WordQueries], ids: np.ndarray, units: Units, advance: Advance
-    ) -> np.ndarray:
-        return block_scores(selector, queries, ids, units, advance)
+    def prepare(number: int, rows: GradientRows, by_column: bool) -> WordQueries:
+        return prepare_words(selector, rows)
 
-    for ids, queries, ranking in rank_by_gradients(
-        source, request, new_ranking, query_bytes, load_queries, score_block
-    ):
-        split = WordSplit(selector, queries, ranking) if request.by == "word" else None
+    def add(
+        totals_PQN: Tensor, number: int, queries: WordQueries, units: Units, advance: Advance
+    ) -> bool:
+        return add_products(selector, totals_PQN, number, queries, units, advance)
+
+    products = PairProducts(query_bytes, read_queries, prepare, add)
+    for ids, load, ranking in rank_by_gradients(source, request, new_ranking, products):
+        split = WordSplit(selector, load(), ranking) if request.by == "word" else None
         names = None if request.sum_queries else [int(query) for query in ids]
         yield ScoredQueries(names, ranking, request.parts, split)
 
@@ -85,10 +81,9 @@ class WordQueries:
         return tokens[rows], self.word[rows], self.postings.values[rows].double()
 
 
-def query_words(selector: WordSelector, checkpoint: Checkpoint, ids: Ids) -> WordQueries:
-    """The gradients of the queries' words at one checkpoint, in memory."""
+def prepare_words(selector: WordSelector, rows: GradientRows) -> WordQueries:
+    """The words of some queries at one checkpoint, with their gradients."""
     source, name = selector.source, selector.column
-    rows = concat_rows(list(source.read("query", checkpoint, [name], ids)))
     postings = selector.select(rows.forms[name], query=True)
     if selector.request.sum_queries:
         postings = mean_query(postings)
@@ -101,40 +96,34 @@ def query_words(selector: WordSelector, checkpoint: Checkpoint, ids: Ids) -> Wor
     return WordQueries(on_device, words, norms, ScaledQueries.of(postings).to(source.device))
 
 
-def block_scores(
+def add_products(
     selector: WordSelector,
-    queries: list[WordQueries],
-    ids: np.ndarray,
+    totals_PQN: Tensor,
+    number: int,
+    queries: WordQueries,
     units: Units,
     advance: Advance,
-) -> np.ndarray:
-    """(1 + P, Q, N) float64: the scores of a block, then their parts by checkpoint."""
+) -> bool:
+    """Add the products at one checkpoint to the scores of a block, and to their parts. Returns
+    whether any product is not 0.
+    """
     request, name = selector.request, selector.column
-    shape = 1 + len(request.parts), len(ids), len(queries[0].postings)
-    totals_PNQ = torch.zeros(shape, dtype=torch.float64)
-    count, any_product = len(request.checkpoints), False
-    for k, weight in enumerate(request.weights):
-        factor = weight.of(request.columns[name].names)
-        first = 0
-        for rows in next_units(units, len(ids)):
-            last = first + len(rows.ids)
-            words = selector.select(rows.forms[name])
-            scores_NQ = products(selector, words, queries[k])
-            any_product = any_product or bool(scores_NQ.any())
-            scores_NQ = scores_NQ.double() * factor
-            totals_PNQ[0, first:last] += scores_NQ
-            if request.by == "checkpoint":
-                totals_PNQ[1 + k, first:last] += scores_NQ
-            first = last
-            advance(len(rows.ids), f"checkpoint {k + 1} of {count}")
-    if any_product and any(
-        request.weights[k].of(request.columns[name].names) for k in range(count)
-    ):
-        refuse_underflow(float(totals_PNQ[0].abs().max()), any_product)
-    return totals_PNQ.transpose(1, 2).contiguous().numpy()
+    factor = request.weights[number].of(request.columns[name].names)
+    indices = (0, 1 + number) if request.by == "checkpoint" else (0,)
+    first, any_product = 0, False
+    for rows in units:
+        last = first + len(rows.ids)
+        scores_NQ = inner_products_of_words(selector, selector.select(rows.forms[name]), queries)
+        any_product = any_product or bool(factor and scores_NQ.any())
+        scores_QN = (scores_NQ.double() * factor).T.to(totals_PQN.device)
+        for index in indices:
+            totals_PQN[index, :, first:last] += scores_QN
+        first = last
+        advance(len(rows.ids))
+    return any_product
 
 
-def products(selector: WordSelector, rows: Postings, queries: WordQueries) -> Tensor:
+def inner_products_of_words(selector: WordSelector, rows: Postings, queries: WordQueries) -> Tensor:
     """(N, Q) inner products over the words of both texts, on the CPU; cosines with --normalize."""
     sqnorms_N, device = rows.sqnorm(), selector.source.device
     products_NQ = inner_products(rows, queries.scaled, device, extreme_norms(sqnorms_N)).cpu()

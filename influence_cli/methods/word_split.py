@@ -10,7 +10,7 @@ from torch import Tensor
 from influence_cli.cache.gradient_rows import concat_rows
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 from influence_cli.methods.word_selection import WordSelector
-from influence_cli.output.ranking import Entry, Ranking, TopRanking
+from influence_cli.output.ranking import Entry, Ranking
 
 if TYPE_CHECKING:
     from influence_cli.methods.word_scores import WordQueries
@@ -64,7 +64,7 @@ class WordSplit:
 
         Of a top ranking the rows of all ranked pairs are read at once; else those of `entries`.
         """
-        if not isinstance(self.ranking, TopRanking):
+        if not self.ranking.is_top:
             return self._read(entries)
         if self._top_rows is None:
             queries = range(self.ranking.queries)

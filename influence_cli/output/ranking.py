@@ -61,8 +61,10 @@ class Entry(NamedTuple):
 class Ranking(ABC):
     """Ranks the training examples of `queries` queries at once.
 
-    Blocks come in any order, each training id once.
+    Blocks come in any order, each training id once. `is_top`: it has few pairs of each query.
     """
+
+    is_top = False
 
     def __init__(self, queries: int, parts: int) -> None:
         self.queries, self.parts = queries, parts
@@ -74,6 +76,21 @@ class Ranking(ABC):
     @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
         """Proponents by falling score, then opponents by rising score. `query`: its position."""
+
+
+class RankingSlice(Ranking):
+    """Some neighbouring queries of a ranking, from its query `first` on."""
+
+    def __init__(self, ranking: Ranking, first: int, queries: int) -> None:
+        super().__init__(queries, ranking.parts)
+        self.is_top = ranking.is_top
+        self._ranking, self._first = ranking, first
+
+    def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        raise NotImplementedError("blocks are added to the complete ranking")
+
+    def entries(self, query: int) -> Iterator[Entry]:
+        return self._ranking.entries(self._first + query)
 
 
 def refuse_non_finite(ids: np.ndarray, scores: np.ndarray) -> None:
@@ -135,6 +152,8 @@ class TopRanking(MergeableRanking):
 
     With `signed` False: the k highest scores of any sign.
     """
+
+    is_top = True
 
     def __init__(self, queries: int, parts: int, k: int, signed: bool = True) -> None:
         super().__init__(queries, parts)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from faults.numeric_runs import NumericRun, Reference, build_numeric_run, draw_batches
-from influence_cli.methods.pairwise import query_passes
 from influence_cli.methods.products import extreme_norms, inverse_of_norms
+from influence_cli.methods.query_passes import plan_passes
 from influence_cli.methods.random import draw_scores
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
 from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
@@ -82,9 +82,13 @@ def test_cosines_of_features_have_no_parts(by, make_run, influence):
 )
 def test_a_pass_has_the_queries_that_fit_into_memory(query_bytes, parts, sum_queries, size):
     request = SimpleNamespace(
-        queries=range(9000), checkpoints=(1, 2), parts=["x"] * parts, sum_queries=sum_queries
+        queries=range(9000),
+        checkpoints=(1, 2),
+        parts=["x"] * parts,
+        sum_queries=sum_queries,
+        groups=None,
     )
-    passes = query_passes(request, query_bytes)
+    passes = plan_passes(SimpleNamespace(cache=object()), request, query_bytes).passes
     assert {len(ids) for ids in passes[:-1]} <= {size}
     assert len(passes[0]) == size
     assert [query for ids in passes for query in ids] == list(range(9000))

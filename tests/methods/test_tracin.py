@@ -203,15 +203,15 @@ def test_self_influence_is_the_weighted_squared_norm(make_run, influence):
 
 
 def test_queries_in_several_passes_score_the_same(make_run, influence, monkeypatch):
-    from influence_cli.methods import pairwise
+    from influence_cli.methods import query_passes
 
     run = make_run()
     once = influence("score", run, "--precision", "float64", "--top", "4")
-    monkeypatch.setattr(pairwise, "QUERY_BYTES", 1200)
+    monkeypatch.setattr(query_passes, "QUERY_BYTES", 1200)
     passes = influence("score", run, "--precision", "float64", "--top", "4")
     assert "passes, and with --cache none" not in passes.err
     live = influence("score", run, "--precision", "float64", "--top", "4", "--cache", "none")
-    assert "the queries take 6 passes, and with --cache none" in live.err
+    assert "the 6 queries take 6 passes: their gradients (4.1 KB) go to" in live.err
     assert [(r["query"], r["train"]) for r in live.rows] == [
         (r["query"], r["train"]) for r in once.rows
     ]

@@ -20,7 +20,8 @@ from influence_cli.cache.id_blocks import Ids
 from influence_cli.extraction.run_notes import refuse_zeros, report_numbers
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.form_ops import LEAST, MOST
-from influence_cli.methods.pairwise import QUERY_BYTES, dtype_of, mean_query_row, query_rows
+from influence_cli.methods.pairwise import dtype_of, mean_query_row, query_rows
+from influence_cli.methods.query_passes import QUERY_BYTES
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.reverse.occurrences import NewSums, Sums
 from influence_cli.methods.reverse.optimizer_adjoint import Adjoint
