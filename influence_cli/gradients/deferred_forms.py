@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.gradients.forms import Dense, Factors, Form
-from influence_cli.gradients.row_products import Memo, products, squares
+from influence_cli.gradients.row_products import Memo, largest, products, squares
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 
 
@@ -99,6 +99,9 @@ class TiedForm(DeferredForm):
         )
         return (squares + 2 * both).clamp_min_(0)
 
+    def magnitude(self) -> Tensor:
+        return self.factors.magnitude() + self.rows.magnitude()
+
 
 @dataclass(frozen=True)
 class ConvolutionForm(DeferredForm):
@@ -151,3 +154,6 @@ class ConvolutionForm(DeferredForm):
 
     def sqnorm(self) -> Tensor:
         return torch.cat([squares(part) for _, part in self.parts()])
+
+    def magnitude(self) -> Tensor:
+        return (largest(self.x.flatten(1)) * largest(self.g.flatten(1))).view(-1, self.rows).sum(1)

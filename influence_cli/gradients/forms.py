@@ -16,7 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.row_products import HALVES, Memo, in_range, products, squares
+from influence_cli.gradients.row_products import (
+    HALVES,
+    Memo,
+    in_range,
+    largest,
+    products,
+    squares,
+)
 
 PART_BYTES = 16 << 20  # dense gradients that are computed from factors at once
 # Matrices from this size on are multiplied in slices of their rows, which stay in the CPU's cache.
@@ -92,6 +99,12 @@ class Form(ABC):
     @abstractmethod
     def sqnorm(self) -> Tensor:
         """Squared norm of each example's gradient: (N,), float64 wherever the device has it."""
+
+    def magnitude(self) -> Tensor:
+        """(N,) float64: the largest number of each gradient, or the largest that its summands
+        allow, up to their count. 0 only for a gradient of zeros; not finite where a number is not.
+        """
+        return largest(self.dense().values)
 
     def as_queries(self) -> "Form":
         """The form that multiplies with the fewest operations, for use as queries."""
@@ -264,6 +277,9 @@ class Factors(Form):
             ((self.left * w.view(-1, 1, 1)).flatten(0, 1).T @ right).flatten() for w in weights.T
         ]
         return torch.stack(columns, dim=1)
+
+    def magnitude(self) -> Tensor:
+        return (largest(self.left) * largest(self.right)).sum(1)
 
     def sqnorm(self) -> Tensor:
         if self.left.dtype in HALVES:

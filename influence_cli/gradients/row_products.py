@@ -71,6 +71,11 @@ def squares(values: Tensor) -> Tensor:
     return squares
 
 
+def largest(values: Tensor) -> Tensor:
+    """(..., D) -> (...), float64: the largest magnitude of each row; NaN where a number is."""
+    return torch.linalg.vector_norm(values, ord=torch.inf, dim=-1).double()
+
+
 def in_range(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Which sums of squares lost at most 1e-8 of themselves to under- or overflow."""
     limits = torch.finfo(dtype)

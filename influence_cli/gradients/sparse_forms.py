@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.gradients.forms import PART_BYTES, Dense, Form
-from influence_cli.gradients.row_products import Memo, products, squares
+from influence_cli.gradients.row_products import Memo, largest, products, squares
 
 PAIRS = 128  # from this many pairs of rows on, one product per token is faster
 
@@ -37,7 +37,9 @@ class EmbeddingRows(Form):
     def example(self) -> Tensor:
         """(T,): which example each stored row belongs to."""
         return torch.repeat_interleave(
-            torch.arange(len(self), device=self.ids.device), self.offsets.diff()
+            torch.arange(len(self), device=self.ids.device),
+            self.offsets.diff(),
+            output_size=len(self.ids),  # else a GPU has to be asked for it
         )
 
     def dense(self) -> "Dense":
@@ -93,6 +95,10 @@ class EmbeddingRows(Form):
             .new_zeros(len(self))
             .index_add_(0, self.example, squares(self.values))
         )
+
+    def magnitude(self) -> Tensor:
+        sizes = largest(self.values)
+        return sizes.new_zeros(len(self)).index_add_(0, self.example, sizes)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ TINY = torch.finfo(torch.float64).tiny  # smaller numbers lose digits
 # (scale_rows), products keep float32's digits: they are between 1e-36 and 1e36.
 SMALLEST_NORM, LARGEST_NORM = 1e-24, 1e24
 SMALLEST_PRODUCT, LARGEST_PRODUCT = 1e-30, 1e36
+# Numbers of training gradients: a sum of 10^9 products with such numbers is below 1e36.
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-24, 1e15
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ def inner_products(
 
     `extreme_N`: training gradients that need float64, None for none; then the result is float64.
     """
-    dtypes = rows_ND.dtype, queries.form.dtype
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    wide = torch.float64 if is_double(rows_ND, queries) else torch.float32
     scores_NQ = rows_ND.to(device, wide).dot(queries.form.to(device, wide), memo)
     if extreme_N is not None and extreme_N.any() and wide == torch.float32:
         cpu = torch.device("cpu")
@@ -67,6 +68,11 @@ def inner_products(
     if queries.scale_Q is not None:
         scores_NQ = scores_NQ.cpu().double() * queries.scale_Q
     return scores_NQ
+
+
+def is_double(rows_ND: Form, queries: ScaledQueries) -> bool:
+    """Whether they are multiplied in float64."""
+    return torch.float64 in (rows_ND.dtype, queries.form.dtype)
 
 
 def products_in_range(
@@ -88,11 +94,24 @@ def products_in_range(
             return scores_NQ, None
         sqnorms = rows_ND.take(doubtful).sqnorm()
     extreme = doubtful[extreme_norms(sqnorms)]
-    if len(extreme) and scores_NQ.dtype == torch.float32:
+    if len(extreme) and not is_double(rows_ND, queries):
         scores_NQ = in_float64(scores_NQ, rows_ND, queries, extreme)
     sqnorms = sqnorms.masked_fill(sqnorms.isinf(), torch.nan)
     unknown = torch.full((len(rows_ND),), torch.inf, dtype=torch.float64, device=sqnorms.device)
     return scores_NQ, unknown.index_copy(0, doubtful, sqnorms.double())
+
+
+def products_unwatched(
+    rows_ND: Form, queries: ScaledQueries, device: torch.device, memo: Memo | None = None
+) -> tuple[Tensor, Tensor]:
+    """(N, Q) inner products, and a mask (N,) of the gradients that need another look: one that is
+    not finite, or whose float32 products may leave their range. A GPU is not waited for.
+    """
+    scores_NQ = inner_products(rows_ND, queries, device, memo=memo)
+    sizes = rows_ND.magnitude()
+    if is_double(rows_ND, queries):
+        return scores_NQ, ~sizes.isfinite()
+    return scores_NQ, ~((sizes == 0) | ((sizes >= SMALLEST_NUMBER) & (sizes <= LARGEST_NUMBER)))
 
 
 def doubtful_rows(scores_NQ: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import nn
 from influence_cli.gradients import forms
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.layer_rules import live_positions
+from influence_cli.methods import fused_products
+from influence_cli.methods.products import ScaledQueries, products_in_range
 from tests import reference
 from tests.cases import CASES
 from tests.conftest import DEFINITION
@@ -199,3 +201,94 @@ def test_a_classifier_of_one_position_keeps_one_position():
     capture.probe(x[:2], [x[:1], x[1:2]])
     _, shapes = capture.visit(x, lambda i: x[i : i + 1], 6, lambda name, form: form.tensors())
     assert shapes["0.weight"]["left"].shape == (6, 1, 7)
+
+
+@pytest.fixture
+def unwatched(monkeypatch):
+    """As on a CUDA device: a block is looked at when it is computed. Counts the computed blocks."""
+    blocks = []
+    original = fused_products.FusedProducts._visit
+
+    def counting(self, columns, ids, advance, where, looks):
+        blocks.append(looks)
+        return original(self, columns, ids, advance, where, looks)
+
+    monkeypatch.setattr(fused_products, "looks_at_batches", lambda source: False)
+    monkeypatch.setattr(fused_products.FusedProducts, "_visit", counting)
+    return blocks
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_that_is_looked_at_once_has_the_same_scores(name, make_run, influence, unwatched):
+    run = run_of(name, make_run)
+    flags = "--top", "all", "--cache", "none", "--precision", "float32"
+    result = influence("score", run, *flags)
+    assert reference.relative_error(table(result, 3, 5), expected(run, CASES[name])) < 1e-5
+    assert unwatched
+    assert not any(unwatched)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_of_a_block_that_is_looked_at_once(
+    flags, make_run, influence, unwatched, monkeypatch
+):
+    run = make_run()
+    command = "score", run, "--top", "all", "--cache", "none", *flags.split()
+    once = influence(*command)
+    assert not any(unwatched)
+    monkeypatch.setattr(fused_products, "looks_at_batches", lambda source: True)
+    assert influence(*command).out == once.out
+
+
+@pytest.mark.parametrize("factor", ["1e-30", "1e25"])
+def test_numbers_that_leave_the_range_are_computed_again(
+    factor, make_run, influence, unwatched, monkeypatch
+):
+    text = DEFINITION.replace('reduction="none")', f'reduction="none") * {factor}')
+    run = make_run(definition=text)
+    once = influence("score", run, "--top", "all", "--cache", "none")
+    assert unwatched == [False, True] * 2  # checkpoints
+    monkeypatch.setattr(fused_products, "looks_at_batches", lambda source: True)
+    assert influence("score", run, "--top", "all", "--cache", "none").out == once.out
+
+
+def test_a_gradient_that_is_not_finite_is_named_after_the_block(make_run, influence, unwatched):
+    text = DEFINITION.replace(
+        'reduction="none")',
+        'reduction="none") + (model(batch[0]).square().sum(1)'
+        " * (batch[0][:, 0] - train_data()[4][0][0]).abs()).sqrt()",
+    )
+    result = influence("score", make_run(definition=text), "--cache", "none")
+    assert result.code == 1
+    assert "is not finite at" in result.err
+    assert "example 4 of train_data()" in result.err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_magnitude_of_a_form_bounds_its_numbers(name, make_run, influence, monkeypatch):
+    """All forms that capture makes: between the largest number and 10^6 times it, or 0."""
+    seen = []
+
+    def look(form, queries, device, memo=None):
+        dense, sizes = form.dense().values.abs().double(), form.magnitude()
+        largest = dense.flatten(1).amax(1)
+        assert (sizes >= largest * 0.999 / (1 + dense[0].numel())).all()
+        assert (largest[sizes == 0] == 0).all()
+        assert (sizes <= 1e6 * largest.clamp_min(1e-8)).all()
+        seen.append(form.kind)
+        return original(form, queries, device, memo)
+
+    original = fused_products.products_in_range
+    monkeypatch.setattr(fused_products, "products_in_range", look)
+    run = run_of(name, make_run)
+    assert influence("score", run, "--cache", "none", "--precision", "float64").code == 0
+    assert seen
+
+
+def test_products_past_float32_are_exact_where_queries_are_scaled():
+    """Of training gradients near the end of float32, and queries that a power of two divides."""
+    train, query = (forms.Dense((100,), torch.full((2, 100), value)) for value in (3e37, 1e20))
+    queries = ScaledQueries.of(query)
+    assert queries.scale_Q is not None
+    scores, _ = products_in_range(train, queries, torch.device("cpu"))
+    assert torch.allclose(scores, torch.full((2, 2), 3e59, dtype=torch.float64))
