@@ -14,9 +14,12 @@ from influence_cli.progress import format_bytes, format_duration
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.cli.opening import Opened
+    from influence_cli.cli.requests import Rates
     from influence_cli.diagnostics.cost_estimate import GradientCount, Speed
     from influence_cli.diagnostics.fidelity import Fidelity
+    from influence_cli.diagnostics.score_estimate import ScoreJob
     from influence_cli.methods.declaration import Method
+    from influence_cli.methods.request import ScoreRequest
 
 Cells = tuple[str, ...]
 Titled = tuple[str, Cells, list[Cells]]  # title, heads and rows of a table
@@ -48,8 +51,8 @@ def inspect(
 ) -> None:
     """Dry run: show checkpoints, weights, layers, what the cache has, and what the rest would cost.
 
-    It computes gradients for about two seconds to measure time and size, and stores none. It ends
-    with an error where disk or memory is too small. With --method it adds the cost of that method.
+    It runs a small part of score for about two seconds to measure time and memory, and stores
+    nothing. It ends with an error where disk or memory is too small.
     With --project or a narrow --store it compares the scores of a sample of pairs with exact ones.
     """
     from influence_cli.cli import specs
@@ -70,9 +73,8 @@ def inspect(
         "train": opened.ids("--train", train, "train"),
         "query": opened.ids("--queries", queries, "query"),
     }
-    if not chosen.caches_train:
-        del ids["train"]
-    counts, settings = estimate(opened, ids)
+    request = request_of(opened, chosen, own_options, ids, (lr, lr_weights), sum_queries)
+    counts, settings = estimate(opened, chosen, request)
     tables = [
         ("checkpoints", CHECKPOINT_HEADS, checkpoint_cells(opened, lr, lr_weights)),
         ("parameters", PARAMETER_HEADS, parameter_cells(opened)),
@@ -80,7 +82,8 @@ def inspect(
     ]
     if chosen.caches_train:
         tables += fidelity_tables(opened, ids, shared.projection, target)
-    settings += method_cost_cells(opened, chosen, own_options, ids["query"], sum_queries)
+    if chosen.estimate_cost is not None:
+        settings.append((chosen.name, chosen.estimate_cost(opened.gradients, request)))
     print_tables([*tables, ("", SETTING_HEADS, settings)])
     if chosen.caches_train:
         check_fits(opened.folder, *total_needs(counts.values()))
@@ -119,38 +122,69 @@ def parameter_cells(opened: "Opened") -> list[Cells]:
 
 
 def estimate(
-    opened: "Opened", ids: "dict[str, Ids]"
+    opened: "Opened", method: "Method", request: "ScoreRequest"
 ) -> "tuple[dict[str, GradientCount], list[Cells]]":
     """The gradients of each split, and what the missing ones cost."""
-    from influence_cli.diagnostics import cost_estimate
+    from influence_cli.diagnostics import cost_estimate, score_estimate
 
     source, columns, folder = opened.gradients, list(opened.columns), opened.folder
-    counts = {}
-    for split, split_ids in ids.items():
-        ids_at = [(checkpoint, split_ids) for checkpoint in opened.checkpoints]
-        counts[split] = cost_estimate.count_gradients(source, split, ids_at, columns)
+    ids = {"train": request.train, "query": request.queries}
+    if not method.caches_train:
+        del ids["train"]
+    checkpoints = request.checkpoints if method.open_trial else opened.checkpoints
+    counts = {
+        split: cost_estimate.count_gradients(
+            source, split, [(checkpoint, split_ids) for checkpoint in checkpoints], columns
+        )
+        for split, split_ids in ids.items()
+    }
     disk_bytes, _ = total_needs(counts.values())
-    speed = cost_estimate.measure_speed(source, opened.checkpoints[0], columns, folder, disk_bytes)
+    cells = setting_cells(opened, disk_bytes)
+    if method.open_trial is not None:
+        trial = method.open_trial(source, request, folder is not None)
+        job = score_estimate.ScoreJob(
+            source, request, trial, folder, counts["train"], counts["query"]
+        )
+        return counts, cells + score_cells(job)
+    speed = cost_estimate.measure_speed(source, checkpoints[0], columns, folder, disk_bytes)
     missing = sum(count.missing for count in counts.values())
     seconds = cost_estimate.estimate_seconds(source, columns, speed, missing, disk_bytes)
     peak = cost_estimate.estimate_peak_bytes(
         source, columns, speed, counts["train"].missing if "train" in counts else 0
     )
-    cells = setting_cells(opened, disk_bytes, speed, seconds, peak)
-    if "train" in counts:
-        cells.append(("score", describe_score(opened, counts["train"].missing)))
-    return counts, cells
+    return counts, [
+        *cells,
+        ("memory", f"about {format_bytes(peak)} at most while gradients are computed"),
+        ("time to compute", f"about {format_duration(seconds)} ({describe_speed(speed)})"),
+    ]
 
 
-def describe_score(opened: "Opened", missing: int) -> str:
-    """How `score` will get the gradients of training examples, and multiply them."""
-    if opened.folder is None:
-        return "multiplies each layer's gradients as they are computed, and keeps none"
-    if opened.gradients.ranks.count > 1:
-        return "the ranks compute and store the missing gradients, then read all of them"
-    if missing:
-        return "one pass: it computes, stores and multiplies"
-    return "reads stored gradients"
+def score_cells(job: "ScoreJob") -> list[Cells]:
+    """The path that `score` takes, its memory and its time."""
+    from influence_cli.diagnostics import score_estimate
+
+    speed = score_estimate.measure(job)
+    seconds = score_estimate.estimate_seconds(job, speed)
+    peak = score_estimate.estimate_peak_bytes(job, speed)
+    cells: list[Cells] = [
+        ("score", score_estimate.describe_path(job)),
+        ("memory", f"about {format_bytes(peak)} at most while it runs"),
+        ("time to score", f"about {format_duration(seconds)} ({describe_speed(speed)})"),
+    ]
+    passes = score_estimate.describe_passes(job)
+    return [cells[0], ("queries", passes), *cells[1:]] if passes else cells
+
+
+def describe_speed(speed: "Speed") -> str:
+    """What was measured."""
+    texts = []
+    if speed.gradient_seconds:
+        texts.append(f"{speed.gradient_seconds * 1e3:.3g} ms per gradient")
+    if speed.read_seconds:
+        texts.append(f"{speed.read_seconds * 1e3:.3g} ms per stored gradient")
+    if speed.disk_speed:
+        texts.append(f"{format_bytes(speed.disk_speed)}/s to disk")
+    return ", ".join(texts)
 
 
 def total_needs(counts: "Iterable[GradientCount]") -> tuple[int, int]:
@@ -159,9 +193,7 @@ def total_needs(counts: "Iterable[GradientCount]") -> tuple[int, int]:
     return sum(disk for disk, _ in pairs), max(memory for _, memory in pairs)
 
 
-def setting_cells(
-    opened: "Opened", disk_bytes: int, speed: "Speed", seconds: float, peak: int
-) -> list[Cells]:
+def setting_cells(opened: "Opened", disk_bytes: int) -> list[Cells]:
     from influence_cli.diagnostics.cost_estimate import free_disk_bytes
 
     source, columns, folder = opened.gradients, list(opened.columns), opened.folder
@@ -174,27 +206,35 @@ def setting_cells(
     storage_dtype = str(source.settings.storage_dtype).removeprefix("torch.")
     batch = source.budget.batch_size("train", columns)
     unit = source.budget.unit_size("train", columns, "values")
-    milliseconds = f"{speed.gradient_seconds * 1e3:.3g} ms per gradient"
-    disk_speed = f", {format_bytes(speed.disk_speed)}/s to disk" if speed.disk_speed else ""
     return [
         ("cache", cache),
         ("precision", f"{precision}, stored as {storage_dtype}"),
         ("device", f"{source.device}, batches of {batch}, units (cache files) of {unit}"),
-        ("memory", f"about {format_bytes(peak)} at most while gradients are computed"),
-        ("time to compute", f"about {format_duration(seconds)} ({milliseconds}{disk_speed})"),
     ]
 
 
-def method_cost_cells(
-    opened: "Opened", method: "Method", own_options: object, queries: "Ids", sum_queries: bool
-) -> list[Cells]:
-    """What the method itself costs, if it can tell."""
+def request_of(
+    opened: "Opened",
+    method: "Method",
+    own_options: object,
+    ids: "dict[str, Ids]",
+    rates: "Rates",
+    sum_queries: bool,
+) -> "ScoreRequest":
+    """The request that `score` would make; with weights of 1 where there are no learning rates."""
     from influence_cli.cli.requests import score_request
+    from influence_cli.run.learning_rates import NoLearningRate
 
-    if method.estimate_cost is None:
-        return []
-    request = score_request(opened, method, own_options, range(0), queries, sum_queries=sum_queries)
-    return [(method.name, method.estimate_cost(opened.gradients, request))]
+    def build(rates: "Rates") -> "ScoreRequest":
+        return score_request(
+            opened, method, own_options, ids["train"], ids["query"], rates, sum_queries,
+            last_checkpoint=True,
+        )  # fmt: skip
+
+    try:
+        return build(rates)
+    except NoLearningRate:
+        return build((1.0, None))
 
 
 def gradient_cells(opened: "Opened", counts: "dict[str, GradientCount]") -> list[Cells]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from influence_cli.extraction.source import GradientSource
 from influence_cli.run.checkpoints import Checkpoint
 
 SECONDS = 1.5  # how long the measurement computes gradients
+Compute = Callable[[np.ndarray], object]  # of these training examples
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,18 @@ def count_distinct(parts: Sequence[Ids]) -> int:
 class Speed:
     """Measured on this machine.
 
-    `gradient_seconds`: per gradient. `peak_bytes`: memory of this process so far. `disk_speed`:
-    bytes per second, 0 if not measured. `slowdown`: seconds by which each written byte slows down
-    the computation beside it.
+    `gradient_seconds`: per training gradient that is computed, with its products. `read_seconds`:
+    per stored one, with its products. `query_seconds`: per query gradient that is computed. 0: not
+    measured. `peak_bytes`: memory of this process so far. `disk_speed`: bytes per second, 0 if not
+    measured. `slowdown`: seconds by which each written byte slows down the computation beside it.
     """
 
     gradient_seconds: float
     peak_bytes: int
     disk_speed: float = 0.0
     slowdown: float = 0.0
+    read_seconds: float = 0.0
+    query_seconds: float = 0.0
 
 
 def measure_speed(
@@ -79,26 +84,29 @@ def measure_speed(
     columns: Sequence[str],
     folder: Path | None,
     disk_bytes: int,
+    compute: Compute | None = None,
 ) -> Speed:
     """Compute batches of training examples, first alone, then beside writing 128 MB to the disk of
     the cache.
 
     `folder`: of the cache, which may not exist yet; None: nothing is written. `disk_bytes`: that
-    the cache will write; it decides the way of writing.
+    the cache will write; it decides the way of writing. `compute`: None computes gradients alone.
     """
     batch, total = source.budget.batch_size("train", columns), len(source.run.train)
+    if compute is None:
+        compute = partial(source.extractor.rows_at, checkpoint, "train", columns)
 
     def compute_while(condition: Callable[[], bool]) -> tuple[float, int]:
         """Seconds, and the number of gradients."""
         start, count = time.perf_counter(), 0
         while not count or condition():
             ids = np.arange(count % total, min(count % total + batch, total))
-            source.extractor.rows_at(checkpoint, "train", columns, ids)
+            compute(ids)
             count += len(ids)
         return time.perf_counter() - start, count
 
     # the first batch loads the checkpoint, probes the model and warms up
-    source.extractor.rows_at(checkpoint, "train", columns, np.arange(min(batch, total)))
+    compute(np.arange(min(batch, total)))
     end = time.perf_counter() + SECONDS
     elapsed, count = compute_while(lambda: time.perf_counter() < end)
     seconds, peak = elapsed / count, machine.peak_memory()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from influence_cli.methods.pairwise import RankingFactory
     from influence_cli.methods.request import ScoredQueries, ScoreRequest
     from influence_cli.methods.reverse.occurrences import Trace
+    from influence_cli.methods.score_trial import ScoreTrial
     from influence_cli.run.parameters import Column
     from influence_cli.run.run import Run
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 Score = Callable[["GradientSource", "ScoreRequest", "RankingFactory"], "Iterator[ScoredQueries]"]
 TraceScores = Callable[["GradientSource", "ScoreRequest"], "Iterator[tuple[Ids, Trace]]"]
 EstimateCost = Callable[["GradientSource", "ScoreRequest"], str]
+# (source, request, whether training gradients are stored) -> a small part of `score`
+OpenTrial = Callable[["GradientSource", "ScoreRequest", bool], "ScoreTrial"]
 ListRows = Callable[["GradientSource", "ScoreRequest"], "list[IdsAt]"]
 SelectColumns = Callable[["Run", Any], "dict[str, Column]"]  # Any: the method's options
 
@@ -92,6 +95,7 @@ class Method:
     score: Score
     trace: TraceScores | None = None
     estimate_cost: EstimateCost | None = None  # one line for `inspect`
+    open_trial: OpenTrial | None = None  # which `inspect` measures
     list_rows: ListRows | None = None  # the gradients it reads, where that is not all of them
     select_columns: SelectColumns | None = None  # None: the columns that --layers selects
     options: type = NoOptions

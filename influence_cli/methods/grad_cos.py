@@ -15,6 +15,7 @@ METHOD = Method(
     cost="one gradient per example, then one product per pair",
     source="Charpiat et al. 2019, arXiv:1906.06698",
     score=deferred("influence_cli.methods.inner_products:score"),
+    open_trial=deferred("influence_cli.methods.score_trial:open_trial"),
     checkpoints="one",
     weighted=False,
     normalized=True,

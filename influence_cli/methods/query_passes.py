@@ -49,15 +49,17 @@ class PassPlan:
         return 1 if self.cached else len(self.rounds)
 
 
-def plan_passes(source: GradientSource, request: ScoreRequest, query_bytes: int) -> PassPlan:
-    """`query_bytes`: of one query at one checkpoint.
+def plan_passes(
+    source: GradientSource, request: ScoreRequest, query_bytes: int, cached: bool | None = None
+) -> PassPlan:
+    """`query_bytes`: of one query at one checkpoint. `cached`: None for what the source does.
 
     The gradients of a pass fit into QUERY_BYTES over all checkpoints, and its scores of a block of
     4,096 examples into 8 TOTAL_BYTES. --sum-queries makes one pass. With a cache a round is a pass.
     Without one, a round has as many passes as its scores, and those of its groups, allow: of
     LEAST_BLOCK examples they fit into ROUND_BYTES.
     """
-    queries, cached = request.queries, source.cache is not None
+    queries, cached = request.queries, source.cache is not None if cached is None else cached
     count, scores = len(queries), 8 * (1 + len(request.parts))
     at_each = query_bytes * len(request.checkpoints)
     most = min(QUERY_BYTES // at_each, 8 * TOTAL_BYTES // (4096 * scores))
