@@ -127,5 +127,5 @@ def test_a_planted_half_written_file_is_counted(disk_trials, monkeypatch):
             os.fsync(file.fileno())
 
     monkeypatch.setattr(safetensors_io, "replace_file", write_in_place)
-    tally = fail_disk(disk_trials, PlantedErrors, 4)
+    tally = fail_disk(disk_trials, PlantedErrors, 8)
     assert tally.faults["lost"] >= 1, tally.causes

@@ -1,6 +1,7 @@
 """The captures of a run: one for each quantity and set of columns, probed before any work."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,6 +11,13 @@ from influence_cli.cache.identity import Settings
 from influence_cli.errors import InfluenceError
 from influence_cli.extraction.batches import Batches
 from influence_cli.extraction.memory_budget import AnyCapture
+from influence_cli.extraction.probe_record import (
+    ProbeRecord,
+    describe_model,
+    read_record,
+    record_path,
+    write_record,
+)
 from influence_cli.gradients.batches import Batch, leaves
 from influence_cli.gradients.capture import Capture
 from influence_cli.gradients.embedding_capture import EmbeddingCapture
@@ -31,16 +39,24 @@ Measured = tuple[dict[str, Form], float]
 class Captures:
     """Both splits share a capture where they share loss(), and their batches are alike.
 
-    `most`: examples of a batch by the user's wish, None for no wish.
+    `most`: examples of a batch by the user's wish, None for no wish. `folder`: remembers what a
+    probe chose, so that the next command does not compare gradients again.
     """
 
     def __init__(
-        self, batches: Batches, settings: Settings, reporter: Reporter, most: int | None
+        self,
+        batches: Batches,
+        settings: Settings,
+        reporter: Reporter,
+        most: int | None,
+        folder: Path | None = None,
     ) -> None:
         self.batches, self.run, self.settings = batches, batches.run, settings
         self._reporter, self._most = reporter, most
         self._captures: dict[tuple[str, Columns], AnyCapture] = {}
         self._measured: dict[tuple[str, Columns], Measured] = {}
+        self._folder = folder
+        self._records: dict[tuple[str, Columns], ProbeRecord] = {}
 
     def of(self, split: str, columns: Sequence[str]) -> AnyCapture:
         """The capture of these columns. A new one is probed on the first two examples, with the
@@ -50,19 +66,17 @@ class Captures:
         if key not in self._captures:
             self.run.model.at_any(self.run.checkpoints[0])
             self.run.examples(split).check_stable(range(min(4, len(self.run.examples(split)))))
-            if not self._share(key):
-                capture = self._new_capture(split, columns)
-                with without_tf32(self.settings.tf32):  # it compares ways to compute a number
-                    self._on_first(split, lambda batch, singles: capture.probe(batch, singles))
-                    self._on_first(split, lambda batch, singles: self._in_order(split, capture))
-                self._captures[key] = capture
-                self._measured[key] = capture.sample, capture.activations
+            if not self._restore(key) and not self._share(key):
+                self._probe(key)
         return self._captures[key]
 
     def measured(self, split: str, columns: Sequence[str]) -> Measured:
         """What the probe measured."""
+        key = split, tuple(columns)
         self.of(split, columns)
-        return self._measured[split, tuple(columns)]
+        if key not in self._measured:  # what the probe chose was remembered
+            self._probe(key)
+        return self._measured[key]
 
     def ways(self, split: str, columns: Sequence[str]) -> dict[str, str]:
         """How the gradients of each column are computed: by a layer rule, by torch.func, one by
@@ -76,7 +90,73 @@ class Captures:
         return {name: "rule" if name in capture.hooked else "torch.func" for name in columns}
 
     # ------------------------------------------------------------ probing
-    def _new_capture(self, split: str, columns: Sequence[str]) -> AnyCapture:
+    def _probe(self, key: tuple[str, Columns]) -> None:
+        """Probe a new capture, and remember what the probe chose."""
+        split, columns = key
+        notes: list[str] = []
+
+        def note(message: str) -> None:
+            notes.append(message)
+            self._reporter.note(message)
+
+        capture = self._new_capture(split, columns, note)
+        with without_tf32(self.settings.tf32):  # it compares ways to compute a number
+            self._on_first(split, lambda batch, singles: capture.probe(batch, singles))
+            self._on_first(split, lambda batch, singles: self._in_order(split, capture))
+        self._captures[key] = capture
+        self._measured[key] = capture.sample, capture.activations
+        self._remember(key, ProbeRecord(capture.choice, tuple(notes)))
+
+    def _remember(self, key: tuple[str, Columns], record: ProbeRecord) -> None:
+        self._records[key] = record
+        if (path := self._record_path(key)) is not None:
+            write_record(path, record)
+
+    def _restore(self, key: tuple[str, Columns]) -> bool:
+        """Take what an earlier command's probe chose, with its notes. False: none is remembered, or
+        it does not fit.
+        """
+        split, columns = key
+        path = self._record_path(key)
+        record = read_record(path) if path is not None else None
+        if record is None:
+            return False
+        other = "query" if split == "train" else "train", columns
+        if self._records.get(other) == record and self._are_alike(split):
+            capture = self._captures[other]
+        else:
+            capture = self._new_capture(split, columns, self._reporter.note)
+            with without_tf32(self.settings.tf32):
+                fits = self._on_first(
+                    split, lambda batch, singles: capture.restore(record.choice, batch, singles)
+                )
+            if not fits:
+                return False
+        self._captures[key], self._records[key] = capture, record
+        for message in record.notes:
+            self._reporter.note(message)
+        return True
+
+    def _record_path(self, key: tuple[str, Columns]) -> Path | None:
+        """Where a choice is remembered, by all that it depends on."""
+        if self._folder is None:
+            return None
+        split, columns = key
+        first = np.arange(min(ORDER_SAMPLE, len(self.run.examples(split))))
+        parts = (
+            self.run.definition.digest,
+            self.batches.quantity_name(split),
+            describe_model(self.run.model.module),
+            columns,
+            [(str(dtype), shape) for dtype, shape in self._shapes(split)],
+            self.run.examples(split).digests(first).tolist(),
+            f"{self.batches.device.type} {self.batches.cast} {self._most}",
+        )
+        return record_path(self._folder, split, parts)
+
+    def _new_capture(
+        self, split: str, columns: Sequence[str], note: Callable[[str], None]
+    ) -> AnyCapture:
         definition, module = self.run.definition, self.run.model.module
         name = self.batches.quantity_name(split).removesuffix("()")
         measured = name == "measure"
@@ -86,7 +166,6 @@ class Captures:
             value = function(model, batch)
             return -value if measured and isinstance(value, torch.Tensor) else value
 
-        note = self._reporter.note
         if len(columns) == 1 and columns[0] not in self.run.columns:
             output = self.run.embeddings.get(columns[0])
             if output is not None and output.module is not None:
@@ -106,13 +185,24 @@ class Captures:
         capture = self._captures.get((other, key[1]))
         if (
             capture is None
-            or self.batches.quantity_name(split) != self.batches.quantity_name(other)
-            or self._shapes(split) != self._shapes(other)
+            or not self._are_alike(split)
             or not self._on_first(split, lambda batch, singles: self._in_order(split, capture))
         ):
             return False
-        self._captures[key], self._measured[key] = capture, self._measured[other, key[1]]
+        self._captures[key] = capture
+        if (measured := self._measured.get((other, key[1]))) is not None:
+            self._measured[key] = measured
+        self._remember(key, self._records[other, key[1]])
         return True
+
+    def _are_alike(self, split: str) -> bool:
+        """Whether both splits have one quantity, and first examples with tensors of the same
+        shapes.
+        """
+        other = "query" if split == "train" else "train"
+        return self.batches.quantity_name(split) == self.batches.quantity_name(
+            other
+        ) and self._shapes(split) == self._shapes(other)
 
     def _shapes(self, split: str) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         first = np.arange(min(2, len(self.run.examples(split))))

@@ -54,7 +54,9 @@ class GradientExtractor:
         self.run, self.settings, self.device = run, settings, device
         self.reporter = reporter
         self.batches = Batches(run, device, cast)
-        self.captures = Captures(self.batches, settings, reporter, requested_batch_size)
+        self.captures = Captures(
+            self.batches, settings, reporter, requested_batch_size, record_folder
+        )
         self.budget = MemoryBudget(
             settings,
             device,

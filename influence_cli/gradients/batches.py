@@ -83,3 +83,8 @@ def unlike_examples(
     if at[0] == at[1]:
         at = torch.arange(min(2, size))
     return at.to(tensors[0].device) if tensors else at
+
+
+def counts_examples(tensor: torch.Tensor, size: int) -> bool:
+    """Whether the first axis has the length `size`."""
+    return tensor.ndim > 0 and len(tensor) == size

@@ -8,9 +8,9 @@ user's own model, before any work.
 Letters: B examples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from influence_cli.gradients.autograd_gradients import (
 )
 from influence_cli.gradients.batches import (
     Batch,
+    counts_examples,
     leaves,
     map_tensors,
     unlike_examples,
@@ -32,7 +33,12 @@ from influence_cli.gradients.example_axes import AxisPlan, Unhooked, make_plan
 from influence_cli.gradients.form_ops import cheapest, smallest
 from influence_cli.gradients.forms import Form
 from influence_cli.gradients.hooks import Hooks, Past
-from influence_cli.gradients.probe_checks import check_eval_mode, check_not_random
+from influence_cli.gradients.probe_checks import (
+    check_eval_mode,
+    check_not_random,
+    described,
+    unlike_losses,
+)
 from influence_cli.gradients.projection import Projection
 from influence_cli.gradients.quantity import Quantity, checked, frozen
 from influence_cli.gradients.tolerances import close, differing
@@ -112,7 +118,8 @@ class Capture:
         alone = [self.single(single) for single in singles]
         check_eval_mode(self.model, self.name)
         check_not_random(self.single, singles[:1], alone[:1], self.name)
-        self._note_unlike_losses(batch_losses, torch.cat([losses for losses, _ in alone]))
+        if text := unlike_losses(self.name, batch_losses, torch.cat([one for one, _ in alone])):
+            self._note(text)
         grads = {name: torch.stack([grads[name] for _, grads in alone]) for name in self.names}
         self.sample = {
             name: smallest(value, name in self.embeddings) for name, value in grads.items()
@@ -130,15 +137,31 @@ class Capture:
                 name: self.projection(name, form)[1] for name, form in self.sample.items()
             }
 
-    def _note_unlike_losses(self, batch_losses: Tensor, single_losses: Tensor) -> None:
-        """Tell the user where a batch changes an example's loss."""
-        if not close(batch_losses, single_losses):
-            worst = int((batch_losses - single_losses).abs().argmax())
-            self._note(
-                f"{self.name} of example {worst} is {single_losses[worst]:.6g} alone and "
-                f"{batch_losses[worst]:.6g} in a batch: examples influence each other (batch "
-                "statistics? padding that is not masked?), so gradients depend on the batches"
-            )
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What `probe` chose. Any: JSON values."""
+        return {
+            "at_once": self.at_once,
+            "batched": self._batched,
+            "hooked": list(self.hooked),
+            "why_not_hooked": self.why_not_hooked,
+        }
+
+    def restore(self, choice: Mapping[str, Any], batch: Batch, singles: Sequence[Batch]) -> bool:
+        """Take the choice of an earlier probe without comparing gradients; `sample` stays empty.
+        False: the batch does not follow it. Raises GradientError: a random loss, train mode.
+        """
+        alone = [self.single(singles[0])]
+        check_eval_mode(self.model, self.name)
+        check_not_random(self.single, singles[:1], alone, self.name)
+        self.at_once, self._batched = choice["at_once"], choice["batched"]
+        self.hooked, self.why_not_hooked = tuple(choice["hooked"]), choice["why_not_hooked"]
+        try:
+            if self.at_once and self.hooked:
+                self._plan = self._make_plan(batch, len(singles))
+        except Unhooked:
+            return False
+        return True
 
     def _why_not_at_once(
         self, batch: Batch, singles: Sequence[Batch], alone: Sequence[LossesAndGradients]
@@ -323,16 +346,3 @@ class Capture:
     def single(self, batch: Batch) -> LossesAndGradients:
         """The loss and the gradients of a batch of one, by plain autograd."""
         return gradients_by_autograd(self.model, self.quantity, self.names, self.name, batch)
-
-
-def counts_examples(tensor: Tensor, size: int) -> bool:
-    return tensor.ndim > 0 and len(tensor) == size
-
-
-def described(error: Exception) -> str:
-    if "saved tensor hooks" in str(error):  # torch.utils.checkpoint uses them
-        return (
-            "it uses activation checkpointing; switch that off in definition.py: it saves memory "
-            "in training and changes no gradient"
-        )
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"

@@ -89,6 +89,23 @@ class EmbeddingCapture:
             "and its examples alone give different gradients"
         )
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What `probe` chose. Any: JSON values."""
+        return {"at_once": self.at_once, "axis": self._axis}
+
+    def restore(self, choice: Mapping[str, Any], batch: Batch, singles: Sequence[Batch]) -> bool:
+        """Take the choice of an earlier probe; `sample` stays empty. Raises GradientError: a random
+        loss, and as `probe` does.
+        """
+        (losses, rows), (losses_again, rows_again) = (
+            self._gradients(singles[0], 1) for _ in range(2)
+        )
+        if not close(losses, losses_again) or not alike(rows, rows_again):
+            raise random_quantity(self.name, float(losses), float(losses_again))
+        self.at_once, self._axis = choice["at_once"], choice["axis"]
+        return True
+
     def __call__(
         self, batch: Batch, singles: Callable[[int], Batch], size: int, values: bool = True
     ) -> Captured:

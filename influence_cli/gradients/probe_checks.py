@@ -65,3 +65,25 @@ def random_quantity(subject: str, first: float, second: float) -> GradientError:
         "expected: the same loss and gradient each time",
         "look for functional dropout (F.dropout needs training=self.training), noise or sampling",
     )
+
+
+def unlike_losses(name: str, batch_losses: Tensor, single_losses: Tensor) -> str:
+    """What the user should know where a batch changes an example's loss; else no text."""
+    if close(batch_losses, single_losses):
+        return ""
+    worst = int((batch_losses - single_losses).abs().argmax())
+    return (
+        f"{name} of example {worst} is {single_losses[worst]:.6g} alone and "
+        f"{batch_losses[worst]:.6g} in a batch: examples influence each other (batch "
+        "statistics? padding that is not masked?), so gradients depend on the batches"
+    )
+
+
+def described(error: Exception) -> str:
+    """One line about what a model does that capture can't do."""
+    if "saved tensor hooks" in str(error):  # torch.utils.checkpoint uses them
+        return (
+            "it uses activation checkpointing; switch that off in definition.py: it saves memory "
+            "in training and changes no gradient"
+        )
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
