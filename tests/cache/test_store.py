@@ -242,6 +242,16 @@ def test_few_rows_of_a_unit_are_read_row_by_row_and_are_the_same(store_as, tmp_p
     assert rowwise
 
 
+def test_few_rows_of_word_gradients_are_read_from_the_complete_file(tmp_path, monkeypatch):
+    """Their tensors have several rows per example, or none."""
+    monkeypatch.setattr(unit_file, "ROWWISE_FROM", 0)
+    store, ids = Store(tmp_path / "c"), np.arange(40)
+    unit = store.unit_for(store.folder / "x", ["a", "b"], "values", "digest", 0, 40, ids)
+    store.write(unit, rows(ids), torch.float32)
+    few = np.array([3, 17, 39])
+    same(store.index_units(store.folder / "x").read_rows(["a", "b"], "values", few), rows(few))
+
+
 def test_a_row_past_the_end_of_a_damaged_file_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(unit_file, "ROWWISE_FROM", 0)
     store = Store(tmp_path / "c")

@@ -220,6 +220,17 @@ def test_parts_made_a_few_at_a_time_equal_the_whole(monkeypatch):
     torch.testing.assert_close(form.sqnorm(), G.square().sum(1), rtol=1e-12, atol=1e-12)
 
 
+def test_products_of_a_layer_larger_than_a_slice_equal_the_dense_ones():
+    torch.manual_seed(0)
+    o, i = 1024, 600
+    left = torch.randn(3, 4, o, dtype=torch.float64)
+    right = torch.randn(3, 4, i, dtype=torch.float64)
+    form, vectors = Factors((o, i), left, right), torch.randn(o * i, 2, dtype=torch.float64)
+    assert o * i * 8 >= forms_module.SLICED_BYTES
+    expected = form.dense().values @ vectors
+    torch.testing.assert_close(form.matvec(vectors), expected, rtol=1e-12, atol=1e-9)
+
+
 def test_a_memo_shares_products_of_the_same_tensors_only():
     """Tensors that were converted for one product are gone after it, and others come to lie where
     they were.

@@ -7,6 +7,7 @@ from influence_cli.errors import GradientError
 from influence_cli.gradients.convolution_rules import sum_over_places
 from influence_cli.gradients.double_backward import explained
 from influence_cli.gradients.embedding_capture import mask_of, without_zeros
+from influence_cli.gradients.example_axes import MIXED, Axis, find_axis
 from influence_cli.gradients.layer_rules import plain_sum
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 
@@ -65,3 +66,16 @@ def test_a_mask_counts_if_it_has_the_shape_of_the_ids():
     assert mask_of({"attention_mask": mask[:, :2]}, ids) is None
     assert mask_of({"attention_mask": [1]}, ids) is None
     assert mask_of({}, ids) is mask_of((mask,), ids) is None
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("inner", [False, True])
+def test_values_of_any_sign_show_whether_examples_vary_fastest(inner, sign):
+    torch.manual_seed(0)
+    two = sign * torch.rand(2, 3, 4)  # examples, positions
+    twice = torch.cat([two, two])
+    one, both = (
+        (values.transpose(0, 1) if inner else values).flatten(0, 1) for values in (two, twice)
+    )
+    assert find_axis(both, one.shape, 2) == Axis(0, inner)
+    assert find_axis(sign * torch.rand(12, 4), one.shape, 2) == MIXED

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from faults.numeric_runs import NumericRun, Reference, build_numeric_run, draw_batches
+from influence_cli.cache.gradient_rows import GradientRows
+from influence_cli.gradients.forms import Dense
+from influence_cli.methods import inner_products
 from influence_cli.methods.products import extreme_norms, inverse_of_norms
 from influence_cli.methods.query_passes import plan_passes
 from influence_cli.methods.random import draw_scores
@@ -232,3 +235,14 @@ def test_word_scores_of_one_checkpoint_are_those_of_its_embedding(tmp_path, infl
         for result in (words, embedding)
     )
     assert one == pytest.approx(two, rel=1e-5, abs=1e-9)
+
+
+def test_a_unit_of_wide_rows_is_multiplied_in_parts_in_order(monkeypatch):
+    monkeypatch.setattr(inner_products, "SMALL_PART", 2)
+    monkeypatch.setattr(inner_products, "WIDE_ROW_BYTES", 11)
+    values, ids, zeros = torch.arange(15.0).view(5, 3), np.arange(5), torch.zeros(5)
+    unit = GradientRows(ids, zeros, zeros, {"a": zeros}, {"a": Dense((3,), values)})
+    parts = list(inner_products.parts_of_unit(unit, {("a",): (1.0, 1)}, False, torch.device("cpu")))
+    assert [at for at, _ in parts] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    for at, part in parts:
+        assert torch.equal(part.forms["a"].dense().values, values[at])

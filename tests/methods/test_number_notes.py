@@ -57,6 +57,13 @@ def test_a_request_without_any_feature_is_accepted_if_others_have_some(ask):
     assert result.code == 0, result.err
 
 
+def test_self_influence_of_zeros_is_accepted_if_other_examples_have_gradients(tmp_path, influence):
+    run = build_numeric_run(zeros(train=[0, 1]), tmp_path / "run")
+    result = influence("self", run, "--train", "0:2")
+    assert result.code == 0, result.err
+    assert [float(row["score"]) for row in result.rows] == [0, 0]
+
+
 @pytest.mark.parametrize("method", [*REVERSE, ("tracin",)], ids=str)
 def test_small_losses_are_counted(method, ask):
     result = ask(NumericRun(exponent=-7), "score", *method)

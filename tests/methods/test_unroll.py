@@ -13,6 +13,7 @@ from safetensors.torch import load as load_file_of
 from safetensors.torch import save_file
 
 from influence_cli.methods.reverse import replayed_steps, resume
+from influence_cli.methods.reverse.unroll_cost import UnrollCost
 from tests.refusals import refused
 from tests.training import DEFINITION, definition_of, load, train
 
@@ -128,6 +129,26 @@ def test_where_every_step_is_saved_a_replay_changes_nothing(name, tmp_path, infl
     )
     largest = max(float(values.abs().max()) for values in plain.values())
     assert max(float((plain[key] - again[key]).abs().max()) for key in plain) < 1e-12 * largest
+
+
+def test_a_training_batch_larger_than_the_batch_size_is_computed_in_parts(tmp_path, influence):
+    run = train(tmp_path / "run", batches=lambda t: [t % 24, *range(t % 5)])
+    complete, parts = (
+        of_steps(unroll(influence, run, "--by", "step", *flags))
+        for flags in ((), ("--batch-size", "2"))
+    )
+    largest = max(float(values.abs().max()) for values in complete.values())
+    assert (
+        max(float((complete[key] - parts[key]).abs().max()) for key in complete) < 1e-12 * largest
+    )
+
+
+def test_the_cost_counts_each_pass_over_the_steps():
+    # each of 3 passes: 100 steps back that take 4 steps' time each, and the steps again
+    cost = UnrollCost(100, 3, step_seconds=0.01, back_seconds=0.04, replay=True, memory=3 << 20)
+    assert cost.trainings == 15 and cost.seconds == 15
+    without = UnrollCost(100, 3, step_seconds=0.01, back_seconds=0.04, replay=False, memory=0)
+    assert without.trainings == 12
 
 
 @pytest.mark.parametrize("method", ["unroll", "dve"])
