@@ -122,7 +122,8 @@ class DiskTrials:
         judge_end(ended, {0, 1}, tally, trial)
         if ended.code == 1:
             tally.refused += 1
-            if ended.err.count("error: ") != 1:
+            lines = ended.err.splitlines()
+            if sum(line.startswith("error: ") for line in lines) != 1:
                 tally.fault("traceback", "not one message", f"{trial}: {ended.err}")
         elif ended.code == 0 and "Traceback" not in ended.err:
             content = results(self.place)

@@ -11,6 +11,7 @@ import pytest
 from faults import forks, kills
 from faults.disk import DiskTrials
 from faults.disk_failures import PLANTED, FailingSync, PlantedErrors
+from faults.forks import Ended
 from faults.kills import KillTrials, Moment
 from faults.ranks import RankTrials
 from faults.tally import Tally, format_causes
@@ -89,6 +90,9 @@ def test_a_killed_rank_loses_nothing(tmp_path):
 
 
 # ---------------------------------------------------------------- disk
+ONE_MESSAGE = "note: few steps\nerror: it can't be written: Input/output error: 'file'\n  look\n"
+
+
 @pytest.fixture(scope="module")
 def disk_trials(tmp_path_factory):
     forks.import_package()
@@ -103,6 +107,14 @@ def fail_disk(trials, make, times, name="score tracin", seed=3):
         trials.try_failure(name, make, rng, tally)
     assert tally.tried == times
     return tally
+
+
+@pytest.mark.parametrize(("text", "faults"), [(ONE_MESSAGE, 0), (ONE_MESSAGE * 2, 1), ("no", 1)])
+def test_one_message_is_a_line_that_begins_with_error(text, faults, disk_trials):
+    tally, ended = Tally("planted"), Ended(1, text, "", 0.0)
+    usual = disk_trials.usual["cache"]
+    disk_trials.judge_failed(ended, usual, FailingSync.__new__(FailingSync), tally, "a trial")
+    assert tally.faults["traceback"] == faults
 
 
 @pytest.mark.parametrize("kind", PLANTED)

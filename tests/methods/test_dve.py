@@ -1,6 +1,8 @@
 """DVE through the real command against whole Jacobians on batch-size-one autograd, float64."""
 
+import errno
 import json
+import os
 import shutil
 from collections import defaultdict
 
@@ -286,6 +288,19 @@ def test_memory_for_few_rows_and_few_queries_gives_the_same_scores(
     monkeypatch.setattr("influence_cli.methods.reverse.occurrences.MEMORY_BYTES", 0)
     close(scores(dve(influence, run)), all_scores, 1e-12)
     close(scores(dve(influence, run, "--by", "step")), all_scores, 1e-12)
+
+
+def test_scores_that_a_disk_refuses_are_named_with_its_reason(tmp_path, influence, monkeypatch):
+    def refuse(path, shape):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    run = train(tmp_path / "run", every=4)
+    monkeypatch.setattr("influence_cli.methods.reverse.occurrences.MEMORY_BYTES", 0)
+    monkeypatch.setattr("influence_cli.methods.reverse.occurrences.map_zeros", refuse)
+    result = influence("score", run, "--method", "dve")
+    assert result.code == 1
+    assert "bytes of scores can't be written to" in result.err
+    assert result.err.splitlines()[-2].endswith(": Input/output error")
 
 
 # ---------------------------------------------------------------- what a request selects

@@ -146,6 +146,6 @@ def zeros(path: Path, shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(map_zeros(path, shape))
     except OSError as error:
         raise OutputError(
-            f"no space for {count * 8:,} bytes of scores in {path.parent}: {error}",
+            f"{count * 8:,} bytes of scores can't be written to {path.parent}: {error.strerror}",
             "set TMPDIR to a folder on a larger disk",
         ) from error
