@@ -21,6 +21,7 @@ from influence_cli.cache.verification import Verification
 from influence_cli.errors import CacheError
 from influence_cli.gradients.form_ops import from_tensors
 from influence_cli.gradients.forms import Form, Projected
+from influence_cli.gradients.row_products import ONEDNN_LINEAR
 from influence_cli.storage.safetensors_io import TensorFile
 
 Level = str  # "values": gradients and norms; "norms": norms alone
@@ -274,11 +275,13 @@ def decode_forms(layout: UnitLayout, content: dict[str, Tensor]) -> dict[str, Fo
 
 
 def aligned(value: Tensor) -> Tensor:
-    """float64 numbers at an address that is a multiple of 64: the last bits of their products
-    depend on it, and a tensor has another address in a file than in memory.
+    """The tensor at an address that is a multiple of 64, where MKL multiplies it: the last bits of
+    its products depend on the address, which is another one in a file than in memory. float32
+    rows of one position are multiplied by oneDNN, whose bits do not depend on it.
     """
-    misplaced = value.dtype == torch.float64 and value.data_ptr() % 64
-    return value.clone() if misplaced else value
+    has_positions = value.ndim == 3 and value.shape[1] > 1
+    by_mkl = value.dtype == torch.float64 or has_positions or not ONEDNN_LINEAR
+    return value.clone() if by_mkl and value.data_ptr() % 64 else value
 
 
 def read_layout(

@@ -243,8 +243,8 @@ class Factors(Form):
         out = self.left.new_empty(N, K)
         if S * K <= S + K:  # left^T (V right) for each position, else the gradients first
             for k in range(K):
-                turned = self.right @ vectors[:, k].view(o, i).T
-                out[:, k] = (self.left * turned).sum((1, 2))
+                turned = products(self.right.flatten(0, 1), vectors[:, k].view(o, i))
+                out[:, k] = (self.left * turned.view(N, S, o)).sum((1, 2))
             return out
         if o * i * self.left.element_size() >= SLICED_BYTES:
             return self._products_in_slices(vectors.T)

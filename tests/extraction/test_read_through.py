@@ -1,11 +1,18 @@
 """A first `score` computes, stores and scores in one pass; its bytes are those of a later one."""
 
+import numpy as np
 import pytest
+import torch
 
 from influence_cli.cache import unit_index
+from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.store import Store
+from influence_cli.cache.unit_file import read_unit
 from influence_cli.errors import CacheError
 from influence_cli.extraction import memory_budget
+from influence_cli.gradients.forms import Factors
+from tests.cases import CASES
+from tests.methods.test_tracin import OF_CASE
 
 FLAGS = (
     "",
@@ -52,6 +59,34 @@ def test_first_and_later_runs_give_the_same_bytes(flags, make_run, influence, re
     again = influence("score", run, "--top", "all", *flags.split())
     assert reads
     assert again.out == first.out
+
+
+@pytest.mark.parametrize("flags", ["--sum-queries", "--queries 0", "--normalize", ""])
+@pytest.mark.parametrize("name", ["positions", "reused", "encoder", "lstm"])
+def test_first_and_later_runs_of_factors_give_the_same_bytes(
+    name, flags, make_run, influence, reads
+):
+    run = make_run(definition=OF_CASE.format(name=name), model=CASES[name].model)
+    command = "score", run, "--top", "all", "--precision", "float32", *flags.split()
+    first = influence(*command)
+    assert first.code == 0, first.err
+    again = influence(*command)
+    assert reads
+    assert again.out == first.out
+
+
+@pytest.mark.parametrize(("shape", "is_aligned"), [((5, 3, 7), True), ((5, 1, 7), False)])
+def test_factors_of_several_positions_are_read_aligned(shape, is_aligned, tmp_path):
+    """Products by MKL depend on the address of a tensor in their last bits."""
+    generator = torch.Generator().manual_seed(0)
+    form = Factors((7, 7), *(torch.randn(shape, generator=generator) for _ in range(2)))
+    losses, ids = torch.zeros(5, dtype=torch.float64), np.arange(5)
+    rows = GradientRows(ids, losses, losses.long(), {"w": form.sqnorm()}, {"w": form})
+    store = Store(tmp_path / "cache")
+    unit = store.unit_for(tmp_path / "cache" / "s" / "step-0", ["w"], "values", "d", 0, 5, ids)
+    store.write(unit, rows, torch.float32)
+    tensors = read_unit(unit, ["w"], "values", ids).forms["w"].tensors()
+    assert all(value.data_ptr() % 64 == 0 for value in tensors.values()) == is_aligned
 
 
 @pytest.mark.parametrize("stop", range(6))
