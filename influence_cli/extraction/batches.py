@@ -1,6 +1,8 @@
 """Batches of a run's examples on the device, and the errors of the user's functions on them."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,23 @@ class Batches:
         except (Exception, SystemExit) as error:
             raise self.explained(split, error, len(ids)) from error
 
+    def in_turn(
+        self, split: str, parts: Iterable[np.ndarray]
+    ) -> Iterator[tuple[Any, Callable[[int], Any]]]:
+        """`of` each of these parts. For a CUDA device, a thread collates and sends the next batch
+        while the device computes.
+        """
+        if not sends_ahead(self.device):
+            yield from (self.of(split, ids) for ids in parts)
+            return
+        with ThreadPoolExecutor(1) as thread:
+            pending: deque[Future[tuple[Any, Callable[[int], Any]]]] = deque()
+            for ids in parts:
+                pending.append(thread.submit(self.of, split, ids))
+                if len(pending) > 1:
+                    yield pending.popleft().result()
+            yield from (last.result() for last in pending)
+
     def quantity_name(self, split: str) -> str:
         """The user's function whose gradients are computed: `loss()`, of queries `measure()`."""
         measured = split == "query" and self.run.definition.has("measure")
@@ -78,3 +97,8 @@ class Batches:
                 "expected: each item, in the same order",
                 "leave examples out in train_data() and query_data(), or with --train, --queries",
             )
+
+
+def sends_ahead(device: torch.device) -> bool:
+    """Whether a device computes beside Python, so that the next batch can be sent to it."""
+    return device.type == "cuda"

@@ -213,9 +213,9 @@ class GradientExtractor:
     ) -> Iterator[Visited[Kept]]:
         """Capture batch after batch. It checks that losses are finite, on a CPU."""
         capture = self.captures.of(split, columns)
-        for first in range(0, len(ids), size):
-            at = slice(first, min(first + size, len(ids)))
-            batch, single = self.batches.of(split, ids[at])
+        places = [slice(first, min(first + size, len(ids))) for first in range(0, len(ids), size)]
+        batches = self.batches.in_turn(split, (ids[at] for at in places))
+        for at, (batch, single) in zip(places, batches, strict=True):
             try:
                 losses, results = capture.visit(batch, single, len(ids[at]), keep)
             except LossCountError as error:

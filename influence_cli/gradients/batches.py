@@ -41,12 +41,15 @@ def map_tensors(apply: Callable[[torch.Tensor], Any], batch: Batch) -> Batch:
 
 
 def to(batch: Batch, device: torch.device, precision: torch.dtype | None) -> Batch:
-    """The batch on `device`, with floating-point tensors in `precision` (None: unchanged)."""
+    """The batch on `device`, with floating-point tensors in `precision` (None: unchanged). A copy
+    to a CUDA device is not waited for.
+    """
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(
-            device, precision if precision is not None and tensor.is_floating_point() else None
-        )
+        dtype = precision if precision is not None and tensor.is_floating_point() else None
+        if device.type != "cuda" or not tensor.is_cpu or tensor.layout != torch.strided:
+            return tensor.to(device, dtype)
+        return tensor.pin_memory().to(device, dtype, non_blocking=True)
 
     return map_tensors(move, batch)
 

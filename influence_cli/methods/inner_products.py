@@ -55,7 +55,7 @@ def score(
         return rows_of(source, request, request.checkpoints[number], ids)
 
     def prepare(number: int, rows: GradientRows, by_column: bool) -> QueryGradients:
-        return QueryGradients.of(request, number, rows, joins=not by_column)
+        return QueryGradients.of(request, number, rows, not by_column, source.device)
 
     def add(
         totals_PQN: Tensor, number: int, queries: QueryGradients, units: Units, advance: Advance
@@ -96,11 +96,17 @@ class QueryGradients:
 
     @classmethod
     def of(
-        cls, request: ScoreRequest, index: int, rows_QD: GradientRows, joins: bool
+        cls,
+        request: ScoreRequest,
+        index: int,
+        rows_QD: GradientRows,
+        joins: bool,
+        device: torch.device,
     ) -> "QueryGradients":
+        """On the device, where they stay for all blocks of training examples."""
         counts = weights_and_parts(request, index, rows_QD.forms, joins)
         scaled = {
-            names: ScaledQueries.of(joined([rows_QD.forms[name] for name in names]))
+            names: ScaledQueries.of(joined([rows_QD.forms[name] for name in names])).to(device)
             for names in counts
         }
         scales = [query.scale_Q for query in scaled.values() if query.scale_Q is not None]
@@ -124,7 +130,6 @@ def add_products(
     """
     place, any_product = totals_PQN.device, False
     counts, small = queries_QD.counts, queries_QD.smallest < SMALL
-    scaled = {names: query.to(device) for names, query in queries_QD.scaled.items()}
     first = 0
     for unit in units:
         extreme = extreme_rows(unit, counts)
@@ -137,7 +142,8 @@ def add_products(
             for names, (weight, part) in counts.items():
                 mask = extreme[names][at] if names in extreme else None
                 form = rows.forms[names[0]]
-                scores_NQ = inner_products(form, scaled[names], device, mask, memo).to(place)
+                scaled = queries_QD.scaled[names]
+                scores_NQ = inner_products(form, scaled, device, mask, memo).to(place)
                 any_product = any_product or (small and bool(scores_NQ.any()))
                 for factor in inverses:
                     scores_NQ = scores_NQ * factor.to(place)
@@ -167,7 +173,7 @@ def captured_scores(
         products = FusedProducts(
             source,
             checkpoint,
-            {names[0]: query.to(source.device) for names, query in queries_QD.scaled.items()},
+            {names[0]: query for names, query in queries_QD.scaled.items()},
             {names[0]: counts for names, counts in queries_QD.counts.items()},
             queries_QD.inverse_Q if request.normalize else None,
             shape,

@@ -93,9 +93,7 @@ def open_trial(source: GradientSource, request: ScoreRequest, stored: bool) -> S
     )
     rows = repeated_queries(source, first, min(plan.pass_size, len(request.queries)), stored)
     by_column = not (stored or plan.disk_bytes)
-    queries = QueryGradients.of(first, 0, rows, joins=not by_column)
-    scaled = {names: query.to(source.device) for names, query in queries.scaled.items()}
-    queries = dataclasses.replace(queries, scaled=scaled)
+    queries = QueryGradients.of(first, 0, rows, not by_column, source.device)
     return ScoreTrial(source, first, plan, queries, stored)
 
 

@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ class Examples:
 
     def __init__(self, definition: Definition, split: str) -> None:
         self.split, self.source = split, f"{split}_data()"
+        self._one_reader = threading.Lock()  # open files of a dataset are often not thread-safe
         self._definition, self._has_texts = definition, definition.has("describe")
         self._dataset = definition.call(f"{split}_data")
         plain = type(self._dataset) is TensorDataset and not definition.has("collate")
@@ -54,7 +56,8 @@ class Examples:
     def item(self, index: int) -> Any:
         """Example `index` as the dataset gives it. Raises DataError naming the example."""
         try:
-            return self._dataset[int(index)]
+            with self._one_reader:
+                return self._dataset[int(index)]
         except (Exception, SystemExit) as error:
             why = describe_failure(self._definition, self.source.removesuffix("()"), error)
             raise DataError(

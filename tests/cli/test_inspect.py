@@ -130,7 +130,7 @@ def test_queries_of_the_trial_take_the_memory_of_real_ones(
     rows_of = mean_query_row if sum_queries else query_rows
     for number, checkpoint in enumerate(job.request.checkpoints):
         rows = rows_of(opened.gradients, job.request, checkpoint, range(6))
-        real = QueryGradients.of(job.request, number, rows, job.trial.stored)
+        real = QueryGradients.of(job.request, number, rows, job.trial.stored, torch.device("cpu"))
         assert job.trial.queries.scaled.keys() == real.scaled.keys()
         size = sum(query.form.nbytes for query in real.scaled.values())
         assert job.trial.pass_bytes == size
