@@ -76,13 +76,16 @@ gpu: $(VENV)/dev
 	$(VENV)/bin/python benchmarks/gpu.py
 	$(VENV)/bin/python -m pytest tests/test_gpu.py
 
-# Compares whole jobs with those of public libraries. WORKLOADS="w1 w3" selects workloads.
+# Compares whole jobs with those of public libraries, in half an hour. WORKLOADS="w1 w3" selects
+# workloads, TRAIN=1000 the training examples of each, LIMIT=300 the seconds of one process.
 PEERS = captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 traker==0.3.2 bergson==2.5.1
 PEER_PIP = .venv-peers/$*/bin/pip --disable-pip-version-check
 WORKLOADS ?=
+TRAIN ?=
+LIMIT ?=
 
 bench-peers: $(VENV)/core $(foreach peer,$(PEERS),.venv-peers/$(firstword $(subst ==, ,$(peer)))/installed)
-	$(VENV)/bin/python benchmarks/peers.py $(WORKLOADS)
+	$(VENV)/bin/python benchmarks/peers.py $(WORKLOADS) $(if $(TRAIN),--train $(TRAIN)) $(if $(LIMIT),--limit $(LIMIT))
 
 # bench-peers skips a library that pip cannot install. kronfluence and bergson require torchvision
 # and torchaudio but import neither. CUDA builds of these two break a CPU torch: remove them.

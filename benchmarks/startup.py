@@ -24,14 +24,19 @@ INSPECT = """
 import sys, time
 from influence_cli.cli.torch_import import import_torch
 import_torch()
-from influence_cli.diagnostics import cost_estimate
-measure = cost_estimate.measure_speed
-def timed(*arguments):
-    wall, processor = time.perf_counter(), time.process_time()
-    speed = measure(*arguments)
-    print("MEASURED", time.perf_counter() - wall, time.process_time() - processor, file=sys.stderr)
-    return speed
-cost_estimate.measure_speed = timed
+from influence_cli.diagnostics import score_estimate
+from influence_cli.methods import score_trial
+def timed(module, name):
+    function = getattr(module, name)
+    def call(*arguments):
+        wall, processor = time.perf_counter(), time.process_time()
+        result = function(*arguments)
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        print("MEASURED", wall, processor, file=sys.stderr)
+        return result
+    setattr(module, name, call)
+timed(score_estimate, "measure")
+timed(score_trial, "open_trial")
 from influence_cli.__main__ import main
 main()
 """
