@@ -34,7 +34,7 @@ from influence_cli.methods.pair_products import (
 )
 from influence_cli.methods.query_passes import PassPlan, note_passes, plan_passes
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
-from influence_cli.output.ranking import MergeableRanking, Ranking, RankingSlice
+from influence_cli.output.ranking import MergeableRanking, RankedQueries, Ranking, RankingSlice
 from influence_cli.parallel.ranks import Ranks
 from influence_cli.progress import Advance
 from influence_cli.run.checkpoints import Checkpoint
@@ -54,7 +54,7 @@ def rank_by_gradients(
     new_ranking: RankingFactory,
     products: PairProducts,
     score_captured: ScoreCaptured | None = None,
-) -> Iterator[tuple[Ids, LoadPass, Ranking]]:
+) -> Iterator[tuple[Ids, LoadPass, RankedQueries]]:
     """Rank by scores that are made from the gradients of both sides, block by block.
 
     Yields per pass its query ids, a function that returns its prepared queries, and their ranking.
@@ -88,7 +88,7 @@ def rank_by_gradients(
 
 def split_round(
     ids: Ids, queries: RoundQueries, ranking: Ranking
-) -> Iterator[tuple[Ids, LoadPass, Ranking]]:
+) -> Iterator[tuple[Ids, LoadPass, RankedQueries]]:
     """The passes of a ranked round."""
     if isinstance(queries, LoadedQueries):
         yield ids, lambda: queries.prepared, ranking

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from influence_cli.cache.id_blocks import Ids
-    from influence_cli.output.ranking import Entry, Ranking
+    from influence_cli.output.ranking import Entry, RankedQueries
     from influence_cli.run.checkpoints import Checkpoint
     from influence_cli.run.learning_rates import Weight
     from influence_cli.run.parameters import Column
@@ -64,6 +64,6 @@ class ScoredQueries:
     """
 
     queries: "list[int] | None"
-    ranking: "Ranking"
+    ranking: "RankedQueries"
     parts: list[str]
     split: "Callable[[int, Sequence[Entry]], list[list[tuple[str, float]]]] | None" = None

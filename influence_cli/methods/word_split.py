@@ -10,7 +10,7 @@ from torch import Tensor
 from influence_cli.cache.gradient_rows import concat_rows
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 from influence_cli.methods.word_selection import WordSelector
-from influence_cli.output.ranking import Entry, Ranking
+from influence_cli.output.ranking import Entry, RankedQueries
 
 if TYPE_CHECKING:
     from influence_cli.methods.word_scores import WordQueries
@@ -25,7 +25,7 @@ class WordSplit:
     """
 
     def __init__(
-        self, selector: WordSelector, queries: "Sequence[WordQueries]", ranking: Ranking
+        self, selector: WordSelector, queries: "Sequence[WordQueries]", ranking: RankedQueries
     ) -> None:
         """`queries`: of one pass, at each checkpoint."""
         self.selector, self.queries, self.ranking = selector, queries, ranking

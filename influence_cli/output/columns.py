@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from influence_cli.output.ranking import Entry, Ranking
+from influence_cli.output.ranking import Entry, RankedQueries
 
 SCORE_COLUMNS = (
     "query", "kind", "rank", "train", "score",
@@ -36,7 +36,7 @@ def score_columns(by: str | None) -> tuple[str, ...]:
 
 
 def score_rows(
-    ranking: Ranking,
+    ranking: RankedQueries,
     queries: list[int] | None,
     by: str | None,
     parts: Sequence[str],

@@ -58,11 +58,8 @@ class Entry(NamedTuple):
     parts: tuple[float, ...] = ()
 
 
-class Ranking(ABC):
-    """Ranks the training examples of `queries` queries at once.
-
-    Blocks come in any order, each training id once. `is_top`: it has few pairs of each query.
-    """
+class RankedQueries(ABC):
+    """The ranked training examples of `queries` queries. `is_top`: few of each query."""
 
     is_top = False
 
@@ -70,24 +67,27 @@ class Ranking(ABC):
         self.queries, self.parts = queries, parts
 
     @abstractmethod
-    def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
-        """Add a block: ids (N,), scores (Q, N) float64, and their parts (P, Q, N)."""
-
-    @abstractmethod
     def entries(self, query: int) -> Iterator[Entry]:
         """Proponents by falling score, then opponents by rising score. `query`: its position."""
 
 
-class RankingSlice(Ranking):
+class Ranking(RankedQueries):
+    """Ranks the training examples of all queries at once. Blocks come in any order, each training
+    id once.
+    """
+
+    @abstractmethod
+    def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
+        """Add a block: ids (N,), scores (Q, N) float64, and their parts (P, Q, N)."""
+
+
+class RankingSlice(RankedQueries):
     """Some neighbouring queries of a ranking, from its query `first` on."""
 
-    def __init__(self, ranking: Ranking, first: int, queries: int) -> None:
+    def __init__(self, ranking: RankedQueries, first: int, queries: int) -> None:
         super().__init__(queries, ranking.parts)
         self.is_top = ranking.is_top
         self._ranking, self._first = ranking, first
-
-    def add(self, ids: np.ndarray, scores: np.ndarray, parts: np.ndarray | None = None) -> None:
-        raise NotImplementedError("blocks are added to the complete ranking")
 
     def entries(self, query: int) -> Iterator[Entry]:
         return self._ranking.entries(self._first + query)

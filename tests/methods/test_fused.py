@@ -108,7 +108,8 @@ def test_one_example_of_tiny_gradients_keeps_its_digits(make_run, influence):
     assert reference.relative_error(live[:, 4], exact[:, 4]) < 1e-4
 
 
-def test_a_gradient_that_is_not_finite_is_named(make_run, influence):
+def refuses_example_4(make_run, influence):
+    """The gradient of one training example is not finite, and its loss is."""
     text = DEFINITION.replace(
         'reduction="none")',
         'reduction="none") + (model(batch[0]).square().sum(1)'
@@ -118,6 +119,10 @@ def test_a_gradient_that_is_not_finite_is_named(make_run, influence):
     assert result.code == 1
     assert "is not finite at" in result.err
     assert "example 4 of train_data()" in result.err
+
+
+def test_a_gradient_that_is_not_finite_is_named(make_run, influence):
+    refuses_example_4(make_run, influence)
 
 
 def test_a_row_of_an_embedding_that_is_not_finite_is_named(make_run, influence):
@@ -253,15 +258,7 @@ def test_numbers_that_leave_the_range_are_computed_again(
 
 
 def test_a_gradient_that_is_not_finite_is_named_after_the_block(make_run, influence, unwatched):
-    text = DEFINITION.replace(
-        'reduction="none")',
-        'reduction="none") + (model(batch[0]).square().sum(1)'
-        " * (batch[0][:, 0] - train_data()[4][0][0]).abs()).sqrt()",
-    )
-    result = influence("score", make_run(definition=text), "--cache", "none")
-    assert result.code == 1
-    assert "is not finite at" in result.err
-    assert "example 4 of train_data()" in result.err
+    refuses_example_4(make_run, influence)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -235,8 +235,7 @@ def test_a_slice_of_a_ranking_has_its_queries():
     assert part.is_top
     assert [(entry.train, entry.score) for entry in part.entries(0)] == [(4, 3.0)]
     assert [(entry.train, entry.score) for entry in part.entries(1)] == [(5, -2.0)]
-    with pytest.raises(NotImplementedError):
-        part.add(np.array([6]), np.zeros((2, 1)))
+    assert not hasattr(RankingSlice, "add")  # blocks are added to the complete ranking
 
 
 def test_a_score_that_is_not_finite_names_its_query(make_run, influence, two_queries):
