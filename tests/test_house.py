@@ -57,6 +57,7 @@ MAY_USE = {
         "evaluate.correlation",
     ),
     "evaluate": ("storage", "run", "cache", "extraction", "methods", "output.ranking", "evaluate"),
+    "integrations": ("integrations", "run", "storage"),
     "cli": ("",),
 }
 THIRD_PARTY = {
@@ -74,6 +75,10 @@ THIRD_PARTY = {
     "output": ("numpy", "rich", "pyarrow"),
     "diagnostics": ("torch", "numpy"),
     "evaluate": ("torch", "numpy"),
+    "integrations": (
+        *("torch", "numpy", "transformers", "tokenizers", "peft"),
+        *("datasets", "pyarrow", "PIL", "lightning"),
+    ),
     "cli": ("typer", "rich", "numpy", "torch"),
 }
 MODULES = sorted(
