@@ -7,6 +7,7 @@ from pathlib import Path
 
 from influence_cli.errors import CheckpointError, TrajectoryError, UsageProblem, listed
 from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.scheduler_files import SCHEDULER, read_scheduler_rate
 from influence_cli.run.trajectory import Trajectory
 from influence_cli.storage.json_text import read_json_file
 
@@ -76,20 +77,38 @@ def weigh_checkpoints(
             "--lr-weights segment needs a trajectory.jsonl",
             "--trajectory FILE names one; --lr-weights point does without",
         )
-    weights, missing = [], []
+    weights, missing, ended = [], [], []
     for checkpoint in checkpoints:
-        if weight := _read_saved_rate(checkpoint):
-            weights.append(weight)
-        else:
+        weight = _read_saved_rate(checkpoint)
+        if weight is None:
             missing.append(checkpoint.name)
-    if missing:
-        raise NoLearningRate(
-            f"no learning rate for {listed(missing)}",
-            "looked in: trajectory.jsonl, the checkpoint's metadata (learning_rate), "
-            "trainer_state.json",
-            "--lr X gives one for all checkpoints; --lr-weights none weighs them alike",
-        )
+        elif weight.is_zero and weight.source.startswith(SCHEDULER):
+            ended.append(checkpoint.name)
+        else:
+            weights.append(weight)
+    if missing or ended:
+        raise _describe_missing_rates(missing, ended)
     return weights
+
+
+def _describe_missing_rates(missing: Sequence[str], ended: Sequence[str]) -> NoLearningRate:
+    """`ended`: checkpoints whose scheduler.pt has the rate 0, of a step that was never taken."""
+    details = []
+    if missing:
+        details.append(
+            "looked in: trajectory.jsonl, the checkpoint's metadata (learning_rate), "
+            f"trainer_state.json, {SCHEDULER}"
+        )
+    if ended:
+        details.append(
+            f"{SCHEDULER} of {listed(ended)} has the rate 0: the schedule ended there, and the "
+            "rate of the last step is not saved. --steps leaves a checkpoint out"
+        )
+    return NoLearningRate(
+        f"no learning rate for {listed([*missing, *ended])}",
+        *details,
+        "--lr X gives one for all checkpoints; --lr-weights none weighs them alike",
+    )
 
 
 def _weigh_by_trajectory(
@@ -121,13 +140,24 @@ def _read_saved_rate(checkpoint: Checkpoint) -> Weight | None:
     if checkpoint.learning_rate is not None:
         weight: Weight | None = Weight(checkpoint.step, (checkpoint.learning_rate,), "metadata")
     else:
-        weight = _read_trainer_rate(checkpoint, checkpoint.state) if checkpoint.state else None
+        weight = find_trainer_rate(checkpoint)
     if weight and not 0 <= weight.rates[0] < math.inf:
         raise CheckpointError(
             f"{checkpoint.name} has the learning rate {weight} ({weight.source})",
             "expected: 0 or more; --lr X overrides",
         )
     return weight
+
+
+def find_trainer_rate(checkpoint: Checkpoint) -> Weight | None:
+    """The rate that trainer_state.json logs up to the checkpoint's step, else that of the next step
+    in scheduler.pt. Raises CheckpointError for files that can't be read."""
+    logged = _read_trainer_rate(checkpoint, checkpoint.state) if checkpoint.state else None
+    scheduler = checkpoint.path / SCHEDULER
+    if logged is not None or not scheduler.is_file():
+        return logged
+    rate = read_scheduler_rate(scheduler)
+    return None if rate is None else Weight(checkpoint.step, (rate,), f"{SCHEDULER}, next step")
 
 
 def whole_step(value: str | float) -> int:
