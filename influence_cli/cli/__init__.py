@@ -64,6 +64,7 @@ HEADING_ORDER = {RUN: 1, RANKED: 2, NUMBERS: 4, OUT: 5}
 COMMANDS = {
     "cache": "cache",
     "check": "check",
+    "convert": "convert",
     "evaluate": "evaluate",
     "init": "init",
     "inspect": "inspect",

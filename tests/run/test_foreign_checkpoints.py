@@ -24,31 +24,64 @@ def put_folder(run, name, *files):
 
 
 KINDS = {
-    "peft adapters": (["adapter_model.safetensors", "adapter_config.json"], "merge_and_unload"),
-    "torch.distributed shards": (["__0_0.distcp", ".metadata"], "dcp_to_torch_save"),
-    "pickled files": (["pytorch_model.bin"], "never opened"),
+    "peft adapters": (["adapter_model.safetensors", "adapter_config.json"], " --base DIR"),
+    "torch.distributed shards": (["__0_0.distcp", ".metadata"], ""),
+    "pickled files": (["pytorch_model.bin"], ""),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_that_would_be_skipped_is_refused_by_name(kind, make_run, influence):
-    files, remedy = KINDS[kind]
+    files, flag = KINDS[kind]
     run = make_run()
     put_folder(run, "checkpoint-30", *files)
     put_folder(run, "checkpoint-40", *files)
     put_folder(run, "logs-2024", "events.txt", "optimizer.pt")
     text = f"{kind}: checkpoint-30, checkpoint-40"
+    place = run / "checkpoints"
+    remedy = f"influence convert {place} {place}{flag}; then move these folders out"
     refused(influence("score", run), 1, "can't be read, beside others", text, remedy)
     refused(influence("inspect", run), 1, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_of_one_unreadable_kind_says_what_helps(kind, make_run, influence):
-    files, remedy = KINDS[kind]
+    files, flag = KINDS[kind]
     run = make_run(steps=())
     put_folder(run, "checkpoint-30", *files)
     text = f"found {kind}: checkpoint-30/"
+    command = f"influence convert {run / 'checkpoints'} {run / 'converted'}{flag}"
+    remedy = f"{command}, then --checkpoints {run / 'converted'}"
     refused(influence("score", run), 1, "no checkpoints in", text, remedy)
+
+
+def test_the_suggested_conversion_makes_a_trainers_folder_readable(tmp_path, influence):
+    """The command of the error, as it is; then the run is read."""
+    run = tmp_path / "run"
+    (run / "checkpoint-30").mkdir(parents=True)
+    (run / "definition.py").write_text(DEFINITION)
+    space: dict = {"__name__": "definition_of_a_test"}
+    exec(DEFINITION, space)
+    torch.save(space["model"]().state_dict(), run / "checkpoint-30" / "pytorch_model.bin")
+    torch.save({}, run / "checkpoint-30" / "optimizer.pt")
+    result = influence("score", run, "--lr", "0.1")
+    refused(result, 1, "found pickled files: checkpoint-30/pytorch_model.bin; pickled files are")
+    command = re.search(r"influence convert (\S+) (\S+)$", result.err, re.M)
+    assert influence("convert", *command.groups()).code == 0
+    assert influence("score", run, "--lr", "0.1").code == 0
+
+
+def test_the_suggested_conversion_makes_a_lightning_folder_readable(make_run, influence):
+    run = make_run()
+    folder = run / "lightning_logs" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    state = load_file(run / "checkpoints" / FIRST)
+    torch.save({"state_dict": state, "global_step": 10}, folder / "epoch=0-step=10.ckpt")
+    shutil.rmtree(run / "checkpoints")
+    result = influence("score", run, "--lr", "0.1")
+    refused(result, 1, f"influence convert {folder} {run / 'checkpoints'}")
+    assert influence("convert", folder, run / "checkpoints").code == 0
+    assert influence("score", run, "--lr", "0.1").code == 0
 
 
 def test_checkpoints_in_another_folder_of_the_run_are_named(make_run, influence):
