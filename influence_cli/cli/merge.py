@@ -1,11 +1,14 @@
 """influence merge: one table from the tables of shards."""
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument
 
 from influence_cli.cli import command, options
+
+if TYPE_CHECKING:
+    from influence_cli.output.table_record import Record
 
 Parts = Annotated[
     list[str],
@@ -20,7 +23,9 @@ Parts = Annotated[
 
 
 @command("merge", example="influence merge part-*.csv -o scores.csv")
-def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> None:
+def merge(
+    parts: Parts, shown: options.Shown, sort: options.Sort = None, quiet: options.Quiet = False
+) -> None:
     """Merge the tables that score or self wrote with --shard into one.
 
     The result is the table of a run without shards, with every digit. Write the parts with a --top
@@ -42,8 +47,10 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
     reporter = Reporter() if quiet else StderrReporter()
     tables, columns = open_tables(parts, sys.stdin)
     checked = check_parts(parts, k, shown.top)
-    made = {"request": checked.request, "shard": None, "top": k} if checked.request else {}
-    sink.write(merge_tables(tables, columns, k), columns, lambda: made)
+    key = sort_key(sort, columns, checked.request)
+    is_known = checked.request and not checked.without_record
+    made = {"request": checked.request, "shard": None, "top": k} if is_known else {}
+    sink.write(merge_tables(tables, columns, k, key), columns, lambda: made)
     if checked.without_record:
         reporter.note(
             f"no record of how {listed(checked.without_record)} was made: merge can't check that "
@@ -57,6 +64,23 @@ def merge(parts: Parts, shown: options.Shown, quiet: options.Quiet = False) -> N
             f"the tables hold at most {top_of_parts} rows per query and kind, so rows of --top "
             f"{shown.top} may be missing. Write them with --top {shown.top} or more."
         )
+
+
+def sort_key(sort: str | None, columns: tuple[str, ...], request: "Record | None") -> str:
+    """The column by which the parts are sorted: their records know it, or --sort names it."""
+    from influence_cli.cli import specs
+    from influence_cli.errors import UsageProblem
+    from influence_cli.output.columns import SELF_KEYS
+
+    if sort is not None and "loss" not in columns:
+        raise UsageProblem(f"--sort {sort}: the tables of score have one order", "leave it out")
+    recorded = (request or {}).get("sort")
+    key = specs.one_of("--sort", sort or recorded or SELF_KEYS[0], SELF_KEYS)
+    if (actual := recorded or key) != key:
+        raise UsageProblem(
+            f"--sort {sort}: self wrote the parts with --sort {actual}", f"give --sort {actual}"
+        )
+    return key
 
 
 def refuse_repeated(parts: list[str]) -> None:

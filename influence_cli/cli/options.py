@@ -243,6 +243,16 @@ Top = Annotated[
         help="Number of proponents and of opponents per query, or all.",
     ),
 ]
+Sort = Annotated[
+    str | None,
+    option(
+        "--sort",
+        panel=OUT,
+        metavar="score|loss",
+        help="Column that ranks the rows of self. loss: at the last checkpoint of --steps. "
+        "[default: score]",
+    ),
+]
 Traced = Annotated[
     str | None,
     option(

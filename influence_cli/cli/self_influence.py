@@ -12,21 +12,23 @@ def self_influence(
     shard: options.Shard = None,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
+    sort: options.Sort = None,
     trajectory: options.Trajectory = None,
     verify: options.Verify = False,
 ) -> None:
     """Which training examples influence their own prediction most? Wrong labels come first.
 
-    The score is the influence of an example on itself, summed over checkpoints. It needs gradient
-    norms only, which take little disk space.
+    The score is the influence of an example on itself, summed over checkpoints. The loss is the
+    example's at the last checkpoint. Both need gradient norms only, which take little disk space.
     """
     from influence_cli.cli import specs
-    from influence_cli.output.columns import SELF_COLUMNS, self_rows
+    from influence_cli.output.columns import SELF_COLUMNS, SELF_KEYS, self_rows
     from influence_cli.output.tables import TableWriter
 
     sink = TableWriter.open(shown.format, shown.output, safe_cells=shown.safe_cells)
     top = specs.top(shown.top)
     part = specs.shard(shard)
+    key = specs.one_of("--sort", sort or SELF_KEYS[0], SELF_KEYS)
 
     import_torch()
     from influence_cli.cli.opening import open_shared
@@ -38,16 +40,18 @@ def self_influence(
     opened = open_shared(shared, trajectory, verify=verify)
     all_ids = opened.ids("--train", train, "train")
     train_ids = opened.shard_ids(all_ids, part)
-    flags = {"command": "self", "lr": lr, "lr_weights": lr_weights}
+    flags = {"command": "self", "lr": lr, "lr_weights": lr_weights, "sort": key}
     made = record_maker(opened, flags, all_ids, range(0), part, top)
     if not len(train_ids):  # an empty shard
         sink.write([], SELF_COLUMNS, made)
         return
     weights = opened.weights(lr, lr_weights)
     request = ScoreRequest(opened.checkpoints, weights, opened.columns, train_ids)
-    ranking: Ranking = FullRanking(1, 0) if top is None else TopRanking(1, 0, top, signed=False)
-    rank_self_influence(opened.gradients, request, ranking)
+    ranking: Ranking = (
+        FullRanking(1, 1, signed=False) if top is None else TopRanking(1, 1, top, signed=False)
+    )
+    rank_self_influence(opened.gradients, request, ranking, key)
     if opened.ranks.rank == 0:
-        sink.write(self_rows(ranking.entries(0), opened.describe), SELF_COLUMNS, made)
+        sink.write(self_rows(ranking.entries(0), key, opened.describe), SELF_COLUMNS, made)
     opened.note_unverified("--verify compares all")
     opened.ranks.close()

@@ -14,13 +14,14 @@ SCORE_COLUMNS = (
     "query_label", "train_label", "query_text", "train_text",
 )  # fmt: skip
 TRACE_COLUMNS = ("query", "train", "step", "score", "running", "query_label", "train_label")
-SELF_COLUMNS = ("rank", "train", "score", "train_label", "train_text")
+SELF_COLUMNS = ("rank", "train", "score", "loss", "train_label", "train_text")
 CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
 METHOD_COLUMNS = ("method", "question", "needs", "cost", "source")
 PARTS = ("checkpoint", "layer", "step", "word")  # that --by can name
 # Column types. A column of IDS holds integers, or names: a query `all`, a group of examples.
 WHOLE_NUMBERS = frozenset({"rank"})
-FLOATS = frozenset({"score", "running", "error", "allowed"})
+FLOATS = frozenset({"score", "loss", "running", "error", "allowed"})
+SELF_KEYS = ("score", "loss")  # the columns that `self` can sort by
 IDS = ("query", "train", "step")
 SPLIT_ENTRIES = 256  # ranked pairs that SplitScores gets at once
 
@@ -72,7 +73,9 @@ def score_rows(
                     )  # fmt: skip
 
 
-def self_rows(entries: Iterable[Entry], describe: DescribeExample) -> Iterator[Row]:
-    """The rows of `self`."""
+def self_rows(entries: Iterable[Entry], sort: str, describe: DescribeExample) -> Iterator[Row]:
+    """The rows of `self`. The ranking is by `sort`, of SELF_KEYS; an entry's part is the other."""
     for entry in entries:
-        yield (entry.rank, entry.train, entry.score, *describe("train", entry.train))
+        (other,) = entry.parts
+        score, loss = (entry.score, other) if sort == "score" else (other, entry.score)
+        yield (entry.rank, entry.train, score, loss, *describe("train", entry.train))

@@ -15,7 +15,14 @@ from typing import IO, Any
 import numpy as np
 
 from influence_cli.errors import TableError, UsageProblem, shown
-from influence_cli.output.columns import PARTS, SCORE_COLUMNS, SELF_COLUMNS, Row, score_columns
+from influence_cli.output.columns import (
+    PARTS,
+    SCORE_COLUMNS,
+    SELF_COLUMNS,
+    SELF_KEYS,
+    Row,
+    score_columns,
+)
 from influence_cli.output.formats import NumberedRow, read_rows, shown_names
 from influence_cli.output.ranking import KINDS, SortablePair, merge_partial_rankings
 
@@ -23,7 +30,7 @@ PAGE = 1 << 16  # consecutive training ids whose tables are noted in one array
 WRITE_AGAIN = "write this table again"
 IN_ORDER = "merge expects the rows in the order in which score and self write them"
 ALL_QUERIES = -1  # the query `all` as a number
-NUMBERS = frozenset({"query", "rank", "train", "score"})  # columns; the others hold texts
+NUMBERS = frozenset({"query", "rank", "train", "score", "loss"})  # columns; the others hold texts
 WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]{0,18}")  # as `score` writes it
 LARGEST_WHOLE = 1 << 63
 
@@ -60,31 +67,32 @@ class PartialTable:
             after = f" after line {self.line}" if self.line else ""
             raise TableError(f"{self.name} can't be read{after}: {error}", WRITE_AGAIN) from error
 
-    def _broken(self, line: int, problem: str, remedy: str = WRITE_AGAIN) -> TableError:
-        return TableError(f"{self.name}, line {line}: {problem}", remedy)
+    def _broken(self, line: int, problem: str, *remedies: str) -> TableError:
+        return TableError(f"{self.name}, line {line}: {problem}", *(remedies or (WRITE_AGAIN,)))
 
-    def pairs(self, number: int) -> Iterator[SortablePair]:
+    def pairs(self, number: int, key_column: str) -> Iterator[SortablePair]:
         """Its pairs. Section: (query, kind); content: `number` and the rows of the pair.
 
         Raises TableError for a row that can't be a pair, or that is out of order.
         """
-        score = self.columns.index("score")
+        key_at = self.columns.index(key_column)
         has_parts = len(self.columns) > len(SCORE_COLUMNS)
-        before, last_key = (-2, 0, 0), 0.0
+        before, last_key, columns = (-2, 0, 0), 0.0, self.columns
         for place, group in itertools.groupby(self._placed_rows(), key=lambda item: item[0]):
             lines, rows = zip(*((line, cells) for _, line, cells in group), strict=True)
             query, kind, rank, train = place
             if (query, kind, rank) <= before or (len(rows) > 1 and not has_parts):
                 raise self._broken(lines[0], "this row is out of order, or comes twice", IN_ORDER)
             try:
-                total = math.fsum(cells[score] for cells in rows)
+                total = math.fsum(cells[key_at] for cells in rows)
             except OverflowError:
                 raise self._broken(lines[0], "the sum of its parts is not finite") from None
             key = total if kind else -total
             if (query, kind) != before[:2]:
                 self._end_section(before)
             elif key < last_key and not has_parts:  # parts add up to rounded scores
-                raise self._broken(lines[0], "its score belongs before the row above", IN_ORDER)
+                problem = f"its {key_column} belongs before the row above"
+                raise self._broken(lines[0], problem, IN_ORDER, *other_orders(columns, key_column))
             before, last_key = (query, kind, rank), key
             self.has_all_pairs |= total == 0
             yield (query, kind), key, train, (number, rows)
@@ -109,7 +117,8 @@ class PartialTable:
             rank, train = cells[position["rank"]], cells[position["train"]]
             query = cells[position["query"]] if "query" in position else 0
             lowest_id = train if query == "all" else min(query, train)
-            if not math.isfinite(cells[position["score"]]) or rank < 1 or lowest_id < 0:
+            scores = [cells[position[name]] for name in SELF_KEYS if name in position]
+            if not all(map(math.isfinite, scores)) or rank < 1 or lowest_id < 0:
                 raise self._broken(
                     line, "the score is not finite, the rank is below 1, or an id is below 0"
                 )
@@ -132,13 +141,19 @@ class PartialTable:
                 continue
             if name == "query" and cell == "all":
                 continue
-            number = parse_score(cell) if name == "score" else parse_whole_number(cell)
+            number = parse_score(cell) if name in SELF_KEYS else parse_whole_number(cell)
             if number is None:
                 remedy = WRITE_AGAIN
                 if name == "train":
                     remedy = "merge can't add sums per group; to share --group-by use torchrun"
                 raise self._broken(line, f"{name} is {shown(cell)}, expected a number", remedy)
             cells[at] = number
+
+
+def other_orders(columns: Sequence[str], key: str) -> list[str]:
+    """What to do where the rows of a table are not in the order of `key`."""
+    others = [name for name in SELF_KEYS if name != key and "loss" in columns]
+    return [f"if self sorted the tables by {name}: --sort {name}" for name in others]
 
 
 def parse_score(cell: object) -> float | None:
@@ -190,15 +205,16 @@ def open_tables(names: Sequence[str], stdin: IO[str]) -> tuple[list[PartialTable
 
 
 def merge_tables(
-    tables: Sequence[PartialTable], columns: Sequence[str], k: int | None
+    tables: Sequence[PartialTable], columns: Sequence[str], k: int | None, sort: str = "score"
 ) -> Iterator[Row]:
     """Rows in the order of `score`, with new ranks: the k first of each query and kind, or all.
+    `sort`: the column by which the tables of `self` are sorted.
 
     Raises TableError for a pair that comes twice.
     """
     rank_at, has_kinds = columns.index("rank"), "kind" in columns
     origins = PairOrigins()
-    partials = [table.pairs(number) for number, table in enumerate(tables) if table.columns]
+    partials = [table.pairs(number, sort) for number, table in enumerate(tables) if table.columns]
     for rank, (section, key, train, (number, rows)) in merge_partial_rankings(partials):
         other = origins.add(section[0], train, number)
         if other is not None:

@@ -9,7 +9,7 @@ from influence_cli.output.table_record import Record, read_record
 
 @dataclass(frozen=True)
 class CheckedParts:
-    """The request of all parts, None if a part has no record; and the parts without one."""
+    """The request of the parts that have a record, None if none has; and the parts without one."""
 
     request: Record | None
     without_record: list[str]
@@ -35,7 +35,7 @@ def check_parts(names: Sequence[str], k: int | None, top: str) -> CheckedParts:
                 f"write the parts with --top {top} or more, or merge with --top {rows} or less",
             )
     check_shards(names, {name: record.get("shard") for name, record in records.items()})
-    return CheckedParts(None if without_record else request, without_record)
+    return CheckedParts(request, without_record)
 
 
 def check_same_request(name: str, request: Record, first: str, expected: Record) -> None:

@@ -221,12 +221,15 @@ class TopRanking(MergeableRanking):
 class FullRanking(MergeableRanking):
     """Every pair, sorted in runs in a temporary folder, and merged when read.
 
-    Pairs of score 0 are the last proponents.
+    Pairs of score 0 are the last proponents. With `signed` False: all pairs by falling score.
     """
 
-    def __init__(self, queries: int, parts: int, run_bytes: int = RUN_BYTES) -> None:
+    def __init__(
+        self, queries: int, parts: int, run_bytes: int = RUN_BYTES, signed: bool = True
+    ) -> None:
         """Raises OutputError if no temporary folder can be created."""
         super().__init__(queries, parts)
+        self.signed = signed
         self._row = np.dtype(
             [("kind", "i1"), ("key", "f8"), ("id", "i8"), ("parts", "f8", (parts,))]
         )
@@ -263,7 +266,8 @@ class FullRanking(MergeableRanking):
     def _sort_pending(self, query: int, ids: np.ndarray) -> np.ndarray:
         scores = np.concatenate([scores[query] for _, scores, _ in self._pending])
         rows = np.empty(len(ids), self._row)
-        rows["kind"], rows["key"], rows["id"] = scores < 0, -np.abs(scores), ids
+        rows["kind"] = (scores < 0) & self.signed
+        rows["key"], rows["id"] = -np.abs(scores) if self.signed else -scores, ids
         if self.parts:
             rows["parts"] = np.concatenate(
                 [parts[:, query] for _, _, parts in self._pending if parts is not None], axis=1

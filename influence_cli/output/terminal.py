@@ -16,7 +16,7 @@ from influence_cli.output.visible import escape_controls
 
 PAGE = 1000  # rows that share the widths of their columns
 GAP = 2  # spaces after each column
-RIGHT_ALIGNED = frozenset({"rank", "score", "query", "train", "step", "running"})
+RIGHT_ALIGNED = frozenset({"rank", "score", "loss", "query", "train", "step", "running"})
 COLOURS = {"proponent": "green", "opponent": "red", "ok": "green", "FAILED": "red"}
 COLOURED_COLUMNS = frozenset({"kind", "result"})
 STRONG_WORD, WEAK_WORD = 0.25, 0.05  # shares of a pair's score: bold from here, dim below

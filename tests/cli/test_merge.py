@@ -240,7 +240,7 @@ BROKEN = {
         "expected: query, kind, rank, train, score",
     ),
     "self": (
-        "rank,train,score,train_label,train_text\n1,5,2.0,,\n",
+        "rank,train,score,loss,train_label,train_text\n1,5,2.0,0.5,,\n",
         "bad.csv has other columns than good.csv",
     ),
     "an empty first line": ("\r\n" + GOOD, "bad.csv can't be read: its first line is empty"),

@@ -93,7 +93,7 @@ def test_line_ends_in_a_text_come_back(format, text):
 
 def test_a_lone_surrogate_is_written_as_its_number(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
-    row = (1, 7, 0.5, "a\ud800b", "é")
+    row = (1, 7, 0.5, 0.1, "a\ud800b", "é")
     for name in ("x.csv", "x.tsv", "x.jsonl", "x.parquet"):
         TableWriter.open(None, tmp_path / name).write(iter([row]), SELF_COLUMNS)
     assert "a\\ud800b" in (tmp_path / "x.csv").read_text(encoding="utf-8")

@@ -65,8 +65,8 @@ SCORES = (
     ["0,proponent,1,3,2.0,,,,", "0,proponent,2,1,0.0,,,,", "0,opponent,1,2,-1.0,,,,"],
     ["0,proponent,1,5,3.0,,,,", "0,proponent,2,4,0.0,,,,", "0,opponent,1,6,-4.0,,,,"],
 )
-SELF_HEAD = "rank,train,score,train_label,train_text"
-SELF = (["1,3,2.0,,", "2,1,0.0,,"], ["1,5,0.0,,"])
+SELF_HEAD = "rank,train,score,loss,train_label,train_text"
+SELF = (["1,3,2.0,0.1,,", "2,1,0.0,0.2,,"], ["1,5,0.0,0.3,,"])
 
 
 @pytest.mark.parametrize(
