@@ -5,16 +5,19 @@ as it lives, so the next command can remove the folders of killed ones.
 """
 
 import errno
+import gzip
 import math
 import os
 import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -100,3 +103,13 @@ def reserve_room(descriptor: int, size: int) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
     os.truncate(descriptor, size)
+
+
+def decompress_gzip(file: IO[bytes]) -> IO[bytes]:
+    """A nameless temporary file with what a gzip file holds. Raises OSError, EOFError or zlib.error
+    for a broken one, and OSError where there is no room."""
+    content = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+    with gzip.GzipFile(fileobj=file) as packed:
+        shutil.copyfileobj(packed, content, 1 << 20)
+    content.flush()
+    return content
