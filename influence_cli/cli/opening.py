@@ -126,9 +126,16 @@ class Opened:
                 f"compared with their checksums; {remedy}"
             )
 
-    def describe(self, split: str, index: int) -> tuple[str, str]:
+    @property
+    def has_ids(self) -> bool:
+        """Whether tables show the user's own ids."""
+        return self.run.definition.has("id")
+
+    def describe(self, split: str, index: int) -> tuple[str, str, str]:
+        """Label, text and the user's own id of an example."""
         examples = self.run.examples(split)
-        return examples.label(index), examples.text(index)
+        own_id = examples.own_id(index) if self.has_ids else ""
+        return examples.label(index), examples.text(index), own_id
 
 
 @dataclass(frozen=True)

@@ -253,26 +253,6 @@ Sort = Annotated[
         "[default: score]",
     ),
 ]
-Traced = Annotated[
-    str | None,
-    option(
-        "--train",
-        metavar="SPEC",
-        panel=RANKED,
-        help="Training examples to trace, in addition to whole steps: 0,5,10:20, "
-        "@ids.txt or - (stdin).",
-    ),
-]
-PlotFormat = Annotated[
-    str | None,
-    option(
-        "--format",
-        panel=OUT,
-        metavar="NAME",
-        help="Output format: plot, table, csv, tsv, jsonl or parquet. [default: plot "
-        "in a terminal, csv in a pipe]",
-    ),
-]
 Format = Annotated[
     str | None,
     option(

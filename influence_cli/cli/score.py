@@ -142,6 +142,7 @@ def score_rows(
             names,
             opened.describe,
             scored.split,
+            opened.has_ids,
         )
 
 
@@ -156,9 +157,9 @@ def write_scores(
     """Compute the rows and write them. Every rank calls it; rank 0 writes."""
     from influence_cli.output.columns import score_columns
 
-    ranks = opened.ranks
+    ranks, columns = opened.ranks, score_columns(by, opened.has_ids)
     if ranks.count == 1 or (method.ranks_share == "scores" and not ranks.rank):
-        sink.write(rows, score_columns(by), made)
+        sink.write(rows, columns, made)
     elif method.ranks_share == "scores":
         deque(rows, maxlen=0)  # computes this rank's share; rank 0 receives the scores
     elif ranks.rank:
@@ -168,6 +169,6 @@ def write_scores(
             f"all {ranks.count} ranks compute gradients for {method.name}; rank 0 computes scores"
         )
         with opened.gradients.serving():
-            sink.write(rows, score_columns(by), made)
+            sink.write(rows, columns, made)
     opened.note_unverified("--verify compares all")
     ranks.close()

@@ -23,6 +23,26 @@ Method = Annotated[
     str,
     options.option("--method", metavar="NAME", panel=options.RANKED, help=describe_methods(TRACED)),
 ]
+Traced = Annotated[
+    str | None,
+    options.option(
+        "--train",
+        metavar="SPEC",
+        panel=options.RANKED,
+        help="Training examples to trace, in addition to whole steps: 0,5,10:20, "
+        "@ids.txt or - (stdin).",
+    ),
+]
+PlotFormat = Annotated[
+    str | None,
+    options.option(
+        "--format",
+        panel=options.OUT,
+        metavar="NAME",
+        help="Output format: plot, table, csv, tsv, jsonl or parquet. [default: plot "
+        "in a terminal, csv in a pipe]",
+    ),
+]
 
 
 @command("trace", example="influence trace my_run --queries 3 --train 17")
@@ -31,10 +51,10 @@ def trace(
     method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
     method: Method = TRACED[0],
     queries: options.Queries = None,
-    train: options.Traced = None,
+    train: Traced = None,
     sum_queries: options.SumQueries = False,
     trajectory: options.Trajectory = None,
-    format: options.PlotFormat = None,
+    format: PlotFormat = None,
     output: options.Output = None,
 ) -> None:
     """When during training did a query's loss change? Shows scores by step.

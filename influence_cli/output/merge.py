@@ -18,10 +18,10 @@ from influence_cli.errors import TableError, UsageProblem, shown
 from influence_cli.output.columns import (
     PARTS,
     SCORE_COLUMNS,
-    SELF_COLUMNS,
     SELF_KEYS,
     Row,
     score_columns,
+    self_columns,
 )
 from influence_cli.output.formats import NumberedRow, read_rows, shown_names
 from influence_cli.output.ranking import KINDS, SortablePair, merge_partial_rankings
@@ -76,7 +76,7 @@ class PartialTable:
         Raises TableError for a row that can't be a pair, or that is out of order.
         """
         key_at = self.columns.index(key_column)
-        has_parts = len(self.columns) > len(SCORE_COLUMNS)
+        has_parts = part_of(self.columns) is not None
         before, last_key, columns = (-2, 0, 0), 0.0, self.columns
         for place, group in itertools.groupby(self._placed_rows(), key=lambda item: item[0]):
             lines, rows = zip(*((line, cells) for _, line, cells in group), strict=True)
@@ -177,6 +177,11 @@ def parse_whole_number(cell: object) -> int | None:
     return None
 
 
+def part_of(columns: Sequence[str]) -> str | None:
+    """The column of --by in a table of score; None where there is none."""
+    return columns[4] if len(columns) > 4 and columns[4] in PARTS else None
+
+
 def open_tables(names: Sequence[str], stdin: IO[str]) -> tuple[list[PartialTable], tuple[str, ...]]:
     """The tables and their columns.
 
@@ -187,8 +192,9 @@ def open_tables(names: Sequence[str], stdin: IO[str]) -> tuple[list[PartialTable
     with_columns = [table for table in tables if table.columns]
     for table in with_columns:
         columns = tuple(table.columns)
-        by = columns[4] if len(columns) > 4 and columns[4] in PARTS else None
-        if columns not in (SELF_COLUMNS, score_columns(by)):
+        by = part_of(columns)
+        known = (score_columns(by), score_columns(by, True), self_columns(), self_columns(True))
+        if columns not in known:
             raise TableError(
                 f"{table.name} is not a table of score or self",
                 f"found: {shown_names(columns)}",

@@ -30,7 +30,7 @@ def print_rows(rows: Iterable[Row], columns: Sequence[str], file: IO[str]) -> No
     shown = [
         at
         for at, name in enumerate(columns)
-        if not name.endswith(("_label", "_text")) or any(row[at] for row in page)
+        if not name.endswith(("_label", "_text", "_id")) or any(row[at] for row in page)
     ]
     while True:
         widths = fit_widths(page, columns, shown, console.width)

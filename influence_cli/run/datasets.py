@@ -139,6 +139,10 @@ class Examples:
     def text(self, index: int) -> str:
         return self._cached_description("describe", int(index)) if self._has_texts else ""
 
+    def own_id(self, index: int) -> str:
+        """The user's id of an example; empty where the definition has no `id`, or it gave None."""
+        return self._cached_description("id", int(index))
+
     def _describe(self, function: str, index: int) -> str:
         if not self._definition.has(function):
             return ""

@@ -22,7 +22,7 @@ ARGUMENTS = {
     **dict.fromkeys(("loss", "measure", "features", "outputs"), ("model", "batch")),
     "loss_from_outputs": ("outputs", "batch"),
     "collate": ("items",),
-    **dict.fromkeys(("label", "describe"), ("example",)),
+    **dict.fromkeys(("label", "describe", "id"), ("example",)),
     "token": ("id",),
 }
 
