@@ -1,5 +1,6 @@
 """From the flags that every command shares to an opened run and its gradients."""
 
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import Settings
 from influence_cli.cli import specs
+from influence_cli.cli.given_rows import Given, check_definition
 from influence_cli.cli.options import Shared
 from influence_cli.cli.stderr_reporter import StderrReporter
 from influence_cli.errors import UsageProblem
 from influence_cli.extraction.machine import keep_freed_memory
+from influence_cli.extraction.predicted_labels import predict_missing_labels
 from influence_cli.extraction.source import GradientSource, open_store
 from influence_cli.gradients.projection import Projection
 from influence_cli.gradients.tf32 import allow_tf32
@@ -53,7 +56,14 @@ class Opened:
         return self.gradients.ranks
 
     def ids(self, flag: str, spec: str | None, split: str) -> Ids:
-        return specs.ids(flag, spec, len(self.run.examples(split)), split, sys.stdin)
+        examples = self.run.examples(split)
+        return specs.ids(flag, spec, len(examples), examples.source, sys.stdin)
+
+    def query_ids(self, spec: str | None) -> Ids:
+        """`--queries`. Queries of the command line without a label get a predicted one."""
+        ids = self.ids("--queries", spec, "query")
+        predict_missing_labels(self.gradients, self.checkpoints[-1], ids)
+        return ids
 
     def shard_ids(self, ids: Ids, shard: Shard | None) -> Ids:
         """The training ids of the shard. A note names them."""
@@ -189,8 +199,10 @@ def open_shared(
     create: bool = True,
     searched: bool = False,
     verify: bool = False,
+    given: Given | None = None,
 ) -> Opened:
-    """Open the run and its cache (not `create`: only if it is there).
+    """Open the run and its cache (not `create`: only if it is there). `given`: rows from the
+    command line.
 
     Raises UsageProblem for flags that contradict each other or the machine.
     """
@@ -206,6 +218,8 @@ def open_shared(
     run = open_run(
         flags.run, flags.definition, flags.checkpoints, trajectory, formats.precision, device
     )
+    check_definition(given or {}, run.definition)
+    run = dataclasses.replace(run, given=given or {})
     allow_tf32(formats.tf32)  # after definition.py, which may allow it for training
     checkpoints = select_steps(run.checkpoints, flags.steps)
     columns = select_columns(run.columns, flags.layers)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import MethodFlags
+from influence_cli.cli.row_options import QueryRows
 from influence_cli.cli.torch_import import import_torch
 from influence_cli.methods.table import METHODS
 
@@ -27,6 +28,7 @@ def score(
     shared: options.Shared,
     scored: options.Scored,
     shown: options.Shown,
+    rows: QueryRows,
     method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
     method: options.Method = options.DEFAULT_METHOD,
     queries: options.Queries = None,
@@ -41,6 +43,7 @@ def score(
     gradients that the cache lacks. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
+    from influence_cli.cli.given_rows import open_given_rows
     from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
@@ -53,10 +56,11 @@ def score(
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.table_request import record_maker
 
-    opened = open_shared(shared, trajectory, verify=verify)
+    given = open_given_rows(rows, queries)
+    opened = open_shared(shared, trajectory, verify=verify, given=given)
     all_ids = opened.ids("--train", train, "train")
     train_ids = opened.shard_ids(all_ids, part)
-    query_ids = opened.ids("--queries", queries, "query")
+    query_ids = opened.query_ids(queries)
     flags = score_flags(chosen, own_options, scored)
     made = record_maker(opened, flags, all_ids, query_ids, part, top)
     if not len(train_ids):  # an empty shard

@@ -22,9 +22,9 @@ EXPECTED = (
 )
 
 
-def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> range | np.ndarray:
+def ids(flag: str, spec: str | None, size: int, source: str, stdin: IO[str]) -> range | np.ndarray:
     """`--queries`, `--train`: rising distinct ids of a dataset of `size`; a range where they are
-    one. None: all.
+    one. None: all. `source`: what messages call the dataset.
     """
     if spec is None:
         return range(size)
@@ -48,10 +48,10 @@ def ids(flag: str, spec: str | None, size: int, split: str, stdin: IO[str]) -> r
     if not parts:
         raise UsageProblem(f"{flag} {spec}: no ids", EXPECTED)
     if len(parts) == 1:
-        return _range(flag, parts[0], size, split)
+        return _range(flag, parts[0], size, source)
     distinct = _distinct_numbers(parts, size)
     if distinct is None:
-        ranges = [_range(flag, part, size, split) for part in parts]
+        ranges = [_range(flag, part, size, source) for part in parts]
         distinct = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
     return (
         range(int(distinct[0]), int(distinct[-1]) + 1)
@@ -73,7 +73,7 @@ def split_ids(lines: Iterable[str]) -> list[str]:
     return [part for line in lines for part in re.split(r"[,\s]+", line.partition("#")[0]) if part]
 
 
-def _range(flag: str, part: str, size: int, split: str) -> range:
+def _range(flag: str, part: str, size: int, source: str) -> range:
     match = re.fullmatch(r"(\d+)|(\d*):(\d*)", part)
     if not match:
         raise UsageProblem(f"{flag}: {part[:LONGEST_SHOWN]!r} is not an id or a range", EXPECTED)
@@ -86,7 +86,7 @@ def _range(flag: str, part: str, size: int, split: str) -> range:
     if stop > size or start >= size:
         raise UsageProblem(
             f"{flag} {part[:LONGEST_SHOWN]}: out of range",
-            f"{split}_data() has {size:,} examples (0 to {size - 1:,})",
+            f"{source} has {size:,} examples (0 to {size - 1:,})",
         )
     if start >= stop:
         raise UsageProblem(

@@ -52,6 +52,7 @@ def describe_run(opened: Opened) -> Described:
         "layers": hashlib.sha256("\n".join(opened.columns).encode()).hexdigest(),
         "settings": opened.gradients.settings.key,
         "seed": opened.seed,
+        **{f"rows of {split}": rows.digest for split, rows in run.given.items()},
     }
 
 

@@ -7,6 +7,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import MethodFlags
+from influence_cli.cli.row_options import QueryRows
 from influence_cli.cli.torch_import import import_torch
 from influence_cli.errors import UsageProblem
 from influence_cli.methods.table import METHODS, describe_methods
@@ -48,6 +49,7 @@ PlotFormat = Annotated[
 @command("trace", example="influence trace my_run --queries 3 --train 17")
 def trace(
     shared: options.Shared,
+    rows: QueryRows,
     method_flags: MethodFlags,  # type: ignore[valid-type]  # a class that is made from METHODS
     method: Method = TRACED[0],
     queries: options.Queries = None,
@@ -63,6 +65,7 @@ def trace(
     running is the sum of scores up to the step. The output is a plot in a terminal, CSV in a pipe.
     """
     from influence_cli.cli import specs
+    from influence_cli.cli.given_rows import open_given_rows
     from influence_cli.cli.method_options import method_options, refuse_flags
     from influence_cli.output.tables import TableWriter
 
@@ -83,13 +86,13 @@ def trace(
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
 
-    opened = open_shared(shared, trajectory)
+    opened = open_shared(shared, trajectory, given=open_given_rows(rows, queries))
     request = score_request(
         opened,
         chosen,
         own_options,
         train=opened.ids("--train", train, "train") if train is not None else range(0),
-        queries=opened.ids("--queries", queries, "query"),
+        queries=opened.query_ids(queries),
         sum_queries=sum_queries,
     )
     write_trace(opened, traced_scores(opened, chosen, request), sink, stdout if plotted else None)

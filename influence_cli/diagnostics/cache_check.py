@@ -21,6 +21,11 @@ from influence_cli.gradients.forms import Form, Projected
 from influence_cli.gradients.tolerances import rounding
 from influence_cli.run.checkpoints import Checkpoint
 
+# of units: training examples, queries, and rows of the command line
+UNIT_FOLDERS = tuple(
+    f"*/step-*/{split}" for split in ("train", "query/*", "query-*/*", "train-*/*")
+)
+
 
 def check_cache(source: GradientSource, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
     """One finding per folder of units, and one per checkpoint whose gradients are computed
@@ -29,7 +34,7 @@ def check_cache(source: GradientSource, checkpoints: Sequence[Checkpoint]) -> It
     if source.cache is None:
         return
     store = source.cache.store
-    folders = sorted([*store.folder.glob("*/step-*/train"), *store.folder.glob("*/step-*/query/*")])
+    folders = sorted(folder for kind in UNIT_FOLDERS for folder in store.folder.glob(kind))
     with source.reporter.progress("checking cache files", len(folders)) as advance:
         for folder in folders:
             yield check_folder(store, folder)
@@ -55,7 +60,7 @@ def check_folder(store: Store, folder: Path) -> Finding:
     The stored norms are exact. Projected gradients have other norms and are only read.
     """
     subject = str(folder.relative_to(store.folder))
-    split = "query" if "query" in folder.parts else "train"
+    split = "query" if any(part.startswith("query") for part in Path(subject).parts) else "train"
     eps = STORE_EPS[getattr(torch, subject.split("-stored-")[1].split("-")[0])]
     allowed = max(4 * eps, rounding(torch.float32) if eps > 1e-12 else rounding(torch.float64))
     worst, files, examples = 0.0, 0, 0
@@ -89,7 +94,7 @@ def check_checkpoints(store: Store, checkpoints: Sequence[Checkpoint]) -> Findin
 def check_other_files(store: Store) -> Finding | None:
     """Compares the files that are not units (saved progress, embeddings) with their checksums; None
     where there are none."""
-    units = {*store.folder.glob("*/step-*/train/*/*"), *store.folder.glob("*/step-*/query/*/*/*")}
+    units = {path for kind in UNIT_FOLDERS for path in store.folder.glob(f"{kind}/*/*")}
     files = [
         path
         for path in sorted(store.folder.rglob("*.safetensors"))

@@ -160,7 +160,8 @@ class BatchCheck:
             for name in columns
         }
         sqnorms = {name: grads.double().square().sum(1) for name, grads in self.grads.items()}
-        check_finite(checkpoint.name, split, ids, self.losses, sqnorms)
+        data = source.run.examples(split).source
+        check_finite(checkpoint.name, data, ids, self.losses, sqnorms)
         self.fast = losses_and_grads(capture(self.batch, self.single, len(ids)))
         self.scales = ErrorScales.of(self.grads)
 

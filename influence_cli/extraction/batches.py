@@ -89,11 +89,12 @@ class Batches:
             sizes = [len(tensor) for tensor in leaves(self.of(split, some)[0]) if tensor.ndim]
             return bool(sizes) and max(sizes) < len(some)
 
+        examples = self.run.examples(split)
         dropped = [int(index) for index in ids if lacks_some(np.array([index]))]
         if dropped or lacks_some(ids):
             which = f"; it drops item {listed(dropped)}" if dropped else ""
             raise DefinitionError(
-                f"collate() returned fewer examples than it got items of {split}_data(){which}",
+                f"collate() returned fewer examples than it got items of {examples.source}{which}",
                 "expected: each item, in the same order",
                 "leave examples out in train_data() and query_data(), or with --train, --queries",
             )

@@ -39,13 +39,14 @@ class CachedRows:
 
     def folder(self, split: str, checkpoint: Checkpoint) -> Path:
         """The folder of a checkpoint's units. Users edit queries often and they are cheap: each
-        text of the definition has its own folder of query units.
+        text of the definition has its own folder of query units, and of rows from the command line.
         """
         if checkpoint not in self._keys:
             always = self.store.verification.always
             self._keys[checkpoint] = self._digest_checkpoint(checkpoint, compare=always)
-        folder = self.settings_folder / self._keys[checkpoint] / split
-        return folder if split == "train" else folder / self.run.definition.digest[:12]
+        key = self.run.examples(split).key
+        folder = self.settings_folder / self._keys[checkpoint] / key
+        return folder if key == "train" else folder / self.run.definition.digest[:12]
 
     def check_unchanged(self, checkpoint: Checkpoint) -> None:
         """Raises where gradients that were just computed may be of another checkpoint or definition

@@ -66,6 +66,8 @@ class Captures:
         if key not in self._captures:
             self.run.model.at_any(self.run.checkpoints[0])
             self.run.examples(split).check_stable(range(min(4, len(self.run.examples(split)))))
+            if split == "query" and self.run.query.given:
+                self.of("train", columns)  # which a probe of a few rows must not choose
             if not self._restore(key) and not self._share(key):
                 self._probe(key)
         return self._captures[key]
@@ -204,8 +206,16 @@ class Captures:
             other
         ) and self._shapes(split) == self._shapes(other)
 
+    def _first_two(self, split: str) -> np.ndarray:
+        """The examples of a probe. A single row of the command line counts twice: it gets the bits
+        that it has among other queries.
+        """
+        examples = self.run.examples(split)
+        single = examples.given is not None and len(examples) == 1
+        return np.zeros(2, np.int64) if single else np.arange(min(2, len(examples)))
+
     def _shapes(self, split: str) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        first = np.arange(min(2, len(self.run.examples(split))))
+        first = self._first_two(split)
         batch, single = self.batches.of(split, first)
         tensors = [tensor for part in (batch, single(0)) for tensor in leaves(part)]
         return [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
@@ -214,7 +224,7 @@ class Captures:
         """check(batch, singles) on the first two examples, with errors that name the user's
         function.
         """
-        first = np.arange(min(2, len(self.run.examples(split))))
+        first = self._first_two(split)
         batch, single = self.batches.of(split, first)
         try:
             return check(batch, [single(i) for i in range(len(first))])

@@ -64,6 +64,7 @@ class GradientExtractor:
             requested_batch_size,
             self.captures.measured,
             lambda split: len(run.examples(split)),
+            lambda split: run.examples(split).key,
         )
         self._with_digests = record_folder is not None
 
@@ -129,7 +130,8 @@ class GradientExtractor:
                 take(visited)
                 count(len(visited[1]))
             if self.device.type != "cpu":
-                check_finite(checkpoint.name, split, ids, torch.cat(losses).cpu(), {})
+                data = self.run.examples(split).source
+                check_finite(checkpoint.name, data, ids, torch.cat(losses).cpu(), {})
 
         self._in_batches_that_fit(split, columns, compute, advance, where)
 
@@ -178,7 +180,7 @@ class GradientExtractor:
         advance: Counted,
     ) -> GradientRows:
         finish = self.captures.of(split, columns).norms_and_form(level == "values")
-        losses, digests = [], []
+        losses, digests, data = [], [], self.run.examples(split).source
         sqnorms: dict[str, list[torch.Tensor]] = {name: [] for name in columns}
         buffer = FormBuffer(len(ids))
         for at, batch_losses, results in self._visit(weights, split, columns, ids, size, finish):
@@ -191,14 +193,14 @@ class GradientExtractor:
             digests.append(self._digests(split, ids[at]))
             if self.device.type == "cpu":  # a GPU would have to finish each batch for this check
                 norms = {name: results[name][0] for name in columns}
-                check_finite(weights, split, ids[at], batch_losses, norms)
+                check_finite(weights, data, ids[at], batch_losses, norms)
             advance(len(batch_losses))
         all_losses = torch.cat(losses).cpu()
         all_norms = {name: torch.cat(values).cpu() for name, values in sqnorms.items()}
         if self.device.type != "cpu":
-            check_finite(weights, split, ids, all_losses, all_norms)
+            check_finite(weights, data, ids, all_losses, all_norms)
         if self._with_digests and self.settings.precision == torch.float64:
-            check_storable(weights, split, self.settings.storage_dtype, all_norms)
+            check_storable(weights, data, self.settings.storage_dtype, all_norms)
         forms = {name: self._kept_form(name, form) for name, form in buffer.done().items()}
         return GradientRows(ids, all_losses, torch.cat(digests), all_norms, forms)
 
@@ -226,7 +228,7 @@ class GradientExtractor:
             except (Exception, SystemExit) as error:
                 raise self.batches.explained(split, error, len(ids[at])) from error
             if self.device.type == "cpu":
-                check_finite(weights, split, ids[at], losses, {})
+                check_finite(weights, self.run.examples(split).source, ids[at], losses, {})
             yield at, losses, results
 
     def _digests(self, split: str, ids: np.ndarray) -> torch.Tensor:

@@ -131,20 +131,22 @@ class MemoryBudget:
         requested_batch_size: int | None,
         measure: Callable[[str, Sequence[str]], tuple[dict[str, Form], float]],
         split_size: Callable[[str], int],
+        split_key: Callable[[str], str] = str,
     ) -> None:
         """`folder`: of the records, None for none. `requested_batch_size`: the user's, if any.
         `measure`: (split, columns) -> forms of a few examples, and the bytes of one example's
         activations.
-        `split_size`: the number of examples of a split."""
+        `split_size`: the number of examples of a split. `split_key`: the name of its record."""
         self.settings, self.device = settings, device
         self.requested_batch_size = requested_batch_size
         self._folder, self._measure, self._split_size = folder, measure, split_size
+        self._split_key = split_key
         self.records: dict[str, SizeRecord] = {}
 
     def record(self, split: str) -> SizeRecord:
         """The record as it is, without a probe."""
         if split not in self.records:
-            self.records[split] = SizeRecord.open(self._folder, split)
+            self.records[split] = SizeRecord.open(self._folder, self._split_key(split))
         return self.records[split]
 
     def sizes(self, split: str, columns: Sequence[str]) -> SizeRecord:

@@ -68,7 +68,7 @@ def zero_error(source: GradientSource, split: str, losses: bool, gradients: bool
     function = source.extractor.batches.quantity_name(split)
     wrong = [name for name, fine in ((f"{function}", losses), ("gradient", gradients)) if not fine]
     return GradientError(
-        f"every {' and every '.join(wrong)} of {split}_data() is 0",
+        f"every {' and every '.join(wrong)} of {source.run.examples(split).source} is 0",
         "expected: losses that depend on the parameters whose gradients are compared",
         USUAL_CAUSES,
     )

@@ -144,7 +144,8 @@ class FusedProducts:
         for name, products in results.items():
             if products.sqnorms is not None:
                 wrong = zeros.masked_fill(products.sqnorms.cpu().isnan(), torch.nan)
-                check_finite(self.checkpoint.name, "train", ids, zeros, {name: wrong})
+                data = self.source.run.train.source
+                check_finite(self.checkpoint.name, data, ids, zeros, {name: wrong})
 
 
 def looks_at_batches(source: GradientSource) -> bool:

@@ -46,7 +46,7 @@ def score(
         if wrong:
             raise GradientError(
                 f"the features are not finite at {checkpoint.name}, example {ids[wrong[0]]} of "
-                f"{split}_data()",
+                f"{source.run.examples(split).source}",
                 "look at that example; --precision float64 helps against overflow",
             )
         if bool(largest_N.any()):
@@ -94,7 +94,7 @@ def report_features(
         if split in any_feature or len(ids) < 2 or bool(unit_vectors(split, ids).any()):
             continue
         raise GradientError(
-            f"every feature of {split}_data() is 0",
+            f"every feature of {source.run.examples(split).source} is 0",
             "expected: features that differ between examples",
             "look at features(), or at the input of the last Linear layer",
         )

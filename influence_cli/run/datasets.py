@@ -14,18 +14,23 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from influence_cli.errors import DataError, DefinitionError
 from influence_cli.run.definition import Definition, describe_failure
+from influence_cli.run.given_rows import GivenExamples, GivenRows
 
 CACHED = 65_536  # descriptions, and distinct labels, in memory
 
 
 class Examples:
-    """One split of a run: `train` (the examples to rank) or `query` (predictions to explain)."""
+    """One split of a run: `train` (the examples to rank) or `query` (predictions to explain).
 
-    def __init__(self, definition: Definition, split: str) -> None:
-        self.split, self.source = split, f"{split}_data()"
+    `given`: rows from the command line that take the place of the definition's dataset.
+    """
+
+    def __init__(self, definition: Definition, split: str, given: GivenRows | None = None) -> None:
+        self.split, self.given = split, given
+        self.source = given.source if given else f"{split}_data()"
         self._one_reader = threading.Lock()  # open files of a dataset are often not thread-safe
         self._definition, self._has_texts = definition, definition.has("describe")
-        self._dataset = definition.call(f"{split}_data")
+        self._dataset = open_dataset(definition, split, given)
         plain = type(self._dataset) is TensorDataset and not definition.has("collate")
         self._tensors = self._dataset.tensors if plain else None
         kind = type(self._dataset).__name__
@@ -53,11 +58,22 @@ class Examples:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def key(self) -> str:
+        """What the cache calls the split: rows from the command line have a place of their own."""
+        return f"{self.split}-{self.given.digest[:16]}" if self.given else self.split
+
+    def set_labels(self, labels: dict[int, int]) -> None:
+        """Give rows from the command line that have no label one. Call it before any read."""
+        self._dataset.labels.update(labels)
+
     def item(self, index: int) -> Any:
         """Example `index` as the dataset gives it. Raises DataError naming the example."""
         try:
             with self._one_reader:
                 return self._dataset[int(index)]
+        except DataError:
+            raise  # of a table: it names the row
         except (Exception, SystemExit) as error:
             why = describe_failure(self._definition, self.source.removesuffix("()"), error)
             raise DataError(
@@ -160,6 +176,11 @@ class Examples:
                 f"{type(value).__name__} that can't be printed: {type(error).__name__}",
                 "expected: a text",
             ) from error
+
+
+def open_dataset(definition: Definition, split: str, given: GivenRows | None) -> Any:
+    """The user's dataset, of any class, or the one of rows from the command line."""
+    return GivenExamples(definition, given) if given else definition.call(f"{split}_data")
 
 
 def digest_item(item: Any) -> int:

@@ -23,6 +23,8 @@ ARGUMENTS = {
     "loss_from_outputs": ("outputs", "batch"),
     "collate": ("items",),
     **dict.fromkeys(("label", "describe", "id"), ("example",)),
+    "example": ("row",),
+    "relabel": ("example", "label"),
     "token": ("id",),
 }
 

@@ -1,7 +1,8 @@
 """Opens a run: definition, checkpoints and trajectory, checked against each other."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from influence_cli.run.checkpoint_loading import check_fits_model
 from influence_cli.run.checkpoints import Checkpoint, find_checkpoints
 from influence_cli.run.datasets import Examples
 from influence_cli.run.definition import Definition, load_definition
+from influence_cli.run.given_rows import GivenRows
 from influence_cli.run.loaded_model import LoadedModel
 from influence_cli.run.parameters import Column
 from influence_cli.run.trajectory import Trajectory
@@ -23,7 +25,9 @@ STEPS = re.compile("([0-9]{1,4000})|([0-9]{0,4000}):([0-9]{0,4000})")  # of --st
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run. Builds its datasets at their first use."""
+    """An opened run. Builds its datasets at their first use. `given`: rows from the command line
+    that take the place of train_data() or query_data().
+    """
 
     folder: Path
     definition: Definition
@@ -31,6 +35,7 @@ class Run:
     columns: dict[str, Column]
     checkpoints: tuple[Checkpoint, ...]
     trajectory_path: Path | None
+    given: Mapping[str, GivenRows] = field(default_factory=dict)  # by split
 
     @cached_property
     def embeddings(self) -> dict[str, Column]:
@@ -42,20 +47,21 @@ class Run:
 
     @cached_property
     def train(self) -> Examples:
-        return Examples(self.definition, "train")
+        return Examples(self.definition, "train", self.given.get("train"))
 
     @cached_property
     def query(self) -> Examples:
-        return Examples(self.definition, "query")
+        return Examples(self.definition, "query", self.given.get("query"))
 
     def examples(self, split: str) -> Examples:
         return self.train if split == "train" else self.query
 
     @cached_property
     def trajectory(self) -> Trajectory | None:
-        return (
-            read_trajectory(self.trajectory_path, len(self.train)) if self.trajectory_path else None
-        )
+        if self.trajectory_path is None:
+            return None
+        trained = Examples(self.definition, "train") if "train" in self.given else self.train
+        return read_trajectory(self.trajectory_path, len(trained))
 
 
 def open_run(

@@ -1,0 +1,46 @@
+"""The flags that name rows from the command line, in place of a dataset of the definition."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from influence_cli.cli.options import RANKED, option
+
+Query = Annotated[
+    list[str] | None,
+    option(
+        "--query",
+        metavar="TEXT|JSON",
+        panel=RANKED,
+        help="Query in place of query_data(): a text, or a JSON object of column: value, from "
+        "which example(row) makes an example. Repeatable.",
+    ),
+]
+QueryFile = Annotated[
+    Path | None,
+    option(
+        "--query-file",
+        metavar="FILE",
+        panel=RANKED,
+        help="Queries in place of query_data(): rows of csv, tsv, jsonl or parquet, from which "
+        "example(row) makes examples. --queries selects among them.",
+    ),
+]
+Candidates = Annotated[
+    Path | None,
+    option(
+        "--candidates",
+        metavar="FILE",
+        panel=RANKED,
+        help="Rows to rank in place of train_data(): csv, tsv, jsonl or parquet, from which "
+        "example(row) makes examples. --train selects among them.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """The flags that give queries."""
+
+    query: Query = None
+    query_file: QueryFile = None
