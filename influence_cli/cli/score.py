@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
 from influence_cli.cli.method_options import MethodFlags
-from influence_cli.cli.row_options import QueryRows
+from influence_cli.cli.row_options import Candidates, QueryRows
 from influence_cli.cli.torch_import import import_torch
 from influence_cli.methods.table import METHODS
 
@@ -33,6 +33,7 @@ def score(
     method: options.Method = options.DEFAULT_METHOD,
     queries: options.Queries = None,
     train: options.Train = None,
+    candidates: Candidates = None,
     shard: options.Shard = None,
     trajectory: options.Trajectory = None,
     verify: options.Verify = False,
@@ -44,6 +45,7 @@ def score(
     """
     from influence_cli.cli import specs
     from influence_cli.cli.given_rows import open_given_rows
+    from influence_cli.cli.method_options import refuse_flags
     from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
@@ -51,12 +53,13 @@ def score(
     specs.check_stdin(queries, train)
     top, part = specs.top(shown.top), specs.shard(shard)
     own_options = checked_options(chosen, method_flags, shared, scored, part)
+    refuse_flags(chosen, {"--candidates": candidates is not None})
 
     import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.table_request import record_maker
 
-    given = open_given_rows(rows, queries)
+    given = open_given_rows(rows, queries, candidates)
     opened = open_shared(shared, trajectory, verify=verify, given=given)
     all_ids = opened.ids("--train", train, "train")
     train_ids = opened.shard_ids(all_ids, part)

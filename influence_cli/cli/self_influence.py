@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
+from influence_cli.cli.row_options import Candidates, QueryRows
 from influence_cli.cli.torch_import import import_torch
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def self_influence(
     shared: options.Shared,
     shown: options.Shown,
     train: options.Train = None,
+    candidates: Candidates = None,
     shard: options.Shard = None,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
@@ -39,11 +41,13 @@ def self_influence(
     key = specs.one_of("--sort", sort or SELF_KEYS[0], SELF_KEYS)
 
     import_torch()
+    from influence_cli.cli.given_rows import open_given_rows
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.table_request import record_maker
     from influence_cli.methods.request import ScoreRequest
 
-    opened = open_shared(shared, trajectory, verify=verify)
+    given = open_given_rows(QueryRows(), candidates=candidates)
+    opened = open_shared(shared, trajectory, verify=verify, given=given)
     all_ids = opened.ids("--train", train, "train")
     train_ids = opened.shard_ids(all_ids, part)
     flags = {"command": "self", "lr": lr, "lr_weights": lr_weights, "sort": key}

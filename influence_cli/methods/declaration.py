@@ -108,8 +108,15 @@ class Method:
     caches_train: bool = True
     refuses: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def follows_training(self) -> bool:
+        """Whether it needs the order of training, which only knows the examples of train_data()."""
+        return "trajectory" in self.needs
+
     def reason_against(self, flag: str) -> str | None:
         """Why the method does not have this flag; None where it has."""
         if not self.weighted and flag in ("--lr", "--lr-weights"):
             return "it has no learning-rate weights"
+        if flag == "--candidates" and self.follows_training:
+            return "it scores examples at the steps that trained on them"
         return self.refuses.get(flag)
