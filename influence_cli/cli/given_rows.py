@@ -11,7 +11,7 @@ from influence_cli.run.definition import Definition
 from influence_cli.run.given_rows import GivenRows
 from influence_cli.storage.json_text import parse_json
 
-Given = dict[str, GivenRows]  # split -> the rows that take its place
+Given = dict[str, GivenRows]  # split -> the rows that replace it
 CHUNK = 1 << 20
 
 

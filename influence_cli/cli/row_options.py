@@ -1,4 +1,4 @@
-"""The flags that name rows from the command line, in place of a dataset of the definition."""
+"""The flags that name rows from the command line, instead of a dataset of the definition."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ Query = Annotated[
         "--query",
         metavar="TEXT|JSON",
         panel=RANKED,
-        help="Query in place of query_data(): a text, or a JSON object of column: value, from "
+        help="Query instead of query_data(): a text, or a JSON object of column: value, from "
         "which example(row) makes an example. Repeatable.",
     ),
 ]
@@ -22,7 +22,7 @@ QueryFile = Annotated[
         "--query-file",
         metavar="FILE",
         panel=RANKED,
-        help="Queries in place of query_data(): rows of csv, tsv, jsonl or parquet, from which "
+        help="Queries instead of query_data(): rows of csv, tsv, jsonl or parquet, from which "
         "example(row) makes examples. --queries selects among them.",
     ),
 ]
@@ -32,7 +32,7 @@ Candidates = Annotated[
         "--candidates",
         metavar="FILE",
         panel=RANKED,
-        help="Rows to rank in place of train_data(): csv, tsv, jsonl or parquet, from which "
+        help="Rows to rank instead of train_data(): csv, tsv, jsonl or parquet, from which "
         "example(row) makes examples. --train selects among them.",
     ),
 ]

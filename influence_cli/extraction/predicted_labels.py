@@ -22,21 +22,19 @@ REMEDY = "def relabel(example, label): return an example with this label, a clas
 
 def predict_missing_labels(source: GradientSource, checkpoint: Checkpoint, ids: Ids) -> None:
     """Give the queries of `ids` that come from the command line and have no label a predicted one.
-    A note names it. Every rank calls it.
+    A note names it. Every rank calls it. Where training examples have none either, as texts of a
+    language model, there is none to predict.
 
     Raises DefinitionError: the definition can't predict a label, or can't set one.
     """
-    examples, definition = source.run.query, source.run.definition
-    if examples.given is None or not definition.has("label"):
+    examples = source.run.query
+    if examples.given is None or not source.run.train.label(0):
         return
     count = len(examples)
     # a probe and the look for zeros read others than the requested ones, too
     others = [*range(min(ORDER_SAMPLE, count)), *spread_evenly(count, SAMPLE)]
-    unlabelled = [
-        index
-        for index in np.union1d(np.asarray(ids), others).astype(np.int64).tolist()
-        if definition.call("label", examples.item(index)) in (None, "")
-    ]
+    read = np.union1d(np.asarray(ids), others).astype(np.int64).tolist()
+    unlabelled = [index for index in read if not examples.label(index)]
     if not unlabelled:
         return
     labels = source.ranks.share([predict_label(source, checkpoint, index) for index in unlabelled])
@@ -87,8 +85,9 @@ def note_labels(source: GradientSource, checkpoint: Checkpoint, queries: list[in
     examples, reporter = source.run.query, source.reporter
     for index in queries[:NOTED]:
         reporter.note(
-            f"query {index} has no label: influence explains {examples.label(index) or 'none'!r}, "
+            f"query {index} has no label: influence explains the label {examples.label(index)!r}, "
             f"which {checkpoint.name} predicts"
         )
-    if more := len(queries) - NOTED if len(queries) > NOTED else 0:
-        reporter.note(f"{counted(more, 'more query', 'more queries')} without a label likewise")
+    if (more := len(queries) - NOTED) > 0:
+        queries_text = counted(more, "more query has", "more queries have")
+        reporter.note(f"{queries_text} no label: influence explains the predicted label of each")

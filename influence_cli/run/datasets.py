@@ -22,7 +22,7 @@ CACHED = 65_536  # descriptions, and distinct labels, in memory
 class Examples:
     """One split of a run: `train` (the examples to rank) or `query` (predictions to explain).
 
-    `given`: rows from the command line that take the place of the definition's dataset.
+    `given`: rows from the command line that replace the definition's dataset.
     """
 
     def __init__(self, definition: Definition, split: str, given: GivenRows | None = None) -> None:
@@ -64,8 +64,11 @@ class Examples:
         return f"{self.split}-{self.given.digest[:16]}" if self.given else self.split
 
     def set_labels(self, labels: dict[int, int]) -> None:
-        """Give rows from the command line that have no label one. Call it before any read."""
+        """Give rows from the command line that have no label one: index -> class number."""
         self._dataset.labels.update(labels)
+        self._cached_description.cache_clear()
+        for index in labels:
+            self._label_numbers[index] = -1
 
     def item(self, index: int) -> Any:
         """Example `index` as the dataset gives it. Raises DataError naming the example."""

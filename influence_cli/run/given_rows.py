@@ -1,4 +1,4 @@
-"""Rows from the command line that take the place of a dataset of the definition."""
+"""Rows from the command line that replace a dataset of the definition."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ STEPS = re.compile("([0-9]{1,4000})|([0-9]{0,4000}):([0-9]{0,4000})")  # of --st
 @dataclass(frozen=True)
 class Run:
     """An opened run. Builds its datasets at their first use. `given`: rows from the command line
-    that take the place of train_data() or query_data().
+    that replace train_data() or query_data().
     """
 
     folder: Path

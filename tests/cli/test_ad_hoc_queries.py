@@ -144,10 +144,11 @@ def test_a_query_without_a_label_is_explained_for_the_predicted_one(
     result = influence("score", run, "--query-file", path, "--top", "all", *flags, *cache)
     assert result.code == 0, result.err
     for index in range(3):
-        assert f"note: query {index} has no label: influence explains '{predicted[index]}'" in (
-            result.err
+        assert (
+            f"note: query {index} has no label: influence explains the label '{predicted[index]}'"
+            in (result.err)
         )
-    assert "note: 3 more queries without a label likewise" in result.err
+    assert "note: 3 more queries have no label: influence explains the predicted" in result.err
     assert len(result.err.splitlines()) == 4
     rows = [query_row(run, index) | {"label": predicted[index]} for index in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,6 +164,21 @@ def test_a_selected_query_is_labelled_and_only_it_is_noted(run, influence, tmp_p
     assert len(result.err.splitlines()) == 1
     assert result.err.startswith("note: query 27 has no label")
     assert {row["query_label"] for row in result.rows} == {"abc"[predictions(run, 20)[3]]}
+
+
+def test_where_training_examples_have_no_labels_none_is_predicted(make_run, influence):
+    """As for texts of a language model: outputs() is not called."""
+    language_model = """
+def label(example):
+    return ""
+
+def outputs(model, batch):
+    raise AssertionError
+"""
+    run = make_run(definition=WITH_ROWS + language_model)
+    result = influence("score", run, "--query", json.dumps(query_row(run, 0)))
+    assert result.code == 0, result.err
+    assert result.err == ""
 
 
 def test_quiet_shows_no_note_of_labels(run, influence):

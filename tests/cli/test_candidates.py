@@ -1,4 +1,4 @@
-"""--candidates: rows that were not trained on, ranked in place of train_data()."""
+"""--candidates: rows that were not trained on, ranked instead of train_data()."""
 
 import json
 from pathlib import Path
