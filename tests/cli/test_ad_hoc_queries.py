@@ -85,6 +85,20 @@ def test_a_row_of_query_data_has_its_scores_bit_for_bit(run, influence, cache):
     assert influence("score", run, "--queries", "3", *flags).out == before.out
 
 
+def test_a_single_row_is_computed_as_one_of_several_queries(make_run, influence):
+    """A measure of its own needs a probe of its own, on a dataset of one example."""
+    measure = """
+def measure(model, batch):
+    return model(batch[0]).logsumexp(1)
+"""
+    run = make_run(definition=WITH_ROWS + measure)
+    flags = ("--top", "all", "--cache", "none")
+    plain = influence("score", run, "--queries", "3", *flags)
+    result = influence("score", run, "--query", json.dumps(query_row(run, 3)), *flags)
+    assert result.err == ""
+    assert without_query(result.out) == without_query(plain.out)
+
+
 def test_a_file_of_all_queries_has_the_table_of_query_data(run, influence, tmp_path):
     path = write_rows(run, tmp_path / "rows.jsonl", [*range(6)])
     cache = ["--cache", tmp_path / "cache"]
