@@ -42,9 +42,9 @@ class RowBytes:
         """The open file. Raises DataError where it is not the file that was indexed."""
         with self._lock:
             if self._opened is None:
-                file = self._path.open("rb")
-                if file_state(os.fstat(file.fileno())) != self._state:
+                if not self._is_same():
                     self._refuse_change()
+                file = self._path.open("rb")
                 self._opened = file
                 if self._path.suffix.lower() == ".gz":
                     with file:
@@ -54,9 +54,15 @@ class RowBytes:
     def read(self, start: int, stop: int) -> bytes:
         """These bytes, without the file's position, which threads and forks share."""
         content = os.pread(self.file().fileno(), stop - start, start)
-        if len(content) != stop - start or file_state(self._path.stat()) != self._state:
+        if len(content) != stop - start or not self._is_same():
             self._refuse_change()
         return content
+
+    def _is_same(self) -> bool:
+        try:
+            return file_state(self._path.stat()) == self._state
+        except OSError:  # removed
+            return False
 
     def _refuse_change(self) -> NoReturn:
         raise DataError(f"{self._path} changed while it was read", "run the same command again")
