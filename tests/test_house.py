@@ -67,6 +67,8 @@ THIRD_PARTY = {
     "parallel": ("torch", "numpy"),
     "storage": ("torch", "numpy"),
     "run": ("torch", "numpy"),
+    "run.adapters": ("torch", "peft"),
+    "run.converted_weights": ("torch", "transformers"),
     "gradients": ("torch",),
     "gradients.random_tables": ("torch", "numpy"),
     "cache": ("torch", "numpy"),

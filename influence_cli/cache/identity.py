@@ -27,6 +27,8 @@ class CheckpointFiles(Protocol):
     def step(self) -> int: ...
     @property
     def files(self) -> tuple[Path, ...]: ...
+    @property
+    def base(self) -> str: ...
 
 
 class Shaped(Protocol):
@@ -77,7 +79,7 @@ class Settings:
 
 
 def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None, compare: bool = False) -> str:
-    """`step-N-<digest of its tensors>`.
+    """`step-N-<digest of its tensors>`; of an adapter also of the weights below it.
 
     `memory`: a JSON file that stores digests by path, size, both time stamps and inode. A file
     that replaces another one has another inode, and nobody can set the time of its last change.
@@ -99,6 +101,8 @@ def checkpoint_key(checkpoint: CheckpointFiles, memory: Path | None, compare: bo
                 "copy it again, or leave it out with --steps",
             )
         parts.append(known[state].partition("-")[0])
+    if checkpoint.base:
+        parts.append(checkpoint.base)
     if fresh and memory:
         with contextlib.suppress(OSError):  # a read-only cache works without it
             write_json(memory, known)

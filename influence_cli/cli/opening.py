@@ -220,6 +220,8 @@ def open_shared(
     )
     check_definition(given or {}, run.definition)
     run = dataclasses.replace(run, given=given or {})
+    for note in run.notes:
+        reporter.note(note)
     allow_tf32(formats.tf32)  # after definition.py, which may allow it for training
     checkpoints = select_steps(run.checkpoints, flags.steps)
     columns = select_columns(run.columns, flags.layers)

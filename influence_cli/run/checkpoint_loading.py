@@ -4,14 +4,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import CheckpointError, listed
+from influence_cli.run.adapters import digest_base, list_adapter_keys, list_config_differences
 from influence_cli.run.checkpoints import Checkpoint, Header, read_header
+from influence_cli.run.converted_weights import has_conversion, read_converted
 from influence_cli.run.parameters import PRECISIONS, WRAPPERS
 from influence_cli.storage.checksums import ChangedTensor
 from influence_cli.storage.safetensors_io import TensorFile
@@ -39,8 +41,12 @@ def list_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def map_keys(header: Header, model: nn.Module) -> KeyMap:
-    """Ignores the prefixes of wrappers; one name of a tied tensor is enough."""
+    """Ignores the prefixes of wrappers; one name of a tied tensor is enough. An adapter needs only
+    the trained parameters.
+    """
     tensors = list_tensors(model)
+    if header.is_adapter:
+        return map_adapter_keys(header, model, tensors)
     names = {key: key for key in header.tensors}
     for prefix in WRAPPERS * 2:
         if names and all(key.startswith(prefix) for key in names):
@@ -58,23 +64,72 @@ def map_keys(header: Header, model: nn.Module) -> KeyMap:
     )
 
 
+def map_adapter_keys(header: Header, model: nn.Module, tensors: dict[str, Tensor]) -> KeyMap:
+    model_keys = list_adapter_keys(model, tensors)
+    file_keys = {model_keys[key]: key for key in header.tensors if key in model_keys}
+    in_file = {id(tensors[key]) for key in file_keys}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return KeyMap(
+        file_keys,
+        [name for name in trained if id(tensors[name]) not in in_file],
+        {key: key for key in header.tensors if key not in model_keys},
+    )
+
+
 def strip_compiled(key: str) -> str:
     return re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", key)
 
 
 # ---------------------------------------------------------------- checking
-def check_fits_model(checkpoints: list[Checkpoint], model: nn.Module, cast: bool) -> None:
+def check_fits_model(
+    checkpoints: list[Checkpoint], model: nn.Module, cast: bool
+) -> list[Checkpoint]:
     """Compares keys, shapes and dtypes of all checkpoints with the model, from their headers.
 
     `cast`: the user chose a precision, so floating-point dtypes may differ.
+    Returns the checkpoints; those that transformers must convert are marked.
     Raises one CheckpointError for all checkpoints that do not fit.
     """
     misfits: dict[str, list[str]] = {}
+    marked: list[Checkpoint] = []
+    converted: dict[tuple[str, ...], list[str]] = {}  # lines without conversion -> with it
     for checkpoint in checkpoints:
-        if lines := list_misfits(read_header(checkpoint.files), model, cast):
+        lines = list_misfits(read_header(checkpoint.files), model, cast)
+        if checkpoint.is_adapter:
+            lines += list_config_differences(checkpoint.path, model)
+        elif needs_conversion(checkpoint, lines, model):
+            key = tuple(lines)
+            if key not in converted:
+                converted[key] = list_converted_misfits(checkpoint, lines, model)
+            lines = converted[key]
+            checkpoint = replace(checkpoint, converted=True)
+        marked.append(checkpoint)
+        if lines:
             misfits[checkpoint.name] = lines
-    if not misfits:
-        return
+    if misfits:
+        raise describe_misfits(misfits)
+    return marked
+
+
+def needs_conversion(checkpoint: Checkpoint, lines: list[str], model: nn.Module) -> bool:
+    """Whether other misfits than dtypes exist, and transformers may convert them."""
+    return not all(map(is_dtype_line, lines)) and has_conversion(checkpoint.path, model)
+
+
+def list_converted_misfits(checkpoint: Checkpoint, lines: list[str], model: nn.Module) -> list[str]:
+    """What does not fit after conversion; the lines without it where conversion fails."""
+    try:
+        return list(filter(is_dtype_line, lines)) + read_converted(checkpoint.path, model)[1]
+    except (OSError, ValueError, RuntimeError) as error:
+        return [f"transformers can't convert it: {error}", *lines]
+
+
+def is_dtype_line(line: str) -> bool:
+    return line.startswith("dtype")
+
+
+def describe_misfits(misfits: dict[str, list[str]]) -> CheckpointError:
+    """The error for checkpoints that do not fit. `misfits`: name -> lines."""
     first, lines = next(iter(misfits.items()))
     same = [name for name in misfits if misfits[name] == lines]
     others = [name for name in misfits if name not in same]
@@ -90,7 +145,7 @@ def check_fits_model(checkpoints: list[Checkpoint], model: nn.Module, cast: bool
             "float8 values have scales of their own: dequantize the model and save it in bfloat16 "
             "or float32 (transformers: model.dequantize())"
         )
-    elif all(line.startswith("dtype") for line in lines):
+    elif all(map(is_dtype_line, lines)):
         details.append(
             "--precision float32 (or another) casts both; "
             "or build the model in the file's dtype in definition.py"
@@ -100,7 +155,7 @@ def check_fits_model(checkpoints: list[Checkpoint], model: nn.Module, cast: bool
             "the checkpoint was saved by another version of the model, "
             "or definition.py builds another size"
         )
-    raise CheckpointError(f"{first} does not fit the model in definition.py", *details)
+    return CheckpointError(f"{first} does not fit the model in definition.py", *details)
 
 
 def list_misfits(header: Header, model: nn.Module, cast: bool) -> list[str]:
@@ -116,10 +171,54 @@ def list_misfits(header: Header, model: nn.Module, cast: bool) -> list[str]:
         model_dtype, model_shape = tensors[key].dtype, tuple(tensors[key].shape)
         if shape != model_shape:
             lines.append(f"shape:      {key} is {shape} in the file, {model_shape} in the model")
-        elif dtype != model_dtype and not (cast and dtype in PRECISIONS.values()):
+        elif dtype != model_dtype and not (
+            (cast and is_float(dtype)) or widens(dtype, model_dtype, model)
+        ):
             names = [str(name).removeprefix("torch.") for name in (dtype, model_dtype)]
             lines.append(f"dtype:      {key} is {names[0]} in the file, {names[1]} in the model")
     return lines
+
+
+def is_float(dtype: torch.dtype) -> bool:
+    return dtype in PRECISIONS.values()
+
+
+def widens(dtype: torch.dtype, model_dtype: torch.dtype, model: nn.Module) -> bool:
+    """Whether a model of transformers gets values that its wider dtype holds exactly, as
+    from_pretrained(dtype=...) gives them. Other models must have the dtype of their file.
+    """
+    if not (hasattr(type(model), "from_pretrained") and is_float(dtype) and is_float(model_dtype)):
+        return False
+    return torch.promote_types(dtype, model_dtype) == model_dtype
+
+
+def describe_widening(checkpoints: list[Checkpoint], model: nn.Module) -> str:
+    """A note where the model computes in a wider dtype than its files hold; else empty."""
+    tensors = list_tensors(model)
+    header = read_header(checkpoints[-1].files)
+    for key, file_key in map_keys(header, model).file_keys.items():
+        dtype, model_dtype = header.tensors[file_key][1], tensors[key].dtype
+        if dtype != model_dtype and widens(dtype, model_dtype, model):
+            names = [str(name).removeprefix("torch.") for name in (dtype, model_dtype)]
+            return (
+                f"the checkpoints hold {names[0]}, and model() computes in {names[1]}; "
+                f"--precision {names[0]} computes in {names[0]}"
+            )
+    return ""
+
+
+def add_base(checkpoints: list[Checkpoint], model: nn.Module) -> list[Checkpoint]:
+    """The checkpoints; adapters with the digest of the weights of model() that lie below them."""
+    digests: dict[tuple[str, ...], str] = {}
+    result = []
+    for checkpoint in checkpoints:
+        if checkpoint.is_adapter:
+            keys = tuple(map_keys(read_header(checkpoint.files), model).file_keys)
+            if keys not in digests:
+                digests[keys] = digest_base(list_tensors(model), keys)
+            checkpoint = replace(checkpoint, base=digests[keys])
+        result.append(checkpoint)
+    return result
 
 
 # ---------------------------------------------------------------- loading
@@ -129,27 +228,20 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
     Raises CheckpointError for values that are not finite, and for two names of a tied tensor with
     different values.
     """
-    header = read_header(checkpoint.files)
-    file_keys = map_keys(header, model).file_keys
     tensors = list_tensors(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names = Counter(id(tensor) for tensor in tensors.values())
     tied: dict[int, tuple[str, Tensor]] = {}  # id of the model's tensor -> first key, its value
     broken, untied = [], []
-    for file in checkpoint.files:
-        with open_weights(file) as content, torch.no_grad():
-            for key in keys_of_file(file, header, file_keys):
-                value = content.read_compared([file_keys[key]])[file_keys[key]]
-                # a buffer may hold -inf, as attention masks do
-                if count := count_broken(value, infinite_is_broken=key in parameters):
-                    broken.append(
-                        f"{key}: {count:,} of {value.numel():,} values are NaN or infinite"
-                    )
-                if names[id(tensors[key])] > 1:
-                    first, first_value = tied.setdefault(id(tensors[key]), (key, value))
-                    if first != key and not torch.equal(first_value, value):
-                        untied.append(f"{first} and {key}")
-                tensors[key].data.copy_(value)
+    for key, value in read_values(checkpoint, model, tensors):
+        # a buffer may hold -inf, as attention masks do
+        if count := count_broken(value, infinite_is_broken=key in parameters):
+            broken.append(f"{key}: {count:,} of {value.numel():,} values are NaN or infinite")
+        if names[id(tensors[key])] > 1:
+            first, first_value = tied.setdefault(id(tensors[key]), (key, value))
+            if first != key and not torch.equal(first_value, value):
+                untied.append(f"{first} and {key}")
+        tensors[key].data.copy_(value)
     if broken:
         raise CheckpointError(
             f"{checkpoint.name} holds values that are not finite",
@@ -162,6 +254,22 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module) -> None:
             *untied,
             "definition.py ties parameters that were trained separately; build them untied",
         )
+
+
+def read_values(
+    checkpoint: Checkpoint, model: nn.Module, tensors: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a checked checkpoint, by its key of the model."""
+    if checkpoint.converted:
+        values, _ = read_converted(checkpoint.path, model)
+        yield from ((key, value) for key, value in values.items() if key in tensors)
+        return
+    header = read_header(checkpoint.files)
+    file_keys = map_keys(header, model).file_keys
+    for file in checkpoint.files:
+        with open_weights(file) as content:
+            for key in keys_of_file(file, header, file_keys):
+                yield key, content.read_compared([file_keys[key]])[file_keys[key]]
 
 
 @contextmanager

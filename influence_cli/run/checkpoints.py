@@ -18,6 +18,7 @@ from influence_cli.storage.json_text import read_json_file
 from influence_cli.storage.safetensors_io import TensorFile, TruncatedFile
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"  # peft's; it holds the trained tensors alone
 NUMBER = re.compile(r"[-+.0-9a-zA-Z]+")  # of metadata: int() and float() also take 1_0 and blanks
 
 
@@ -30,6 +31,12 @@ class Checkpoint:
     files: tuple[Path, ...]
     learning_rate: float | None = None  # from the file's metadata
     state: Path | None = None  # the trainer_state.json of a Hugging Face Trainer
+    base: str = ""  # of an adapter: the digest of the weights of model() that it is loaded over
+    converted: bool = False  # whether transformers converts the files for the model
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.files[0].name == ADAPTER
 
     @property
     def name(self) -> str:
@@ -46,6 +53,7 @@ class Header:
 
     tensors: dict[str, tuple[Path, torch.dtype, tuple[int, ...]]]
     metadata: dict[str, str]
+    is_adapter: bool = False
 
 
 # ---------------------------------------------------------------- finding
@@ -99,7 +107,7 @@ def is_checkpoint(path: Path, strict: bool) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir():
-        has_model = (path / "model.safetensors").is_file() or (path / INDEX).is_file()
+        has_model = any((path / name).is_file() for name in ("model.safetensors", INDEX, ADAPTER))
         return has_model and (not strict or re.fullmatch(r"checkpoint-\d+", path.name) is not None)
     return path.suffix == ".safetensors" and not strict
 
@@ -160,9 +168,19 @@ def _parse_number(  # Any: an instance of `kind`
 
 
 def list_shards(path: Path) -> tuple[Path, ...]:
-    """A checkpoint's safetensors files: itself, model.safetensors, or those of its index file."""
+    """A checkpoint's safetensors files: itself, model.safetensors, those of its index file, or an
+    adapter.
+    """
     if path.is_file():
         return (path,)
+    if (path / ADAPTER).is_file():
+        if (path / "model.safetensors").is_file() or (path / INDEX).is_file():
+            raise CheckpointError(
+                f"{path.name} holds both a whole model and an adapter",
+                f"found: {ADAPTER} beside model.safetensors or its index file",
+                "move one of them to another folder",
+            )
+        return (path / ADAPTER,)
     if (path / "model.safetensors").is_file():
         return (path / "model.safetensors",)
     try:
@@ -216,7 +234,7 @@ def read_header(files: tuple[Path, ...]) -> Header:
             raise CheckpointError(
                 f"{file.name} {what} ({size:,} bytes: {error})", "save or copy it again"
             ) from error
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, bool(files) and files[0].name == ADAPTER)
 
 
 def _join_problems(problems: list[str]) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ ADAPTER, DISTRIBUTED, PICKLE = "peft adapters", "torch.distributed shards", "pic
 # files of a checkpoint that is a folder
 IN_FOLDERS = re.compile(r"adapter_model\.(safetensors|bin)|pytorch_model.*\.bin|.*\.distcp")
 REMEDIES = {
-    ADAPTER: "merge them into the base model in DIR, with --base DIR",
+    ADAPTER: "influence reads adapter_model.safetensors in folders checkpoint-N, "
+    "and converts adapter_model.bin",
     DISTRIBUTED: "gather their shards in one file each",
     PICKLE: "pickled files are never opened here, because they can run code; "
     "convert reads only their tensors",
@@ -53,22 +54,20 @@ def suggest_conversion(place: Path, run: Path, path: Path) -> str:
     in_folder = IN_FOLDERS.fullmatch(path.name) and path.parent != place
     source = path.parent.parent if in_folder else path.parent
     target = run / ("checkpoints" if place == run else "converted")
-    base = " --base DIR" if kind_of(path) == ADAPTER else ""
     then = "" if place == run else f", then --checkpoints {target}"
-    return f"influence convert {source} {target}{base}{then}"
+    return f"influence convert {source} {target}{then}"
 
 
 def describe_mixed_folder(place: Path, unreadable: dict[str, list[str]]) -> CheckpointError:
     """The error for checkpoints that would be skipped beside others that can be read."""
     is_run = (place / "definition.py").is_file()  # then no step-N in it counts
     target = place / "checkpoints" if is_run else place
-    base = " --base DIR" if ADAPTER in unreadable else ""
     then = "move the readable ones there, too" if is_run else "move these folders out of this one"
     return CheckpointError(
         f"{place} holds checkpoints that can't be read, beside others",
         *(f"{kind}: {listed(names)}" for kind, names in unreadable.items()),
         *(REMEDIES[kind] for kind in unreadable),
-        f"influence convert {place} {target}{base}; then {then}",
+        f"influence convert {place} {target}; then {then}",
         "or move them out of this folder, to score without them",
     )
 

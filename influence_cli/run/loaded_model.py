@@ -18,8 +18,15 @@ class LoadedModel:
     """The run's model. `module` is the model itself; `checkpoint` is what its weights are, or None
     where they are the weights of no checkpoint: before the first load, and inside a replay."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, checkpoints: Sequence[Checkpoint] = ()) -> None:
+        """`checkpoints`: the run's. Where whole models stand beside adapters, the weights of
+        model() are copied, because a whole model overwrites what lies below an adapter.
+        """
         self.module = module
+        kinds = {checkpoint.is_adapter for checkpoint in checkpoints}
+        self._original: dict[str, Tensor] = {}
+        if len(kinds) > 1:
+            self._original = {key: value.clone() for key, value in module.state_dict().items()}
         self.checkpoint: Checkpoint | None = None
         self._base: Checkpoint | None = None  # the last checkpoint that was loaded: its buffers
 
@@ -28,6 +35,8 @@ class LoadedModel:
         not finite, or tied names with different values."""
         if self.checkpoint != checkpoint:
             self.checkpoint = self._base = None
+            if checkpoint.is_adapter and self._original:
+                self.module.load_state_dict(self._original)
             load_checkpoint(checkpoint, self.module)
             self.checkpoint = self._base = checkpoint
         return self.module

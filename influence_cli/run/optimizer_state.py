@@ -130,6 +130,7 @@ class SavedState:
 
     step: int
     files: tuple[Path, ...]
+    base: str = ""
 
 
 def find_state(folder: Path, step: int) -> SavedState:

@@ -129,6 +129,11 @@ def list_columns(model: nn.Module) -> dict[str, Column]:
         raise DefinitionError(
             "the model has no trained parameter",
             "every parameter is frozen (requires_grad=False), or there is none",
+            *(
+                ["an adapter is trained with PeftModel.from_pretrained(..., is_trainable=True)"]
+                if hasattr(model, "peft_config")
+                else []
+            ),
         )
     return trained
 

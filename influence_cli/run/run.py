@@ -5,12 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from influence_cli.errors import UsageProblem, listed, shown
 from influence_cli.run import parameters
-from influence_cli.run.checkpoint_loading import check_fits_model
+from influence_cli.run.checkpoint_loading import (
+    add_base,
+    check_fits_model,
+    describe_widening,
+)
 from influence_cli.run.checkpoints import Checkpoint, find_checkpoints
 from influence_cli.run.datasets import Examples
 from influence_cli.run.definition import Definition, load_definition
@@ -36,11 +41,24 @@ class Run:
     checkpoints: tuple[Checkpoint, ...]
     trajectory_path: Path | None
     given: Mapping[str, GivenRows] = field(default_factory=dict)  # by split
+    notes: tuple[str, ...] = ()  # for the user, once
 
     @cached_property
     def embeddings(self) -> dict[str, Column]:
         """The outputs of the embedding modules, as columns."""
         return parameters.list_embeddings(self.model.module)
+
+    @cached_property
+    def token_embedding(self) -> str | None:
+        """The name of the embedding that a model of transformers gets token ids through; None
+        where the model does not tell.
+        """
+        module: Any = self.model.module
+        if not hasattr(module, "get_input_embeddings"):
+            return None
+        embedding = module.get_input_embeddings()
+        names = [name for name, inner in module.named_modules() if inner is embedding]
+        return next((name for name in names if f"{name}()" in self.embeddings), None)
 
     def has(self, column: str) -> bool:
         return column in self.columns or column in self.embeddings
@@ -101,16 +119,18 @@ def open_run(
     loaded = load_definition(definition or folder / "definition.py")
     saved = find_checkpoints(folder, checkpoints)
     model = parameters.build_model(loaded)
-    check_fits_model(saved, model, cast=precision is not None)
+    saved = add_base(check_fits_model(saved, model, cast=precision is not None), model)
+    note = describe_widening(saved, model) if precision is None else ""
     model = parameters.cast_model(model, precision, device or torch.device("cpu"))
     default = folder / "trajectory.jsonl"
     return Run(
         folder,
         loaded,
-        LoadedModel(model),
+        LoadedModel(model, saved),
         parameters.list_columns(model),
         tuple(saved),
         trajectory or (default if default.is_file() else None),
+        (note,) if note else (),
     )
 
 

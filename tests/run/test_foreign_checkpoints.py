@@ -24,33 +24,33 @@ def put_folder(run, name, *files):
 
 
 KINDS = {
-    "peft adapters": (["adapter_model.safetensors", "adapter_config.json"], " --base DIR"),
-    "torch.distributed shards": (["__0_0.distcp", ".metadata"], ""),
-    "pickled files": (["pytorch_model.bin"], ""),
+    "peft adapters": ["adapter_model.bin", "adapter_config.json"],
+    "torch.distributed shards": ["__0_0.distcp", ".metadata"],
+    "pickled files": ["pytorch_model.bin"],
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_that_would_be_skipped_is_refused_by_name(kind, make_run, influence):
-    files, flag = KINDS[kind]
+    files = KINDS[kind]
     run = make_run()
     put_folder(run, "checkpoint-30", *files)
     put_folder(run, "checkpoint-40", *files)
     put_folder(run, "logs-2024", "events.txt", "optimizer.pt")
     text = f"{kind}: checkpoint-30, checkpoint-40"
     place = run / "checkpoints"
-    remedy = f"influence convert {place} {place}{flag}; then move these folders out"
+    remedy = f"influence convert {place} {place}; then move these folders out"
     refused(influence("score", run), 1, "can't be read, beside others", text, remedy)
     refused(influence("inspect", run), 1, text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_of_one_unreadable_kind_says_what_helps(kind, make_run, influence):
-    files, flag = KINDS[kind]
+    files = KINDS[kind]
     run = make_run(steps=())
     put_folder(run, "checkpoint-30", *files)
     text = f"found {kind}: checkpoint-30/"
-    command = f"influence convert {run / 'checkpoints'} {run / 'converted'}{flag}"
+    command = f"influence convert {run / 'checkpoints'} {run / 'converted'}"
     remedy = f"{command}, then --checkpoints {run / 'converted'}"
     refused(influence("score", run), 1, "no checkpoints in", text, remedy)
 
