@@ -25,7 +25,9 @@ class TracinWeOptions:
     """Which embedding is read, and which of its words count."""
 
     embedding: str | None = option(
-        None, "Embedding module to read, where the model has several.", "NAME"
+        None,
+        "Embedding module to read. [default: the only one, or the model's get_input_embeddings()]",
+        "NAME",
     )
     special_tokens: str = option(
         "keep",
@@ -63,6 +65,8 @@ def select_columns(run: "Run", options: TracinWeOptions) -> "dict[str, Column]":
             "expected: an embedding of token ids",
             "--method tracin reads all parameters and needs no embedding",
         )
+    if name is None and len(columns) > 1:
+        name = run.token_embedding
     if name is None and len(columns) > 1:
         raise UsageProblem(
             f"the model has {len(columns)} embeddings",
