@@ -29,7 +29,8 @@ def check(
     batches, again, and summed. It reads every file of the cache. The table has one row per check
     and parameter: the worst relative error, and the rounding error that is allowed. With --project,
     or with a --store narrower than the precision, it compares the scores of a sample of pairs with
-    exact ones. It compares gradients in bfloat16, float16 or tf32 with gradients in float32.
+    exact ones. It compares gradients in bfloat16, float16 or tf32 with gradients in float32, and
+    losses with the own loss of a Hugging Face model.
     """
     from influence_cli.cli import specs
     from influence_cli.output.columns import CHECK_COLUMNS
@@ -64,6 +65,7 @@ def find_errors(
     from influence_cli.diagnostics.cache_check import check_cache
     from influence_cli.diagnostics.fidelity import check_fidelity
     from influence_cli.diagnostics.gradient_check import check_gradients, check_precision
+    from influence_cli.diagnostics.own_loss_check import check_own_loss
     from influence_cli.gradients.tf32 import without_tf32
 
     request = opened.gradients, opened.checkpoints, list(opened.columns)
@@ -71,6 +73,7 @@ def find_errors(
     with without_tf32(opened.gradients.settings.tf32):
         return [
             *check_gradients(*request, ids),
+            *check_own_loss(opened.gradients, opened.checkpoints, ids),
             *precision,
             *check_cache(opened.gradients, opened.checkpoints),
             *check_fidelity(*request, ids, projection, target),
@@ -107,7 +110,9 @@ def raise_failures(findings: "Sequence[Finding]") -> None:
         details.append("delete a damaged cache file; the next command computes it again")
     if "precision" in checks:
         details.append("these gradients are mostly rounding error: use --precision float32")
-    if checks - {"target", "cache", "zeros", "precision"}:
+    if "loss" in checks:
+        details.append("the scores are of another loss than the model's: correct definition.py")
+    if checks - {"target", "cache", "zeros", "precision", "loss"}:
         details.append(
             "do not trust scores of these parameters; leave a parameter out: --layers '!NAME'"
         )

@@ -17,7 +17,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 ARROW = (".arrow", ".feather", ".ipc")
 EXPECTED = (
     "expected: .csv, .tsv, .jsonl or .json (one object a line), each also with .gz; .parquet; "
-    ".arrow, .feather or .ipc; a folder of datasets' save_to_disk"
+    ".arrow, .feather or .ipc; .npz; a folder of datasets' save_to_disk, or of CLASS/*.png"
 )
 
 
@@ -43,8 +43,9 @@ class Table(ABC):
         return self._row(number)
 
 
-def table(path: str | Path) -> Table:
-    """The table in a file or folder, by its ending.
+def table(path: str | Path, split: str | None = None) -> Table:
+    """The table in a file or folder, by its ending. `split`: of an npz file with arrays like
+    x_train and y_train.
 
     Raises DataError: no such file, an unknown kind, a file that is broken, empty or without column
     names, or a package that is not installed.
@@ -52,7 +53,14 @@ def table(path: str | Path) -> Table:
     path = Path(path)
     if not path.exists():
         raise DataError(f"no table at {path}", EXPECTED)
-    opened = open_folder(path) if path.is_dir() else open_file(path)
+    if path.suffix.lower() == ".npz":
+        from influence_cli.integrations.image_tables import open_arrays
+
+        opened: Table = open_arrays(path, split)
+    elif split is not None:
+        raise DataError(f"{path}: split={split!r}", "expected: a split of an .npz file")
+    else:
+        opened = open_folder(path) if path.is_dir() else open_file(path)
     if not len(opened):
         raise DataError(f"{path} has no rows", "expected: at least one")
     return opened
@@ -90,10 +98,14 @@ def open_folder(path: Path) -> Table:
             *(f"give {path / name}" for name in names[:1]),
         )
     if not (path / "state.json").is_file():
+        from influence_cli.integrations.image_tables import ImageFolder, find_images
+
+        if images := find_images(path):
+            return ImageFolder(path, images)
         raise DataError(
-            f"{path} is a folder, and not one that datasets' save_to_disk wrote",
-            "found: no state.json and no dataset_dict.json",
-            "give a file, or a folder of save_to_disk",
+            f"{path} is a folder, and holds no data set",
+            "found: no state.json of datasets' save_to_disk, and no pictures CLASS/*.png",
+            "give a file, a folder of save_to_disk, or a folder with a folder per class",
         )
     from influence_cli.integrations.arrow_tables import open_saved_dataset
 

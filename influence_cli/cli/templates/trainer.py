@@ -1,59 +1,55 @@
 """Describes a Hugging Face Trainer run to `influence`, in plain functions.
 
 influence runs this file. Put it into the Trainer's output folder, beside checkpoint-500/,
-checkpoint-1000/, ... influence reads the learning rates from each trainer_state.json. Replace the
-lines marked CHANGE.
+checkpoint-1000/, ... Replace the lines marked CHANGE. `influence init DIR --data FILE` fills them
+in by itself.
 """
 
-import torch
-from datasets import load_from_disk
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-)
+from pathlib import Path
 
-NAME = "checkpoint-500"  # CHANGE: any folder with the model's config.json and tokenizer
-tokenizer = AutoTokenizer.from_pretrained(NAME)
-pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=128)
+from influence_cli import huggingface
+from influence_cli.data import table
+
+HERE = Path(__file__).parent
+task = huggingface.Task(
+    "sequence-classification",  # CHANGE: or causal-lm, seq2seq-lm, masked-lm, ...
+    HERE / "checkpoint-500",  # CHANGE: any folder with the model's config.json and tokenizer
+    text=["text"],  # CHANGE: the column of the text, or two columns of a pair
+    label="label",  # CHANGE: the column of the label
+    max_length=512,
+)
 
 
 def model():
-    """The architecture, from its config. influence loads the weights from the checkpoints."""
-    return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(NAME))
+    """The architecture. influence loads the weights from the checkpoints."""
+    return task.model()
 
 
 def train_data():
-    """The tokenised examples, in the order in which Trainer got them.
-
-    Each has input_ids, attention_mask and label.
-    """
-    return load_from_disk("train")  # CHANGE
+    """The examples to rank, in the order of their file."""
+    return task.examples(table(HERE / "train.csv"))  # CHANGE
 
 
 def query_data():
-    """The predictions to explain: a dataset like train_data()."""
-    return load_from_disk("validation")  # CHANGE
+    """The predictions to explain."""
+    return task.examples(table(HERE / "validation.csv"))  # CHANGE
 
 
 def collate(items):
-    """Pads all texts to one length, so that no example depends on others in its batch."""
-    names = ("input_ids", "attention_mask", "label")
-    return dict(pad([{name: item[name] for name in names} for item in items]))
+    """A batch of examples, padded to its longest text."""
+    return task.collate(items)
 
 
 def loss(model, batch):
     """One loss per example, shape (B,)."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+    return task.loss(model, batch)
 
 
 def label(example):
-    """Text for the columns query_label and train_label of the table."""
-    return example["label"]
+    """Text for the columns query_label and train_label."""
+    return task.label_text(example)
 
 
 def describe(example):
     """Text for the columns query_text and train_text of the table."""
-    return tokenizer.decode(example["input_ids"], skip_special_tokens=True)
+    return task.describe(example)

@@ -1,0 +1,59 @@
+"""The loss of each example, as the heads of transformers define it for a batch.
+
+B examples, S positions, V vocabulary, C classes. `normalise`: "example" gives what the model's own
+`.loss` is for the example alone; "token" gives the sum over the example's label tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100  # the label of positions without loss
+LossRule = Callable[[Tensor, Tensor, str], Tensor]
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor, normalise: str) -> Tensor:
+    """(B,) cross-entropy over the positions that have a label.
+
+    An example without such a position has the loss 0.
+    """
+    losses_BS = F.cross_entropy(
+        logits_BSV.float().transpose(1, 2) if is_half(logits_BSV) else logits_BSV.transpose(1, 2),
+        labels_BS,
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    sums_B = losses_BS.sum(1)
+    if normalise == "token":
+        return sums_B
+    return sums_B / (labels_BS != IGNORED).sum(1).clamp(min=1)
+
+
+def causal_losses(logits_BSV: Tensor, labels_BS: Tensor, normalise: str) -> Tensor:
+    """(B,) like token_losses; the output at a position predicts the next one."""
+    return token_losses(logits_BSV[:, :-1], labels_BS[:, 1:], normalise)
+
+
+def class_losses(logits_BC: Tensor, labels_B: Tensor, normalise: str) -> Tensor:
+    """(B,) cross-entropy."""
+    return F.cross_entropy(logits_BC, labels_B, reduction="none")
+
+
+def multi_label_losses(logits_BC: Tensor, labels_BC: Tensor, normalise: str) -> Tensor:
+    """(B,) binary cross-entropy, mean over classes."""
+    losses_BC = F.binary_cross_entropy_with_logits(
+        logits_BC, labels_BC.to(logits_BC.dtype), reduction="none"
+    )
+    return losses_BC.mean(1)
+
+
+def regression_losses(logits_BC: Tensor, labels: Tensor, normalise: str) -> Tensor:
+    """(B,) squared error, mean over outputs."""
+    targets_BC = labels.to(logits_BC.dtype).reshape(logits_BC.shape)
+    return (logits_BC - targets_BC).square().mean(1)
+
+
+def is_half(values: Tensor) -> bool:
+    return values.dtype in (torch.float16, torch.bfloat16)
