@@ -28,6 +28,7 @@ from influence_cli.gradients.tf32 import without_tf32
 from influence_cli.gradients.tolerances import close
 from influence_cli.progress import Reporter
 
+SIZE_SAMPLE = 64  # examples among which a probe takes a large one
 ORDER_SAMPLE = 6  # examples whose losses are compared in a batch and alone
 
 Columns = tuple[str, ...]
@@ -55,11 +56,12 @@ class Captures:
         self._reporter, self._most = reporter, most
         self._captures: dict[tuple[str, Columns], AnyCapture] = {}
         self._measured: dict[tuple[str, Columns], Measured] = {}
+        self._largest_examples: dict[str, int] = {}
         self._folder = folder
         self._records: dict[tuple[str, Columns], ProbeRecord] = {}
 
     def of(self, split: str, columns: Sequence[str]) -> AnyCapture:
-        """The capture of these columns. A new one is probed on the first two examples, with the
+        """The capture of these columns. A new one is probed on two examples, with the
         weights that the model holds, or with those of the first checkpoint.
         """
         key = split, tuple(columns)
@@ -207,12 +209,29 @@ class Captures:
         ) and self._shapes(split) == self._shapes(other)
 
     def _first_two(self, split: str) -> np.ndarray:
-        """The examples of a probe. A single row of the command line counts twice: it gets the bits
-        that it has among other queries.
+        """The examples of a probe: the first, and the largest of some more, to whose size collate()
+        pads a batch. A single row of the command line counts twice: it gets the bits that it has
+        among other queries.
         """
         examples = self.run.examples(split)
-        single = examples.given is not None and len(examples) == 1
-        return np.zeros(2, np.int64) if single else np.arange(min(2, len(examples)))
+        if examples.given is not None and len(examples) == 1:
+            return np.zeros(2, np.int64)
+        if len(examples) == 1:
+            return np.zeros(1, np.int64)
+        return np.array([0, self._largest(split)])
+
+    def _largest(self, split: str) -> int:
+        """Of the first examples behind example 0, the one with the most numbers; the first of
+        several. Examples that collate() does not pad are all alike.
+        """
+        if split not in self._largest_examples:
+            ids = np.arange(min(SIZE_SAMPLE, len(self.run.examples(split))))
+            sizes = [0]
+            if self.run.definition.has("collate"):
+                _, single = self.batches.of(split, ids)
+                sizes = [sum(map(torch.numel, leaves(single(int(i))))) for i in ids[1:]]
+            self._largest_examples[split] = 1 + sizes.index(max(sizes))
+        return self._largest_examples[split]
 
     def _shapes(self, split: str) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         first = self._first_two(split)
@@ -221,7 +240,7 @@ class Captures:
         return [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
 
     def _on_first(self, split: str, check: Callable[[Batch, list[Batch]], Result]) -> Result:
-        """check(batch, singles) on the first two examples, with errors that name the user's
+        """check(batch, singles) on the two examples of a probe, with errors that name the user's
         function.
         """
         first = self._first_two(split)

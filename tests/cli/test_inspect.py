@@ -1,6 +1,7 @@
 """What `inspect` says of the work to come. Bytes are compared, and times are not."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +226,46 @@ def test_later_passes_read_what_the_first_one_stores(make_run, monkeypatch):
     job = job_of(make_run())
     assert (job.computed, job.read) == (40, 80)
     assert score_estimate.measure(job).read_seconds > 0
+
+
+def test_the_disk_of_padded_texts_is_that_of_batches_padded_to_their_longest(make_run, influence):
+    """collate() pads a batch to its longest text; the first two texts are short."""
+    definition = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(64, 64, bias=False), nn.Linear(64, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x))).sum(1)
+
+def model():
+    return Net()
+
+def texts(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [2, 3] + [2 + i % 15 for i in range(62)]
+    return [torch.randn(length, 64, generator=generator) for length in lengths]
+
+def train_data(): return texts(0)
+def query_data(): return texts(1)[:4]
+
+def collate(items):
+    longest = max(map(len, items))
+    return torch.stack([F.pad(item, (0, 0, 0, longest - len(item))) for item in items])
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch), torch.zeros(len(batch), dtype=torch.int64), reduction="none")
+"""
+    run = make_run("padded", definition)
+    text = influence("inspect", run).out
+    predicted = re.search(r"cache .*?, ([\d.]+) (KB|MB) to store", text)
+    assert predicted is not None, text
+    bytes_predicted = float(predicted[1]) * {"KB": 1e3, "MB": 1e6}[predicted[2]]
+    assert influence("score", run).code == 0
+    stored = sum(path.stat().st_size for path in (run / ".influence").rglob("*.safetensors"))
+    assert 0.75 < bytes_predicted / stored < 1.25
