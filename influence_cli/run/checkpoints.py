@@ -71,6 +71,8 @@ def find_checkpoints(run: Path, folder: Path | None = None) -> list[Checkpoint]:
     strict = folder is None and place == run
     try:
         paths = sorted(path for path in place.iterdir() if is_checkpoint(path, strict))
+        if not paths and strict and is_saved_model(place):
+            return [describe_saved_model(place)]
         if not paths:
             raise describe_missing_checkpoints(place, run)
         if unreadable := find_unreadable_folders(place, paths):
@@ -110,6 +112,25 @@ def is_checkpoint(path: Path, strict: bool) -> bool:
         has_model = any((path / name).is_file() for name in ("model.safetensors", INDEX, ADAPTER))
         return has_model and (not strict or re.fullmatch(r"checkpoint-\d+", path.name) is not None)
     return path.suffix == ".safetensors" and not strict
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether a Hugging Face model was saved into this folder itself, not into checkpoint-N."""
+    has_config = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return has_config and is_checkpoint(folder, strict=False)
+
+
+def describe_saved_model(folder: Path) -> Checkpoint:
+    """The only checkpoint of a folder that a model was saved into. Its step is the one of
+    trainer_state.json, or 1 where no file tells it.
+    """
+    state = folder / "trainer_state.json"
+    step = 1
+    if state.is_file():
+        step = max(1, int(read_json_file(state, finite=False).get("global_step") or 1))
+    files = list_shards(folder)
+    read_header(files)
+    return Checkpoint(step, folder, files, state=state if state.is_file() else None)
 
 
 def describe_checkpoint(path: Path) -> Checkpoint:

@@ -120,7 +120,12 @@ def open_run(
     saved = find_checkpoints(folder, checkpoints)
     model = parameters.build_model(loaded)
     saved = add_base(check_fits_model(saved, model, cast=precision is not None), model)
-    note = describe_widening(saved, model) if precision is None else ""
+    notes = [describe_widening(saved, model)] if precision is None else []
+    if saved[0].path == folder:
+        notes.append(
+            f"{folder} holds one saved model and no checkpoint-N; influence reads it as step "
+            f"{saved[0].step}"
+        )
     model = parameters.cast_model(model, precision, device or torch.device("cpu"))
     default = folder / "trajectory.jsonl"
     return Run(
@@ -130,7 +135,7 @@ def open_run(
         parameters.list_columns(model),
         tuple(saved),
         trajectory or (default if default.is_file() else None),
-        (note,) if note else (),
+        notes=tuple(filter(None, notes)),
     )
 
 
