@@ -5,8 +5,8 @@ training_step(). Both are taken of one example, as the dataset gives it, without
 """
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,30 +43,61 @@ def check_own_loss(
     return findings
 
 
+@dataclass(frozen=True)
+class LossPair:
+    """Two losses of one example: the definition's `value`, and the model's `own`. `inputs`: what
+    the model got. `batch`: what the definition got.
+    """
+
+    example: int
+    inputs: Mapping[str, Tensor]
+    batch: Any
+    value: float
+    own: float
+
+
 def compare_losses(
     source: GradientSource, model: Any, split: str, sample: Sequence[int]
-) -> Iterator[tuple[int, Mapping[str, Any], Mapping[str, Any], float, float]]:
-    """(example's number, example, batch of one, the definition's loss, the model's own loss)."""
-    examples, definition = source.run.examples(split), source.run.definition
-    batches = source.extractor.batches
+) -> Iterator[LossPair]:
+    """Nothing where the model has no loss of its own for these examples."""
     for index in sample:
-        item = examples.item(index)
-        if not isinstance(item, Mapping) or not hasattr(model, "config"):
-            return
-        inputs = own_inputs(model, item)
+        batch, _ = source.extractor.batches.of(split, np.array([index]))
+        if hasattr(model, "training_step"):
+            inputs: dict[str, Tensor] | None = {}
+        else:
+            inputs = own_inputs(model, source.run.examples(split).item(index))
         if inputs is None:
             return
-        batch, _ = batches.of(split, np.array([index]))
         with torch.no_grad():
-            value = definition.call("loss", source.run.model.module, batch)
-            own = model(**move_batch(inputs, batches.device, batches.cast)).loss
+            value = source.run.definition.call("loss", source.run.model.module, batch)
+            own = own_loss(source, model, batch, inputs)
         predicts_nothing = own is not None and own.isnan() and not value.any()
-        if own is not None and value.numel() == 1 and not predicts_nothing:
-            yield int(index), inputs, batch, float(value), float(own)
+        if own is not None and own.numel() == value.numel() == 1 and not predicts_nothing:
+            yield LossPair(int(index), inputs, batch, float(value), float(own))
 
 
-def own_inputs(model: Any, example: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The arguments of the model's forward for one example; None where it gets no labels."""
+def own_loss(
+    source: GradientSource, model: Any, batch: Any, inputs: dict[str, Tensor]
+) -> Tensor | None:
+    """None where the model can't compute it: it needs a trainer, or other arguments."""
+    batches = source.extractor.batches
+    try:
+        if hasattr(model, "training_step"):
+            result = model.training_step(batch, 0)
+        else:
+            result = model(**move_batch(inputs, batches.device, batches.cast))
+    except Exception:  # the user's model, called in a way that the user did not choose
+        return None
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    return loss if isinstance(loss, Tensor) else None
+
+
+def own_inputs(model: Any, example: Any) -> dict[str, Tensor] | None:
+    """The arguments of the model's forward for one example; None for what is no model of
+    transformers, or an example that is no dict with inputs and labels.
+    """
+    if not isinstance(example, Mapping) or not hasattr(model, "config"):
+        return None
     accepted = inspect.signature(model.forward).parameters
     names = {name: "labels" if name in LABELS else name for name in example}
     inputs = {
@@ -85,31 +116,31 @@ def as_batch(value: Any) -> Tensor | None:  # Any: a part of the user's example
         return None
 
 
-def describe_worst(
-    model: Any, split: str, pairs: list[tuple[int, Mapping[str, Any], Any, float, float]]
-) -> Finding:
+def describe_worst(model: Any, split: str, pairs: list[LossPair]) -> Finding:
     """The worst of these examples, with the cause. The definition may sum over tokens where the
     model takes the mean.
     """
     by_rule: dict[str, list[float]] = {}
-    for _, inputs, _, value, own in pairs:
-        for rule, factor in list_factors(inputs["labels"]).items():
-            error = abs(value - own * factor) / max(abs(own * factor), TINY)
+    for pair in pairs:
+        for rule, factor in list_factors(pair.inputs.get("labels")).items():
+            expected = pair.own * factor
+            error = abs(pair.value - expected) / max(abs(expected), TINY)
             by_rule.setdefault(rule, []).append(error)
     complete = {rule: errors for rule, errors in by_rule.items() if len(errors) == len(pairs)}
     rule = min(complete, key=lambda name: max(complete[name]))
-    worst = max(range(len(pairs)), key=lambda number: complete[rule][number])
-    error, (index, inputs, batch, value, own) = complete[rule][worst], pairs[worst]
-    if math.isnan(error) or error > ALLOWED:
-        note = f"example {index}: {value:.6g}, the model's own .loss {own:.6g}; "
-        return Finding(
-            "loss", split, "loss()", error, ALLOWED, note + find_cause(model, inputs, batch)
-        )
-    return Finding("loss", split, "loss()", error, ALLOWED, rule)
+    errors = complete[rule]
+    worst = max(range(len(pairs)), key=lambda number: errors[number])
+    note, pair = rule, pairs[worst]
+    if not errors[worst] <= ALLOWED:  # also for nan
+        note = f"example {pair.example}: {pair.value:.6g}, {next(iter(complete))} {pair.own:.6g}; "
+        note += find_cause(model, pair)
+    return Finding("loss", split, "loss()", errors[worst], ALLOWED, note)
 
 
-def list_factors(labels: Tensor) -> dict[str, int]:
+def list_factors(labels: Tensor | None) -> dict[str, int]:
     """What the definition's loss may be in terms of the model's own one -> its factor."""
+    if labels is None:
+        return {"training_step() of the example alone": 1}
     factors = {"the model's own .loss": 1}
     if labels.dim() > 1 and not labels.is_floating_point():
         factors["the model's own .loss x label tokens"] = int((labels != IGNORED).sum())
@@ -118,14 +149,12 @@ def list_factors(labels: Tensor) -> dict[str, int]:
     return factors
 
 
-def find_cause(model: Any, inputs: Mapping[str, Tensor], batch: Any) -> str:
+def find_cause(model: Any, pair: LossPair) -> str:
     """Why the two losses may differ."""
-    present = batch if isinstance(batch, Mapping) else {}
-    missing = [name for name in inputs if name != "labels" and name not in present]
+    present = pair.batch if isinstance(pair.batch, Mapping) else {}
+    missing = [name for name in pair.inputs if name != "labels" and name not in present]
     if missing and present:
         return f"collate() drops {', '.join(missing)}, which the model's forward takes"
-    if getattr(model.config, "output_router_logits", False):
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
         return "the model adds a loss of its router (output_router_logits)"
-    if getattr(model.config, "problem_type", None):
-        return f"config.json has problem_type {model.config.problem_type}"
     return "the definition computes another loss than the model"

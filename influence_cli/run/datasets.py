@@ -75,8 +75,9 @@ class Examples:
         try:
             with self._one_reader:
                 return self._dataset[int(index)]
-        except DataError:
-            raise  # of a table: it names the row
+        except DataError as error:  # of a table or of an integration
+            headline = f"example {index} of {self.source}: {error.headline}"
+            raise DataError(headline, *error.details) from error
         except (Exception, SystemExit) as error:
             why = describe_failure(self._definition, self.source.removesuffix("()"), error)
             raise DataError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from influence_cli.errors import DefinitionError
+from influence_cli.errors import DefinitionError, InfluenceError
 from influence_cli.run.source_texts import SourceFinder, install_finder
 from influence_cli.run.static_imports import find_imported_files
 
@@ -183,6 +183,9 @@ def describe_failure(definition: Definition, name: str, error: BaseException) ->
                 f"found:    def {function}{wrong}",
                 f"expected: def {function}({', '.join(ARGUMENTS[function])})",
             )
+    if isinstance(error, InfluenceError):  # of influence_cli.huggingface and other integrations
+        where = f"{name}() in {definition.path.name}"
+        return DefinitionError(f"{where}: {error.headline}", *error.details)
     return DefinitionError(
         f"{name}() in {definition.path.name} raised {type(error).__name__}: {error}",
         *list_user_frames(error, definition.path.parent),
