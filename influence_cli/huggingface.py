@@ -3,6 +3,6 @@
 `Task` holds what the functions of a definition return: model, examples, batches and losses.
 """
 
-from influence_cli.integrations.hf_task import Task
+from influence_cli.integrations.hf_task import HuggingFaceTask as Task
 
 __all__ = ["Task"]

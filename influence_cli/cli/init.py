@@ -115,10 +115,23 @@ def init(
     if path.exists():
         raise UsageProblem(f"{path} is there already", "name another folder, or delete it first")
     written = describe_run(directory, flags, template)
-    write_definition(directory, path, written.text)
     lines = [f"wrote {path}", *(f"  {choice}" for choice in written.choices)]
+    lines += convert_checkpoints(directory, written)
+    write_definition(directory, path, written.text)
     lines += [f"  CHANGE {note}" for note in written.notes]
     write_message("\n".join([*lines, f"next: influence inspect {directory}"]))
+
+
+def convert_checkpoints(directory: Path, written: "Written") -> list[str]:
+    """Write the safetensors files of a Lightning run. Returns lines that say so."""
+    if written.lightning_checkpoints is None:
+        return []
+    from influence_cli.cli.stderr_reporter import StderrReporter
+    from influence_cli.integrations.convert import convert_lightning
+
+    place = directory / "checkpoints"
+    saved = convert_lightning(written.lightning_checkpoints, place, StderrReporter())
+    return [f"  wrote {len(saved)} checkpoints into {place}"]
 
 
 def describe_run(directory: Path, flags: "InitFlags", template: str | None) -> "Written":

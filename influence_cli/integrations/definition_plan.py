@@ -1,6 +1,6 @@
 """Chooses what `influence init` writes for a folder, and reads its data to guess the columns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from influence_cli.errors import UsageProblem, listed
@@ -12,7 +12,11 @@ from influence_cli.integrations.definition_text import (
     write_hf_definition,
 )
 from influence_cli.integrations.image_tables import list_splits
-from influence_cli.integrations.run_folder import HuggingFaceFolder, open_folder
+from influence_cli.integrations.run_folder import (
+    HuggingFaceFolder,
+    find_lightning_checkpoints,
+    open_folder,
+)
 from influence_cli.integrations.tables import Table, table
 
 SAMPLE = 50  # rows that guesses look at
@@ -48,10 +52,35 @@ def plan_definition(run: Path, flags: InitFlags) -> Written | None:
             raise UsageProblem(f"{flag} {path}: no such file or folder")
     if flags.query_data is not None and flags.data is None:
         raise UsageProblem("--query-data without --data", "--data FILE names the training data")
-    folder = None if flags.model else open_folder(run, flags.base)
+    checkpoints = find_lightning_checkpoints(run)
+    if flags.model is not None:
+        return plan_lightning(run, checkpoints, flags)
+    folder = open_folder(run, flags.base)
     if folder is not None:
         return plan_hugging_face(run, folder, flags)
+    if checkpoints:
+        raise UsageProblem(
+            f"{run} holds Lightning checkpoints, which do not name their class",
+            f"found: {listed([path.name for path in checkpoints])}",
+            "influence init DIR --model package.module:Class names it",
+        )
     return None
+
+
+def plan_lightning(run: Path, checkpoints: list[Path], flags: InitFlags) -> Written:
+    """The definition of a Lightning run. Its checkpoints are still to be converted."""
+    from influence_cli.integrations.lightning_text import write_lightning_definition
+
+    assert flags.model is not None
+    rows = data = None
+    if flags.data is not None:
+        data = choose_data(flags.data, flags.query_data)
+        rows = table(flags.data, data.train_split)
+    written = write_lightning_definition(
+        run, flags.model, checkpoints, data, rows, flags.text, flags.label, flags.id
+    )
+    source = checkpoints[0].parent if checkpoints else None
+    return replace(written, lightning_checkpoints=source)
 
 
 def plan_hugging_face(run: Path, folder: HuggingFaceFolder, flags: InitFlags) -> Written:

@@ -122,6 +122,7 @@ class Written:
     text: str
     notes: tuple[str, ...] = ()  # lines to CHANGE
     choices: tuple[str, ...] = ()  # what was guessed
+    lightning_checkpoints: Path | None = None  # a folder of files to convert
 
 
 def write_hf_definition(

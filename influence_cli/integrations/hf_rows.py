@@ -11,13 +11,18 @@ from influence_cli.integrations import hf_encoding as encoding
 from influence_cli.integrations.hf_encoding import Example, Row
 
 if TYPE_CHECKING:
-    from influence_cli.integrations.hf_task import Task
+    from influence_cli.integrations.hf_task import HuggingFaceTask
 
 GENERIC = "LABEL_0"  # config.json of a model whose classes have no names
 
 
-def encode_row(task: "Task", row: Row) -> Example:
-    """One example: tensors for the model, `text` for people, `id`."""
+def encode_row(task: "HuggingFaceTask", row: Row) -> Example:
+    """One example: tensors for the model, `text` for people, `id`.
+
+    A row {"text": ...}, as --query TEXT gives it, is read as the task's only column of text.
+    """
+    if len(task.text) == 1 and task.text[0] not in row and "text" in row:
+        row = {**row, task.text[0]: row["text"]}
     if encoding.is_encoded(row):
         example = complete_encoded(task, encoding.encoded_columns(row))
     else:
@@ -28,11 +33,11 @@ def encode_row(task: "Task", row: Row) -> Example:
     elif task.image is not None and isinstance(row.get(task.image), str):
         example["text"] = row[task.image]
     if task.id is not None:
-        example["id"] = encoding.read_column(row, task.id)
+        example["id"] = row.get(task.id)
     return example
 
 
-def complete_encoded(task: "Task", example: Example) -> Example:
+def complete_encoded(task: "HuggingFaceTask", example: Example) -> Example:
     """Adds the labels that a tokenised row of a language model leaves out."""
     if task.kind == "causal-lm" and "labels" not in example:
         ids = example["input_ids"]
@@ -47,7 +52,7 @@ def complete_encoded(task: "Task", example: Example) -> Example:
     return example
 
 
-def encode_inputs(task: "Task", row: Row) -> Example:
+def encode_inputs(task: "HuggingFaceTask", row: Row) -> Example:
     if task.kind == "image-classification":
         image = encoding.read_column(row, task.image or "image")
         example: Example = {"pixel_values": encoding.encode_image(task.processor, image)}
@@ -65,13 +70,13 @@ def encode_inputs(task: "Task", row: Row) -> Example:
     return masked(task, example) if task.kind == "masked-lm" else add_label(task, example, row)
 
 
-def masked(task: "Task", example: Example) -> Example:
+def masked(task: "HuggingFaceTask", example: Example) -> Example:
     return encoding.mask_tokens(
         task.tokenizer, example, task.mask_probability, task.mask_seed, task.config.vocab_size
     )
 
 
-def encode_pair(task: "Task", row: Row) -> Example:
+def encode_pair(task: "HuggingFaceTask", row: Row) -> Example:
     """Source and target of a sequence-to-sequence model: the two columns of `text`."""
     source, *targets = task.text or ("text",)
     target = targets[0] if targets else task.label or "target"
@@ -85,7 +90,7 @@ def encode_pair(task: "Task", row: Row) -> Example:
     return {**example, "labels": torch.tensor(labels["input_ids"])}
 
 
-def encode_tagged(task: "Task", row: Row) -> Example:
+def encode_tagged(task: "HuggingFaceTask", row: Row) -> Example:
     (words,) = encoding.read_texts(row, task.text or ("tokens",))
     words = words.split() if isinstance(words, str) else words
     labels = None
@@ -102,7 +107,7 @@ def encode_tagged(task: "Task", row: Row) -> Example:
 
 
 # ---------------------------------------------------------------- labels
-def add_label(task: "Task", example: Example, row: Row) -> Example:
+def add_label(task: "HuggingFaceTask", example: Example, row: Row) -> Example:
     """A row without a label gives an example without `labels`: for predictions to explain."""
     value = row.get(task.label) if task.label is not None else None
     if value is None or value == "":
@@ -110,7 +115,7 @@ def add_label(task: "Task", example: Example, row: Row) -> Example:
     return {**example, "labels": label_tensor(task, value)}
 
 
-def label_tensor(task: "Task", value: Any) -> Tensor:  # Any: the user's label
+def label_tensor(task: "HuggingFaceTask", value: Any) -> Tensor:  # Any: the user's label
     """The label as the model takes it: a class number, a value, or a vector of classes."""
     if isinstance(value, Tensor | torch.Size) or hasattr(value, "tolist"):
         value = value.tolist()
@@ -129,7 +134,7 @@ def read_number(value: Any) -> Any:  # Any: a number or a list of numbers
         raise DataError(f"the label {value!r} is no number", "expected: a number") from None
 
 
-def class_vector(task: "Task", value: Any) -> list[float]:  # Any: the user's label
+def class_vector(task: "HuggingFaceTask", value: Any) -> list[float]:  # Any: the user's label
     """One number per class: 1 for each class that the example has."""
     count = task.config.num_labels
     if not is_list(value):
@@ -144,7 +149,7 @@ def class_vector(task: "Task", value: Any) -> list[float]:  # Any: the user's la
     return vector
 
 
-def class_number(task: "Task", value: Any) -> int:  # Any: the user's label
+def class_number(task: "HuggingFaceTask", value: Any) -> int:  # Any: the user's label
     """The number of a class, given as a number or by its name. Raises DataError."""
     names = {str(name): int(number) for name, number in (task.config.label2id or {}).items()}
     if isinstance(value, str) and value in names:
@@ -162,7 +167,7 @@ def class_number(task: "Task", value: Any) -> int:  # Any: the user's label
     return number
 
 
-def label_text(task: "Task", example: Mapping[str, Any]) -> str | None:
+def label_text(task: "HuggingFaceTask", example: Mapping[str, Any]) -> str | None:
     labels = example.get("labels")
     if labels is None or task.kind in ("causal-lm", "masked-lm", "token-classification"):
         return None

@@ -49,7 +49,7 @@ LONGEST = 100_000  # tokenizers without a limit name a larger number
 
 
 @dataclass(frozen=True)
-class Task:
+class HuggingFaceTask:
     """What a definition.py asks of a Hugging Face run.
 
     `kind`: one of KINDS. `folder`: a checkpoint folder with config.json, or with
@@ -263,7 +263,7 @@ class Task:
 class EncodedRows:
     """Rows as examples, encoded when they are read."""
 
-    def __init__(self, rows: Any, task: Task) -> None:  # Any: a sequence of rows
+    def __init__(self, rows: Any, task: HuggingFaceTask) -> None:  # Any: a sequence of rows
         self.rows, self.task = rows, task
 
     def __len__(self) -> int:

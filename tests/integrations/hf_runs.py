@@ -281,6 +281,78 @@ def vit(folder: Path) -> Path:
     return folder
 
 
+LIGHTNING_MODULE = """
+import lightning
+import torch
+from torch import nn
+
+
+class LitNet(lightning.LightningModule):
+    def __init__(self, width, rate=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.Tanh(), nn.Dropout(0.1), nn.Linear(width, 3))
+
+    def training_step(self, batch, batch_index):
+        pixels, labels = batch
+        loss = nn.functional.cross_entropy(self.net(pixels), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.rate)
+"""
+
+
+def lightning_net(folder: Path) -> Path:
+    """A Lightning module with its .ckpt files, and an npz file of pictures."""
+    import importlib.util
+    import logging
+    import warnings
+
+    import numpy as np
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    arrays = {
+        f"x_{split}": generator.integers(0, 256, (number, 4, 4), dtype=np.uint8)
+        for split, number in (("train", 24), ("test", 4))
+    }
+    arrays |= {
+        f"y_{split}": generator.integers(0, 3, number)
+        for split, number in (("train", 24), ("test", 4))
+    }
+    np.savez(folder / "pictures.npz", **arrays)
+    (folder / "mynet.py").write_text(LIGHTNING_MODULE)
+    spec = importlib.util.spec_from_file_location("mynet", folder / "mynet.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mynet"] = module
+    spec.loader.exec_module(module)
+    data = torch.utils.data.TensorDataset(
+        torch.from_numpy(arrays["x_train"]).float() / 255, torch.from_numpy(arrays["y_train"])
+    )
+    torch.manual_seed(0)
+    saver = ModelCheckpoint(every_n_train_steps=6, save_top_k=-1)
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        default_root_dir=folder,
+        callbacks=[saver],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=lightning.pytorch.loggers.CSVLogger(folder),
+    )
+    trainer.fit(
+        module.LitNet(width=8), torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+    )
+    return folder
+
+
 RUNS = {run.__name__: run for run in (bert_pairs, gpt2_sharded, llama_bf16, lora_bert, vit)}
 
 if __name__ == "__main__":

@@ -249,3 +249,23 @@ def test_words_are_those_of_the_embedding_that_token_ids_go_through(runs, influe
         "bert.embeddings.word_embeddings",
     )
     assert named.out == result.out
+
+
+def test_a_model_saved_into_the_folder_itself_is_one_checkpoint(runs, influence, tmp_path):
+    """As trainer.save_model(DIR) leaves it: no checkpoint-N, no step."""
+    import shutil
+
+    folder = runs("gpt2_sharded")
+    place = tmp_path / "model"
+    shutil.copytree(folder / "out/checkpoint-20", place)
+    (place / "trainer_state.json").unlink()
+    result = influence(
+        "init", place, "--data", folder / "train.csv", "--query-data", folder / "test.jsonl"
+    )
+    assert result.code == 0, result.err
+    result = influence("score", place, "--method", "grad-dot", "--top", "all")
+    assert result.code == 0, result.err
+    assert "holds one saved model and no checkpoint-N; influence reads it as step 1" in result.err
+    scores(influence, folder)
+    expected = influence("score", folder / "out", "--method", "grad-dot", "--top", "all")
+    assert [row["score"] for row in result.rows] == [row["score"] for row in expected.rows]

@@ -238,7 +238,7 @@ def test_a_folder_of_several_splits_names_them(tmp_path):
     with pytest.raises(DataError, match=r"data holds 2 splits(.|\n)*found: train, test"):
         table(tmp_path / "data")
     assert table(tmp_path / "data" / "train")[2] == ROWS[2]
-    with pytest.raises(DataError, match="not one that datasets' save_to_disk wrote"):
+    with pytest.raises(DataError, match="holds no data set"):
         table(tmp_path)
 
 
