@@ -131,7 +131,7 @@ def convert_checkpoints(directory: Path, written: "Written") -> list[str]:
 
     place = directory / "checkpoints"
     saved = convert_lightning(written.lightning_checkpoints, place, StderrReporter())
-    return [f"  wrote {len(saved)} checkpoints into {place}"]
+    return [f"  wrote into {place}: {', '.join(path.name for path in saved)}"]
 
 
 def describe_run(directory: Path, flags: "InitFlags", template: str | None) -> "Written":

@@ -1,6 +1,7 @@
 """How each kind of task reads its rows and labels."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ def encode_row(task: "HuggingFaceTask", row: Row) -> Example:
     if texts:
         example["text"] = " | ".join(texts)
     elif task.image is not None and isinstance(row.get(task.image), str):
-        example["text"] = row[task.image]
+        example["text"] = "/".join(Path(row[task.image]).parts[-2:])
     if task.id is not None:
         example["id"] = row.get(task.id)
     return example

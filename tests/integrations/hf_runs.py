@@ -353,7 +353,8 @@ def lightning_net(folder: Path) -> Path:
     return folder
 
 
-RUNS = {run.__name__: run for run in (bert_pairs, gpt2_sharded, llama_bf16, lora_bert, vit)}
+HUGGING_FACE = {run.__name__: run for run in (bert_pairs, gpt2_sharded, llama_bf16, lora_bert, vit)}
+RUNS = HUGGING_FACE | {"lightning_net": lightning_net}
 
 if __name__ == "__main__":
     RUNS[sys.argv[1]](Path(sys.argv[2]))

@@ -198,7 +198,7 @@ def test_a_vision_transformer_reads_folders_of_pictures(runs, influence):
     agree(computed, reference_scores(folder, ViTForImageClassification.from_pretrained, inputs_of))
 
 
-@pytest.mark.parametrize("name", hf_runs.RUNS)
+@pytest.mark.parametrize("name", hf_runs.HUGGING_FACE)
 def test_check_passes_and_compares_the_loss_with_the_models_own(name, runs, influence):
     folder = runs(name)
     if not (folder / "out/definition.py").exists():
