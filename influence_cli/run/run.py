@@ -82,20 +82,10 @@ class Run:
         return read_trajectory(self.trajectory_path, len(trained))
 
 
-def open_run(
-    folder: Path,
-    definition: Path | None = None,
-    checkpoints: Path | None = None,
-    trajectory: Path | None = None,
-    precision: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> Run:
-    """Opens a run folder: loads the definition, builds the model, and checks the header of every
-    checkpoint against it.
-
-    `precision`: of the model and of floating-point batch tensors; None: the model's own.
-    Raises InfluenceError kinds for whatever does not fit.
-    """
+def check_paths(
+    folder: Path, definition: Path | None, checkpoints: Path | None, trajectory: Path | None
+) -> None:
+    """Raises UsageProblem for a file or folder that does not exist."""
     if not folder.is_dir():
         raise UsageProblem(
             f"no run at {folder}",
@@ -116,6 +106,23 @@ def open_run(
         raise UsageProblem(
             f"--trajectory {trajectory}: no such file", "expected: a file like RUN/trajectory.jsonl"
         )
+
+
+def open_run(
+    folder: Path,
+    definition: Path | None = None,
+    checkpoints: Path | None = None,
+    trajectory: Path | None = None,
+    precision: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Run:
+    """Opens a run folder: loads the definition, builds the model, and checks the header of every
+    checkpoint against it.
+
+    `precision`: of the model and of floating-point batch tensors; None: the model's own.
+    Raises InfluenceError kinds for whatever does not fit.
+    """
+    check_paths(folder, definition, checkpoints, trajectory)
     loaded = load_definition(definition or folder / "definition.py")
     saved = find_checkpoints(folder, checkpoints)
     model = parameters.build_model(loaded)
