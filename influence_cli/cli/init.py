@@ -158,7 +158,7 @@ def describe_run(directory: Path, flags: "InitFlags", template: str | None) -> "
     name = one_of("--template", template or TEMPLATES[0], TEMPLATES)
     text = (Path(__file__).parent / "templates" / f"{name}.py").read_text(encoding="utf-8")
     place = directory / "checkpoints"
-    return Written(text, (f"the lines marked so, and put checkpoints into {place}",))
+    return Written(text, choices=(f"edit its lines with CHANGE, and put checkpoints into {place}",))
 
 
 def write_definition(directory: Path, path: Path, text: str) -> None:

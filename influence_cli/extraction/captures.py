@@ -249,18 +249,22 @@ class Captures:
             return check(batch, [single(i) for i in range(len(first))])
         except LossCountError as error:
             self.batches.refuse_dropped(split, first)
+            self.batches.refuse_dropped(split, self._order_sample(split))
             raise error
         except InfluenceError:
             raise
         except (Exception, SystemExit) as error:
             raise self.batches.explained(split, error, len(first)) from error
 
+    def _order_sample(self, split: str) -> np.ndarray:
+        most = min(ORDER_SAMPLE, self._most or ORDER_SAMPLE)
+        return np.arange(min(most, len(self.run.examples(split))))
+
     def _in_order(self, split: str, capture: AnyCapture) -> bool:
         """Whether examples have the same losses in a batch and alone. Raises GradientError where
         a batch has them in another order.
         """
-        most = min(ORDER_SAMPLE, self._most or ORDER_SAMPLE)
-        ids = np.arange(min(most, len(self.run.examples(split))))
+        ids = self._order_sample(split)
         batch, single = self.batches.of(split, ids)
 
         def losses(examples: Batch, size: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def test_a_new_cache_is_ignored_by_git(tmp_path):
 
 def test_the_digest_of_a_checkpoint_is_remembered(make_run, tmp_path):
     path = make_run() / "checkpoints" / "step-000010.safetensors"
-    checkpoint, memory = SimpleNamespace(step=10, files=(path,)), tmp_path / "memory.json"
+    checkpoint, memory = SimpleNamespace(step=10, files=(path,), base=""), tmp_path / "memory.json"
     key = checkpoint_key(checkpoint, memory)
     assert str(path) in memory.read_text()
     assert checkpoint_key(checkpoint, memory) == key == checkpoint_key(checkpoint, None)

@@ -98,9 +98,9 @@ def test_init_shows_a_folder_with_control_characters_escaped(tmp_path, influence
     result = influence("init", tmp_path / "new\x1b[31m")
     assert result.code == 0
     assert "\x1b" not in result.err
-    wrote, following = result.err.splitlines()
+    wrote, _, following = result.err.splitlines()
     assert wrote.endswith("new\\x1b[31m/definition.py")
-    assert following.startswith("next: edit it") and following.endswith("new\\x1b[31m")
+    assert following.startswith("next: influence inspect") and following.endswith("new\\x1b[31m")
 
 
 def test_a_stack_trace_of_debug_is_shown_escaped(tmp_path, influence):
