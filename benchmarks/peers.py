@@ -66,7 +66,7 @@ CANNOT |= {
 
 
 WALL, PROCESSOR = CLOCKS = (0, 1)
-LIMIT = 60.0
+LIMIT = 30.0
 
 
 class Failed(Exception):
