@@ -24,6 +24,7 @@ from influence_cli.gradients.row_products import Memo
 from influence_cli.methods.fused_products import FusedProducts
 from influence_cli.methods.pair_products import PairProducts, Units
 from influence_cli.methods.pairwise import (
+    MapRows,
     RankingFactory,
     mean_query_row,
     query_rows,
@@ -46,13 +47,18 @@ Columns = tuple[str, ...]  # columns that are multiplied as one
 
 
 def score(
-    source: GradientSource, request: ScoreRequest, new_ranking: RankingFactory
+    source: GradientSource,
+    request: ScoreRequest,
+    new_ranking: RankingFactory,
+    map_queries: MapRows | None = None,
 ) -> Iterator[ScoredQueries]:
-    """Scores of every requested training example, ranked per query."""
+    """Scores of every requested training example, ranked per query. `map_queries`: applied to the
+    gradients of queries before the products.
+    """
     rows_of = mean_query_row if request.sum_queries else query_rows
 
     def read_queries(number: int, ids: Ids) -> GradientRows:
-        return rows_of(source, request, request.checkpoints[number], ids)
+        return rows_of(source, request, request.checkpoints[number], ids, map_queries)
 
     def prepare(number: int, rows: GradientRows, by_column: bool) -> QueryGradients:
         return QueryGradients.of(request, number, rows, not by_column, source.device)

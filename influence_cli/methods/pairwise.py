@@ -45,6 +45,7 @@ RankingFactory = Callable[[int, int], Ranking]  # (queries, parts) -> an empty r
 LoadQueries = Callable[[Ids], Any]
 # (queries, blocks of ids, advance) -> of each block its scores and parts (1 + P, Q, N), float64
 ScoreBlocks = Callable[[Any, Iterator[np.ndarray], Advance], Iterator[np.ndarray]]
+MapRows = Callable[[GradientRows], GradientRows]
 LoadPass = Callable[[], list[Any]]  # -> the prepared queries of a pass, at each checkpoint
 
 
@@ -220,18 +221,32 @@ def merge_rankings(ranks: Ranks, ranking: Ranking) -> None:
 
 
 def query_rows(
-    source: GradientSource, request: ScoreRequest, checkpoint: Checkpoint, ids: Ids
+    source: GradientSource,
+    request: ScoreRequest,
+    checkpoint: Checkpoint,
+    ids: Ids,
+    map_rows: MapRows | None = None,
 ) -> GradientRows:
-    """Query gradients at one checkpoint, in memory, each in the form whose products cost least."""
+    """Query gradients at one checkpoint, in memory, each in the form whose products cost least.
+    `map_rows` is applied to them before.
+    """
     rows = concat_rows(list(source.read("query", checkpoint, list(request.columns), ids)))
+    if map_rows is not None:
+        rows = map_rows(rows)
     forms = {name: form.as_queries() for name, form in rows.forms.items()}
     return dataclasses.replace(rows, forms=forms)
 
 
 def mean_query_row(
-    source: GradientSource, request: ScoreRequest, checkpoint: Checkpoint, ids: Ids
+    source: GradientSource,
+    request: ScoreRequest,
+    checkpoint: Checkpoint,
+    ids: Ids,
+    map_rows: MapRows | None = None,
 ) -> GradientRows:
-    """--sum-queries: the mean query gradient at one checkpoint as one row, summed in float64."""
+    """--sum-queries: the mean query gradient at one checkpoint as one row, summed in float64.
+    `map_rows` is applied to it.
+    """
     sums: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     for rows in source.read("query", checkpoint, list(request.columns), ids):
@@ -246,7 +261,8 @@ def mean_query_row(
     }
     squares = {name: form.sqnorm() for name, form in forms.items()}
     one = torch.zeros(1, dtype=torch.float64)
-    return GradientRows(np.zeros(1, np.int64), one, one, squares, forms)
+    row = GradientRows(np.zeros(1, np.int64), one, one, squares, forms)
+    return row if map_rows is None else map_rows(row)
 
 
 def dtype_of(form: Form) -> torch.dtype:

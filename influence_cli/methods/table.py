@@ -2,13 +2,24 @@
 
 from collections.abc import Iterable
 
-from influence_cli.methods import dve, grad_cos, grad_dot, random, repsim, tracin, tracin_we, unroll
+from influence_cli.methods import (
+    dve,
+    grad_cos,
+    grad_dot,
+    influence,
+    random,
+    repsim,
+    tracin,
+    tracin_we,
+    unroll,
+)
 from influence_cli.methods.declaration import Method
 
 _METHODS = (
     tracin.METHOD,
     grad_dot.METHOD,
     grad_cos.METHOD,
+    influence.METHOD,
     dve.METHOD,
     unroll.METHOD,
     tracin_we.METHOD,

@@ -1,0 +1,51 @@
+"""Influence functions: the effect of an example through the curvature at one checkpoint
+(Koh and Liang 2017, arXiv:1703.04730; Grosse et al. 2023, arXiv:2308.03296).
+
+score(z, q) = g(q) . (H + damping)^{-1} g(z)
+
+H is an approximation to the mean of g g^T over all training examples, one block per parameter
+(preconditioners/kinds.py). Divided by the number of training examples, the score is the predicted
+rise of the query's loss if training had left z out. Score > 0: proponent.
+"""
+
+from dataclasses import dataclass
+
+from influence_cli.methods.declaration import Method, deferred, option
+from influence_cli.preconditioners.kinds import KINDS
+
+
+@dataclass(frozen=True)
+class InfluenceOptions:
+    """`curvature`: one of KINDS. `damping`: a number above 0, or "auto"."""
+
+    curvature: str = option(
+        "ekfac",
+        "Approximation to curvature: the empirical Fisher matrix of each parameter.",
+        "NAME",
+        choices=tuple(KINDS),
+    )
+    damping: str = option(
+        "auto",
+        "Number to add to the eigenvalues of the curvature. auto: a tenth of their mean, for each "
+        "parameter.",
+        "X|auto",
+    )
+
+
+METHOD = Method(
+    name="influence",
+    help="influence functions at one checkpoint: gradients through the inverse curvature",
+    question="How would the query's loss change if training had left this example out?",
+    needs="one checkpoint",
+    cost="as grad-dot, and one pass over all training gradients (ekfac: two) to fit the curvature",
+    source="Koh and Liang 2017, arXiv:1703.04730; Grosse et al. 2023, arXiv:2308.03296",
+    score=deferred("influence_cli.methods.influence_scores:score"),
+    options=InfluenceOptions,
+    parts=("layer",),
+    checkpoints="one",
+    weighted=False,
+    refuses={
+        "--normalize": "its scores are changes of a loss, not products that could be cosines",
+        "--candidates": "its curvature is that of the training data",
+    },
+)

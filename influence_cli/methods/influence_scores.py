@@ -1,0 +1,46 @@
+"""The heavy half of influence functions: fits the curvature, maps the queries by its inverse."""
+
+import math
+from collections.abc import Iterator
+
+from influence_cli.errors import UsageProblem, shown
+from influence_cli.extraction.source import GradientSource
+from influence_cli.methods import inner_products
+from influence_cli.methods.influence import InfluenceOptions
+from influence_cli.methods.pairwise import RankingFactory
+from influence_cli.methods.request import ScoredQueries, ScoreRequest
+from influence_cli.preconditioners.apply import Preconditioner
+from influence_cli.preconditioners.fit import fit_maps
+
+
+def score(
+    source: GradientSource, request: ScoreRequest, new_ranking: RankingFactory
+) -> Iterator[ScoredQueries]:
+    """The products of mapped query gradients with training gradients."""
+    options = request.options
+    assert isinstance(options, InfluenceOptions)
+    damping = read_damping(options.damping)
+    maps = fit_maps(source, request.checkpoints[0], list(request.columns), options.curvature)
+    preconditioner = Preconditioner.of(maps, damping)
+    if damping is None:
+        values = preconditioner.damping.values()
+        source.reporter.note(
+            f"--damping auto: {min(values):.3g} to {max(values):.3g}, a tenth of the mean "
+            "eigenvalue of each parameter"
+        )
+    return inner_products.score(source, request, new_ranking, preconditioner.apply)
+
+
+def read_damping(text: str) -> float | None:
+    """None for auto. Raises UsageProblem."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UsageProblem(
+            f"--damping {shown(text)}", "expected: auto, or a number above 0, such as 1e-4"
+        )
+    return value

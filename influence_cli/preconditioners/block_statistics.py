@@ -1,0 +1,168 @@
+"""Sums over the training gradients of one parameter, from which its curvature is made.
+
+Letters: N examples, S positions, O x I the gradient of an example as a matrix, D = O I numbers.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from influence_cli.gradients.forms import Factors, Form, Projected
+from influence_cli.gradients.sparse_forms import EmbeddingRows
+from influence_cli.preconditioners.kinds import LARGEST_BLOCK, LONGEST_SIDE, Basis
+
+
+def matrix_shape(form: Form) -> tuple[int, int]:
+    """(O, I): a vector, and projected numbers, are a matrix with one column."""
+    if isinstance(form, Projected) or len(form.shape) < 2:
+        return (form.dense().values.shape[1] if isinstance(form, Projected) else form.shape[0]), 1
+    return form.shape[0], math.prod(form.shape[1:])
+
+
+def choose_basis(form: Form, wanted: Basis) -> Basis:
+    """The basis that this parameter's gradients allow: factors only where the form has them, a
+    full matrix only for few numbers.
+    """
+    rows, columns = matrix_shape(form)
+    if columns == 1 and rows <= LARGEST_BLOCK:
+        return "full"  # L of a vector is its full matrix
+    if wanted == "full" and rows * columns > LARGEST_BLOCK:
+        return "moments"
+    if wanted == "factors" and not isinstance(form, Factors):
+        return "moments"
+    return wanted
+
+
+def matrices(form: Form) -> Iterator[Tensor]:
+    """(n, O, I) the gradients of some examples at a time, float64."""
+    shape = matrix_shape(form)
+    for _, values in form.parts():
+        yield values.view(len(values), *shape).double()
+
+
+def new_side(length: int, device: torch.device) -> Tensor:
+    """Zeros: (n, n), or (n,) for a side that is too long for a matrix."""
+    shape = (length, length) if length <= LONGEST_SIDE else (length,)
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def add_products(total: Tensor, rows_NX: Tensor) -> None:
+    """total += rows^T rows, or its diagonal."""
+    if total.dim() == 2:
+        total.addmm_(rows_NX.T, rows_NX)
+    else:
+        total += rows_NX.square().sum(0)
+
+
+@dataclass
+class BlockMoments:
+    """The first pass over one parameter. `left`: (O, O) or (O,), `right`: (I, I) or (I,); of the
+    basis "full" `left` is (D, D) and `right` is empty. `examples`, `positions`: what they sum over.
+    """
+
+    basis: Basis
+    shape: tuple[int, int]
+    left: Tensor
+    right: Tensor
+    examples: int = 0
+    positions: int = 0
+
+    @classmethod
+    def start(cls, form: Form, wanted: Basis) -> "BlockMoments":
+        basis, shape = choose_basis(form, wanted), matrix_shape(form)
+        if basis == "full":
+            left = new_side(shape[0] * shape[1], form.device)
+            return cls(basis, shape, left, torch.zeros(0, dtype=torch.float64))
+        return cls(basis, shape, new_side(shape[0], form.device), new_side(shape[1], form.device))
+
+    def add(self, form: Form) -> None:
+        """The gradients of some more examples."""
+        self.examples += len(form)
+        if self.basis == "full":
+            for part_NOI in matrices(form):
+                add_products(self.left, part_NOI.flatten(1))
+        elif self.basis == "factors" and isinstance(form, Factors):
+            self._add_factors(form)
+        elif isinstance(form, Factors) and form.left.shape[1] == 1:
+            self._add_outer_products(form)
+        elif isinstance(form, EmbeddingRows):
+            self._add_embedding_rows(form)
+        else:
+            for part_NOI in matrices(form):
+                add_products(self.left, part_NOI.transpose(1, 2).flatten(0, 1))
+                add_products(self.right, part_NOI.flatten(0, 1))
+
+    def _add_factors(self, form: Factors) -> None:
+        """Positions without an output gradient are padding: they are no positions of the text."""
+        left, right = form.left.flatten(0, 1).double(), form.right.flatten(0, 1).double()
+        is_position = left.ne(0).any(1)
+        self.positions += int(is_position.sum())
+        add_products(self.left, left)
+        add_products(self.right, right[is_position])
+
+    def _add_outer_products(self, form: Factors) -> None:
+        """G = b a^T: G G^T = |a|^2 b b^T, and G^T G = |b|^2 a a^T."""
+        left, right = form.left[:, 0].double(), form.right[:, 0].double()
+        add_products(self.left, left * right.norm(dim=1, keepdim=True))
+        add_products(self.right, right * left.norm(dim=1, keepdim=True))
+
+    def _add_embedding_rows(self, form: EmbeddingRows) -> None:
+        """Rows of few tokens each. A long side of tokens keeps its diagonal alone."""
+        values = form.values.flatten(1).double()
+        add_products(self.right, values)
+        if self.left.dim() == 1:
+            self.left.index_add_(0, form.ids, values.square().sum(1))
+            return
+        for part_NOI in matrices(form):
+            add_products(self.left, part_NOI.transpose(1, 2).flatten(0, 1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        counts = torch.tensor([self.examples, self.positions, *self.shape])
+        return {"left": self.left, "right": self.right, "counts": counts}
+
+
+@dataclass
+class BlockDiagonal:
+    """The second pass: (O, I) sums of the squared gradients in a basis of eigenvectors. A side
+    without eigenvectors stays as it is.
+    """
+
+    left: Tensor | None  # (O, O), eigenvectors in columns
+    right: Tensor | None  # (I, I)
+    shape: tuple[int, int]
+    total: Tensor = field(default_factory=lambda: torch.zeros(0))
+    examples: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.total.numel():
+            self.total = torch.zeros(self.shape, dtype=torch.float64)
+
+    def add(self, form: Form) -> None:
+        self.examples += len(form)
+        if isinstance(form, Factors):
+            self._add_factors(form)
+        elif isinstance(form, EmbeddingRows) and self.left is None:
+            values = form.values.flatten(1).double()
+            rotated = values if self.right is None else values @ self.right
+            self.total.index_add_(0, form.ids, rotated.square())
+        else:
+            for part_NOI in matrices(form):
+                self.total += self.rotate(part_NOI).square().sum(0)
+
+    def _add_factors(self, form: Factors) -> None:
+        left, right = form.left.double(), form.right.double()
+        left = left if self.left is None else left @ self.left
+        right = right if self.right is None else right @ self.right
+        if left.shape[1] == 1:
+            self.total.addmm_(left[:, 0].square().T, right[:, 0].square())
+            return
+        for _, values in Factors(form.shape, left, right).parts():
+            self.total += values.view(len(values), *self.shape).square().sum(0)
+
+    def rotate(self, values_NOI: Tensor) -> Tensor:
+        if self.left is not None:
+            values_NOI = self.left.T @ values_NOI
+        return values_NOI if self.right is None else values_NOI @ self.right
