@@ -17,6 +17,8 @@ from influence_cli.gradients.sparse_forms import EmbeddingRows
 from influence_cli.preconditioners.block_maps import BlockMap
 from influence_cli.preconditioners.fit import AUTO_DAMPING
 
+ROUNDING = 1e-10  # of the mean eigenvalue: gradients of 1e-5 of the usual size
+
 
 @dataclass(frozen=True)
 class Preconditioner:
@@ -27,8 +29,9 @@ class Preconditioner:
 
     @classmethod
     def of(cls, maps: Mapping[str, BlockMap], damping: float | None) -> "Preconditioner":
-        """`damping`: None chooses 0.1 of each parameter's mean eigenvalue; a parameter without any
-        gradient gets 0.1 of the mean over all.
+        """`damping`: None chooses 0.1 of each parameter's mean eigenvalue, and at least ROUNDING of
+        the mean over all parameters: the inverse must not enlarge gradients that are rounding
+        error, as those of an attention key's bias are.
 
         Raises GradientError where every training gradient is 0.
         """
@@ -41,7 +44,8 @@ class Preconditioner:
                 "every training gradient is 0, so the curvature is 0",
                 "--damping X gives a number to add to it",
             )
-        return cls(maps, {name: AUTO_DAMPING * (mean or overall) for name, mean in means.items()})
+        least = ROUNDING * overall
+        return cls(maps, {name: max(AUTO_DAMPING * mean, least) for name, mean in means.items()})
 
     def apply(self, rows: GradientRows) -> GradientRows:
         """The same rows with mapped gradients, and the norms of these."""

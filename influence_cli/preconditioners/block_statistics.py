@@ -37,22 +37,24 @@ def choose_basis(form: Form, wanted: Basis) -> Basis:
 
 
 def matrices(form: Form) -> Iterator[Tensor]:
-    """(n, O, I) the gradients of some examples at a time, float64."""
+    """(n, O, I) the gradients of some examples at a time. The next part may overwrite it."""
     shape = matrix_shape(form)
     for _, values in form.parts():
-        yield values.view(len(values), *shape).double()
+        yield values.view(len(values), *shape)
 
 
-def new_side(length: int, device: torch.device) -> Tensor:
+def new_side(length: int, is_diagonal: bool = False) -> Tensor:
     """Zeros: (n, n), or (n,) for a side that is too long for a matrix."""
-    shape = (length, length) if length <= LONGEST_SIDE else (length,)
-    return torch.zeros(shape, dtype=torch.float64, device=device)
+    is_matrix = length <= LONGEST_SIDE and not is_diagonal
+    return torch.zeros((length, length) if is_matrix else (length,), dtype=torch.float64)
 
 
 def add_products(total: Tensor, rows_NX: Tensor) -> None:
-    """total += rows^T rows, or its diagonal."""
+    """total += rows^T rows, or its diagonal. Products have the precision of the rows, sums of units
+    float64.
+    """
     if total.dim() == 2:
-        total.addmm_(rows_NX.T, rows_NX)
+        total += rows_NX.T @ rows_NX
     else:
         total += rows_NX.square().sum(0)
 
@@ -74,9 +76,10 @@ class BlockMoments:
     def start(cls, form: Form, wanted: Basis) -> "BlockMoments":
         basis, shape = choose_basis(form, wanted), matrix_shape(form)
         if basis == "full":
-            left = new_side(shape[0] * shape[1], form.device)
-            return cls(basis, shape, left, torch.zeros(0, dtype=torch.float64))
-        return cls(basis, shape, new_side(shape[0], form.device), new_side(shape[1], form.device))
+            empty = torch.zeros(0, 0, dtype=torch.float64)
+            return cls(basis, shape, new_side(shape[0] * shape[1]), empty)
+        left = new_side(shape[0], is_diagonal=isinstance(form, EmbeddingRows))
+        return cls(basis, shape, left, new_side(shape[1]))
 
     def add(self, form: Form) -> None:
         """The gradients of some more examples."""
@@ -97,7 +100,7 @@ class BlockMoments:
 
     def _add_factors(self, form: Factors) -> None:
         """Positions without an output gradient are padding: they are no positions of the text."""
-        left, right = form.left.flatten(0, 1).double(), form.right.flatten(0, 1).double()
+        left, right = form.left.flatten(0, 1), form.right.flatten(0, 1)
         is_position = left.ne(0).any(1)
         self.positions += int(is_position.sum())
         add_products(self.left, left)
@@ -105,19 +108,15 @@ class BlockMoments:
 
     def _add_outer_products(self, form: Factors) -> None:
         """G = b a^T: G G^T = |a|^2 b b^T, and G^T G = |b|^2 a a^T."""
-        left, right = form.left[:, 0].double(), form.right[:, 0].double()
+        left, right = form.left[:, 0], form.right[:, 0]
         add_products(self.left, left * right.norm(dim=1, keepdim=True))
         add_products(self.right, right * left.norm(dim=1, keepdim=True))
 
     def _add_embedding_rows(self, form: EmbeddingRows) -> None:
-        """Rows of few tokens each. A long side of tokens keeps its diagonal alone."""
-        values = form.values.flatten(1).double()
+        """Rows of few tokens each. The side of tokens keeps its diagonal alone."""
+        values = form.values.flatten(1)
         add_products(self.right, values)
-        if self.left.dim() == 1:
-            self.left.index_add_(0, form.ids, values.square().sum(1))
-            return
-        for part_NOI in matrices(form):
-            add_products(self.left, part_NOI.transpose(1, 2).flatten(0, 1))
+        self.left.index_add_(0, form.ids, values.double().square().sum(1))
 
     def tensors(self) -> dict[str, Tensor]:
         counts = torch.tensor([self.examples, self.positions, *self.shape])
@@ -142,27 +141,26 @@ class BlockDiagonal:
 
     def add(self, form: Form) -> None:
         self.examples += len(form)
+        left, right = (
+            None if side is None else side.to(form.dtype) for side in (self.left, self.right)
+        )
         if isinstance(form, Factors):
-            self._add_factors(form)
-        elif isinstance(form, EmbeddingRows) and self.left is None:
-            values = form.values.flatten(1).double()
-            rotated = values if self.right is None else values @ self.right
-            self.total.index_add_(0, form.ids, rotated.square())
+            self._add_factors(form, left, right)
+        elif isinstance(form, EmbeddingRows) and left is None:
+            values = form.values.flatten(1)
+            rotated = values if right is None else values @ right
+            self.total.index_add_(0, form.ids, rotated.double().square())
         else:
             for part_NOI in matrices(form):
-                self.total += self.rotate(part_NOI).square().sum(0)
+                rotated = part_NOI if left is None else left.T @ part_NOI
+                rotated = rotated if right is None else rotated @ right
+                self.total += rotated.square().sum(0)
 
-    def _add_factors(self, form: Factors) -> None:
-        left, right = form.left.double(), form.right.double()
-        left = left if self.left is None else left @ self.left
-        right = right if self.right is None else right @ self.right
-        if left.shape[1] == 1:
-            self.total.addmm_(left[:, 0].square().T, right[:, 0].square())
+    def _add_factors(self, form: Factors, left: Tensor | None, right: Tensor | None) -> None:
+        lefts = form.left if left is None else form.left @ left
+        rights = form.right if right is None else form.right @ right
+        if lefts.shape[1] == 1:
+            self.total += lefts[:, 0].square().T @ rights[:, 0].square()
             return
-        for _, values in Factors(form.shape, left, right).parts():
+        for _, values in Factors(form.shape, lefts, rights).parts():
             self.total += values.view(len(values), *self.shape).square().sum(0)
-
-    def rotate(self, values_NOI: Tensor) -> Tensor:
-        if self.left is not None:
-            values_NOI = self.left.T @ values_NOI
-        return values_NOI if self.right is None else values_NOI @ self.right

@@ -82,9 +82,10 @@ def note_other_bases(fit: Fit, moments: Mapping[str, BlockMoments]) -> None:
     for name, sums in moments.items():
         if sums.basis not in (fit.kind.basis, "full"):
             others.setdefault(sums.basis, []).append(name)
-        elif sums.left.dim() == 1 or sums.right.dim() == 1:
+        if 1 in (sums.left.dim(), sums.right.dim()):
             others.setdefault("diagonal", []).append(name)
-    texts = {"moments": "shampoo", "diagonal": "shampoo with a diagonal for the long side"}
+    texts = {"moments": "shampoo's, because the cache has no factors of it"}
+    texts["diagonal"] = "a side of tokens, or of more than 4,096 rows, keeps its diagonal"
     for basis, names in others.items():
         fit.source.reporter.note(f"curvature of {listed(names)}: {texts[basis]}")
 

@@ -102,8 +102,8 @@ def test_multiples_of_one_matrix_of_rank_one_are_exact(kind):
 def test_ekfac_has_the_exact_diagonal_in_its_basis(name):
     form = FORMS[name]
     block = fit(form, "ekfac")
-    assert block.left is not None and block.right is not None
-    basis = torch.kron(block.left, block.right)
+    left = torch.eye(block.shape[0], dtype=torch.float64) if block.left is None else block.left
+    basis = torch.kron(left.contiguous(), block.right.contiguous())
     expected = (basis.T @ empirical_fisher(form) @ basis).diagonal()
     assert torch.allclose(block.eigenvalues.flatten(), expected, atol=1e-12)
 
@@ -129,11 +129,12 @@ def test_kfac_leaves_padding_out_of_the_mean_over_positions():
 
 
 @pytest.mark.parametrize("kind", ["shampoo", "ekfac"])
-def test_a_long_side_keeps_its_diagonal(kind, monkeypatch):
+@pytest.mark.parametrize("name", ["embedding", "long dense weight"])
+def test_a_side_of_tokens_and_a_long_side_keep_their_diagonal(name, kind, monkeypatch):
     from influence_cli.preconditioners import block_statistics
 
     monkeypatch.setattr(block_statistics, "LONGEST_SIDE", 3)
-    form = FORMS["embedding"]
+    form = FORMS["embedding"] if name == "embedding" else Dense((5, 2), normal(3, 10))
     block = fit(form, kind)
     assert block.left is None and block.right is not None
     grads = form.dense().values.view(3, 5, 2)
@@ -149,3 +150,17 @@ def test_eigenvalues_are_never_below_zero():
     form = Dense((2, 3), normal(1, 6).expand(4, 6).clone())  # rank one: the others are rounding
     for kind in KINDS:
         assert (fit(form, kind).eigenvalues >= 0).all()
+
+
+def test_gradients_that_are_rounding_error_stay_small():
+    """Of two parameters one has gradients of 1e-9 of the other's: its scores must not be as large."""
+    from influence_cli.cache.gradient_rows import GradientRows
+    from influence_cli.preconditioners.apply import Preconditioner
+
+    forms = {"real": Dense((5,), normal(40, 5)), "noise": Dense((5,), 1e-9 * normal(40, 5, seed=1))}
+    maps = {name: fit(form, "fisher") for name, form in forms.items()}
+    none = torch.zeros(40)
+    rows = GradientRows(torch.arange(40).numpy(), none, none, {}, dict(forms))
+    mapped = Preconditioner.of(maps, None).apply(rows)
+    scores = {name: forms[name].dot(mapped.forms[name]).abs().max() for name in forms}
+    assert scores["noise"] < 1e-6 * scores["real"]
