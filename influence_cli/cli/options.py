@@ -141,6 +141,16 @@ By = Annotated[
         help=f"One row per part of each score; parts sum to it. {describe_parts()}.",
     ),
 ]
+Aggregate = Annotated[
+    str | None,
+    option(
+        "--aggregate",
+        metavar="HOW",
+        panel=RANKED,
+        help="How a score is made from its layers. sum; rank: their mean rank; vote:K: layers with "
+        "it in their top K minus those with it in their bottom K. [default: sum; vote is vote:10]",
+    ),
+]
 Normalize = Annotated[
     bool,
     option(
@@ -323,6 +333,7 @@ class Scored:
     lr: Lr = None
     lr_weights: LrWeights = None
     normalize: Normalize = False
+    aggregate: Aggregate = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.cli.opening import Opened
     from influence_cli.methods.declaration import Method
+    from influence_cli.methods.layer_aggregates import Aggregate
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.output.table_record import MakeRecord
     from influence_cli.output.tables import TableWriter
@@ -51,9 +52,10 @@ def score(
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
     sink = TableWriter.open(shown.format, shown.output, safe_cells=shown.safe_cells)
     specs.check_stdin(queries, train)
-    top, part = specs.top(shown.top), specs.shard(shard)
+    top, part, rule = specs.top(shown.top), specs.shard(shard), specs.aggregate(scored.aggregate)
     own_options = checked_options(chosen, method_flags, shared, scored, part)
     refuse_flags(chosen, {"--candidates": candidates is not None})
+    specs.check_aggregate(rule, part, chosen, scored.by)
 
     import_torch()
     from influence_cli.cli.opening import open_shared
@@ -69,7 +71,8 @@ def score(
     if not len(train_ids):  # an empty shard
         return write_scores(opened, chosen, iter(()), sink, scored.by, made)
     request = request_of(opened, chosen, own_options, scored, train_ids, query_ids)
-    write_scores(opened, chosen, score_rows(opened, chosen, request, top), sink, scored.by, made)
+    table_rows = score_rows(opened, chosen, request, rule, top)
+    write_scores(opened, chosen, table_rows, sink, scored.by, made)
 
 
 def score_flags(method: "Method", own_options: object, scored: options.Scored) -> dict[str, object]:
@@ -130,9 +133,14 @@ def checked_options(
 
 
 def score_rows(
-    opened: "Opened", method: "Method", request: "ScoreRequest", top: int | None
+    opened: "Opened",
+    method: "Method",
+    request: "ScoreRequest",
+    rule: "Aggregate | None",
+    top: int | None,
 ) -> Iterator[Sequence[object]]:
     """The rows of the table, query by query. `top`: rows of each kind and query, None: all."""
+    from influence_cli.methods.layer_aggregates import score_layers
     from influence_cli.output import columns
     from influence_cli.output.ranking import FullRanking, Ranking, TopRanking
 
@@ -140,7 +148,7 @@ def score_rows(
         return FullRanking(queries, parts) if top is None else TopRanking(queries, parts, top)
 
     names = request.groups.names if request.groups else None
-    for scored in method.score(opened.gradients, request, new_ranking):
+    for scored in score_layers(method, opened.gradients, request, new_ranking, rule):
         yield from columns.score_rows(
             scored.ranking,
             scored.queries,

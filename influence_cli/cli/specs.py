@@ -11,6 +11,8 @@ import numpy as np
 
 from influence_cli.errors import UsageProblem, listed
 from influence_cli.methods.declaration import Method
+from influence_cli.methods.layer_aggregates import VOTES, Aggregate
+from influence_cli.methods.table import METHODS
 from influence_cli.parallel.ranks import place_of
 from influence_cli.parallel.shards import Shard, parse_digits, parse_shard
 
@@ -161,6 +163,42 @@ def check_by(by: str | None, method: Method, group_by: str | None) -> None:
         raise UsageProblem(
             f"--by {by} splits the scores of pairs, --group-by sums them over groups",
             "give one of them",
+        )
+
+
+def aggregate(value: str | None) -> Aggregate | None:
+    """`--aggregate`; None: the sum over layers."""
+    match = re.fullmatch(r"(sum|rank)|vote(?::(\d+))?", value if value is not None else "sum")
+    votes = parse_digits(match[2]) if match and match[2] else VOTES
+    if not match or votes < 1:
+        raise UsageProblem(
+            f"--aggregate {str(value)[:LONGEST_SHOWN]}: unknown",
+            "expected: sum, rank, vote, or vote:K with a number K from 1",
+        )
+    return None if match[1] == "sum" else Aggregate(match[1] or "vote", votes)
+
+
+def check_aggregate(
+    rule: Aggregate | None, part: Shard | None, method: Method | None = None, by: str | None = None
+) -> None:
+    """`--aggregate rank|vote`: it orders all training examples by each layer of their scores."""
+    if rule is None:
+        return
+    if method is not None and "layer" not in method.parts:
+        names = [name for name, other in METHODS.items() if "layer" in other.parts]
+        raise UsageProblem(
+            f"--aggregate {rule}: the scores of {method.name} have no parts by layer",
+            f"methods that have them: {', '.join(names)}",
+        )
+    if by not in (None, "layer"):
+        raise UsageProblem(
+            f"--aggregate {rule} orders the layers' scores, --by {by} splits their sums",
+            "expected: --by layer, or none",
+        )
+    if part is not None:
+        raise UsageProblem(
+            f"--aggregate {rule} orders all training examples, --shard scores some of them",
+            "torchrun divides such work between ranks; --queries divides it between jobs",
         )
 
 

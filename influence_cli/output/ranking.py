@@ -116,6 +116,10 @@ class MergeableRanking(Ranking):
     def import_partial(self, partial: Any) -> None:
         """Add a partial ranking of another rank, of the same queries and other examples."""
 
+
+class SortedRanking(MergeableRanking):
+    """A ranking of sorted partial rankings."""
+
     @abstractmethod
     def sorted_partials(self, query: int) -> Iterable[Iterator[SortablePair]]:
         """The partial rankings of a query. Section: 0 proponents, 1 opponents; content: parts."""
@@ -147,7 +151,7 @@ class BestPairs:
             yield kind, -float(self.values[at]), int(self.ids[at]), parts
 
 
-class TopRanking(MergeableRanking):
+class TopRanking(SortedRanking):
     """The k highest scores above 0 and the k lowest below 0.
 
     With `signed` False: the k highest scores of any sign.
@@ -218,7 +222,7 @@ class TopRanking(MergeableRanking):
         return (entry for entry in super().entries(query) if entry.rank <= self.k)
 
 
-class FullRanking(MergeableRanking):
+class FullRanking(SortedRanking):
     """Every pair, sorted in runs in a temporary folder, and merged when read.
 
     Pairs of score 0 are the last proponents. With `signed` False: all pairs by falling score.

@@ -74,6 +74,8 @@ ALIKE = {
         ["--method", "tracin-we", "--by", "word", "--cache", "none", "--train", "@ids.txt"],
     ),
     "self": (4, ["--top", "20"]),
+    "score by the rank of layers": (2, ["--aggregate", "rank", "--by", "layer", "--top", "all"]),
+    "self by the votes of layers": (2, ["--aggregate", "vote:100"]),
 }
 
 
