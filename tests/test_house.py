@@ -43,6 +43,7 @@ MAY_USE = {
         "extraction",
         "gradients.curvature",
         "gradients.curvature_check",
+        "gradients.joint_projection",
         "gradients.sparse_forms",
         *FORMS,
         "methods",

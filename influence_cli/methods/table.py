@@ -11,6 +11,7 @@ from influence_cli.methods import (
     repsim,
     tracin,
     tracin_we,
+    trak,
     unroll,
 )
 from influence_cli.methods.declaration import Method
@@ -23,6 +24,7 @@ _METHODS = (
     dve.METHOD,
     unroll.METHOD,
     tracin_we.METHOD,
+    trak.METHOD,
     repsim.METHOD,
     random.METHOD,
 )

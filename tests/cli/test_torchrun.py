@@ -76,6 +76,7 @@ ALIKE = {
     "self": (4, ["--top", "20"]),
     "score by the rank of layers": (2, ["--aggregate", "rank", "--by", "layer", "--top", "all"]),
     "self by the votes of layers": (2, ["--aggregate", "vote:100"]),
+    "score by Gram matrices": (2, ["--method", "trak", "--project", "16", "--by", "layer"]),
 }
 
 

@@ -141,10 +141,19 @@ def test_noise_of_a_huge_scale_hides_a_perfect_layer_from_the_sum_alone():
     assert by_vote > 0.8  # some of them are in the bottom of a layer of noise
 
 
+FLAGS = (
+    "",
+    "--normalize",
+    "--method grad-cos",
+    "--method influence --curvature fisher",
+    "--method trak --project 4",
+)
+
+
 @pytest.mark.parametrize("how", ["rank", "vote:3", "vote"])
-@pytest.mark.parametrize("flags", [[], ["--method", "grad-cos"], ["--normalize"]])
+@pytest.mark.parametrize("flags", FLAGS)
 def test_scores_of_a_run_are_the_aggregates_of_its_layers(how, flags, make_run, influence):
-    flags = [*flags, "--top", "all", "--precision", "float64"]
+    flags = [*flags.split(), "--top", "all", "--precision", "float64"]
     run = make_run(definition=TEXTS)
     parts = expected_scores(influence("score", run, *flags, "--by", "layer"), how)
     actual = scores_of(influence("score", run, *flags, "--aggregate", how))
