@@ -168,5 +168,6 @@ def check_items_agree(stored: GradientRows, digests: torch.Tensor, split: str, c
         raise CacheError(
             f"the cache {cache} belongs to other data: example {first} of {split}_data() differs",
             f"compared {len(digests)} examples; {len(changed)} differ from the cached ones",
+            "the data changed, or definition.py reads it in another way",
             "--cache DIR starts another cache; or delete this one to recompute it",
         )

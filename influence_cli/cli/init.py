@@ -150,9 +150,9 @@ def describe_run(directory: Path, flags: "InitFlags", template: str | None) -> "
         return planned
     if flags.given():
         raise UsageProblem(
-            f"{flags.given()[0]}: {directory} holds no model that init knows",
+            f"{directory} holds no model that init knows",
             "expected: config.json or adapter_config.json in it or in checkpoint-N/, "
-            "or --model PKG:CLASS",
+            f"or --model PKG:CLASS; {flags.given()[0]} describes the data of a model",
             "influence init DIR writes a definition with random data to start from",
         )
     name = one_of("--template", template or TEMPLATES[0], TEMPLATES)

@@ -56,11 +56,16 @@ def find_sources(place: Path) -> list[Source]:
         return [Source(place, kind)]
     if (place / "checkpoints").is_dir():  # a Lightning version folder
         return find_sources(place / "checkpoints")
-    readable = [path for path in sorted(place.rglob("*.safetensors")) if path.is_file()][:3]
+    files = sorted(path for path in place.rglob("*.safetensors") if path.is_file())
+    readable = [path for path in files if ".influence" not in path.parts][:3]
     raise UsageProblem(
         f"{place} holds no checkpoint that needs converting",
         FORMATS,
-        *([f"influence reads safetensors as they are: {listed(readable)}"] if readable else []),
+        *(
+            [f"these are safetensors, which influence reads: {listed(readable)}"]
+            if readable
+            else []
+        ),
     )
 
 

@@ -184,7 +184,9 @@ def list_arguments(
         lines.append(f"    label_names={quoted(list(label_names))},  # CHANGE: in training's order")
         notes.append("label_names: config.json does not name the classes; the order is a guess")
     if columns.text and folder.max_length is not None:
-        lines.append(f"    max_length={folder.max_length},  # tokens; as in training")
+        lines.append(
+            f"    max_length={folder.max_length},  # tokens; CHANGE if training cut earlier"
+        )
     if columns.text and folder.kind == "causal-lm":
         lines.append("    end_of_text=False,  # CHANGE: True if training ended texts with a token")
         notes.append("end_of_text: whether training ended each text with the end token")

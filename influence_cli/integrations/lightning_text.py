@@ -193,5 +193,7 @@ def choose_arguments(
     is_picture = is_picture or (isinstance(sample, str) and not sample.replace(".", "").isdigit())
     if is_picture:
         arguments["scale"] = PIXELS
-        notes.append(f"scale: pixels are divided by {PIXELS}; training may have prepared them else")
+        notes.append(
+            f"scale: pixels are divided by {PIXELS}; training may have prepared them in another way"
+        )
     return arguments

@@ -84,10 +84,12 @@ def note_other_bases(fit: Fit, moments: Mapping[str, BlockMoments]) -> None:
             others.setdefault(sums.basis, []).append(name)
         if 1 in (sums.left.dim(), sums.right.dim()):
             others.setdefault("diagonal", []).append(name)
-    texts = {"moments": "shampoo's, because the cache has no factors of it"}
-    texts["diagonal"] = "a side of tokens, or of more than 4,096 rows, keeps its diagonal"
+    texts = {"moments": "use the approximation shampoo: their gradients are stored without factors"}
+    texts["diagonal"] = "have a diagonal for their tokens, or for a side of more than 4,096 rows"
     for basis, names in others.items():
-        fit.source.reporter.note(f"curvature of {listed(names)}: {texts[basis]}")
+        fit.source.reporter.note(
+            f"curvature: {len(names):,} of {len(moments):,} parameters {texts[basis]}: {listed(names, 3)}"
+        )
 
 
 # ---------------------------------------------------------------- the first pass

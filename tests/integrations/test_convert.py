@@ -328,7 +328,7 @@ def test_folders_without_checkpoints_say_what_is_expected(tmp_path, influence):
     refused(result, 2, "holds no checkpoint that needs converting", ".distcp")
     save_model(net(), str(tmp_path / "from" / "step-1.safetensors"))
     result = influence("convert", tmp_path / "from", tmp_path / "to")
-    refused(result, 2, "influence reads safetensors as they are", "step-1.safetensors")
+    refused(result, 2, "these are safetensors, which influence reads", "step-1.safetensors")
 
 
 def test_a_file_name_for_several_checkpoints_is_refused(tmp_path, influence):

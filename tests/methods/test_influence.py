@@ -239,4 +239,4 @@ def test_what_a_parameter_falls_back_to_is_named(make_run, influence, monkeypatc
     )
     result = influence("score", make_run("run", definition), *FLAGS)
     assert result.code == 0, result.err
-    assert "curvature of 1.weight: shampoo" in result.err
+    assert "use the approximation shampoo" in result.err and "1.weight" in result.err
