@@ -247,10 +247,8 @@ def late(run: Path, queries: int, flags: tuple[str, ...]) -> float:
     return float(np.mean([spearman(a, b) for a, b in zip(found.T, truth.T, strict=True)]))
 
 
-def evaluated(
-    run: Path, removals: int, queries: int, *flags: str
-) -> dict[str, dict[str, dict[str, str]]]:
-    """method -> row's query -> row, of the real command."""
+def evaluated(run: Path, removals: int, queries: int, *flags: str) -> dict[str, dict[str, str]]:
+    """method -> figure -> value, of the real command. The method "": what an error says."""
     command = [
         sys.executable,
         "-m",
@@ -268,18 +266,11 @@ def evaluated(
         check=False,
     )
     if done.returncode:
-        return {
-            "": {
-                "mean": {
-                    "spearman": done.stderr.splitlines()[
-                        -3 if len(done.stderr.splitlines()) > 2 else -1
-                    ]
-                }
-            }
-        }
-    found: dict[str, dict[str, dict[str, str]]] = {}
+        lines = done.stderr.splitlines()
+        return {"": {"error": lines[-3 if len(lines) > 2 else -1]}}
+    found: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(io.StringIO(done.stdout)):
-        found.setdefault(row["method"], {})[row["query"]] = row
+        found.setdefault(row["method"], {})[row["figure"]] = row["value"]
     return found
 
 
@@ -358,24 +349,25 @@ def main() -> None:
                 started = time.perf_counter()
                 found = evaluated(run, flags.removals, flags.queries, *given)
                 seconds = time.perf_counter() - started
-                for method, rows in found.items():
+                sizes = found.pop("retraining", {})
+                for method, figures in found.items():
                     if not method:  # an error
                         print(
-                            f"| {name} ({loss:.2f}) | {label} | {given[1]} | {rows['mean']['spearman']} |",
+                            f"| {name} ({loss:.2f}) | {label} | {given[1]} | {figures['error']} |",
                             flush=True,
                         )
                         continue
-                    mean, pooled = rows["mean"], rows["pooled"]
+                    names = ("spearman", "pearson", "pooled-spearman", "pooled-pearson")
                     numbers = " | ".join(
-                        f"{float(row[k]):.4f}" if row.get(k) else "-"
-                        for row in (mean, pooled)
-                        for k in ("spearman", "pearson")
+                        f"{float(figures[name]):.4f}" if figures.get(name) else "-"
+                        for name in names
                     )
                     if "unroll" in given:
                         numbers += f" | {late(run, flags.queries, given):.4f} | {seconds:.0f} s"
                     else:
                         numbers += " | | "
-                    ratio = f"{float(pooled['effect']) / max(1e-300, float(pooled['noise'])):.1e}"
+                    noise = max(1e-300, float(sizes["noise"]))
+                    ratio = f"{float(sizes['effect']) / noise:.1e}"
                     print(
                         f"| {name} ({loss:.2f}) | {label} | {method} | {numbers} | {ratio} |",
                         flush=True,

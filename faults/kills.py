@@ -6,6 +6,7 @@ or two processes on one cache, or both, or a rank of a job.
 
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -57,6 +58,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 # -N too: the fork had not yet installed its handlers
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 ALONE = ("init", "training")  # of two in one folder, the second is rightly refused
+# what evaluate writes about time, never the same twice: the last cell of a table, and the end of a
+# line of its results, which may be cut
+SECONDS = re.compile(rb', [0-9.]+ s(?=")|,( ("(s[^\n]*)?)?)?(?=\n|\Z)')
 SLOWER = 30  # a trial that takes so many times the undisturbed run hangs
 
 
@@ -115,7 +119,11 @@ class Moment:
 def results(place: Path) -> dict[str, bytes]:
     """The files that a command leaves: its table, and the cache. Not what it printed."""
     content = read_files(place)
-    return {name: text for name, text in content.items() if not name.startswith(("out-", "err-"))}
+    return {
+        name: SECONDS.sub(b"", text) if "/evaluate/" in name or name == "table.csv" else text
+        for name, text in content.items()
+        if not name.startswith(("out-", "err-"))
+    }
 
 
 def judge_end(ended: Ended, allowed: Collection[int | None], tally: Tally, trial: str) -> None:

@@ -14,8 +14,8 @@ from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
 
 if TYPE_CHECKING:
+    from influence_cli.evaluate.declaration import Figure
     from influence_cli.evaluate.declaration import Protocol as EvaluationProtocol
-    from influence_cli.evaluate.declaration import Row
     from influence_cli.methods.request import ScoreRequest
 
 Protocol = Annotated[
@@ -34,6 +34,17 @@ Methods = Annotated[
         help=f"Method to evaluate: {', '.join(METHODS)}. Repeatable.",
     ),
 ]
+By = Annotated[
+    str | None,
+    options.option(
+        "--by",
+        metavar="PART",
+        panel=options.RANKED,
+        help="Rows for each part of a figure, too: "
+        + ", ".join(dict.fromkeys(part for known in PROTOCOLS.values() for part in known.parts))
+        + ".",
+    ),
+]
 ProtocolFlags = flags_group(
     f"Options of {' and '.join(PROTOCOLS)}",
     {name: protocol.options for name, protocol in PROTOCOLS.items()}
@@ -49,6 +60,7 @@ def evaluate(
     protocol: Protocol,
     method: Methods = None,
     queries: options.Queries = None,
+    by: By = None,
     lr: options.Lr = None,
     lr_weights: options.LrWeights = None,
     trajectory: options.Trajectory = None,
@@ -57,38 +69,20 @@ def evaluate(
 ) -> None:
     """How well do scores predict what retraining does, on this run? It really retrains.
 
-    The table has one row per method and query. Finished retrainings are stored. If it is
-    interrupted, run the same command to resume.
+    The table has one row per figure, with its 95 % interval and its cost. Finished retrainings are
+    stored. If it is interrupted, run the same command to resume.
     """
     from influence_cli.cli import specs
-    from influence_cli.cli.method_options import (
-        build_options,
-        given_flags,
-        options_of_methods,
-        refuse_flags,
-    )
-    from influence_cli.methods.declaration import option_texts
+    from influence_cli.evaluate.declaration import table_columns, table_rows
     from influence_cli.output.tables import TableWriter
 
     chosen = PROTOCOLS[specs.one_of("PROTOCOL", protocol, PROTOCOLS)]
-    names = method or list(chosen.default_methods)
-    methods = [METHODS[specs.one_of("--method", name, METHODS)] for name in names]
+    chosen.check_part(by)
+    flags = RequestFlags(shared, queries, (lr, lr_weights), trajectory, by)
+    own_options, options_of = read_options(chosen, method, protocol_flags, flags)
     sink = TableWriter.open(format, output)
-    given = given_flags(protocol_flags)
-    texts = option_texts(chosen.options)
-    own_options = build_options(
-        chosen.options, {name: value for name, value in given.items() if name in texts}
-    )
-    specs.check_seed(shared.seed)
-    specs.check_rates(methods, lr, lr_weights)
-    options_of = options_of_methods(methods, given, chosen.options)
-    for evaluated in methods:
-        refuse_flags(
-            evaluated,
-            {"--project": shared.project is not None, "--layers": bool(shared.layers)},
-        )
-    requests = RequestFlags(shared, queries, (lr, lr_weights), trajectory)
-    sink.write(evaluate_methods(chosen, own_options, options_of, requests), chosen.columns)
+    figures = evaluate_methods(chosen, own_options, options_of, flags)
+    sink.write(table_rows(chosen.name, figures, by), table_columns(by))
 
 
 @dataclass(frozen=True)
@@ -99,6 +93,43 @@ class RequestFlags:
     queries: str | None
     rates: tuple[float | None, str | None]
     trajectory: Path | None
+    by: str | None
+
+
+def read_options(
+    protocol: "EvaluationProtocol", names: list[str] | None, own_flags: object, flags: RequestFlags
+) -> tuple[object, dict[str, object]]:
+    """The protocol's options, and those of each method to evaluate."""
+    from influence_cli.cli import specs
+    from influence_cli.cli.method_options import (
+        build_options,
+        given_flags,
+        options_of_methods,
+        refuse_flags,
+    )
+    from influence_cli.methods.declaration import option_texts
+
+    methods = [
+        METHODS[specs.one_of("--method", name, METHODS)]
+        for name in names or protocol.default_methods
+    ]
+    given = given_flags(own_flags)
+    own_names = option_texts(protocol.options)
+    own_options = build_options(
+        protocol.options, {name: value for name, value in given.items() if name in own_names}
+    )
+    specs.check_seed(flags.shared.seed)
+    specs.check_rates(methods, *flags.rates)
+    options_of = options_of_methods(methods, given, protocol.options)
+    shared = flags.shared
+    for method in methods:
+        protocol.check_method(method.name)
+        refuse_flags(
+            method, {"--project": shared.project is not None, "--layers": bool(shared.layers)}
+        )
+    for name in protocol.beside:
+        options_of.setdefault(name, METHODS[name].options())
+    return own_options, options_of
 
 
 def evaluate_methods(
@@ -106,8 +137,8 @@ def evaluate_methods(
     own_options: object,
     options_of: dict[str, object],
     flags: RequestFlags,
-) -> "Iterator[Row]":
-    """The protocol's rows. `own_options`: the protocol's, `options_of`: those of each method."""
+) -> "Iterator[Figure]":
+    """The protocol's figures. `own_options`: the protocol's, `options_of`: those of each method."""
     import_torch()
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
@@ -122,7 +153,7 @@ def evaluate_methods(
 
     requests = {name: request(name, own) for name, own in options_of.items()}
     work = EvaluationRequest(
-        requests, opened.checkpoints, ids, own_options, opened.seed, opened.folder
+        requests, opened.checkpoints, ids, own_options, opened.seed, opened.folder, flags.by
     )
     yield from protocol.evaluate(opened.gradients, work)
     opened.note_unverified()

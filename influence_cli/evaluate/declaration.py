@@ -1,14 +1,16 @@
-"""What a protocol declares about itself, and what it receives.
+"""What a protocol declares about itself, what it receives, and the table that all protocols share.
 
 This module imports no torch, so that `--help` answers at once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from influence_cli.errors import UsageProblem, counted
 from influence_cli.methods.declaration import option_texts
+from influence_cli.progress import format_duration
 
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
@@ -17,28 +19,68 @@ if TYPE_CHECKING:
     from influence_cli.run.checkpoints import Checkpoint
 
 Row = tuple[Any, ...]  # Any: text and numbers
+COLUMNS = ("method", "protocol", "figure", "value", "low", "high", "n", "cost")
+ALL = "all"  # the part of a figure that is about all queries, or all layers
+TRAINING = "retraining"  # in the column `method`: a figure of the measurements, not of scores
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the table, about the scores of a method. An absent number is an empty cell.
+
+    `low`, `high`: its 95 % interval. `count`: how many numbers it was computed from. `part`: the
+    query or layer that it is about. `cost`: of the measurements behind it.
+    """
+
+    method: str
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    count: int | None = None
+    cost: str = ""
+    part: str = ALL
 
 
 @dataclass(frozen=True)
 class Protocol:
     """One protocol: how good are scores on the run at hand?
 
-    `columns`: of its table. `method_options`: options of methods that it passes on.
+    `methods`: those that it can evaluate, () for all. `beside`: methods that it adds to those of
+    the user. `method_options`: options of methods that it passes on. `parts`: values of --by.
     """
 
     name: str
     help: str
-    columns: tuple[str, ...]
-    evaluate: "Callable[[GradientSource, EvaluationRequest], Iterator[Row]]"
+    evaluate: "Callable[[GradientSource, EvaluationRequest], Iterator[Figure]]"
     options: type
     example: str
     default_methods: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     method_options: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ("query",)
 
     @property
     def flags(self) -> tuple[str, ...]:
         """Names of all its options."""
         return (*option_texts(self.options), *self.method_options)
+
+    def check_method(self, method: str) -> None:
+        """Raises UsageProblem for a method that the protocol can't evaluate."""
+        if self.methods and method not in self.methods:
+            raise UsageProblem(
+                f"--method {method} does not apply to {self.name}",
+                f"expected: {', '.join(self.methods)}",
+            )
+
+    def check_part(self, part: str | None) -> None:
+        """Raises UsageProblem for a value of --by that the protocol does not have."""
+        if part is not None and part not in self.parts:
+            raise UsageProblem(
+                f"--by {part} does not apply to {self.name}",
+                f"expected: {', '.join(self.parts)}" if self.parts else "leave out --by",
+            )
 
 
 @dataclass(frozen=True)
@@ -51,3 +93,25 @@ class EvaluationRequest:
     options: object  # of the protocol's own class
     seed: int
     folder: Path | None = None  # of the cache; None: nothing is stored
+    by: str | None = None
+
+
+def table_columns(by: str | None) -> tuple[str, ...]:
+    """The columns of the table. `--by query` adds the column `query` behind `figure`."""
+    return COLUMNS if by is None else (*COLUMNS[:3], by, *COLUMNS[3:])
+
+
+def table_rows(protocol: str, figures: Iterable[Figure], by: str | None) -> Iterator[Row]:
+    """The rows of the table. Without `by` only those about all queries."""
+    for figure in figures:
+        if by is None and figure.part != ALL:
+            continue
+        part = () if by is None else (figure.part,)
+        interval = figure.value, figure.low, figure.high
+        yield (figure.method, protocol, figure.name, *part, *interval, figure.count, figure.cost)
+
+
+def describe_cost(trainings: int, seconds: float | None) -> str:
+    """`40 trainings, 12.3 s`. `seconds`: None where they are unknown."""
+    text = counted(trainings, "training")
+    return text if seconds is None else f"{text}, {format_duration(seconds)}"

@@ -5,7 +5,7 @@ Several processes may share a log. Each one adds under a lock, and adds no recor
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,21 @@ from influence_cli.storage.atomic import (
 )
 from influence_cli.storage.json_text import parse_sealed_json, seal_json
 
+Record = dict[str, Any]  # Any: JSON
+
+
+def content_of(record: Record) -> Record:
+    """A record without the seconds that it took, which are never the same twice."""
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def total_seconds(records: Iterable[Record]) -> float | None:
+    """The seconds that these results took; None if an older version stored no seconds."""
+    seconds = [record.get("seconds") for record in records]
+    if not all(isinstance(value, int | float) for value in seconds):
+        return None
+    return float(sum(value for value in seconds if value is not None))
+
 
 class ResultLog:
     """`records`: those of the file, then the added ones. No file: in memory only."""
@@ -30,12 +45,12 @@ class ResultLog:
         """
         self._path = path
         self._bytes = self._lines = 0  # of the file, that `records` has
-        self.records: list[dict[str, Any]] = []  # Any: JSON
+        self.records: list[Record] = []
         if path is not None and path.is_file():
             with report_disk_errors(path.parent), self._lock_file(path) as file:
                 self._read_new_lines(path, file)
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Append a record to the file and to `records`, unless another process has added it."""
         if self._path is None:
             self.records.append(record)
@@ -44,7 +59,7 @@ class ResultLog:
             make_folders(self._path.parent, self._path.parent.parent)
             with LineLog(self._path) as log, self._lock_file(self._path) as file:
                 self._read_new_lines(self._path, file)
-                if record not in self.records:
+                if content_of(record) not in map(content_of, self.records):
                     line = seal_json(json.dumps(record).encode())
                     log.append(line)
                     self.records.append(record)

@@ -24,12 +24,9 @@ class TslooOptions:
 PROTOCOL = Protocol(
     name="tsloo",
     help="leave one example out of one step, then continue training to the end",
-    columns=(
-        "method", "query", "spearman", "pearson", "removals", "effect", "noise", "query_label",
-    ),
     evaluate=deferred("influence_cli.evaluate.step_removals:evaluate"),
     options=TslooOptions,
     example="influence evaluate my_run tsloo --method dve --method tracin --queries 0:50",
     default_methods=("dve",),
     method_options=("curvature", "replay", "renormalize"),
-)  # fmt: skip
+)

@@ -3,7 +3,7 @@
 import pytest
 
 from influence_cli.errors import CacheError
-from influence_cli.evaluate.result_log import ResultLog
+from influence_cli.evaluate.result_log import ResultLog, total_seconds
 
 
 @pytest.fixture
@@ -41,3 +41,12 @@ def test_a_damaged_line_is_named(path):
     path.write_bytes(lines[0] + lines[1].replace(b"2", b"3", 1))
     with pytest.raises(CacheError, match="line 2 can't be read"):
         ResultLog(path)
+
+
+def test_the_seconds_of_a_result_do_not_make_it_another_one(path):
+    one, two = ResultLog(path), ResultLog(path)
+    one.add({"step": 1, "seconds": 2.0})
+    two.add({"step": 1, "seconds": 3.0})
+    assert two.records == ResultLog(path).records == [{"step": 1, "seconds": 2.0}]
+    assert total_seconds([*two.records, {"step": 2, "seconds": 1.5}]) == 3.5
+    assert total_seconds([*two.records, {"step": 2}]) is None  # of an older version

@@ -1,6 +1,7 @@
 """influence evaluate RUN tsloo against retraining written out, and that nothing of it is lost or done twice."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ from tests.training import change_state, definition_of, load, train
 
 def evaluate(influence, run, *flags):
     return influence("evaluate", run, "tsloo", "--removals", "10", *flags)
+
+
+def without_seconds(table: str) -> str:
+    return re.sub(r'"([0-9]+ trainings), [0-9.]+ s"', r"\1", table)
 
 
 def test_the_truth_is_that_of_retraining_written_out(tmp_path, influence):
@@ -49,38 +54,41 @@ def test_the_truth_is_that_of_retraining_written_out(tmp_path, influence):
         assert np.abs(change - np.array(removal["truth"])).max() < 1e-13
 
 
-def test_the_table_has_each_query_their_mean_and_all_pairs_and_dve_beats_tracin(
+def test_the_table_has_the_mean_over_queries_with_interval_and_cost_and_dve_beats_tracin(
     tmp_path, influence
 ):
     run = train(tmp_path / "run", steps=30, rate=0.5)
-    result = influence(
-        "evaluate", run, "tsloo", "--removals", "60", "--method", "dve", "--method", "tracin"
-    )
+    flags = ("tsloo", "--removals", "60", "--method", "dve", "--method", "tracin")
+    result = influence("evaluate", run, *flags)
     assert result.code == 0, result.err
-    assert list(result.rows[0]) == [
-        "method",
-        "query",
-        "spearman",
-        "pearson",
-        "removals",
-        "effect",
-        "noise",
-        "query_label",
-    ]
-    rows = {(row["method"], row["query"]): row for row in result.rows}
-    assert [query for method, query in rows if method == "dve"] == [
-        "0",
-        "1",
-        "2",
-        "3",
-        "4",
-        "mean",
-        "pooled",
-    ]
-    by_query = [float(rows["dve", str(query)]["spearman"]) for query in range(5)]
-    assert float(rows["dve", "mean"]["spearman"]) == pytest.approx(np.mean(by_query))
-    assert float(rows["dve", "mean"]["spearman"]) > 0.8 > float(rows["tracin", "mean"]["spearman"])
-    assert float(rows["dve", "pooled"]["noise"]) < 1e-12 < float(rows["dve", "pooled"]["effect"])
+    columns = ["method", "protocol", "figure", "value", "low", "high", "n", "cost"]
+    assert list(result.rows[0]) == columns
+    correlations = ("spearman", "pearson", "pooled-spearman", "pooled-pearson")
+    expected = [(method, name) for method in ("dve", "tracin") for name in correlations]
+    expected += [("retraining", "effect"), ("retraining", "noise")]
+    assert [(row["method"], row["figure"]) for row in result.rows] == expected
+    rows = {(row["method"], row["figure"]): row for row in result.rows}
+    dve, tracin = rows["dve", "spearman"], rows["tracin", "spearman"]
+    assert float(dve["value"]) > 0.8 > float(tracin["value"])
+    assert float(dve["low"]) < float(dve["value"]) < float(dve["high"])
+    assert (dve["n"], rows["dve", "pooled-spearman"]["n"]) == ("5", "300")
+    noise, effect = rows["retraining", "noise"]["value"], rows["retraining", "effect"]["value"]
+    assert float(noise) < 1e-12 < float(effect)
+    assert re.fullmatch(r"62 trainings, [0-9.]+ s", dve["cost"])
+
+
+def test_by_query_adds_a_row_for_each_query(tmp_path, influence):
+    run = train(tmp_path / "run", every=4)
+    without = evaluate(influence, run).rows
+    result = evaluate(influence, run, "--by", "query")
+    assert list(result.rows[0])[2:4] == ["figure", "query"]
+    of_dve = [row for row in result.rows if row["figure"] == "spearman"]
+    assert [row["query"] for row in of_dve] == ["0", "1", "2", "3", "4", "all"]
+    values = [float(row["value"]) for row in of_dve]
+    assert values[-1] == pytest.approx(np.mean(values[:-1]))
+    assert [row["n"] for row in of_dve] == ["10"] * 5 + ["5"]
+    rows = [{k: v for k, v in row.items() if k != "query"} for row in result.rows]
+    assert [row for row in rows if row in without] == without  # cost too: it is stored
 
 
 def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(
@@ -102,7 +110,7 @@ def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(
     path = next((run / ".influence" / "evaluate").glob("*.jsonl"))
     path.write_text(path.read_text() + '{"step": 3, "exam')
     monkeypatch.setattr(Replay, "advance", original)
-    assert evaluate(influence, run).out == whole
+    assert without_seconds(evaluate(influence, run).out) == without_seconds(whole)
     calls.clear()
     monkeypatch.setattr(
         Replay,
@@ -125,11 +133,11 @@ def test_a_changed_result_is_refused_and_one_of_an_older_version_is_read(tmp_pat
     path.write_text(text.replace('"truth": [', '"truth": [1', 1))
     refused(evaluate(influence, run), 1, "line 2 can't be read: it differs from its checksum")
     old = [
-        {key: value for key, value in json.loads(line).items() if key != "crc32"}
+        {k: v for k, v in json.loads(line).items() if k not in ("crc32", "seconds")}
         for line in text.splitlines()
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in old))
-    assert evaluate(influence, run).out == whole
+    assert evaluate(influence, run).out == without_seconds(whole)  # it stored no seconds
     old[1].pop("example")
     path.write_text("".join(json.dumps(record) + "\n" for record in old))
     refused(evaluate(influence, run), 1, "a damaged record: KeyError 'example'", "delete")
@@ -141,7 +149,8 @@ def test_results_from_another_optimizer_state_are_not_used(tmp_path, influence):
     before = evaluate(influence, run, "--method", "random").out
     change_state(run, 4)
     after = evaluate(influence, run, "--method", "random").out
-    assert after == evaluate(influence, run, "--method", "random", "--cache", "none").out != before
+    anew = evaluate(influence, run, "--method", "random", "--cache", "none").out
+    assert without_seconds(after) == without_seconds(anew) != without_seconds(before)
 
 
 def test_fewer_removals_are_the_first_of_more():
@@ -174,6 +183,7 @@ BAD = {
     "tsloo --method nothing": ("--method nothing: unknown",),
     "tsloo --lr 1": ("--method dve has no learning-rate weights",),
     "tsloo --steps 0": ("no step lies between",),
+    "tsloo --by layer": ("--by layer does not apply to tsloo", "expected: query"),
 }
 
 

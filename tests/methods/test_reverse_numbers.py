@@ -85,21 +85,23 @@ def test_effects_past_float64_are_refused(command, tmp_path, influence):
 @pytest.mark.parametrize("exponent", [-140, 140])
 def test_evaluate_does_not_depend_on_the_scale_of_the_loss(exponent, tmp_path, influence):
     flags = ("tsloo", "--method", "unroll", "--removals", "8", "--precision", "float64")
+    flags += ("--by", "query")
     rows = []
     for exponent_of_run in (0, exponent):
         numeric = NumericRun(exponent=exponent_of_run)
         run = build_numeric_run(numeric, tmp_path / f"{exponent_of_run}")
         result = influence("evaluate", run, *flags)
         assert result.code == 0, result.err
-        rows.append(result.rows)
-    assert len(rows[0]) == 7
-    for plain, scaled in zip(*rows, strict=True):
-        # one removal can take another rank where two effects are equal up to rounding
-        assert abs(float(plain["spearman"]) - float(scaled["spearman"])) < 0.02
-        assert float(scaled["effect"]) / 10.0**exponent == pytest.approx(
-            float(plain["effect"]), rel=1e-6
-        )
-    assert 0 < float(rows[1][-1]["noise"]) < float("inf")  # pooled
+        rows.append({(row["figure"], row["query"]): row["value"] for row in result.rows})
+    assert len(rows[0]) == 26
+    for (figure, query), plain in rows[0].items():
+        scaled = rows[1][figure, query]
+        if "spearman" in figure:
+            # one removal can take another rank where two effects are equal up to rounding
+            assert abs(float(plain) - float(scaled)) < 0.02
+        if figure == "effect":
+            assert float(scaled) / 10.0**exponent == pytest.approx(float(plain), rel=1e-6)
+    assert 0 < float(rows[1]["noise", "all"]) < float("inf")
 
 
 def test_evaluate_refuses_scores_that_are_not_finite(tmp_path, influence):
