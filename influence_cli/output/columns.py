@@ -20,8 +20,8 @@ CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "not
 METHOD_COLUMNS = ("method", "question", "needs", "cost", "source")
 PARTS = ("checkpoint", "layer", "step", "word")  # that --by can name
 # Column types. A column of IDS holds integers, or names: a query `all`, a group of examples.
-WHOLE_NUMBERS = frozenset({"rank"})
-FLOATS = frozenset({"score", "loss", "running", "error", "allowed"})
+WHOLE_NUMBERS = frozenset({"rank", "n"})
+FLOATS = frozenset({"score", "loss", "running", "error", "allowed", "value", "low", "high"})
 SELF_KEYS = ("score", "loss")  # the columns that `self` can sort by
 IDS = ("query", "train", "step")
 SPLIT_ENTRIES = 256  # ranked pairs that SplitScores gets at once

@@ -16,7 +16,9 @@ from influence_cli.output.visible import escape_controls
 
 PAGE = 1000  # rows that share the widths of their columns
 GAP = 2  # spaces after each column
-RIGHT_ALIGNED = frozenset({"rank", "score", "loss", "query", "train", "step", "running"})
+RIGHT_ALIGNED = frozenset(
+    {"rank", "score", "loss", "query", "train", "step", "running", "value", "low", "high", "n"}
+)
 COLOURS = {"proponent": "green", "opponent": "red", "ok": "green", "FAILED": "red"}
 COLOURED_COLUMNS = frozenset({"kind", "result"})
 STRONG_WORD, WEAK_WORD = 0.25, 0.05  # shares of a pair's score: bold from here, dim below
@@ -111,4 +113,4 @@ def shorten(text: str, width: int) -> str:
 def format_cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return escape_controls(" ".join(str(value).split()))
+    return "" if value is None else escape_controls(" ".join(str(value).split()))

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from influence_cli.errors import OutputError, UsageProblem
+from influence_cli.evaluate.declaration import COLUMNS
 from influence_cli.output.columns import SCORE_COLUMNS, score_columns
 from influence_cli.output.tables import TableWriter
 from influence_cli.output.terminal import word_shares, word_style
@@ -106,3 +107,31 @@ def test_words_are_coloured_by_their_share_of_the_pair():
     assert shares == [0.75, -0.225, 0.025, 0.0]
     assert [word_style(share) for share in shares] == ["bold green", "red", "dim green", "dim"]
     assert word_shares(rows, SCORE_COLUMNS) == []
+
+
+FIGURES = [("dve", "lds", "spearman", 0.5, 0.25, None, 30, "42 trainings, 3.0 s")]
+
+
+def test_a_table_of_figures_is_typed_and_leaves_absent_numbers_empty(tmp_path):
+    out = io.StringIO()
+    TableWriter("table", None, out).write(FIGURES, COLUMNS)
+    assert out.getvalue().split()[-8:] == [
+        "spearman",
+        "0.5",
+        "0.25",
+        "30",
+        "42",
+        "trainings,",
+        "3.0",
+        "s",
+    ]
+    out = io.StringIO()
+    TableWriter("csv", None, out).write(FIGURES, COLUMNS)
+    assert out.getvalue().splitlines()[1] == 'dve,lds,spearman,0.5,0.25,,30,"42 trainings, 3.0 s"'
+    pq = pytest.importorskip("pyarrow.parquet")
+    TableWriter("parquet", tmp_path / "f.parquet", io.StringIO()).write(FIGURES, COLUMNS)
+    types = {field.name: str(field.type) for field in pq.read_schema(tmp_path / "f.parquet")}
+    assert [types[name] for name in COLUMNS] == ["string"] * 3 + ["double"] * 3 + [
+        "int64",
+        "string",
+    ]
