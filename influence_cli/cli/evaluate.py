@@ -46,7 +46,7 @@ By = Annotated[
     ),
 ]
 ProtocolFlags = flags_group(
-    f"Options of {' and '.join(PROTOCOLS)}",
+    f"Options of {', '.join(PROTOCOLS)}",
     {name: protocol.options for name, protocol in PROTOCOLS.items()}
     | {name: method.options for name, method in METHODS.items()},
     only=dict.fromkeys(name for protocol in PROTOCOLS.values() for name in protocol.flags),

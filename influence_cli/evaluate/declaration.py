@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Row = tuple[Any, ...]  # Any: text and numbers
 COLUMNS = ("method", "protocol", "figure", "value", "low", "high", "n", "cost")
 ALL = "all"  # the part of a figure that is about all queries, or all layers
+RETRAININGS_HELP = (
+    "Trainings with other random seeds, whose results are averaged; needs train(indices, seed) in "
+    "definition.py."
+)
 TRAINING = "retraining"  # in the column `method`: a figure of the measurements, not of scores
 
 

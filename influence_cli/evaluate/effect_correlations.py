@@ -20,19 +20,23 @@ CORRELATIONS: dict[str, Correlate] = {"spearman": spearman, "pearson": pearson}
 class FigureMaker:
     """Makes the figures of one protocol. `queries`: ids. `cost`: of its measurements."""
 
-    queries: Sequence[int]
+    queries: Sequence[int | str]
     cost: str
     seed: int
 
-    def mean(self, method: str, name: str, values_Q: np.ndarray, count: int) -> Iterator[Figure]:
+    def mean(
+        self, method: str, name: str, values_Q: np.ndarray, count: int | np.ndarray
+    ) -> Iterator[Figure]:
         """One figure per query, then their mean with its 95 % interval (bootstrap over queries).
 
-        `count`: how many numbers the value of a query was computed from. The mean is over the
-        queries that have a value.
+        `count`: how many numbers the value of a query was computed from; one, or (Q,). The mean is
+        over the queries that have a value.
         """
-        for query, value in zip(self.queries, values_Q.tolist(), strict=True):
+        counts_Q = np.broadcast_to(count, len(values_Q))
+        columns = self.queries, values_Q.tolist(), counts_Q.tolist()
+        for query, value, size in zip(*columns, strict=True):
             number = None if np.isnan(value) else value
-            yield Figure(method, name, number, None, None, count, self.cost, str(query))
+            yield Figure(method, name, number, None, None, size, self.cost, str(query))
         known = values_Q[~np.isnan(values_Q)]
         if not len(known):
             yield Figure(method, name, None, None, None, 0, self.cost)
@@ -43,7 +47,7 @@ class FigureMaker:
     def correlations(
         self, method: str, predicted_RQ: np.ndarray, measured_RQ: np.ndarray, reporter: Reporter
     ) -> Iterator[Figure]:
-        """Spearman and Pearson of each query, their means, and those of all pairs at once."""
+        """Spearman and Pearson of each query, and their means."""
         values = {
             name: correlate_queries(correlate, predicted_RQ, measured_RQ)
             for name, correlate in CORRELATIONS.items()
@@ -57,11 +61,15 @@ class FigureMaker:
             )
         for name, values_Q in values.items():
             yield from self.mean(method, name, values_Q, len(measured_RQ))
+
+    def pooled(
+        self, method: str, predicted_RQ: np.ndarray, measured_RQ: np.ndarray
+    ) -> Iterator[Figure]:
+        """Spearman and Pearson of all pairs at once."""
         for name, correlate in CORRELATIONS.items():
-            pooled = correlate(predicted_RQ.ravel(), measured_RQ.ravel())
-            number = None if np.isnan(pooled) else pooled
-            pairs = predicted_RQ.size
-            yield Figure(method, f"pooled-{name}", number, None, None, pairs, self.cost)
+            value = correlate(predicted_RQ.ravel(), measured_RQ.ravel())
+            number = None if np.isnan(value) else value
+            yield Figure(method, f"pooled-{name}", number, None, None, predicted_RQ.size, self.cost)
 
     def sizes(self, effects_RQ: np.ndarray, noise_Q: np.ndarray) -> Iterator[Figure]:
         """The standard deviation of the measured effects, and their noise."""

@@ -151,12 +151,13 @@ def query_values(
     definition = source.run.definition
     size = source.budget.batch_size("train", list(source.run.columns))
     name = "measure" if definition.has("measure") else "loss"
+    trained = source.run.model.module if module is None else module
     parts = []
     for first in range(0, len(queries), size):
         ids = np.array(queries[first : first + size])
         batch, _ = source.extractor.batches.of("query", ids)
         try:
-            values = definition.raw(name)(module or source.run.model.module, batch)
+            values = definition.raw(name)(trained, batch)
         except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise InfluenceError(

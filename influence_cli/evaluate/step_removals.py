@@ -81,6 +81,7 @@ def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Fig
     figures = FigureMaker(list(request.queries), cost_of(log, removals), request.seed)
     for name, predicted_RQ in predicted.items():
         yield from figures.correlations(name, predicted_RQ, effects_RQ, reporter)
+        yield from figures.pooled(name, predicted_RQ, effects_RQ)
     yield from figures.sizes(effects_RQ, noise_Q)
 
 

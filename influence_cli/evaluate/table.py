@@ -1,6 +1,12 @@
 """The protocols, one line each."""
 
-from influence_cli.evaluate import tsloo
+from influence_cli.evaluate import lds, tsloo
 from influence_cli.evaluate.declaration import Protocol
 
-PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (tsloo.PROTOCOL,)}
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        tsloo.PROTOCOL,
+        lds.PROTOCOL,
+    )
+}

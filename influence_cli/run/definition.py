@@ -26,6 +26,7 @@ ARGUMENTS = {
     "example": ("row",),
     "relabel": ("example", "label"),
     "token": ("id",),
+    "train": ("indices", "seed"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Re-runs recorded steps with torch's own optimizers, as they were or without one example.
+"""Re-runs recorded steps with torch's own optimizers, as they were or without some examples.
 
 The model runs in eval mode, as everywhere in this tool: dropout is off, and BatchNorm uses the
 checkpoint's statistics. If training ran in another mode, the replay may diverge from it.
@@ -45,15 +45,43 @@ class DroppedExample:
     example: int
     renormalize: bool = False
 
-    def weights(self, examples: np.ndarray, weights_B: np.ndarray) -> np.ndarray:
-        """(B,) the step's weights, 0 for the example.
-
-        A step of that example alone has nothing to renormalize to: its gradient is 0.
+    def rest(
+        self, step: int, examples: np.ndarray, weights_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The entries of a step and their weights, which are 0 for the example: so rounding is that
+        of the complete batch.
         """
+        if step != self.step:
+            return examples, weights_B
         rest_B = np.where(examples == self.example, 0.0, weights_B)
-        if self.renormalize and rest_B.sum():
-            return rest_B * (weights_B.sum() / rest_B.sum())
-        return rest_B
+        return examples, rescale(rest_B, weights_B) if self.renormalize else rest_B
+
+
+@dataclass(frozen=True)
+class OmittedExamples:
+    """Examples to leave out of every step. `ids`: theirs.
+
+    `renormalize`: the other weights of a step keep their sum.
+    """
+
+    ids: np.ndarray
+    renormalize: bool = False
+
+    def rest(
+        self, step: int, examples: np.ndarray, weights_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The other entries of a step, and their weights."""
+        kept_B = ~np.isin(examples, self.ids)
+        rest_B = weights_B[kept_B]
+        return examples[kept_B], rescale(rest_B, weights_B) if self.renormalize else rest_B
+
+
+def rescale(rest: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The remaining weights of a step, with the sum of all.
+
+    A step of omitted examples alone has nothing to rescale: its gradient is 0.
+    """
+    return rest * (weights.sum() / rest.sum()) if rest.sum() else rest
 
 
 def explain_failed_step(step: int, rates: Sequence[float], error: RuntimeError) -> Exception:
@@ -163,7 +191,7 @@ class Replay:
     def advance(
         self,
         stop: int,
-        drop: DroppedExample | None = None,
+        drop: DroppedExample | OmittedExamples | None = None,
         max_norm: float | None = None,
         reverse: bool = False,
         report_progress: Advance | None = None,
@@ -175,10 +203,11 @@ class Replay:
         """
         for step in range(self.step, stop):
             line, weights_B = self.trajectory.lines[step], self.trajectory.weights(step)
-            if drop is not None and drop.step == step:
-                weights_B = drop.weights(line.examples, weights_B)
+            examples = line.examples
+            if drop is not None:
+                examples, weights_B = drop.rest(step, examples, weights_B)
             order = np.arange(len(weights_B))[:: -1 if reverse else 1]
-            self._compute_gradient(step, line.examples[order], weights_B[order])
+            self._compute_gradient(step, examples[order], weights_B[order])
             self._clip(step, line.clip, max_norm)
             rates = self.trajectory.rates(step)
             for number, optimizer in self._optimizers.items():

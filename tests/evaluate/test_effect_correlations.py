@@ -13,7 +13,8 @@ class Notes(list):
 def correlations(predicted, effects):
     notes = Notes()
     maker = FigureMaker(range(len(effects[0])), "3 trainings", 0)
-    figures = maker.correlations("dve", predicted, effects, notes)
+    figures = [*maker.correlations("dve", predicted, effects, notes)]
+    figures += maker.pooled("dve", predicted, effects)
     return {(figure.name, figure.part): figure for figure in figures}, notes
 
 
