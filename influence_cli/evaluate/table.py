@@ -1,6 +1,6 @@
 """The protocols, one line each."""
 
-from influence_cli.evaluate import lds, tsloo
+from influence_cli.evaluate import deletion, lds, tsloo
 from influence_cli.evaluate.declaration import Protocol
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -8,5 +8,6 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         tsloo.PROTOCOL,
         lds.PROTOCOL,
+        deletion.PROTOCOL,
     )
 }
