@@ -63,7 +63,10 @@ MAY_USE = {
         "methods",
         "evaluate.correlation",
     ),
-    "evaluate": ("storage", "run", "cache", "extraction", "methods", "output.ranking", "evaluate"),
+    "evaluate": (
+        *("storage", "run", "cache", "extraction", "methods", "evaluate"),
+        *("output.ranking", "output.formats"),
+    ),
     "integrations": ("integrations", "run", "storage"),
     "cli": ("",),
 }

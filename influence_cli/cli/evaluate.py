@@ -25,6 +25,10 @@ Protocol = Annotated[
         help="; ".join(f"{name}: {protocol.help}" for name, protocol in PROTOCOLS.items()) + ".",
     ),
 ]
+Files = Annotated[
+    list[Path] | None,
+    Argument(metavar="[A B]", help="Two score files, for a protocol that compares them."),
+]
 Methods = Annotated[
     list[str] | None,
     options.option(
@@ -58,6 +62,7 @@ def evaluate(
     shared: options.Shared,
     protocol_flags: ProtocolFlags,  # type: ignore[valid-type]  # made from PROTOCOLS
     protocol: Protocol,
+    files: Files = None,
     method: Methods = None,
     queries: options.Queries = None,
     by: By = None,
@@ -78,10 +83,14 @@ def evaluate(
 
     chosen = PROTOCOLS[specs.one_of("PROTOCOL", protocol, PROTOCOLS)]
     chosen.check_part(by)
+    chosen.check_queries(queries)
     flags = RequestFlags(shared, queries, (lr, lr_weights), trajectory, by)
     own_options, options_of = read_options(chosen, method, protocol_flags, flags)
     sink = TableWriter.open(format, output)
-    figures = evaluate_methods(chosen, own_options, options_of, flags)
+    if files:
+        figures = compare_files(chosen, files, method, own_options, flags)
+    else:
+        figures = evaluate_methods(chosen, own_options, options_of, flags)
     sink.write(table_rows(chosen.name, figures, by), table_columns(by))
 
 
@@ -130,6 +139,35 @@ def read_options(
     for name in protocol.beside:
         options_of.setdefault(name, METHODS[name].options())
     return own_options, options_of
+
+
+def compare_files(
+    protocol: "EvaluationProtocol",
+    files: list[Path],
+    methods: list[str] | None,
+    own_options: object,
+    flags: RequestFlags,
+) -> "Iterator[Figure]":
+    """The protocol's figures of score files. It opens no run."""
+    import_torch()
+    from influence_cli.cli.stderr_reporter import StderrReporter
+    from influence_cli.errors import UsageProblem
+    from influence_cli.progress import Reporter
+
+    if protocol.compare_files is None:
+        raise UsageProblem(
+            f"{protocol.name} compares no files",
+            f"found: {', '.join(map(str, files))}",
+            "leave out the files",
+        )
+    given = {"--method": methods, "--queries": flags.queries, "--steps": flags.shared.steps}
+    for flag in (flag for flag, value in given.items() if value is not None):
+        raise UsageProblem(
+            f"{flag} does not apply to score files, which have their scores already",
+            f"leave out {flag}, or the files",
+        )
+    reporter = Reporter() if flags.shared.quiet else StderrReporter()
+    return protocol.compare_files(files, own_options, flags.shared.seed or 0, reporter)
 
 
 def evaluate_methods(

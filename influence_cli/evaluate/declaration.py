@@ -3,14 +3,14 @@
 This module imports no torch, so that `--help` answers at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from influence_cli.errors import UsageProblem, counted
 from influence_cli.methods.declaration import option_texts
-from influence_cli.progress import format_duration
+from influence_cli.progress import Reporter, format_duration
 
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from influence_cli.run.checkpoints import Checkpoint
 
 Row = tuple[Any, ...]  # Any: text and numbers
+# (files, options of the protocol, seed, reporter) -> figures; Any: of the protocol's own class
+CompareFiles = Callable[[Sequence[Path], Any, int, Reporter], Iterator["Figure"]]
 COLUMNS = ("method", "protocol", "figure", "value", "low", "high", "n", "cost")
 ALL = "all"  # the part of a figure that is about all queries, or all layers
 RETRAININGS_HELP = (
@@ -52,6 +54,7 @@ class Protocol:
 
     `methods`: those that it can evaluate, () for all. `beside`: methods that it adds to those of
     the user. `method_options`: options of methods that it passes on. `parts`: values of --by.
+    `compare_files`: what it does with score files, in place of `evaluate`: it opens no run.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Protocol:
     beside: tuple[str, ...] = ()
     method_options: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("query",)
+    compare_files: "CompareFiles | None" = None
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -76,6 +80,14 @@ class Protocol:
             raise UsageProblem(
                 f"--method {method} does not apply to {self.name}",
                 f"expected: {', '.join(self.methods)}",
+            )
+
+    def check_queries(self, queries: str | None) -> None:
+        """Raises UsageProblem for --queries, where no figure is about queries."""
+        if queries is not None and "query" not in self.parts:
+            raise UsageProblem(
+                f"--queries does not apply to {self.name}: it explains no queries",
+                "leave out --queries",
             )
 
     def check_part(self, part: str | None) -> None:

@@ -1,0 +1,152 @@
+"""influence evaluate RUN agreement: score files with known answers, and methods of a run."""
+
+import numpy as np
+import pytest
+
+from tests.refusals import refused
+from tests.training import train
+
+HEAD = "query,kind,rank,train,score,query_label,train_label,query_text,train_text\n"
+
+
+def write_scores(path, scores_QN, ids=None):
+    lines = [
+        f"{query},proponent,1,{(ids or range(len(row)))[at]},{score!r},,,,\n"
+        for query, row in enumerate(scores_QN)
+        for at, score in enumerate(map(float, row))
+    ]
+    path.write_text(HEAD + "".join(lines))
+    return path
+
+
+def agreement(influence, *arguments):
+    return influence("evaluate", ".", "agreement", *arguments)
+
+
+def values_of(result):
+    assert result.code == 0, result.err
+    return {row["figure"]: float(row["value"]) if row["value"] else None for row in result.rows}
+
+
+def test_files_with_known_answers(tmp_path, influence):
+    rising = np.array([[1.0, 2, 3, 4, 5, 6], [6.0, 5, 4, 3, 2, 1]])
+    one = write_scores(tmp_path / "one.csv", rising)
+    answers = {
+        "same": (rising * 3 + 1, [1, 1, 1]),
+        "reversed": (-rising, [-1, -1, 0]),
+        "squared": (rising**3, [1, None, 1]),
+        "swapped": (rising[:, [1, 0, 2, 3, 5, 4]], [1 - 6 * 4 / 210, None, 1]),
+        "ties": (np.sign(rising - 3.5), [0.8783100656536799, None, 1]),
+        "constant": (rising * 0, [None, None, None]),
+    }
+    for name, (scores, (spearman, pearson, overlap)) in answers.items():
+        other = write_scores(tmp_path / f"{name}.csv", scores)
+        result = agreement(influence, one, other, "--top-k", "3")
+        values = values_of(result)
+        assert list(values) == ["spearman", "pearson", "overlap-3"]
+        if name == "constant":
+            assert values["spearman"] is None
+            continue
+        assert values["spearman"] == pytest.approx(spearman)
+        assert values["overlap-3"] == pytest.approx(overlap)
+        if pearson is not None:
+            assert values["pearson"] == pytest.approx(pearson)
+        row = result.rows[0]
+        assert row["method"] == f"{one}, {other}"
+        assert (row["protocol"], row["n"], row["cost"]) == ("agreement", "2", "0 trainings")
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
+def test_every_format_and_tables_of_parts_are_read(ending, tmp_path, influence):
+    run = train(tmp_path / "run", every=4)
+    flags = ("score", run, "--top", "all", "--lr", "0.3")
+    other = tmp_path / f"other.{ending}"
+    assert influence(*flags, "-o", tmp_path / "one.csv").code == 0
+    assert influence(*flags, "-o", other, "--by", "checkpoint").code == 0
+    values = values_of(agreement(influence, tmp_path / "one.csv", other))
+    assert values == {name: pytest.approx(1) for name in ("spearman", "pearson", "overlap-10")}
+
+
+def test_tables_of_self_are_one_query(tmp_path, influence):
+    run = train(tmp_path / "run", every=4)
+    for name, rate in (("a", "point"), ("b", "none")):
+        flags = ("--lr-weights", rate, "--top", "all", "-o", tmp_path / f"{name}.csv")
+        assert influence("self", run, *flags).code == 0
+    result = agreement(influence, tmp_path / "a.csv", tmp_path / "b.csv", "--by", "query")
+    assert [row["query"] for row in result.rows] == ["all"] * 6
+    assert result.rows[0]["n"] == "24"
+
+
+def test_pairs_of_one_file_are_left_out_and_a_note_says_so(tmp_path, influence):
+    one = write_scores(tmp_path / "one.csv", np.array([[5.0, 4, 3, 2]]), ids=[1, 2, 3, 4])
+    other = write_scores(tmp_path / "other.csv", np.array([[9.0, 7, 5, 4]]), ids=[8, 1, 2, 3])
+    result = agreement(influence, one, other, "--top-k", "2")
+    assert values_of(result) == {
+        "spearman": 1,
+        "pearson": pytest.approx(0.9819805),
+        "overlap-2": 0.5,
+    }
+    assert "2 pairs are in one of the two only" in result.err
+    assert "--top all" in result.err
+
+
+def test_methods_of_a_run_are_compared_in_pairs(tmp_path, influence):
+    run = train(tmp_path / "run", every=4)
+    methods = ("tracin", "grad-dot", "random")
+    flags = [word for method in methods for word in ("--method", method)]
+    result = influence("evaluate", run, "agreement", *flags, "--lr", "0.3", "--top-k", "5")
+    assert result.code == 0, result.err
+    pairs = ["tracin, grad-dot", "tracin, random", "grad-dot, random"]
+    assert list(dict.fromkeys(row["method"] for row in result.rows)) == pairs
+    for method in methods[:2]:
+        rate = ("--lr", "0.3") if method == "tracin" else ()
+        scored = influence(
+            "score",
+            run,
+            "--method",
+            method,
+            *rate,
+            "--top",
+            "all",
+            "-o",
+            tmp_path / f"{method}.csv",
+        )
+        assert scored.code == 0, scored.err
+    files = (tmp_path / "tracin.csv", tmp_path / "grad-dot.csv")
+    of_files = values_of(agreement(influence, *files, "--top-k", "5"))
+    of_methods = {row["figure"]: float(row["value"]) for row in result.rows[:3]}
+    assert of_methods == pytest.approx(of_files)
+    assert of_methods["spearman"] > 0.5 > abs(float(result.rows[3]["value"]))
+
+
+def test_bad_commands_are_refused(tmp_path, influence):
+    one = write_scores(tmp_path / "one.csv", np.eye(3))
+    refused(agreement(influence, one), 2, "compares two score files, 1 given")
+    refused(agreement(influence, one, tmp_path / "two.csv"), 2, "two.csv: no such file")
+    refused(agreement(influence, one, one, "--top-k", "0"), 2, "--top-k '0'")
+    flags = ("--method", "tracin")
+    refused(agreement(influence, one, one, *flags), 2, "--method does not apply to score files")
+    refused(agreement(influence, one, one, "--queries", "0"), 2, "--queries does not apply")
+    refused(influence("evaluate", ".", "lds", one, one), 2, "lds compares no files")
+    run = train(tmp_path / "run", every=12)
+    command = ("evaluate", run, "agreement")
+    refused(influence(*command, "--method", "random"), 2, "two methods", "found: random")
+    refused(influence(*command), 2, "found: neither")
+    far = write_scores(tmp_path / "far.csv", np.eye(3), ids=[7, 8, 9])
+    refused(agreement(influence, one, far), 2, "no query and training example is in both")
+
+
+BAD_TABLES = {
+    "": "the file is empty",
+    "a,b\n1,2\n": "is not a table of score or self",
+    HEAD: "has no rows",
+    HEAD + "0,proponent,1,3,nan,,,,\n": "line 2: score is 'nan'",
+    HEAD + "0,proponent,1,3\n": "line 2: 4 columns, expected 9",
+}
+
+
+@pytest.mark.parametrize("text", BAD_TABLES)
+def test_a_table_that_can_not_be_read_is_named(text, tmp_path, influence):
+    one = write_scores(tmp_path / "one.csv", np.eye(3))
+    (tmp_path / "bad.csv").write_text(text)
+    refused(agreement(influence, one, tmp_path / "bad.csv"), 1, "bad.csv", BAD_TABLES[text])
