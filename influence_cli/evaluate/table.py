@@ -1,6 +1,6 @@
 """The protocols, one line each."""
 
-from influence_cli.evaluate import agreement, deletion, lds, tsloo
+from influence_cli.evaluate import agreement, deletion, lds, mislabel, tsloo
 from influence_cli.evaluate.declaration import Protocol
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -9,6 +9,7 @@ PROTOCOLS: dict[str, Protocol] = {
         tsloo.PROTOCOL,
         lds.PROTOCOL,
         deletion.PROTOCOL,
+        mislabel.PROTOCOL,
         agreement.PROTOCOL,
     )
 }

@@ -22,15 +22,24 @@ CACHED = 65_536  # descriptions, and distinct labels, in memory
 class Examples:
     """One split of a run: `train` (the examples to rank) or `query` (predictions to explain).
 
-    `given`: rows from the command line that replace the definition's dataset.
+    `given`: rows from the command line that replace the definition's dataset. `changed`: examples
+    that replace those of the dataset, by index.
     """
 
-    def __init__(self, definition: Definition, split: str, given: GivenRows | None = None) -> None:
+    def __init__(
+        self,
+        definition: Definition,
+        split: str,
+        given: GivenRows | None = None,
+        changed: Mapping[int, Any] | None = None,
+    ) -> None:
         self.split, self.given = split, given
         self.source = given.source if given else f"{split}_data()"
         self._one_reader = threading.Lock()  # open files of a dataset are often not thread-safe
         self._definition, self._has_texts = definition, definition.has("describe")
         self._dataset = open_dataset(definition, split, given)
+        if changed:
+            self._dataset = ChangedExamples(self._dataset, changed)
         plain = type(self._dataset) is TensorDataset and not definition.has("collate")
         self._tensors = self._dataset.tensors if plain else None
         kind = type(self._dataset).__name__
@@ -180,6 +189,19 @@ class Examples:
                 f"{type(value).__name__} that can't be printed: {type(error).__name__}",
                 "expected: a text",
             ) from error
+
+
+class ChangedExamples:
+    """A dataset some of whose examples are replaced, by index."""
+
+    def __init__(self, dataset: Any, changed: Mapping[int, Any]) -> None:  # of any class
+        self._dataset, self._changed = dataset, changed
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._changed[index] if index in self._changed else self._dataset[index]
 
 
 def open_dataset(definition: Definition, split: str, given: GivenRows | None) -> Any:

@@ -41,6 +41,7 @@ class Run:
     checkpoints: tuple[Checkpoint, ...]
     trajectory_path: Path | None
     given: Mapping[str, GivenRows] = field(default_factory=dict)  # by split
+    changed: Mapping[int, Any] = field(default_factory=dict)  # examples that replace others, by id
     notes: tuple[str, ...] = ()  # for the user, once
 
     @cached_property
@@ -65,7 +66,7 @@ class Run:
 
     @cached_property
     def train(self) -> Examples:
-        return Examples(self.definition, "train", self.given.get("train"))
+        return Examples(self.definition, "train", self.given.get("train"), self.changed)
 
     @cached_property
     def query(self) -> Examples:
