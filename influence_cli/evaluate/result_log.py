@@ -50,21 +50,25 @@ class ResultLog:
             with report_disk_errors(path.parent), self._lock_file(path) as file:
                 self._read_new_lines(path, file)
 
-    def add(self, record: Record) -> None:
-        """Append a record to the file and to `records`, unless another process has added it."""
+    def add(self, record: Record) -> bool:
+        """Append a record to the file and to `records`, with what other processes have added since.
+        Returns False, and appends nothing, where another process has added it.
+        """
         if self._path is None:
             self.records.append(record)
-            return
+            return True
         with report_disk_errors(self._path.parent):
             make_folders(self._path.parent, self._path.parent.parent)
             with LineLog(self._path) as log, self._lock_file(self._path) as file:
                 self._read_new_lines(self._path, file)
-                if content_of(record) not in map(content_of, self.records):
-                    line = seal_json(json.dumps(record).encode())
-                    log.append(line)
-                    self.records.append(record)
-                    self._bytes += len(line)
-                    self._lines += 1
+                if content_of(record) in map(content_of, self.records):
+                    return False
+                line = seal_json(json.dumps(record).encode())
+                log.append(line)
+                self.records.append(record)
+                self._bytes += len(line)
+                self._lines += 1
+                return True
 
     @contextmanager
     def _lock_file(self, path: Path) -> Iterator[int]:

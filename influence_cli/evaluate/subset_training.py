@@ -7,7 +7,9 @@ Shape letters: N training examples, R sets of omitted examples, S seeds, Q queri
 """
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -30,6 +32,8 @@ from influence_cli.evaluate.retraining import (
 from influence_cli.extraction.source import GradientSource
 from influence_cli.progress import Advance
 from influence_cli.run.replay import OmittedExamples
+
+Key = tuple[str, int]  # of a training: the digest of the omitted ids, and the seed
 
 
 class SubsetTrainer(Protocol):
@@ -165,27 +169,38 @@ class SubsetTrainings:
         """
         keys = [(key_of(omitted), seed) for omitted in omissions for seed in self.seeds]
         missing = dict.fromkeys(key for key in keys if key not in self._finished())
-        wanted = dict(zip(map(key_of, omissions), omissions, strict=True))
+        sets = dict(zip(map(key_of, omissions), omissions, strict=True))
         baseline = find_baseline(self.log)
         count = len(missing) + (0 if baseline else 2)
         with self.source.reporter.progress("retraining", count * self.trainer.steps) as advance:
             if baseline is None:
                 self.log.add(self.trainer.measure_baseline(advance))
-            for number, (key, seed) in enumerate(missing, start=1):
-
-                def report(steps: int, where: str = f"{what} {number} of {len(missing)}") -> None:
-                    advance(steps, where=where)
-
-                started = perf_counter()
-                values_Q = self.trainer.train(wanted[key], seed, self.baseline, report)
-                seconds = perf_counter() - started
-                values = values_Q.tolist()
-                self.log.add({"without": key, "seed": seed, "m": values, "seconds": seconds})
+            self._train_missing(list(missing), sets, partial(advance, where=what))
         self.trainer.note_limits(self.baseline)
         finished = self._finished()
         return [finished[key] for key in keys]
 
-    def _finished(self) -> dict[tuple[str, int], Record]:
+    def _train_missing(
+        self, missing: list[Key], sets: Mapping[str, np.ndarray], advance: Advance
+    ) -> None:
+        """Train and store. Where another process does the same, they divide the work: each one goes
+        on at a random place, and leaves out what the other has stored since.
+        """
+        is_alone = True
+        while missing:
+            key, seed = missing[0] if is_alone else random.choice(missing)
+            started = perf_counter()
+            values_Q = self.trainer.train(sets[key], seed, self.baseline, advance)
+            seconds = perf_counter() - started
+            values = values_Q.tolist()
+            record = {"without": key, "seed": seed, "m": values, "seconds": seconds}
+            is_new = self.log.add(record)
+            finished = self._finished()  # the log has read what other processes added
+            rest = [other for other in missing if other not in finished]
+            is_alone = is_alone and is_new and len(rest) == len(missing) - 1
+            missing = rest
+
+    def _finished(self) -> dict[Key, Record]:
         """The stored trainings. Raises CacheError for a damaged record."""
         try:
             return {

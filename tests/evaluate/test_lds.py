@@ -134,6 +134,28 @@ def test_a_stopped_evaluation_resumes_and_other_methods_train_nothing(
     assert len(calls) == 9
 
 
+def test_two_processes_divide_the_trainings(tmp_path, influence, monkeypatch):
+    run = train(tmp_path / "run", every=12)
+    flags = ("--subsets", "9", "--method", "random")
+    assert lds(influence, run, *flags, "--cache", tmp_path / "alone").code == 0
+    (stored_alone,) = (tmp_path / "alone" / "evaluate").glob("*.jsonl")
+    others = stored_alone.read_text().splitlines(keepends=True)[1:]
+    calls = []
+    original = subset_training.ReplayTrainer.train
+
+    def beside_another_process(self, *arguments):
+        calls.append(1)
+        values = original(self, *arguments)
+        with next((run / ".influence" / "evaluate").glob("*.jsonl")).open("a") as log:
+            log.write(others.pop(0))  # it has trained another subset meanwhile, or the same
+        return values
+
+    monkeypatch.setattr(subset_training.ReplayTrainer, "train", beside_another_process)
+    assert lds(influence, run, *flags).code == 0
+    assert 4 < len(calls) < 9
+    assert len({record["without"] for record in stored(run)[1]}) == 9
+
+
 def test_changed_training_data_are_trained_on_anew(tmp_path, influence):
     data = DEFINITION.replace("examples(0, 24)", "examples(int(open(DATA).read()), 24)")
     (tmp_path / "data.txt").write_text("0")
