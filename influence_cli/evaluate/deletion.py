@@ -33,5 +33,5 @@ PROTOCOL = Protocol(
     example="influence evaluate my_run deletion --top-k 10,5% --queries 0:20",
     default_methods=("tracin",),
     beside=("random",),
-    method_options=("curvature", "replay", "renormalize"),
+    method_options=("curvature", "damping", "replay", "renormalize"),
 )

@@ -28,5 +28,5 @@ PROTOCOL = Protocol(
     options=LdsOptions,
     example="influence evaluate my_run lds --method unroll --method tracin --queries 0:50",
     default_methods=("tracin",),
-    method_options=("curvature", "replay", "renormalize"),
+    method_options=("curvature", "damping", "replay", "renormalize"),
 )

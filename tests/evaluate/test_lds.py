@@ -227,3 +227,11 @@ BAD = {
 def test_bad_flags_are_refused(flags, tmp_path, influence):
     run = train(tmp_path / "run", every=12)
     refused(lds(influence, run, "--method", "random", *flags.split()), 2, *BAD[flags])
+
+
+def test_options_of_a_method_reach_it(tmp_path, influence):
+    run = train(tmp_path / "run", every=12)
+    flags = ("--subsets", "4", "--method", "influence", "--curvature", "fisher")
+    rows = [lds(influence, run, *flags, "--damping", damping).rows for damping in ("1e-3", "1e3")]
+    assert rows[0][1]["figure"] == "pearson"
+    assert rows[0][1]["value"] != rows[1][1]["value"]
