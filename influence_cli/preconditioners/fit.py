@@ -87,9 +87,8 @@ def note_other_bases(fit: Fit, moments: Mapping[str, BlockMoments]) -> None:
     texts = {"moments": "use the approximation shampoo: their gradients are stored without factors"}
     texts["diagonal"] = "have a diagonal for their tokens, or for a side of more than 4,096 rows"
     for basis, names in others.items():
-        fit.source.reporter.note(
-            f"curvature: {len(names):,} of {len(moments):,} parameters {texts[basis]}: {listed(names, 3)}"
-        )
+        count = f"{len(names):,} of {len(moments):,} parameters"
+        fit.source.reporter.note(f"curvature: {count} {texts[basis]}: {listed(names, 3)}")
 
 
 # ---------------------------------------------------------------- the first pass
