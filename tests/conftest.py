@@ -19,6 +19,7 @@ from hypothesis import settings
 from safetensors.torch import save_model
 
 from influence_cli import cli
+from influence_cli.extraction import memory_budget
 
 cli.register()
 
@@ -64,6 +65,12 @@ class Result:
         import csv
 
         return list(csv.DictReader(io.StringIO(self.out)))
+
+
+@pytest.fixture(autouse=True)
+def same_units(monkeypatch) -> None:
+    """A definition of a test may make units small: the next test gets the size of before."""
+    monkeypatch.setattr(memory_budget, "UNIT_EXAMPLES", memory_budget.UNIT_EXAMPLES)
 
 
 @pytest.fixture

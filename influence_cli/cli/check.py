@@ -62,6 +62,7 @@ def find_errors(
     opened: "Opened", ids: "Mapping[str, Ids]", projection: str | None, target: float | None
 ) -> "list[Finding]":
     """All checks. Ways to compute a number are compared without TF32."""
+    from influence_cli.diagnostics.base_check import check_base
     from influence_cli.diagnostics.cache_check import check_cache
     from influence_cli.diagnostics.fidelity import check_fidelity
     from influence_cli.diagnostics.gradient_check import check_gradients, check_precision
@@ -74,6 +75,7 @@ def find_errors(
         return [
             *check_gradients(*request, ids),
             *check_own_loss(opened.gradients, opened.checkpoints, ids),
+            *check_base(opened.gradients, opened.checkpoints),
             *precision,
             *check_cache(opened.gradients, opened.checkpoints),
             *check_fidelity(*request, ids, projection, target),
@@ -112,7 +114,9 @@ def raise_failures(findings: "Sequence[Finding]") -> None:
         details.append("these gradients are mostly rounding error: use --precision float32")
     if "loss" in checks:
         details.append("the scores are of another loss than the model's: correct definition.py")
-    if checks - {"target", "cache", "zeros", "precision", "loss"}:
+    if "base" in checks:
+        details.append("the scores are of a random base model: correct model() in definition.py")
+    if checks - {"target", "cache", "zeros", "precision", "loss", "base"}:
         details.append(
             "do not trust scores of these parameters; leave a parameter out: --layers '!NAME'"
         )

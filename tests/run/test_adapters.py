@@ -339,3 +339,16 @@ def test_a_frozen_adapter_says_how_to_train_it(tmp_path, influence):
         )
     )
     refused(influence("score", run), 1, "the model has no trained parameter", "is_trainable=True")
+
+
+def test_check_names_a_base_model_with_random_weights(tmp_path, influence):
+    """A definition that builds the base from its config, and does not load it."""
+    run = tmp_path / "run"
+    write_adapters(run)
+    assert influence("check", run).code == 0
+    text = (run / "definition.py").read_text()
+    (run / "definition.py").write_text(text.replace("    torch.manual_seed(5)\n", ""))
+    result = influence("check", run, "--cache", "none")
+    assert result.code == 1
+    assert "base of train examples: weights below adapters" in result.err
+    assert "model() builds other weights each time" in result.err
