@@ -268,10 +268,10 @@ def evaluated(run: Path, removals: int, queries: int, *flags: str) -> dict[str, 
     if done.returncode:
         lines = done.stderr.splitlines()
         return {"": {"error": lines[-3 if len(lines) > 2 else -1]}}
-    found: dict[str, dict[str, str]] = {}
+    rows_by_method: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(io.StringIO(done.stdout)):
-        found.setdefault(row["method"], {})[row["figure"]] = row["value"]
-    return found
+        rows_by_method.setdefault(row["method"], {})[row["figure"]] = row["value"]
+    return rows_by_method
 
 
 def of_dattri(

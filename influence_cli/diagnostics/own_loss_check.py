@@ -72,7 +72,9 @@ def compare_losses(
             value = source.run.definition.call("loss", source.run.model.module, batch)
             own = own_loss(source, model, batch, inputs)
         predicts_nothing = own is not None and own.isnan() and not value.any()
-        if own is not None and own.numel() == value.numel() == 1 and not predicts_nothing:
+        if own is None:
+            return
+        if own.numel() == value.numel() == 1 and not predicts_nothing:
             yield LossPair(int(index), inputs, batch, float(value), float(own))
 
 
@@ -86,7 +88,11 @@ def own_loss(
             result = model.training_step(batch, 0)
         else:
             result = model(**move_batch(inputs, batches.device, batches.cast))
-    except Exception:  # the user's model, called in a way that the user did not choose
+    except Exception as error:  # the user's model, called in a way that the user did not choose
+        source.reporter.note(
+            "check did not compare the loss with the model's own: that raised "
+            f"{type(error).__name__}: {error}"
+        )
         return None
     loss = result.get("loss") if isinstance(result, Mapping) else result
     return loss if isinstance(loss, Tensor) else None

@@ -54,7 +54,7 @@ class Protocol:
 
     `methods`: those that it can evaluate, () for all. `beside`: methods that it adds to those of
     the user. `method_options`: options of methods that it passes on. `parts`: values of --by.
-    `compare_files`: what it does with score files, in place of `evaluate`: it opens no run.
+    `compare_files`: what it does with score files. It replaces `evaluate` and opens no run.
     """
 
     name: str

@@ -121,3 +121,11 @@ def guess_texts(
         if column not in others and all(isinstance(row.get(column), str) for row in sample)
     }
     return (max(lengths, key=lambda column: lengths[column]),) if lengths else ()
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from influence_cli.errors import UsageProblem, listed
-from influence_cli.integrations.column_guess import ColumnChoice, choose_columns
+from influence_cli.integrations.column_guess import ColumnChoice, choose_columns, is_number
 from influence_cli.integrations.definition_text import (
     CLASSIFIED,
     DataFiles,
@@ -140,11 +140,3 @@ def guess_label_names(folder: HuggingFaceFolder, rows: Table, column: str) -> li
             "--label COLUMN names another column",
         )
     return names + [f"class {number}" for number in range(len(names), count or 0)]
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -182,7 +182,7 @@ def read_numbers(
             numbers[index.fqn] = torch.load(
                 io.BytesIO(content), map_location="cpu", weights_only=True
             )
-        except Exception:  # it is no number then: the weights are worth more than the rate
+        except pickle.UnpicklingError:  # an object of another class: no number
             continue
     return numbers
 

@@ -45,7 +45,6 @@ PROBLEMS = {
     "single_label_classification": losses.class_losses,
     "multi_label_classification": losses.multi_label_losses,
 }
-LONGEST = 100_000  # tokenizers without a limit name a larger number
 
 
 @dataclass(frozen=True)

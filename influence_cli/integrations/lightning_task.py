@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import default_collate
 
 from influence_cli.errors import DataError, DefinitionError
+from influence_cli.integrations.column_guess import is_number
 from influence_cli.integrations.hf_encoding import Row, open_image, read_column
 
 TOLERANCE = 1e-4  # of two ways to compute one loss
@@ -233,11 +234,3 @@ def read_label(value: Any) -> Tensor:  # Any: a number, its text, or an array
         value = float(value) if "." in value or "e" in value.lower() else int(value)
     tensor = torch.as_tensor(value)
     return tensor.float() if tensor.is_floating_point() else tensor.long()
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

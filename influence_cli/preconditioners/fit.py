@@ -1,7 +1,7 @@
 """Fits the curvature of each parameter to the training gradients at one checkpoint.
 
 One pass sums the statistics; ekfac measures its eigenvalues in a second one. With a cache both are
-kept, each as one file per parameter, and a killed pass goes on from its last record.
+kept, each as one file per parameter, and a killed pass resumes from its last record.
 """
 
 import hashlib
@@ -228,7 +228,7 @@ def write_partial(path: Path, sums: dict[str, dict[str, Tensor]], first: int) ->
 
 
 def restore_partial(path: Path | None, restore: Callable[[str, Mapping[str, Tensor]], None]) -> int:
-    """The example at which the pass goes on."""
+    """The example from which the pass resumes."""
     if path is None or not path.is_file():
         return 0
     tensors = read_sums(path)

@@ -49,7 +49,7 @@ def find_unreadable_folders(place: Path, readable: list[Path]) -> dict[str, list
 def suggest_conversion(place: Path, run: Path, path: Path) -> str:
     """The command that makes readable checkpoints of a file or folder `path` and those beside it.
 
-    In a Trainer's own folder, RUN/checkpoints is read in place of the folder afterwards.
+    In a Trainer's own folder, influence then reads RUN/checkpoints instead of the folder.
     """
     in_folder = IN_FOLDERS.fullmatch(path.name) and path.parent != place
     source = path.parent.parent if in_folder else path.parent

@@ -19,7 +19,7 @@ class LoadedModel:
     where they are the weights of no checkpoint: before the first load, and inside a replay."""
 
     def __init__(self, module: nn.Module, checkpoints: Sequence[Checkpoint] = ()) -> None:
-        """`checkpoints`: the run's. Where whole models stand beside adapters, the weights of
+        """`checkpoints`: the run's. If the run mixes whole models and adapters, the weights of
         model() are copied, because a whole model overwrites what lies below an adapter.
         """
         self.module = module

@@ -71,9 +71,9 @@ class OmittedExamples:
         self, step: int, examples: np.ndarray, weights_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The other entries of a step, and their weights."""
-        kept_B = ~np.isin(examples, self.ids)
-        rest_B = weights_B[kept_B]
-        return examples[kept_B], rescale(rest_B, weights_B) if self.renormalize else rest_B
+        is_rest_B = ~np.isin(examples, self.ids)
+        rest_B = weights_B[is_rest_B]
+        return examples[is_rest_B], rescale(rest_B, weights_B) if self.renormalize else rest_B
 
 
 def rescale(rest: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -110,3 +110,4 @@ def test_a_training_step_that_needs_its_trainer_has_no_row(make_run, influence):
     )
     result = influence("check", make_run("run", definition))
     assert result.code == 0 and not own(result)
+    assert "check did not compare the loss with the model's own: that raised" in result.err

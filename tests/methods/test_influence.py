@@ -89,12 +89,12 @@ def test_kronecker_factors_are_inputs_and_output_gradients(kind, make_run, influ
     load_model(model, str(run / "checkpoints/step-000020.safetensors"))
     model = model.double()
     train, query = gradients(run)
-    kept = {}
+    activations = {}
 
     def keep(name):
         def hook(module, inputs, output):
             output.retain_grad()
-            kept[name] = inputs[0], output
+            activations[name] = inputs[0], output
 
         return hook
 
@@ -108,7 +108,7 @@ def test_kronecker_factors_are_inputs_and_output_gradients(kind, make_run, influ
         if name.endswith("bias"):
             expected += solve("fisher", grads, query[name], 0.1) @ grads.T
             continue
-        inputs, output = kept[name.removesuffix(".weight")]
+        inputs, output = activations[name.removesuffix(".weight")]
         outer, inner = output.grad.T @ output.grad / 20, inputs.detach().T @ inputs.detach() / 20
         basis = torch.kron(
             torch.linalg.eigh(outer).eigenvectors, torch.linalg.eigh(inner).eigenvectors
