@@ -115,7 +115,8 @@ class HuggingFaceTask:
         if KINDS[self.kind].is_text:
             text_config = inner_model(model).config.get_text_config()
             if getattr(text_config, "pad_token_id", None) is None:
-                text_config.pad_token_id = self.pad_id  # finds the ends of a batch's texts
+                # finds the ends of a batch's texts; without one, transformers refuses batches
+                text_config.pad_token_id = self.pad_id
         return model
 
     @cached_property
@@ -147,13 +148,13 @@ class HuggingFaceTask:
         )
 
     @cached_property
-    def pad_id(self) -> int:
-        """The token that fills short texts of a batch."""
+    def pad_id(self) -> int | None:
+        """The padding token, or the end token; None where no file of the model names one."""
         text_config = self.config.get_text_config()
         numbers = [getattr(text_config, f"{name}_token_id", None) for name in ("pad", "eos")]
         with contextlib.suppress(DefinitionError):  # tokenised data needs no tokenizer
             numbers.insert(1, self.tokenizer.pad_token_id)
-        return next((number for number in numbers if isinstance(number, int)), 0)
+        return next((number for number in numbers if isinstance(number, int)), None)
 
     # ------------------------------------------------------------ the data
     def examples(self, rows: Any) -> "EncodedRows":  # Any: a sequence of rows
@@ -170,7 +171,8 @@ class HuggingFaceTask:
 
     def collate(self, items: list[Example]) -> dict[str, Tensor]:
         """A batch, padded to its longest text. Padding changes no loss."""
-        return encoding.pad_batch(items, self.pad_id if KINDS[self.kind].is_text else 0)
+        pad_id = self.pad_id if KINDS[self.kind].is_text else None
+        return encoding.pad_batch(items, pad_id or 0)  # attention hides it, whatever it is
 
     def relabel(self, example: Example, label: object) -> Example:
         """The example with another label: a number, or a class name."""

@@ -293,3 +293,15 @@ def test_no_module_of_this_package_asks_a_model_hub(tmp_path, monkeypatch):
         DefinitionError, match=r"the base model nobody/nothing of .* is not on this machine"
     ):
         Task("sequence-classification", tmp_path).model()
+
+
+def test_no_padding_token_is_made_up(tmp_path):
+    """A decoder classifies at the last token that is no padding: token 0 may be a word."""
+    model = gpt2_classifier()
+    model.config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    task = Task("sequence-classification", tmp_path, label="label")
+    assert task.model().config.pad_token_id is None
+    rows = [{"input_ids": [5, 6, 0], "label": 1}, {"input_ids": [7], "label": 0}]
+    with pytest.raises(ValueError, match="no padding token"):
+        task.loss(task.model(), task.collate([task.example(row) for row in rows]))
