@@ -19,6 +19,7 @@ from hypothesis import settings
 from safetensors.torch import save_model
 
 from influence_cli import cli
+from influence_cli.cache import store
 from influence_cli.extraction import memory_budget
 
 cli.register()
@@ -69,8 +70,8 @@ class Result:
 
 @pytest.fixture(autouse=True)
 def same_units(monkeypatch) -> None:
-    """A definition of a test may make units small: the next test gets the size of before."""
-    monkeypatch.setattr(memory_budget, "UNIT_EXAMPLES", memory_budget.UNIT_EXAMPLES)
+    """Every test starts with the shipped size of units, whatever a definition loaded before did."""
+    monkeypatch.setattr(memory_budget, "UNIT_EXAMPLES", store.UNIT_EXAMPLES)
 
 
 @pytest.fixture
