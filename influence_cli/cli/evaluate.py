@@ -1,6 +1,6 @@
 """influence evaluate: how well do scores predict what retraining does, on this run?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
 
 if TYPE_CHECKING:
-    from influence_cli.evaluate.declaration import Figure
+    from influence_cli.evaluate.declaration import CompareFiles, Figure
     from influence_cli.evaluate.declaration import Protocol as EvaluationProtocol
     from influence_cli.methods.request import ScoreRequest
 
@@ -27,7 +27,14 @@ Protocol = Annotated[
 ]
 Files = Annotated[
     list[Path] | None,
-    Argument(metavar="[A B]", help="Two score files, for a protocol that compares them."),
+    Argument(
+        metavar="[FILE]...",
+        help="Score files of any tool: "
+        + ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.evaluates_files)
+        + " evaluate each one, "
+        + ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.compare_files)
+        + " compares two.",
+    ),
 ]
 Methods = Annotated[
     list[str] | None,
@@ -84,13 +91,15 @@ def evaluate(
     chosen = PROTOCOLS[specs.one_of("PROTOCOL", protocol, PROTOCOLS)]
     chosen.check_part(by)
     chosen.check_queries(queries)
+    chosen.check_files(files or [])
     flags = RequestFlags(shared, queries, (lr, lr_weights), trajectory, by)
-    own_options, options_of = read_options(chosen, method, protocol_flags, flags)
+    names = method or ([] if files else chosen.default_methods)
+    own_options, options_of = read_options(chosen, names, protocol_flags, flags)
     sink = TableWriter.open(format, output)
-    if files:
-        figures = compare_files(chosen, files, method, own_options, flags)
+    if files and chosen.compare_files is not None:
+        figures = compare_files(chosen.compare_files, files, method, own_options, flags)
     else:
-        figures = evaluate_methods(chosen, own_options, options_of, flags)
+        figures = evaluate_methods(chosen, own_options, options_of, flags, files or [])
     sink.write(table_rows(chosen.name, figures, by), table_columns(by))
 
 
@@ -106,7 +115,7 @@ class RequestFlags:
 
 
 def read_options(
-    protocol: "EvaluationProtocol", names: list[str] | None, own_flags: object, flags: RequestFlags
+    protocol: "EvaluationProtocol", names: Sequence[str], own_flags: object, flags: RequestFlags
 ) -> tuple[object, dict[str, object]]:
     """The protocol's options, and those of each method to evaluate."""
     from influence_cli.cli import specs
@@ -118,10 +127,7 @@ def read_options(
     )
     from influence_cli.methods.declaration import option_texts
 
-    methods = [
-        METHODS[specs.one_of("--method", name, METHODS)]
-        for name in names or protocol.default_methods
-    ]
+    methods = [METHODS[specs.one_of("--method", name, METHODS)] for name in names]
     given = given_flags(own_flags)
     own_names = option_texts(protocol.options)
     own_options = build_options(
@@ -142,7 +148,7 @@ def read_options(
 
 
 def compare_files(
-    protocol: "EvaluationProtocol",
+    compare: "CompareFiles",
     files: list[Path],
     methods: list[str] | None,
     own_options: object,
@@ -154,12 +160,6 @@ def compare_files(
     from influence_cli.errors import UsageProblem
     from influence_cli.progress import Reporter
 
-    if protocol.compare_files is None:
-        raise UsageProblem(
-            f"{protocol.name} compares no files",
-            f"found: {', '.join(map(str, files))}",
-            "leave out the files",
-        )
     given = {"--method": methods, "--queries": flags.queries, "--steps": flags.shared.steps}
     for flag in (flag for flag, value in given.items() if value is not None):
         raise UsageProblem(
@@ -167,7 +167,7 @@ def compare_files(
             f"leave out {flag}, or the files",
         )
     reporter = Reporter() if flags.shared.quiet else StderrReporter()
-    return protocol.compare_files(files, own_options, flags.shared.seed or 0, reporter)
+    return compare(files, own_options, flags.shared.seed or 0, reporter)
 
 
 def evaluate_methods(
@@ -175,6 +175,7 @@ def evaluate_methods(
     own_options: object,
     options_of: dict[str, object],
     flags: RequestFlags,
+    files: Sequence[Path],
 ) -> "Iterator[Figure]":
     """The protocol's figures. `own_options`: the protocol's, `options_of`: those of each method."""
     import_torch()
@@ -191,7 +192,7 @@ def evaluate_methods(
 
     requests = {name: request(name, own) for name, own in options_of.items()}
     work = EvaluationRequest(
-        requests, opened.checkpoints, ids, own_options, opened.seed, opened.folder, flags.by
+        requests, opened.checkpoints, ids, own_options, opened.seed, opened.folder, flags.by, files
     )
     yield from protocol.evaluate(opened.gradients, work)
     opened.note_unverified()

@@ -55,6 +55,7 @@ class Protocol:
     `methods`: those that it can evaluate, () for all. `beside`: methods that it adds to those of
     the user. `method_options`: options of methods that it passes on. `parts`: values of --by.
     `compare_files`: what it does with score files. It replaces `evaluate` and opens no run.
+    `evaluates_files`: whether `evaluate` takes score files beside methods.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Protocol:
     method_options: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("query",)
     compare_files: "CompareFiles | None" = None
+    evaluates_files: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -80,6 +82,15 @@ class Protocol:
             raise UsageProblem(
                 f"--method {method} does not apply to {self.name}",
                 f"expected: {', '.join(self.methods)}",
+            )
+
+    def check_files(self, files: Sequence[Path]) -> None:
+        """Raises UsageProblem for score files that the protocol can't use."""
+        if files and self.compare_files is None and not self.evaluates_files:
+            raise UsageProblem(
+                f"{self.name} takes no score files",
+                f"found: {', '.join(map(str, files))}",
+                "leave out the files",
             )
 
     def check_queries(self, queries: str | None) -> None:
@@ -101,7 +112,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate. `requests`: for each method, without training examples and parts."""
+    """What to evaluate. `requests`: for each method, without training examples and parts.
+    `score_files`: tables of scores to evaluate, too.
+    """
 
     requests: "dict[str, ScoreRequest]"
     checkpoints: "tuple[Checkpoint, ...]"
@@ -110,6 +123,7 @@ class EvaluationRequest:
     seed: int
     folder: Path | None = None  # of the cache; None: nothing is stored
     by: str | None = None
+    score_files: Sequence[Path] = ()
 
 
 def table_columns(by: str | None) -> tuple[str, ...]:

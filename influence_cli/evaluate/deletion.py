@@ -34,4 +34,5 @@ PROTOCOL = Protocol(
     default_methods=("tracin",),
     beside=("random",),
     method_options=("curvature", "damping", "replay", "renormalize"),
+    evaluates_files=True,
 )

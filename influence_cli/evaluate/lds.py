@@ -29,4 +29,5 @@ PROTOCOL = Protocol(
     example="influence evaluate my_run lds --method unroll --method tracin --queries 0:50",
     default_methods=("tracin",),
     method_options=("curvature", "damping", "replay", "renormalize"),
+    evaluates_files=True,
 )

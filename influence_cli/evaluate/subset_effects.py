@@ -28,6 +28,7 @@ from influence_cli.evaluate.effect_correlations import FigureMaker, correlate_qu
 from influence_cli.evaluate.lds import LdsOptions
 from influence_cli.evaluate.result_log import total_seconds
 from influence_cli.evaluate.retraining import noise_of, note_noise
+from influence_cli.evaluate.score_files import read_score_matrix
 from influence_cli.evaluate.subset_training import SubsetTrainings, values_of
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import Method
@@ -50,6 +51,9 @@ def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Fig
         name: predict_subsets(source, METHODS[name], score_request, members_RN)
         for name, score_request in request.requests.items()
     }
+    for file in request.score_files:
+        scores_QN = read_score_matrix(file, request.queries, count)
+        predicted[str(file)] = -(members_RN.astype(np.float64) @ scores_QN.T)
     records = trainings.measure([np.flatnonzero(~members_N) for members_N in members_RN], "subset")
     values_RSQ = values_of(records, options.retrainings)
     measured_RQ, noise_Q = values_RSQ.mean(axis=1), noise_of(trainings.baseline)

@@ -9,8 +9,9 @@ Shape letters: K numbers of left-out examples, S seeds, Q queries.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from influence_cli.evaluate.deletion import DeletionOptions
 from influence_cli.evaluate.effect_correlations import FigureMaker
 from influence_cli.evaluate.result_log import Record, total_seconds
 from influence_cli.evaluate.retraining import noise_of
+from influence_cli.evaluate.score_files import ScoresOfQuery, read_score_file, scores_of_query
 from influence_cli.evaluate.subset_training import SubsetTrainings, values_of
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import Method
@@ -52,6 +54,11 @@ def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Fig
         name: rank_tops(source, METHODS[name], score_request, max(sizes.values()))
         for name, score_request in request.requests.items()
     }
+    for file in request.score_files:
+        scores_by_query = read_score_file(file)
+        tops[str(file)] = [
+            tops_of_scores(file, scores_by_query, int(query), count) for query in request.queries
+        ]
     for name, tops_of_method in tops.items():
         note_short_tops(source.reporter, name, tops_of_method, max(sizes.values()))
     figures: list[Figure] = []
@@ -97,6 +104,19 @@ def rank_tops(source: GradientSource, method: Method, request: ScoreRequest, top
                 of_kind[entry.kind].append(entry.train)
             tops.append(of_kind)
     return tops
+
+
+def tops_of_scores(
+    file: Path, scores_by_query: Mapping[str, ScoresOfQuery], query: int, count: int
+) -> dict[str, list[int]]:
+    """The examples of a query in a score file: scores above 0 falling, those below 0 rising."""
+    scores = scores_of_query(file, scores_by_query, query, count)
+    signed = (
+        sorted((-sign * score, train) for train, score in scores.items() if sign * score > 0)
+        for sign in (1, -1)
+    )
+    tops = [[train for _, train in pairs] for pairs in signed]
+    return dict(zip(KINDS, tops, strict=True))
 
 
 def note_short_tops(reporter: Reporter, method: str, tops: Tops, top: int) -> None:

@@ -127,7 +127,7 @@ def test_bad_commands_are_refused(tmp_path, influence):
     flags = ("--method", "tracin")
     refused(agreement(influence, one, one, *flags), 2, "--method does not apply to score files")
     refused(agreement(influence, one, one, "--queries", "0"), 2, "--queries does not apply")
-    refused(influence("evaluate", ".", "lds", one, one), 2, "lds compares no files")
+    refused(influence("evaluate", ".", "tsloo", one), 2, "tsloo takes no score files")
     run = train(tmp_path / "run", every=12)
     command = ("evaluate", run, "agreement")
     refused(influence(*command, "--method", "random"), 2, "two methods", "found: random")
