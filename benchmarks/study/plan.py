@@ -1,0 +1,62 @@
+"""What the study runs. It was fixed before the study ran.
+
+Each method scores the queries of a run once. Every protocol then evaluates these scores. `tsloo`
+compares parts of scores by step, so it scores again.
+"""
+
+from dataclasses import dataclass, field
+
+# name in the tables -> flags of `influence score`
+METHODS = {
+    "random": ("--method", "random"),
+    "repsim": ("--method", "repsim"),
+    "grad-dot": ("--method", "grad-dot"),
+    "grad-cos": ("--method", "grad-cos"),
+    "tracin": ("--method", "tracin"),
+    "tracin-we": ("--method", "tracin-we"),
+    "trak": ("--method", "trak"),
+    "influence kfac": ("--method", "influence", "--curvature", "kfac"),
+    "influence ekfac": ("--method", "influence", "--curvature", "ekfac"),
+    "influence shampoo": ("--method", "influence", "--curvature", "shampoo"),
+    "dve": ("--method", "dve"),
+    "dve --replay": ("--method", "dve", "--replay"),
+    "unroll --replay": ("--method", "unroll", "--replay"),
+}
+ALWAYS = ("random", "grad-dot", "grad-cos", "tracin", "influence kfac", "influence ekfac",
+          "influence shampoo", "dve --replay", "unroll --replay")  # fmt: skip
+CLASSES = ("repsim", "trak")  # of an input with one label
+TEXTS = ("repsim",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with one run. `queries`: how many. `deletions`: how many of them `deletion`
+    takes; 0: only in the full study. `removals`: of `tsloo`; 0: likewise. `mislabel`: its flags.
+    """
+
+    run: str
+    methods: tuple[str, ...]
+    queries: int = 20
+    deletions: int = 5
+    removals: int = 60
+    mislabel: tuple[str, ...] = ()
+    tsloo: tuple[tuple[str, ...], ...] = field(
+        default=(("tracin",), ("dve", "--replay"), ("unroll", "--replay"))
+    )
+    slow_deletions: int = 5
+    slow_removals: int = 60
+
+
+SGD = ("dve",)  # without a replay it knows plain SGD alone
+PLANS = (
+    Plan("gpt-sgd", ALWAYS + TEXTS + SGD, deletions=0, removals=0),
+    Plan("gpt-adamw", ALWAYS + TEXTS, deletions=0, removals=0),
+    Plan("fashion-sgd", ALWAYS + CLASSES + SGD, mislabel=("--flip", "0.1")),
+    Plan("fashion-adamw", ALWAYS + CLASSES, mislabel=("--flip", "0.1")),
+    Plan("words-sgd", ALWAYS + CLASSES + SGD + ("tracin-we",)),
+    Plan("digits-sgd", ALWAYS + CLASSES + SGD, mislabel=("--wrong", "wrong.txt")),
+    Plan("digits-adamw", ALWAYS + CLASSES, mislabel=("--wrong", "wrong.txt")),
+)
+FRACTIONS = ("0.5", "0.95")  # of the training examples that a subset keeps
+SUBSETS = 40
+TOP_K = "1%,5%"
