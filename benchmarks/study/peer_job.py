@@ -1,14 +1,12 @@
 """One job of another library on a run folder: python peer_job.py JOB RUN WEIGHTS QUERIES OUT.npy
 
-Its environment has torch and the library, not influence. Writes the scores (Q, N) and prints the
-seconds of the job: opening the data, fitting, and scoring, without the start of Python.
+Its environment has torch and the library, not influence. Writes the scores, (Q, N).
 """
 
 import importlib.util
 import logging
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -92,16 +90,13 @@ def main() -> None:
     job, run, weights, count, out = sys.argv[1:]
     definition, model = load(Path(run), Path(weights))
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
         train = definition.train_data()
         data = train, Subset(definition.query_data(), range(int(count)))
         if job == "trak":
             scores = trak(definition, model, *data, Path(folder))
         else:
             scores = ekfac(definition, model, *data, Path(folder), job == "ekfac-true")
-        seconds = time.perf_counter() - started
     np.save(out, torch.as_tensor(scores).double().numpy())
-    print(f"{seconds:.2f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,11 @@ def run_job(python: Path, job: str, run: Path, queries: int, file: Path) -> None
     np.savez(weights, **{name: value.numpy() for name, value in load_file(last).items()})
     command = [str(python), str(HERE / "peer_job.py"), job, str(run), str(weights), str(queries), str(scores)]
     print(f"{run.parent.name}: {job}", file=sys.stderr)
+    started = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
-    file.with_suffix(".seconds").write_text(result.stdout.split()[-1])
+    file.with_suffix(".seconds").write_text(f"{time.perf_counter() - started:.2f}")
     lines = ["query,train,score\n"]
     for query, row in enumerate(np.load(scores)):
         lines += [f"{query},{train},{value!r}\n" for train, value in enumerate(row.tolist())]

@@ -51,8 +51,8 @@ SGD = ("dve",)  # without a replay it knows plain SGD alone
 PLANS = (
     Plan("gpt-sgd", ALWAYS + TEXTS + SGD, deletions=0, removals=0),
     Plan("gpt-adamw", ALWAYS + TEXTS, deletions=0, removals=0),
-    Plan("fashion-sgd", ALWAYS + CLASSES + SGD, mislabel=("--flip", "0.1")),
-    Plan("fashion-adamw", ALWAYS + CLASSES, mislabel=("--flip", "0.1")),
+    Plan("fashion-sgd", ALWAYS + CLASSES + SGD, deletions=3, mislabel=("--flip", "0.1")),
+    Plan("fashion-adamw", ALWAYS + CLASSES, deletions=3, mislabel=("--flip", "0.1")),
     Plan("words-sgd", ALWAYS + CLASSES + SGD + ("tracin-we",)),
     Plan("digits-sgd", ALWAYS + CLASSES + SGD, mislabel=("--wrong", "wrong.txt")),
     Plan("digits-adamw", ALWAYS + CLASSES, mislabel=("--wrong", "wrong.txt")),
