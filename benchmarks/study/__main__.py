@@ -126,7 +126,15 @@ def score(run: Path, flags: Sequence[str], queries: int, file: Path) -> None:
         return
     arguments = ("score", ".", *flags, "--queries", f"0:{queries}", "--top", "all")
     started = time.perf_counter()
-    influence(run, *arguments, "--quiet", "--cache", "none", "-o", str(file.with_suffix(".new.csv").resolve()))
+    influence(
+        run,
+        *arguments,
+        "--quiet",
+        "--cache",
+        "none",
+        "-o",
+        str(file.with_suffix(".new.csv").resolve()),
+    )
     file.with_suffix(".seconds").write_text(f"{time.perf_counter() - started:.2f}")
     file.with_suffix(".new.csv").rename(file)
 

@@ -39,7 +39,15 @@ def run_job(python: Path, job: str, run: Path, queries: int, file: Path) -> None
     weights, scores = file.with_suffix(".npz"), file.with_suffix(".npy")
     last = sorted((run / "checkpoints").glob("*.safetensors"))[-1]
     np.savez(weights, **{name: value.numpy() for name, value in load_file(last).items()})
-    command = [str(python), str(HERE / "peer_job.py"), job, str(run), str(weights), str(queries), str(scores)]
+    command = [
+        str(python),
+        str(HERE / "peer_job.py"),
+        job,
+        str(run),
+        str(weights),
+        str(queries),
+        str(scores),
+    ]
     print(f"{run.parent.name}: {job}", file=sys.stderr)
     started = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})

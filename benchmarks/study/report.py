@@ -49,9 +49,16 @@ def tables(cells: Cells, runs: Sequence[str]) -> str:
 
 
 def table(
-    cells: Cells, runs: Sequence[str], methods: Sequence[str], protocol: str, figure: str, title: str
+    cells: Cells,
+    runs: Sequence[str],
+    methods: Sequence[str],
+    protocol: str,
+    figure: str,
+    title: str,
 ) -> str:
-    used = [run for run in runs if any((run, method, protocol, figure) in cells for method in methods)]
+    used = [
+        run for run in runs if any((run, method, protocol, figure) in cells for method in methods)
+    ]
     lines = [f"**{title}**", "", f"| | {' | '.join(used)} |", "|---" * (1 + len(used)) + "|"]
     for method in methods:
         texts = [cell_text(cells.get((run, method, protocol, figure))) for run in used]
@@ -96,7 +103,9 @@ def draw(cells: Cells, runs: Sequence[str], path: Path) -> None:
             axis.set_ylim(len(methods) - 0.5, -0.5)
             if line is axes[0]:
                 axis.set_title(run, fontsize=9)
-        line[0].set_title(title, fontsize=9, loc="left", pad=18 if line is axes[0] else 6, weight="bold")
+        line[0].set_title(
+            title, fontsize=9, loc="left", pad=18 if line is axes[0] else 6, weight="bold"
+        )
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -1,7 +1,9 @@
 """influence evaluate: how well do scores predict what retraining does, on this run?"""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +16,9 @@ from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
 
 if TYPE_CHECKING:
-    from influence_cli.evaluate.declaration import CompareFiles, Figure
+    from influence_cli.cache.id_blocks import Ids
+    from influence_cli.cli.opening import Opened
+    from influence_cli.evaluate.declaration import Figure, ScoreTable
     from influence_cli.evaluate.declaration import Protocol as EvaluationProtocol
     from influence_cli.methods.request import ScoreRequest
 
@@ -32,7 +36,7 @@ Files = Annotated[
         help="Score files of any tool: "
         + ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.evaluates_files)
         + " evaluate each one, "
-        + ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.compare_files)
+        + ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.compare_tables)
         + " compares two.",
     ),
 ]
@@ -96,8 +100,8 @@ def evaluate(
     names = method or ([] if files else chosen.default_methods)
     own_options, options_of = read_options(chosen, names, protocol_flags, flags)
     sink = TableWriter.open(format, output)
-    if files and chosen.compare_files is not None:
-        figures = compare_files(chosen.compare_files, files, method, own_options, flags)
+    if files and chosen.compare_tables is not None:
+        figures = compare_tables(chosen, files, own_options, options_of, flags)
     else:
         figures = evaluate_methods(chosen, own_options, options_of, flags, files or [])
     sink.write(table_rows(chosen.name, figures, by), table_columns(by))
@@ -147,27 +151,87 @@ def read_options(
     return own_options, options_of
 
 
-def compare_files(
-    compare: "CompareFiles",
-    files: list[Path],
-    methods: list[str] | None,
+def compare_tables(
+    protocol: "EvaluationProtocol",
+    files: Sequence[Path],
     own_options: object,
+    options_of: dict[str, object],
     flags: RequestFlags,
 ) -> "Iterator[Figure]":
-    """The protocol's figures of score files. It opens no run."""
+    """The protocol's figures of score files and run folders. A single one is compared with RUN."""
     import_torch()
     from influence_cli.cli.stderr_reporter import StderrReporter
-    from influence_cli.errors import UsageProblem
+    from influence_cli.evaluate.declaration import ScoreTable
+    from influence_cli.evaluate.score_files import read_score_file
     from influence_cli.progress import Reporter
 
-    given = {"--method": methods, "--queries": flags.queries, "--steps": flags.shared.steps}
-    for flag in (flag for flag, value in given.items() if value is not None):
+    sources = [flags.shared.run, *files] if len(files) == 1 else list(files)
+    folders = [source for source in sources if source.is_dir()]
+    check_run_flags(folders, options_of, flags)
+    tables = {
+        source: ScoreTable(str(source), partial(read_score_file, source)) for source in sources
+    }
+    of_runs = open_tables(folders, options_of, flags)
+    reporter = Reporter() if flags.shared.quiet else StderrReporter()
+    assert protocol.compare_tables is not None
+    chosen = [table for source in sources for table in of_runs.get(source, [tables[source]])]
+    return protocol.compare_tables(chosen, own_options, flags.shared.seed or 0, reporter)
+
+
+def check_run_flags(
+    folders: Sequence[Path], options_of: dict[str, object], flags: RequestFlags
+) -> None:
+    """Raises UsageProblem for flags that the compared tables have no use for, or lack."""
+    from influence_cli.errors import UsageProblem
+
+    if folders and not options_of:
+        raise UsageProblem(
+            f"{folders[0]} is a run, so its scores need a method",
+            "expected: --method NAME, such as --method influence",
+        )
+    given = {
+        "--method": options_of or None,
+        "--queries": flags.queries,
+        "--steps": flags.shared.steps,
+    }
+    for flag in (flag for flag, value in given.items() if value is not None and not folders):
         raise UsageProblem(
             f"{flag} does not apply to score files, which have their scores already",
             f"leave out {flag}, or the files",
         )
-    reporter = Reporter() if flags.shared.quiet else StderrReporter()
-    return compare(files, own_options, flags.shared.seed or 0, reporter)
+
+
+def open_tables(
+    folders: Sequence[Path], options_of: dict[str, object], flags: RequestFlags
+) -> "dict[Path, list[ScoreTable]]":
+    """The tables of each run folder, one a method. Raises UsageProblem for runs on other data."""
+    from influence_cli.evaluate.score_agreement import check_same_examples, tables_of_run
+
+    tables, first = {}, None
+    for folder in folders:
+        shared = dataclasses.replace(flags.shared, run=folder)
+        opened, _, requests = open_requests(options_of, dataclasses.replace(flags, shared=shared))
+        first = first or opened.run
+        check_same_examples(first, opened.run)
+        tables[folder] = tables_of_run(opened.gradients, requests, str(folder))
+    return tables
+
+
+def open_requests(
+    options_of: dict[str, object], flags: RequestFlags
+) -> "tuple[Opened, Ids, dict[str, ScoreRequest]]":
+    """The run of the flags, the queries, and the request of each method."""
+    from influence_cli.cli.opening import open_shared
+    from influence_cli.cli.requests import score_request
+
+    opened = open_shared(flags.shared, flags.trajectory)
+    ids = opened.ids("--queries", flags.queries, "query")
+
+    def request(name: str, own: object) -> "ScoreRequest":
+        method = METHODS[name]
+        return score_request(opened, method, own, range(0), ids, flags.rates, last_checkpoint=True)
+
+    return opened, ids, {name: request(name, own) for name, own in options_of.items()}
 
 
 def evaluate_methods(
@@ -179,18 +243,9 @@ def evaluate_methods(
 ) -> "Iterator[Figure]":
     """The protocol's figures. `own_options`: the protocol's, `options_of`: those of each method."""
     import_torch()
-    from influence_cli.cli.opening import open_shared
-    from influence_cli.cli.requests import score_request
     from influence_cli.evaluate.declaration import EvaluationRequest
 
-    opened = open_shared(flags.shared, flags.trajectory)
-    ids = opened.ids("--queries", flags.queries, "query")
-
-    def request(name: str, own: object) -> "ScoreRequest":
-        method = METHODS[name]
-        return score_request(opened, method, own, range(0), ids, flags.rates, last_checkpoint=True)
-
-    requests = {name: request(name, own) for name, own in options_of.items()}
+    opened, ids, requests = open_requests(options_of, flags)
     work = EvaluationRequest(
         requests, opened.checkpoints, ids, own_options, opened.seed, opened.folder, flags.by, files
     )

@@ -1,4 +1,4 @@
-"""agreement: do two score files, or two methods, give the same scores?
+"""agreement: do two score files, runs or methods give the same scores?
 
 evaluate/score_agreement.py compares them. It trains nothing.
 """
@@ -18,9 +18,9 @@ class AgreementOptions:
 
 PROTOCOL = Protocol(
     name="agreement",
-    help="compare two score files A and B, or two methods",
+    help="compare score files, runs, or methods",
     evaluate=deferred("influence_cli.evaluate.score_agreement:compare_methods"),
-    compare_files=deferred("influence_cli.evaluate.score_agreement:compare_files"),
+    compare_tables=deferred("influence_cli.evaluate.score_agreement:compare_tables"),
     options=AgreementOptions,
     example="influence evaluate my_run agreement tracin.csv dve.csv",
     default_methods=(),

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from influence_cli.run.checkpoints import Checkpoint
 
 Row = tuple[Any, ...]  # Any: text and numbers
-# (files, options of the protocol, seed, reporter) -> figures; Any: of the protocol's own class
-CompareFiles = Callable[[Sequence[Path], Any, int, Reporter], Iterator["Figure"]]
+# (tables, options of the protocol, seed, reporter) -> figures; Any: of the protocol's own class
+CompareTables = Callable[[Sequence["ScoreTable"], Any, int, Reporter], Iterator["Figure"]]
 COLUMNS = ("method", "protocol", "figure", "value", "low", "high", "n", "cost")
 ALL = "all"  # the part of a figure that is about all queries, or all layers
 RETRAININGS_HELP = (
@@ -28,6 +28,14 @@ RETRAININGS_HELP = (
     "definition.py."
 )
 TRAINING = "retraining"  # in the column `method`: a figure of the measurements, not of scores
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of one file, or of one method on one run. `read`: query -> training id -> score."""
+
+    name: str
+    read: Callable[[], dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Protocol:
 
     `methods`: those that it can evaluate, () for all. `beside`: methods that it adds to those of
     the user. `method_options`: options of methods that it passes on. `parts`: values of --by.
-    `compare_files`: what it does with score files. It replaces `evaluate` and opens no run.
+    `compare_tables`: what it does with score files and run folders. It replaces `evaluate`.
     `evaluates_files`: whether `evaluate` takes score files beside methods.
     """
 
@@ -68,7 +76,7 @@ class Protocol:
     beside: tuple[str, ...] = ()
     method_options: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("query",)
-    compare_files: "CompareFiles | None" = None
+    compare_tables: "CompareTables | None" = None
     evaluates_files: bool = False
 
     @property
@@ -86,7 +94,7 @@ class Protocol:
 
     def check_files(self, files: Sequence[Path]) -> None:
         """Raises UsageProblem for score files that the protocol can't use."""
-        if files and self.compare_files is None and not self.evaluates_files:
+        if files and self.compare_tables is None and not self.evaluates_files:
             raise UsageProblem(
                 f"{self.name} takes no score files",
                 f"found: {', '.join(map(str, files))}",

@@ -1,65 +1,86 @@
-"""Compares the scores of two files, or of methods: correlations per query, and common top examples.
+"""Compares the scores of files, runs and methods: correlations per query, and common top examples.
 
 Shape letters: M common pairs of a query, Q queries, N training examples.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from influence_cli.errors import UsageProblem, shown
 from influence_cli.evaluate.agreement import AgreementOptions
-from influence_cli.evaluate.declaration import EvaluationRequest, Figure, describe_cost
+from influence_cli.evaluate.declaration import (
+    EvaluationRequest,
+    Figure,
+    ScoreTable,
+    describe_cost,
+)
 from influence_cli.evaluate.effect_correlations import CORRELATIONS, FigureMaker
 from influence_cli.evaluate.predicted_effects import UnrankedScores
-from influence_cli.evaluate.score_files import ScoresOfQuery, read_score_file
+from influence_cli.evaluate.score_files import ScoresOfQuery
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import Method
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.table import METHODS
 from influence_cli.progress import Reporter
+from influence_cli.run.run import Run
 
 ScoresByQuery = dict[str, ScoresOfQuery]
 
 
-def compare_files(
-    files: Sequence[Path], options: AgreementOptions, seed: int, reporter: Reporter
+def compare_tables(
+    tables: Sequence[ScoreTable], options: AgreementOptions, seed: int, reporter: Reporter
 ) -> Iterator[Figure]:
-    """The figures of two score files. Raises UsageProblem for another number of files."""
+    """The figures of each two tables. Raises UsageProblem for a single one."""
     sizes = parse_counts(options.top_k)
-    if len(files) != 2:
+    if len(tables) < 2:
         raise UsageProblem(
-            f"agreement compares two score files, {len(files)} given",
-            "expected: influence evaluate RUN agreement A B",
+            f"agreement compares at least two tables of scores, {len(tables)} given",
+            f"found: {', '.join(table.name for table in tables) or 'none'}",
+            "expected: influence evaluate RUN agreement A B, or two --method NAME",
         )
-    tables = [read_score_file(file) for file in files]
-    name = ", ".join(str(file) for file in files)
-    yield from list(compare_scores(name, tables[0], tables[1], sizes, seed, reporter))
+    scores = [(table.name, table.read()) for table in tables]
+    figures: list[Figure] = []
+    for (one, ones), (other, others) in itertools.combinations(scores, 2):
+        name = f"{one}, {other}"
+        figures += compare_scores(name, ones, others, sizes, seed, reporter)
+    yield from figures
 
 
 def compare_methods(source: GradientSource, request: EvaluationRequest) -> Iterator[Figure]:
     """The figures of each two methods of the request, over all training examples."""
     options = request.options
     assert isinstance(options, AgreementOptions)
-    sizes = parse_counts(options.top_k)
-    if len(request.requests) < 2:
-        raise UsageProblem(
-            "agreement compares two score files, or two methods",
-            f"found: {', '.join(request.requests) or 'neither'}",
-            "expected: influence evaluate RUN agreement A B, or two --method NAME",
-        )
-    scores = {
-        name: score_all(source, METHODS[name], score_request)
-        for name, score_request in request.requests.items()
-    }
-    figures: list[Figure] = []
-    for one, other in itertools.combinations(scores, 2):
-        pair = scores[one], scores[other]
-        figures += compare_scores(f"{one}, {other}", *pair, sizes, request.seed, source.reporter)
-    yield from figures
+    tables = tables_of_run(source, request.requests)
+    yield from compare_tables(tables, options, request.seed, source.reporter)
+
+
+def tables_of_run(
+    source: GradientSource, requests: Mapping[str, ScoreRequest], folder: str = ""
+) -> list[ScoreTable]:
+    """One table of each method. `folder`: of the run, for their names."""
+    return [
+        ScoreTable(f"{folder} {name}".strip(), partial(score_all, source, METHODS[name], request))
+        for name, request in requests.items()
+    ]
+
+
+def check_same_examples(one: Run, other: Run) -> None:
+    """Raises UsageProblem where two runs have another example under the same id."""
+    for split in ("train", "query"):
+        ones, others = one.examples(split), other.examples(split)
+        ids = range(min(len(ones), len(others)))
+        differing = np.flatnonzero((ones.digests(ids) != others.digests(ids)).numpy())
+        if len(differing) or len(ones) != len(others):
+            raise UsageProblem(
+                f"{one.folder} and {other.folder} have other examples in {split}_data()",
+                f"found: {len(ones):,} and {len(others):,} examples"
+                + (f"; example {differing[0]} differs" if len(differing) else ""),
+                "expected: runs on the same data in the same order",
+            )
 
 
 def parse_counts(text: str) -> list[int]:

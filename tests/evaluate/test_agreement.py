@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.refusals import refused
-from tests.training import train
+from tests.refusals import refused, replaced
+from tests.training import DEFINITION, train
 
 HEAD = "query,kind,rank,train,score,query_label,train_label,query_text,train_text\n"
 
@@ -119,9 +119,37 @@ def test_methods_of_a_run_are_compared_in_pairs(tmp_path, influence):
     assert of_methods["spearman"] > 0.5 > abs(float(result.rows[3]["value"]))
 
 
+def test_runs_are_compared_by_the_scores_of_a_method(tmp_path, influence):
+    one, other = (train(tmp_path / name, every=4, rate=rate) for name, rate in RATES.items())
+    flags = ("--method", "grad-dot")
+    files = []
+    for run in (one, other):
+        files.append(tmp_path / f"{run.name}.csv")
+        scored = influence("score", run, *flags, "--top", "all", "-o", files[-1])
+        assert scored.code == 0, scored.err
+    expected = values_of(agreement(influence, *files))
+    assert 0.3 < expected["spearman"] < 0.999
+    for command in ((".", other), (".", one, other), (".", one, files[1]), (".", files[0], other)):
+        arguments = (one, *command[1:]) if len(command) == 2 else command
+        result = influence("evaluate", arguments[0], "agreement", *arguments[1:], *flags)
+        assert values_of(result) == pytest.approx(expected), command
+    assert result.rows[0]["method"] == f"{files[0]}, {other} grad-dot"
+
+
+RATES = {"slow": 0.1, "fast": 0.9}
+
+
+def test_runs_on_other_examples_are_refused(tmp_path, influence):
+    one = train(tmp_path / "one", every=12)
+    definition = replaced(DEFINITION, ("manual_seed(seed)", "manual_seed(seed + 7)"))
+    other = train(tmp_path / "other", every=12, definition=definition)
+    command = ("evaluate", one, "agreement", other, "--method", "grad-dot")
+    refused(influence(*command), 2, "have other examples in train_data()", "example 0 differs")
+
+
 def test_bad_commands_are_refused(tmp_path, influence):
     one = write_scores(tmp_path / "one.csv", np.eye(3))
-    refused(agreement(influence, one), 2, "compares two score files, 1 given")
+    refused(agreement(influence, one), 2, ". is a run, so its scores need a method")
     refused(agreement(influence, one, tmp_path / "two.csv"), 2, "two.csv: no such file")
     refused(agreement(influence, one, one, "--top-k", "0"), 2, "--top-k '0'")
     flags = ("--method", "tracin")
@@ -130,8 +158,8 @@ def test_bad_commands_are_refused(tmp_path, influence):
     refused(influence("evaluate", ".", "tsloo", one), 2, "tsloo takes no score files")
     run = train(tmp_path / "run", every=12)
     command = ("evaluate", run, "agreement")
-    refused(influence(*command, "--method", "random"), 2, "two methods", "found: random")
-    refused(influence(*command), 2, "found: neither")
+    refused(influence(*command, "--method", "random"), 2, "two --method", "found: random")
+    refused(influence(*command), 2, "found: none")
     far = write_scores(tmp_path / "far.csv", np.eye(3), ids=[7, 8, 9])
     refused(agreement(influence, one, far), 2, "no query and training example is in both")
 
