@@ -23,6 +23,7 @@ from influence_cli.methods.self_influence import rank_self_influence
 
 SHARES = (5, 10, 20, 30)  # percent of the examples that a user looks at
 LOSS = "loss"  # in the column `method`: examples ranked by their loss at the last checkpoint
+RANDOM = "random"  # in a random order: what chance finds
 
 
 def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Figure]:
@@ -59,6 +60,8 @@ def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Fig
             figures += detection_figures(name, part, scores_N, is_wrong_N, cost, request.seed)
     yield from figures
     yield from detection_figures(LOSS, ALL, losses_N, is_wrong_N, cost, request.seed)
+    order_N = np.random.default_rng(request.seed).permutation(count).astype(np.float64)
+    yield from detection_figures(RANDOM, ALL, order_N, is_wrong_N, cost, request.seed)
 
 
 def read_ids(path: Path, count: int) -> np.ndarray:

@@ -110,7 +110,8 @@ def compare_scores(
     seed: int,
     reporter: Reporter,
 ) -> Iterator[Figure]:
-    """Spearman and Pearson over the pairs that both have, and the common ones of the top k.
+    """Spearman and Pearson over the pairs that both have, and the common ones of the top k. The
+    noise is the standard deviation of Spearman's correlation between random orders.
 
     Per query and their mean over queries. Raises UsageProblem where they have no pair in common.
     """
@@ -131,6 +132,7 @@ def compare_scores(
             for query, trains in common.items()
         ]
         yield from maker.mean(name, figure, np.array(values), counts_Q)
+    yield from maker.mean(name, "noise", 1 / np.sqrt(np.maximum(1, counts_Q - 1)), counts_Q)
     for size in sizes:
         overlaps = [overlap_of_tops(one[query], other[query], size) for query in queries]
         yield from maker.mean(name, f"overlap-{size}", np.array(overlaps), size)

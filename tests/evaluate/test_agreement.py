@@ -43,7 +43,8 @@ def test_files_with_known_answers(tmp_path, influence):
         other = write_scores(tmp_path / f"{name}.csv", scores)
         result = agreement(influence, one, other, "--top-k", "3")
         values = values_of(result)
-        assert list(values) == ["spearman", "pearson", "overlap-3"]
+        assert list(values) == ["spearman", "pearson", "noise", "overlap-3"]
+        assert values["noise"] == pytest.approx(5**-0.5)  # 6 examples
         if name == "constant":
             assert values["spearman"] is None
             continue
@@ -64,6 +65,7 @@ def test_every_format_and_tables_of_parts_are_read(ending, tmp_path, influence):
     assert influence(*flags, "-o", tmp_path / "one.csv").code == 0
     assert influence(*flags, "-o", other, "--by", "checkpoint").code == 0
     values = values_of(agreement(influence, tmp_path / "one.csv", other))
+    assert values.pop("noise") == pytest.approx(23**-0.5)
     assert values == {name: pytest.approx(1) for name in ("spearman", "pearson", "overlap-10")}
 
 
@@ -73,7 +75,7 @@ def test_tables_of_self_are_one_query(tmp_path, influence):
         flags = ("--lr-weights", rate, "--top", "all", "-o", tmp_path / f"{name}.csv")
         assert influence("self", run, *flags).code == 0
     result = agreement(influence, tmp_path / "a.csv", tmp_path / "b.csv", "--by", "query")
-    assert [row["query"] for row in result.rows] == ["all"] * 6
+    assert [row["query"] for row in result.rows] == ["all"] * 8
     assert result.rows[0]["n"] == "24"
 
 
@@ -84,6 +86,7 @@ def test_pairs_of_one_file_are_left_out_and_a_note_says_so(tmp_path, influence):
     assert values_of(result) == {
         "spearman": 1,
         "pearson": pytest.approx(0.9819805),
+        "noise": pytest.approx(2**-0.5),
         "overlap-2": 0.5,
     }
     assert "2 pairs are in one of the two only" in result.err
@@ -114,9 +117,9 @@ def test_methods_of_a_run_are_compared_in_pairs(tmp_path, influence):
         assert scored.code == 0, scored.err
     files = (tmp_path / "tracin.csv", tmp_path / "grad-dot.csv")
     of_files = values_of(agreement(influence, *files, "--top-k", "5"))
-    of_methods = {row["figure"]: float(row["value"]) for row in result.rows[:3]}
+    of_methods = {row["figure"]: float(row["value"]) for row in result.rows[:4]}
     assert of_methods == pytest.approx(of_files)
-    assert of_methods["spearman"] > 0.5 > abs(float(result.rows[3]["value"]))
+    assert of_methods["spearman"] > 0.5 > abs(float(result.rows[4]["value"]))
 
 
 def test_runs_are_compared_by_the_scores_of_a_method(tmp_path, influence):

@@ -65,14 +65,23 @@ def test_scores_with_known_answers():
         assert shares[: len(found)] == pytest.approx(found)
 
 
+def chance_of(wrong, count, seed):
+    """The ROC-AUC of a random order, written out."""
+    order = np.random.default_rng(seed).permutation(count)
+    right = [index for index in range(count) if index not in wrong]
+    return np.mean([[order[one] > order[other] for other in right] for one in wrong])
+
+
 def test_known_wrong_labels_are_ranked_as_self_ranks_them(tmp_path, influence):
     run = train(tmp_path / "run", every=4)
     (tmp_path / "wrong.txt").write_text("3\n17 # seen by hand\n\n4\n")
     result = mislabel(influence, run, "--wrong", tmp_path / "wrong.txt")
     names = ["auc", "found-5%", "found-10%", "found-20%", "found-30%"]
     rows = [(row["method"], row["figure"]) for row in result.rows]
-    assert rows == [(method, name) for method in ("tracin", "loss") for name in names]
+    assert rows == [(method, name) for method in ("tracin", "loss", "random") for name in names]
     assert {(row["n"], row["cost"]) for row in result.rows} == {("3", "0 trainings")}
+    area = next(row for row in result.rows if row["method"] == "random")
+    assert float(area["value"]) == chance_of([3, 4, 17], 24, seed=0)
     table = influence("self", run, *RATE, "--top", "all").rows
     for method, column in (("tracin", "score"), ("loss", "loss")):
         scores = [0.0] * 24
@@ -90,7 +99,13 @@ def test_by_layer_ranks_by_the_self_influence_of_each_layer(tmp_path, influence)
     flags = ("--wrong", tmp_path / "wrong.txt")
     rows = mislabel(influence, run, *flags, "--by", "layer").rows
     values = {(row["method"], row["figure"], row["layer"]): row["value"] for row in rows}
-    assert [row["layer"] for row in rows if row["figure"] == "auc"] == ["0", "2", "all", "all"]
+    assert [row["layer"] for row in rows if row["figure"] == "auc"] == [
+        "0",
+        "2",
+        "all",
+        "all",
+        "all",
+    ]
     for layer in ("0", "2"):
         alone = mislabel(influence, run, *flags, "--layers", layer).rows[0]
         assert values["tracin", "auc", layer] == alone["value"]
@@ -108,7 +123,8 @@ def test_flipped_labels_give_the_figures_of_a_run_trained_on_them(tmp_path, infl
         tmp_path / "changed", every=4, definition=TWO_CLASSES + FLIPPED.replace("IDS", str(ids))
     )
     (tmp_path / "wrong.txt").write_text("\n".join(map(str, ids)))
-    known = figures_of(mislabel(influence, changed, "--wrong", tmp_path / "wrong.txt"))
+    flags = ("--wrong", tmp_path / "wrong.txt", "--seed", "5")
+    known = figures_of(mislabel(influence, changed, *flags))
     assert figures == pytest.approx(known, abs=1e-12)
     assert result.rows[0]["cost"].startswith("1 training, ")
     nothing = mislabel(influence, run, "--flip", "0.25", "--seed", "5", "--cache", "none")
