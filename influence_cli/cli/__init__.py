@@ -145,7 +145,7 @@ def run_alone(name: str, work: Callable[[], None]) -> None:
     if count > 1:
         raise UsageProblem(
             f"influence {name} runs as one process, WORLD_SIZE is {count}",
-            "start it without torchrun; torchrun can run cache, score and self",
+            "start it without torchrun; torchrun can run cache, score, self and evaluate",
         )
     work()
 

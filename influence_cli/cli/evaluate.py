@@ -1,6 +1,8 @@
 """influence evaluate: how well do scores predict what retraining does, on this run?"""
 
+import collections
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +70,7 @@ ProtocolFlags = flags_group(
 )
 
 
-@command("evaluate", example=next(iter(PROTOCOLS.values())).example)
+@command("evaluate", example=next(iter(PROTOCOLS.values())).example, ranks=True)
 def evaluate(
     shared: options.Shared,
     protocol_flags: ProtocolFlags,  # type: ignore[valid-type]  # made from PROTOCOLS
@@ -86,7 +88,8 @@ def evaluate(
     """How well do scores predict what retraining does, on this run? It really retrains.
 
     The table has one row per figure, with its 95 % interval and its cost. Finished retrainings are
-    stored. If it is interrupted, run the same command to resume.
+    stored. If it is interrupted, run the same command to resume. Several processes of the same
+    command, or of torchrun, divide the retrainings.
     """
     from influence_cli.cli import specs
     from influence_cli.evaluate.declaration import table_columns, table_rows
@@ -96,6 +99,7 @@ def evaluate(
     chosen.check_part(by)
     chosen.check_queries(queries)
     chosen.check_files(files or [])
+    rank = check_ranks(shared.cache)
     flags = RequestFlags(shared, queries, (lr, lr_weights), trajectory, by)
     names = method or ([] if files else chosen.default_methods)
     own_options, options_of = read_options(chosen, names, protocol_flags, flags)
@@ -104,7 +108,25 @@ def evaluate(
         figures = compare_tables(chosen, files, own_options, options_of, flags)
     else:
         figures = evaluate_methods(chosen, own_options, options_of, flags, files or [])
-    sink.write(table_rows(chosen.name, figures, by), table_columns(by))
+    rows = table_rows(chosen.name, figures, by)
+    if rank == 0:
+        sink.write(rows, table_columns(by))
+    else:
+        collections.deque(rows, maxlen=0)  # its trainings are in the cache, for rank 0
+
+
+def check_ranks(cache: str | None) -> int:
+    """The number of this rank. Raises UsageProblem where ranks have no cache to share."""
+    from influence_cli.errors import UsageProblem
+    from influence_cli.parallel.ranks import place_of
+
+    place = place_of(os.environ)
+    if place.count > 1 and cache == "none":
+        raise UsageProblem(
+            f"--cache none stores no retrainings, so {place.count} ranks can't divide them",
+            "leave out --cache none, or start one process without torchrun",
+        )
+    return place.rank
 
 
 @dataclass(frozen=True)
@@ -224,7 +246,7 @@ def open_requests(
     from influence_cli.cli.opening import open_shared
     from influence_cli.cli.requests import score_request
 
-    opened = open_shared(flags.shared, flags.trajectory)
+    opened = open_shared(flags.shared, flags.trajectory, connected=False)
     ids = opened.ids("--queries", flags.queries, "query")
 
     def request(name: str, own: object) -> "ScoreRequest":

@@ -200,9 +200,10 @@ def open_shared(
     searched: bool = False,
     verify: bool = False,
     given: Given | None = None,
+    connected: bool = True,
 ) -> Opened:
     """Open the run and its cache (not `create`: only if it is there). `given`: rows from the
-    command line.
+    command line. Not `connected`: ranks share only what the cache stores.
 
     Raises UsageProblem for flags that contradict each other or the machine.
     """
@@ -235,8 +236,9 @@ def open_shared(
     )
     exists = folder is not None and (create or folder.exists())
     opened = open_store(folder, verify) if folder is not None and exists else None
+    ranks = open_ranks(place if connected else Place())
     gradients = GradientSource(
-        run, settings, opened, device, batch_size, formats.precision, reporter, open_ranks(place)
+        run, settings, opened, device, batch_size, formats.precision, reporter, ranks
     )
     return Opened(
         run, checkpoints, columns, gradients, folder, reporter, flags.steps, flags.seed or 0

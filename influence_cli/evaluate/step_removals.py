@@ -11,13 +11,14 @@ loss is higher. m(theta) is that of a replay of the complete run.
 Shape letters: R removals, Q queries.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 
-from influence_cli.errors import GradientError, UsageProblem
+from influence_cli.errors import GradientError, UsageProblem, counted
 from influence_cli.evaluate.declaration import EvaluationRequest, Figure, describe_cost
 from influence_cli.evaluate.effect_correlations import FigureMaker
 from influence_cli.evaluate.predicted_effects import Removal, predict_effects
@@ -37,6 +38,7 @@ from influence_cli.evaluate.retraining import (
 from influence_cli.evaluate.tsloo import TslooOptions
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.table import METHODS
+from influence_cli.progress import Advance
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.replay import DroppedExample, Replay
 from influence_cli.run.trajectory import Trajectory
@@ -141,8 +143,7 @@ def retrain(
     step on.
     """
     start = source.run.checkpoints[0]
-    known = measured_effects(log)
-    missing = sorted(removal for removal in removals if removal not in known)
+    missing = missing_removals(removals, log)
     baseline = find_baseline(log)
     steps = sum(end.step - removal.step for removal in missing)
     steps += missing[-1].step if missing else 0  # up to the last removal, without any
@@ -151,21 +152,47 @@ def retrain(
         if baseline is None:
             baseline = replay_baseline(source, replay, request, advance)
             log.add(baseline)
-        replay.start_from(start)
-        state = replay.save_state()
-        for number, removal in enumerate(missing, start=1):
+        walk, at = ReplayWalk(replay, start), 0
+        while missing:
+            removal = missing[at % len(missing)]
             started = perf_counter()
-            report_step = partial(advance, where=f"removal {number} of {len(missing)}")
-            replay.restore(state)
-            replay.advance(removal.step, report_progress=report_step)
-            state = replay.save_state()
+            report_step = partial(advance, where=f"{counted(len(missing), 'removal')} left")
+            walk.go_to(removal.step, report_step)
             drop = DroppedExample(*removal, options_of(request).renormalize)
             replay.advance(end.step, drop, baseline["max_norm"], report_progress=report_step)
             effects = query_values(source, request.queries) - np.array(baseline["values"])
             if not np.isfinite(effects).all():
                 raise too_large(removal)
-            seconds = perf_counter() - started
-            log.add({**removal._asdict(), "truth": effects.tolist(), "seconds": seconds})
+            record = {**removal._asdict(), "truth": effects.tolist()}
+            is_new = log.add({**record, "seconds": perf_counter() - started})
+            rest = missing_removals(missing, log)  # the log has read what other processes added
+            if not is_new or len(rest) < len(missing) - 1:
+                at = random.randrange(len(missing))  # away from the other process
+            missing = rest
+
+
+def missing_removals(removals: Sequence[Removal], log: ResultLog) -> list[Removal]:
+    """Those that the log does not have, by step."""
+    known = measured_effects(log)
+    return sorted(removal for removal in removals if removal not in known)
+
+
+class ReplayWalk:
+    """Replays the complete run up to one step after another, each part of it once if they rise."""
+
+    def __init__(self, replay: Replay, start: Checkpoint) -> None:
+        self.replay, self.start = replay, start
+        self.replay.start_from(start)
+        self._state, self._step = replay.save_state(), start.step
+
+    def go_to(self, step: int, advance: Advance) -> None:
+        """Put model and optimizer where they are before this step."""
+        if step < self._step:
+            self.replay.start_from(self.start)
+        else:
+            self.replay.restore(self._state)
+        self.replay.advance(step, report_progress=advance)
+        self._state, self._step = self.replay.save_state(), step
 
 
 def too_large(removal: Removal) -> GradientError:

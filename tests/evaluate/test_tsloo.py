@@ -125,6 +125,27 @@ def test_a_stopped_evaluation_goes_on_and_more_removals_add_to_those_there(
     assert len(calls) == 3
 
 
+def test_two_processes_divide_the_removals(tmp_path, influence, monkeypatch):
+    run = train(tmp_path / "run", every=4)
+    alone = evaluate(influence, run, "--cache", tmp_path / "alone").out
+    (stored_alone,) = (tmp_path / "alone" / "evaluate").glob("*.jsonl")
+    others = stored_alone.read_text().splitlines(keepends=True)[1:]
+    calls = []
+    original = Replay.advance
+
+    def beside_another_process(self, stop, drop=None, *arguments, **options):
+        result = original(self, stop, drop, *arguments, **options)
+        if drop:
+            calls.append(1)
+            with next((run / ".influence" / "evaluate").glob("*.jsonl")).open("a") as log:
+                log.write(others.pop(0))  # it has removed another example meanwhile, or the same
+        return result
+
+    monkeypatch.setattr(Replay, "advance", beside_another_process)
+    assert without_seconds(evaluate(influence, run).out) == without_seconds(alone)
+    assert 4 < len(calls) < 10
+
+
 def test_a_changed_result_is_refused_and_one_of_an_older_version_is_read(tmp_path, influence):
     run = train(tmp_path / "run", every=4)
     whole = evaluate(influence, run).out
