@@ -18,8 +18,10 @@ from influence_cli.evaluate.flipped_labels import replay_flipped
 from influence_cli.evaluate.mislabel import MislabelOptions
 from influence_cli.evaluate.predicted_effects import UnrankedScores
 from influence_cli.extraction.source import GradientSource
+from influence_cli.methods.declaration import Method
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.self_influence import rank_self_influence
+from influence_cli.methods.table import METHODS
 
 SHARES = (5, 10, 20, 30)  # percent of the examples that a user looks at
 LOSS = "loss"  # in the column `method`: examples ranked by their loss at the last checkpoint
@@ -56,7 +58,7 @@ def evaluate(source: GradientSource, request: EvaluationRequest) -> Iterator[Fig
         points = tuple(checkpoints[checkpoint.step] for checkpoint in score_request.checkpoints)
         complete = dataclasses.replace(score_request, checkpoints=points, train=range(count))
         for part, part_request in parts_of(complete, request.by).items():
-            scores_N, losses_N = self_influences(source, part_request)
+            scores_N, losses_N = self_influences(source, METHODS[name], part_request)
             figures += detection_figures(name, part, scores_N, is_wrong_N, cost, request.seed)
     yield from figures
     yield from detection_figures(LOSS, ALL, losses_N, is_wrong_N, cost, request.seed)
@@ -108,10 +110,13 @@ def parts_of(request: ScoreRequest, by: str | None) -> dict[str, ScoreRequest]:
     return {**requests, ALL: request}
 
 
-def self_influences(source: GradientSource, request: ScoreRequest) -> tuple[np.ndarray, np.ndarray]:
+def self_influences(
+    source: GradientSource, method: Method, request: ScoreRequest
+) -> tuple[np.ndarray, np.ndarray]:
     """(N,) self-influence of each training example, and (N,) its loss at the last checkpoint."""
     ranking = UnrankedScores(1, 1)
-    rank_self_influence(source, request, ranking)
+    sqnorms = method.open_sqnorms(source, request) if method.open_sqnorms else None
+    rank_self_influence(source, request, ranking, sqnorms=sqnorms)
     scores, losses = zip(
         *((entry.score, entry.parts[0]) for entry in ranking.entries(0)), strict=True
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from influence_cli.evaluate.declaration import Protocol
 from influence_cli.methods.declaration import deferred, option
+from influence_cli.methods.table import METHODS
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ PROTOCOL = Protocol(
     options=MislabelOptions,
     example="influence evaluate my_run mislabel --wrong wrong.txt",
     default_methods=("tracin",),
-    methods=("tracin", "grad-dot"),
+    methods=tuple(name for name, method in METHODS.items() if method.has_self),
+    method_options=("curvature", "damping"),
     parts=("layer",),
 )

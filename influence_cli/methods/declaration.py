@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.extraction.source import GradientSource, IdsAt
+    from influence_cli.methods.inner_products import SquaredNorms
     from influence_cli.methods.pairwise import RankingFactory
     from influence_cli.methods.request import ScoredQueries, ScoreRequest
     from influence_cli.methods.reverse.occurrences import Trace
@@ -24,6 +25,8 @@ TraceScores = Callable[["GradientSource", "ScoreRequest"], "Iterator[tuple[Ids, 
 EstimateCost = Callable[["GradientSource", "ScoreRequest"], str]
 # (source, request, whether training gradients are stored) -> a small part of `score`
 OpenTrial = Callable[["GradientSource", "ScoreRequest", bool], "ScoreTrial"]
+# (source, request) -> the squared norms that `self` sums, of the gradients of some rows, by column
+OpenSqnorms = Callable[["GradientSource", "ScoreRequest"], "SquaredNorms"]
 ListRows = Callable[["GradientSource", "ScoreRequest"], "list[IdsAt]"]
 SelectColumns = Callable[["Run", Any], "dict[str, Column]"]  # Any: the method's options
 
@@ -83,7 +86,8 @@ class Method:
     have, not groups. `refuses`: flag -> why this method does not have it. `checkpoints`: "one"
     reads the last selected checkpoint. `weighted`: scores are weighted by learning rates.
     `ranks_share`: what the ranks of a torchrun job divide, the scores or only the gradients.
-    `caches_train`: it reads gradients of training examples from the cache.
+    `caches_train`: it reads gradients of training examples from the cache. `has_self`: an example
+    has a score on itself; `open_sqnorms`: in another metric than that of plain norms.
     """
 
     name: str
@@ -98,6 +102,8 @@ class Method:
     open_trial: OpenTrial | None = None  # which `inspect` measures
     list_rows: ListRows | None = None  # the gradients it reads, where that is not all of them
     select_columns: SelectColumns | None = None  # None: the columns that --layers selects
+    has_self: bool = False
+    open_sqnorms: OpenSqnorms | None = None
     options: type = NoOptions
     parts: tuple[str, ...] = ("checkpoint", "layer")
     pair_parts: tuple[str, ...] = ()

@@ -5,7 +5,9 @@ score(z, q) = g(q) . (H + damping)^{-1} g(z)
 
 H is an approximation to the mean of g g^T over all training examples, one block per parameter
 (preconditioners/kinds.py). Divided by the number of training examples, the score is the predicted
-rise of the query's loss if training had left z out. Score > 0: proponent.
+rise of the query's loss if training had left z out. Score > 0: proponent. --normalize divides it by
+the norms of both gradients in the same metric, sqrt(g . (H + damping)^{-1} g); `self` is the square
+of that norm.
 """
 
 from dataclasses import dataclass
@@ -40,12 +42,11 @@ METHOD = Method(
     cost="as grad-dot, and one pass over all training gradients (ekfac: two) to fit the curvature",
     source="Koh and Liang 2017, arXiv:1703.04730; Grosse et al. 2023, arXiv:2308.03296",
     score=deferred("influence_cli.methods.influence_scores:score"),
+    has_self=True,
+    open_sqnorms=deferred("influence_cli.methods.influence_scores:open_sqnorms"),
     options=InfluenceOptions,
     parts=("layer",),
     checkpoints="one",
     weighted=False,
-    refuses={
-        "--normalize": "its scores are changes of a loss, not products that could be cosines",
-        "--candidates": "its curvature is that of the training data",
-    },
+    refuses={"--candidates": "its curvature is that of the training data"},
 )

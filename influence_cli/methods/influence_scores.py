@@ -7,6 +7,7 @@ from influence_cli.errors import UsageProblem, shown
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import inner_products
 from influence_cli.methods.influence import InfluenceOptions
+from influence_cli.methods.inner_products import SquaredNorms
 from influence_cli.methods.pairwise import RankingFactory
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.preconditioners.apply import Preconditioner
@@ -17,6 +18,19 @@ def score(
     source: GradientSource, request: ScoreRequest, new_ranking: RankingFactory
 ) -> Iterator[ScoredQueries]:
     """The products of mapped query gradients with training gradients."""
+    preconditioner = fit_preconditioner(source, request)
+    return inner_products.score(
+        source, request, new_ranking, preconditioner.apply, preconditioner.sqnorms
+    )
+
+
+def open_sqnorms(source: GradientSource, request: ScoreRequest) -> SquaredNorms:
+    """g . (H + damping)^{-1} g of each parameter: the score of an example on itself."""
+    return fit_preconditioner(source, request).sqnorms
+
+
+def fit_preconditioner(source: GradientSource, request: ScoreRequest) -> Preconditioner:
+    """The inverse curvature at the request's checkpoint. A note says what `auto` chose."""
     options = request.options
     assert isinstance(options, InfluenceOptions)
     damping = read_damping(options.damping)
@@ -28,7 +42,7 @@ def score(
             f"--damping auto: {min(values):.3g} to {max(values):.3g}, a tenth of the mean "
             "eigenvalue of each parameter"
         )
-    return inner_products.score(source, request, new_ranking, preconditioner.apply)
+    return preconditioner
 
 
 def read_damping(text: str) -> float | None:

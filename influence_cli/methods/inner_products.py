@@ -7,7 +7,7 @@ Letters: N train, Q query, P parts of a score, D gradient.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,7 @@ SMALL_PART = 512  # training examples multiplied at once: their products stay in
 SMALL = 1e-100  # a factor below which scores may underflow
 WIDE_ROW_BYTES = 8192  # rows from which that matters
 Columns = tuple[str, ...]  # columns that are multiplied as one
+SquaredNorms = Callable[[GradientRows], dict[str, Tensor]]  # -> by column (N,) float64
 
 
 def score(
@@ -51,11 +52,14 @@ def score(
     request: ScoreRequest,
     new_ranking: RankingFactory,
     map_queries: MapRows | None = None,
+    train_sqnorms: SquaredNorms | None = None,
 ) -> Iterator[ScoredQueries]:
     """Scores of every requested training example, ranked per query. `map_queries`: applied to the
-    gradients of queries before the products.
+    gradients of queries before the products. `train_sqnorms`: for --normalize, squared norms of
+    training gradients in another metric; `map_queries` gives those of the queries.
     """
     rows_of = mean_query_row if request.sum_queries else query_rows
+    metric_sqnorms = train_sqnorms if request.normalize else None
 
     def read_queries(number: int, ids: Ids) -> GradientRows:
         return rows_of(source, request, request.checkpoints[number], ids, map_queries)
@@ -66,7 +70,9 @@ def score(
     def add(
         totals_PQN: Tensor, number: int, queries: QueryGradients, units: Units, advance: Advance
     ) -> bool:
-        return add_products(source.device, request, queries, units, totals_PQN, advance)
+        return add_products(
+            source.device, request, queries, units, totals_PQN, advance, metric_sqnorms
+        )
 
     def score_captured(
         queries: list[QueryGradients], ids: np.ndarray, advance: Advance
@@ -74,9 +80,8 @@ def score(
         return captured_scores(source, request, queries, ids, advance)
 
     products = PairProducts(bytes_per_query(source, request), read_queries, prepare, add)
-    for ids, _, ranking in rank_by_gradients(
-        source, request, new_ranking, products, score_captured
-    ):
+    fused = score_captured if metric_sqnorms is None else None
+    for ids, _, ranking in rank_by_gradients(source, request, new_ranking, products, fused):
         names = None if request.sum_queries else [int(query) for query in ids]
         yield ScoredQueries(names, ranking, request.parts)
 
@@ -128,8 +133,10 @@ def add_products(
     units: Units,
     totals_PQN: Tensor,
     advance: Advance,
+    metric_sqnorms: SquaredNorms | None = None,
 ) -> bool:
     """Add the products at one checkpoint to the scores of a block, and to their parts.
+    `metric_sqnorms`: norms for --normalize, None for those of the rows.
 
     Each product is computed once and added in one order, so that exact scores are the same with
     and without parts. Returns whether any product is not 0, where scores may underflow.
@@ -139,6 +146,8 @@ def add_products(
     first = 0
     for unit in units:
         extreme = extreme_rows(unit, counts)
+        if metric_sqnorms is not None:
+            unit = dataclasses.replace(unit, sqnorms=metric_sqnorms(unit))
         for at, rows in parts_of_unit(unit, counts, request.normalize, place):
             columns = totals_PQN[:, :, first + at.start : first + at.stop]
             inverses: tuple[Tensor, ...] = ()

@@ -48,10 +48,18 @@ class Preconditioner:
         return cls(maps, {name: max(AUTO_DAMPING * mean, least) for name, mean in means.items()})
 
     def apply(self, rows: GradientRows) -> GradientRows:
-        """The same rows with mapped gradients, and the norms of these."""
-        forms = {name: self._map(name, form) for name, form in rows.forms.items()}
-        sqnorms = {name: form.sqnorm() for name, form in forms.items()}
-        return dataclasses.replace(rows, forms=forms, sqnorms=sqnorms)
+        """The same rows with mapped gradients, and `sqnorms` of the gradients before."""
+        cpu = torch.device("cpu")
+        forms = {name: self._map(name, form.to(cpu)) for name, form in rows.forms.items()}
+        return dataclasses.replace(rows, forms=forms, sqnorms=self.sqnorms(rows))
+
+    def sqnorms(self, rows: GradientRows) -> dict[str, Tensor]:
+        """(N,) float64 per parameter: g . (H + damping)^{-1} g."""
+        cpu = torch.device("cpu")
+        return {
+            name: self.maps[name].sqnorms(form.to(cpu), self.damping[name])
+            for name, form in rows.forms.items()
+        }
 
     def _map(self, name: str, form: Form) -> Form:
         block, damping = self.maps[name], self.damping[name]

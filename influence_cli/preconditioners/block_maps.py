@@ -1,6 +1,6 @@
 """The inverse curvature of one parameter, as a map of gradients.
 
-Letters: N gradients, O x I one of them as a matrix, D = O I.
+Letters: N gradients, O x I one of them as a matrix, D = O I, S positions, T rows of tokens.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from influence_cli.gradients.forms import Factors, Form
+from influence_cli.gradients.sparse_forms import EmbeddingRows
 from influence_cli.preconditioners.block_statistics import BlockMoments
 
 
@@ -36,6 +38,32 @@ class BlockMap:
         """(H + damping)^{-1} of each row, float64."""
         rotated = self._multiply(values_ND.double(), transpose=True)
         return self._multiply((rotated / (self.eigenvalues + damping).flatten()), transpose=False)
+
+    def sqnorms(self, form: Form, damping: float) -> Tensor:
+        """(N,) of g^T (H + damping)^{-1} g, float64. It forms no dense gradient where the form has
+        one position, or few rows of an embedding.
+        """
+        inverse_OI = 1 / (self.eigenvalues + damping)
+        if isinstance(form, EmbeddingRows) and self.left is None:
+            values_Td = form.values.flatten(1).double()
+            rotated = values_Td if self.right is None else values_Td @ self.right
+            squares_T = (rotated.square() * inverse_OI[form.ids]).sum(1)
+            return squares_T.new_zeros(len(form)).index_add_(0, form.example, squares_T)
+        if isinstance(form, Factors) and form.left.shape[1] == 1 and not self.is_joint:
+            left, right = form.left[:, 0].double(), form.right[:, 0].double()
+            left = left if self.left is None else left @ self.left
+            right = right if self.right is None else right @ self.right
+            return ((left.square() @ inverse_OI) * right.square()).sum(1)
+        parts = [
+            self._multiply(values.double(), transpose=True).square() @ inverse_OI.flatten()
+            for _, values in form.parts()
+        ]
+        return torch.cat(parts) if parts else inverse_OI.new_zeros(0)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether `left` is the eigenvectors of all numbers of a gradient, (D, D)."""
+        return self.left is not None and self.left.shape[0] != self.shape[0]
 
     def _multiply(self, values_ND: Tensor, transpose: bool) -> Tensor:
         """Each row times the eigenvectors, or their transpose."""

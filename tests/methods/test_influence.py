@@ -207,11 +207,6 @@ def test_damping_is_named_and_wrong_values_are_refused(make_run, influence):
             "a number above 0",
         )
     refused(
-        influence("score", run, *FLAGS, "--normalize"),
-        2,
-        "--normalize does not apply to --method influence",
-    )
-    refused(
         influence("score", run, *FLAGS, "--curvature", "gauss"), 2, "--curvature gauss: unknown"
     )
 
