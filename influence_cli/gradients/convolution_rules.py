@@ -5,7 +5,7 @@ examples, times the rows of each.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from influence_cli.gradients.deferred_forms import ConvolutionForm
-from influence_cli.gradients.forms import Dense
+from influence_cli.gradients.forms import Dense, Positions
 from influence_cli.gradients.rule import Arguments, Gradients
 
 PerAxis = tuple[int, ...]  # one number for each axis
@@ -74,7 +74,10 @@ def kernel_gradients(
     def gradients(x: Tensor, g: Tensor) -> Tensor:
         return of_rows(x, g, weight, stride, padding, dilation, groups)
 
-    return ConvolutionForm(tuple(weight.shape), x, g, len(x) // size, gradients)
+    def outer_products(x: Tensor, g: Tensor) -> Iterator[Positions]:
+        return places_and_patches(x, g, weight, stride, padding, dilation, groups)
+
+    return ConvolutionForm(tuple(weight.shape), x, g, len(x) // size, gradients, outer_products)
 
 
 def sum_over_places(g: Tensor, size: int) -> Dense:
@@ -131,6 +134,32 @@ def per_example_by_patches(
             out=values[first : first + step].view(-1, out, width),
         )
     return values.view(rows, -1)
+
+
+def places_and_patches(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    stride: PerAxis,
+    padding: PerAxis,
+    dilation: PerAxis,
+    groups: int,
+) -> Iterator[Positions]:
+    """The outer products of g at each place of the output with the patch of x that it reads, per
+    group (Grosse and Martens 2016, arXiv:1602.01573). The numbers of a patch are those of the
+    weight without its first axis.
+    """
+    kernel, out = tuple(weight.shape[2:]), weight.shape[0] // groups
+    width, places = math.prod(weight.shape[1:]), math.prod(g.shape[2:])
+    step = max(1, UNFOLD_BYTES // (groups * width * places * g.element_size()))
+    for first in range(0, len(x), step):  # so few that patches stay in the cache
+        windows = patches(x[first : first + step], kernel, stride, padding, dilation)
+        right = windows.unflatten(1, (groups, -1)).reshape(-1, groups, width, places)
+        left = g[first : first + step].reshape(-1, groups, out, places)
+        for group in range(groups):
+            rows = slice(group * out, (group + 1) * out)
+            outer = (part[:, group].transpose(1, 2).flatten(0, 1) for part in (left, right))
+            yield rows, next(outer), next(outer)
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> PerAxis:

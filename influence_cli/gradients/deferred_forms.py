@@ -5,13 +5,14 @@ Letters: N examples, S positions, o x i a weight, D numbers of a parameter, m ro
 batch per example.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from influence_cli.gradients.forms import Dense, Factors, Form
+from influence_cli.gradients.forms import Dense, Factors, Form, Positions
 from influence_cli.gradients.row_products import Memo, largest, products, squares
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 
@@ -114,6 +115,7 @@ class ConvolutionForm(DeferredForm):
     g: Tensor
     rows: int  # m
     gradients: Callable[[Tensor, Tensor], Tensor]  # (x, g) -> (rows, D)
+    outer_products: Callable[[Tensor, Tensor], Iterator[Positions]]  # (x, g) -> the places
 
     def __len__(self) -> int:
         return len(self.x) // self.rows
@@ -126,16 +128,14 @@ class ConvolutionForm(DeferredForm):
         return self._at(rows.flatten())
 
     def _at(self, rows: slice | Tensor) -> Form:
-        return ConvolutionForm(self.shape, self.x[rows], self.g[rows], self.rows, self.gradients)
+        return dataclasses.replace(self, x=self.x[rows], g=self.g[rows])
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Form:
-        return ConvolutionForm(
-            self.shape,
-            self.x.to(device, dtype),
-            self.g.to(device, dtype),
-            self.rows,
-            self.gradients,
-        )
+        x, g = self.x.to(device, dtype), self.g.to(device, dtype)
+        return dataclasses.replace(self, x=x, g=g)
+
+    def positions(self) -> Iterator[Positions]:
+        return self.outer_products(self.x, self.g)
 
     @property
     def device(self) -> torch.device:

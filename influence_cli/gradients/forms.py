@@ -30,6 +30,9 @@ PART_BYTES = 16 << 20  # dense gradients that are computed from factors at once
 SLICED_BYTES, SLICE_BYTES = 2 << 20, 12 << 20
 LEAST_ROWS, MOST_ROWS = 32, 256  # of a slice
 
+# rows (o',) of the matrix o x i, and P outer products: left (P, o') and right (P, i)
+Positions = tuple[slice, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Form(ABC):
@@ -95,6 +98,12 @@ class Form(ABC):
     def add_to(self, sums: Tensor, weights: Tensor) -> None:
         """sums (K, D) += w^T G for (N, K) weights."""
         sums += self.rmatvec(weights).T
+
+    def positions(self) -> "Iterator[Positions] | None":
+        """The outer products whose sum over all examples is the sum of the gradients as matrices.
+        None: the form does not know them.
+        """
+        return None
 
     @abstractmethod
     def sqnorm(self) -> Tensor:
@@ -277,6 +286,9 @@ class Factors(Form):
             ((self.left * w.view(-1, 1, 1)).flatten(0, 1).T @ right).flatten() for w in weights.T
         ]
         return torch.stack(columns, dim=1)
+
+    def positions(self) -> Iterator[Positions]:
+        yield slice(0, self.left.shape[2]), self.left.flatten(0, 1), self.right.flatten(0, 1)
 
     def magnitude(self) -> Tensor:
         return (largest(self.left) * largest(self.right)).sum(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.gradients.forms import Factors, Form, Projected
+from influence_cli.gradients.row_products import HALVES
 from influence_cli.gradients.sparse_forms import EmbeddingRows
 from influence_cli.preconditioners.kinds import LARGEST_BLOCK, LONGEST_SIDE, Basis
 
@@ -23,15 +24,15 @@ def matrix_shape(form: Form) -> tuple[int, int]:
 
 
 def choose_basis(form: Form, wanted: Basis) -> Basis:
-    """The basis that this parameter's gradients allow: factors only where the form has them, a
-    full matrix only for few numbers.
+    """The basis that this parameter's gradients allow: factors only where the form knows its
+    positions, a full matrix only for few numbers.
     """
     rows, columns = matrix_shape(form)
     if columns == 1 and rows <= LARGEST_BLOCK:
         return "full"  # L of a vector is its full matrix
     if wanted == "full" and rows * columns > LARGEST_BLOCK:
         return "moments"
-    if wanted == "factors" and not isinstance(form, Factors):
+    if wanted == "factors" and form.positions() is None:
         return "moments"
     return wanted
 
@@ -59,6 +60,42 @@ def add_products(total: Tensor, rows_NX: Tensor) -> None:
         total += rows_NX.square().sum(0)
 
 
+@dataclass(frozen=True)
+class PositionSums:
+    """Of some examples: the sums of b b^T and of a a^T over the positions of G = sum of b a^T."""
+
+    left: Tensor
+    right: Tensor
+    positions: int
+
+    @classmethod
+    def of(cls, form: Form) -> "PositionSums | None":
+        """None: the form does not know its positions. Positions whose input or output gradient is
+        0 are padding: they add nothing to a gradient.
+        """
+        if (outer_products := form.positions()) is None:
+            return None
+        rows, columns = matrix_shape(form)
+        left, right = (new_side(length).to(form.device) for length in (rows, columns))
+        count = 0
+        for at, left_PO, right_PI in outer_products:
+            # abs().amax() is 5 times as fast as ne(0).any()
+            is_position = (left_PO.abs().amax(1) != 0) & (right_PI.abs().amax(1) != 0)
+            positions = int(is_position.sum())
+            if positions < len(is_position):
+                left_PO, right_PI = left_PO[is_position], right_PI[is_position]
+            block = left[at, at] if left.dim() == 2 else left[at]
+            add_products(block, widened(left_PO))
+            add_products(right, widened(right_PI))
+            count += positions
+        return cls(left, right, count)
+
+
+def widened(values: Tensor) -> Tensor:
+    """Half precision as float32, in which products are summed."""
+    return values.float() if values.dtype in HALVES else values
+
+
 @dataclass
 class BlockMoments:
     """The first pass over one parameter. `left`: (O, O) or (O,), `right`: (I, I) or (I,); of the
@@ -81,30 +118,41 @@ class BlockMoments:
         left = new_side(shape[0], is_diagonal=isinstance(form, EmbeddingRows))
         return cls(basis, shape, left, new_side(shape[1]))
 
+    @classmethod
+    def of_positions(cls, sums: PositionSums) -> "BlockMoments":
+        """No examples yet, for sums like these."""
+        shape = len(sums.left), len(sums.right)
+        left, right = (side.new_zeros(side.shape, device="cpu") for side in (sums.left, sums.right))
+        return cls("factors", shape, left, right)
+
     def add(self, form: Form) -> None:
         """The gradients of some more examples."""
         self.examples += len(form)
         if self.basis == "full":
             for part_NOI in matrices(form):
                 add_products(self.left, part_NOI.flatten(1))
-        elif self.basis == "factors" and isinstance(form, Factors):
-            self._add_factors(form)
+        elif self.basis == "factors":
+            sums = PositionSums.of(form)
+            assert sums is not None
+            self._add_positions(sums)
         elif isinstance(form, Factors) and form.left.shape[1] == 1:
             self._add_outer_products(form)
-        elif isinstance(form, EmbeddingRows):
+        elif isinstance(form, EmbeddingRows) and self.left.dim() == 1:
             self._add_embedding_rows(form)
         else:
             for part_NOI in matrices(form):
                 add_products(self.left, part_NOI.transpose(1, 2).flatten(0, 1))
                 add_products(self.right, part_NOI.flatten(0, 1))
 
-    def _add_factors(self, form: Factors) -> None:
-        """Positions without an output gradient are padding: they are no positions of the text."""
-        left, right = form.left.flatten(0, 1), form.right.flatten(0, 1)
-        is_position = left.ne(0).any(1)
-        self.positions += int(is_position.sum())
-        add_products(self.left, left)
-        add_products(self.right, right[is_position])
+    def add_positions(self, sums: PositionSums, examples: int) -> None:
+        """What PositionSums.of made of some more examples."""
+        self.examples += examples
+        self._add_positions(sums)
+
+    def _add_positions(self, sums: PositionSums) -> None:
+        self.positions += sums.positions
+        self.left += sums.left.to(self.left.device)
+        self.right += sums.right.to(self.right.device)
 
     def _add_outer_products(self, form: Factors) -> None:
         """G = b a^T: G G^T = |a|^2 b b^T, and G^T G = |b|^2 a a^T."""

@@ -7,7 +7,8 @@ fisher    exactly: a D x D matrix
 shampoo   (L kron R) / tr L, with L = E[G G^T], R = E[G^T G]; exact for gradients of rank one that
           are multiples of one matrix (Morwani et al. 2024, arXiv:2406.17748)
 kfac      S kron A, with S = sum over positions of b b^T per example, A = mean over positions of
-          a a^T, for G = sum over positions of b a^T (Martens and Grosse 2015, arXiv:1503.05671)
+          a a^T, for G = sum over positions of b a^T (Martens and Grosse 2015, arXiv:1503.05671);
+          of convolutions, a is a patch of the input (Grosse and Martens 2016, arXiv:1602.01573)
 ekfac     the eigenvectors of kfac, and in them the exact diagonal (George et al. 2018,
           arXiv:1806.03884; Grosse et al. 2023, arXiv:2308.03296)
 """

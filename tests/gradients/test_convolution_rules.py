@@ -44,6 +44,10 @@ def test_a_rule_gives_the_gradients_of_autograd(rule, name, groups):
         computed = form["weight"].dense().values[example].view_as(by_weight)
         assert torch.allclose(computed, by_weight, rtol=1e-10, atol=1e-10)
         assert torch.allclose(form["bias"].dense().values[example], by_bias, rtol=1e-10, atol=1e-10)
+    total = torch.zeros(len(weight), weight[0].numel(), dtype=torch.float64)
+    for at, left, right in form["weight"].positions():
+        total[at] += left.T @ right
+    assert torch.allclose(total.flatten(), form["weight"].dense().values.sum(0), rtol=1e-10)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

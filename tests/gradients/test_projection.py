@@ -100,6 +100,7 @@ def forms(dtype: torch.dtype = torch.float64) -> dict[str, Form]:
         torch.randn(10, 20, dtype=dtype),
         2,
         lambda x, g: (x[:, :, None] * g[:, None]).flatten(1),
+        lambda x, g: iter([(slice(0, 9), x, g)]),
     )
     return {
         "factors": factors,

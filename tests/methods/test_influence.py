@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from influence_cli.preconditioners import fit
+from influence_cli.preconditioners import passes
 from influence_cli.preconditioners.kinds import KINDS
 from tests.conftest import DEFINITION
 from tests.refusals import refused
@@ -175,9 +175,9 @@ def test_the_curvature_is_that_of_all_training_examples(make_run, influence):
 def test_a_killed_pass_goes_on_with_the_same_bytes(stage, make_run, influence, monkeypatch):
     run = make_run()
     expected = influence("score", run, *FLAGS, "--cache", run / "one").out
-    monkeypatch.setattr(fit, "RECORD_SECONDS", -1.0)
+    monkeypatch.setattr(passes, "RECORD_SECONDS", -1.0)
     influence("cache", run, "--precision", "float64", "--batch-size", "4")
-    whole, calls = fit.write_partial, []
+    whole, calls = passes.write_partial, []
 
     def interrupted(path, sums, first):
         whole(path, sums, first)
@@ -185,7 +185,7 @@ def test_a_killed_pass_goes_on_with_the_same_bytes(stage, make_run, influence, m
         if stage in path.name or path.name.startswith("partial"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit, "write_partial", interrupted)
+    monkeypatch.setattr(passes, "write_partial", interrupted)
     monkeypatch.setattr("influence_cli.cache.store.UNIT_EXAMPLES", 4)
     for _ in range(40):
         result = influence("score", run, *FLAGS)
@@ -227,11 +227,14 @@ def test_a_damaged_file_of_sums_is_refused(make_run, influence):
     refused(influence("score", run, *FLAGS), 1, "is damaged", "delete it")
 
 
-def test_what_a_parameter_falls_back_to_is_named(make_run, influence, monkeypatch):
+def test_what_a_parameter_falls_back_to_is_named(make_run, influence):
     definition = DEFINITION.replace(
-        "return nn.Sequential(nn.Linear(4, 5)",
-        "return nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(6, 5)",
-    )
+        "def model():",
+        "class Squared(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return torch.einsum('bi,oi->bo', x, self.weight.square())\n\n"
+        "def model():",
+    ).replace("nn.Sequential(nn.Linear(4, 5)", "nn.Sequential(Squared(4, 5, bias=False)")
     result = influence("score", make_run("run", definition), *FLAGS)
     assert result.code == 0, result.err
-    assert "use the approximation shampoo" in result.err and "1.weight" in result.err
+    assert "use the approximation shampoo" in result.err and "0.weight" in result.err

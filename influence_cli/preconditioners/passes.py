@@ -1,0 +1,171 @@
+"""A pass over all training examples that sums statistics, and the files that keep the sums.
+
+Each parameter has a file. A killed pass resumes from its last record.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from influence_cli.cache.id_blocks import Ids, cut_ids
+from influence_cli.errors import CacheError
+from influence_cli.extraction.extractor import Visited
+from influence_cli.extraction.source import GradientSource
+from influence_cli.gradients.forms import Form
+from influence_cli.preconditioners.kinds import CurvatureKind
+from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.storage.atomic import make_folders, report_disk_errors
+from influence_cli.storage.checksums import checksum_metadata
+from influence_cli.storage.safetensors_io import TensorFile, write_tensors
+
+VERSION = 2  # of the files
+RECORD_SECONDS = 30.0  # between two records of a pass
+Kept = TypeVar("Kept")  # what a pass makes of the gradients of one parameter
+Work = Callable[[Ids], Iterator[int]]  # adds these examples; yields how many, part by part
+AddGradients = Callable[[str, Form], None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is fitted where: the training gradients of these columns at one checkpoint."""
+
+    source: GradientSource
+    checkpoint: Checkpoint
+    columns: Sequence[str]
+    kind: CurvatureKind
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the files; None without a cache."""
+        cache = self.source.cache
+        if cache is None:
+            return None
+        place = cache.folder("train", self.checkpoint).relative_to(cache.store.folder)
+        parts = (VERSION, self.kind.basis, place.as_posix(), self.source.run.definition.digest)
+        text = repr((*parts, len(self.source.run.train)))
+        return (
+            cache.store.folder / "preconditioners" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        )
+
+    def path(self, column: str, stage: str) -> Path | None:
+        folder = self.folder
+        if folder is None:
+            return None
+        return folder / f"{stage}-{hashlib.sha256(column.encode()).hexdigest()[:16]}.safetensors"
+
+
+class Sums(Protocol):
+    """The statistics of several parameters: `record` gives their tensors, by parameter, and
+    `restore` takes them back.
+    """
+
+    def record(self) -> dict[str, dict[str, Tensor]]: ...
+
+    def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+def run_pass(fit: Fit, columns: Sequence[str], stage: str, sums: Sums, work: Work) -> None:
+    """Adds up the statistics of all training examples, and keeps a record of them.
+
+    A killed pass starts again at its last record, with the same sums.
+    """
+    count = len(fit.source.run.train)
+    partial = fit.path("\n".join(columns), f"partial-{stage}")
+    first = restore_partial(partial, sums)
+    recorded = time.monotonic()
+    with fit.source.reporter.progress(f"curvature, {stage}", count - first) as advance:
+        for done in work(range(first, count)):
+            first += done
+            advance(done)
+            if partial is not None and time.monotonic() - recorded > RECORD_SECONDS:
+                write_partial(partial, sums.record(), first)
+                recorded = time.monotonic()
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+
+
+def read_gradients(fit: Fit, columns: Sequence[str], add: AddGradients) -> Work:
+    """The gradients of a pass, cached or computed, in the form in which the cache keeps them."""
+
+    def work(ids: Ids) -> Iterator[int]:
+        read = fit.source.prepare("train", [fit.checkpoint], columns, ids)
+        for rows in read([(fit.checkpoint, ids)]):
+            for name in columns:
+                add(name, rows.forms[name].to(torch.device("cpu")))
+            yield len(rows.ids)
+
+    return work
+
+
+def capture_gradients(
+    fit: Fit,
+    keep: Callable[[str, Form], Kept],
+    add: Callable[[dict[str, Kept], int], bool],
+) -> Work:
+    """The same as layer rules compute them, before a sum over positions. `add` gets what `keep`
+    made of the gradients of each parameter of a batch, and the number of its examples. It returns
+    False to end the pass.
+    """
+    source, columns = fit.source, list(fit.columns)
+
+    def work(ids: Ids) -> Iterator[int]:
+        for batch in cut_ids(ids, source.budget.batch_size("train", columns)):
+            parts: list[tuple[dict[str, Kept], int]] = []
+
+            def take(visited: Visited[Kept], parts: list = parts) -> None:
+                at, losses, results = visited
+                if not at.start:  # again in smaller cuts, after memory ran out
+                    parts.clear()
+                parts.append((results, len(losses)))
+
+            source.extractor.visit_at(fit.checkpoint, "train", columns, batch, keep, take)
+            if not all(add(*part) for part in parts):
+                return
+            yield len(batch)
+
+    return work
+
+
+def write_partial(path: Path, sums: dict[str, dict[str, Tensor]], first: int) -> None:
+    named = {
+        f"{name}/{key}": value for name, tensors in sums.items() for key, value in tensors.items()
+    }
+    write_sums(path, named | {"next": torch.tensor([first])})
+
+
+def restore_partial(path: Path | None, sums: Sums) -> int:
+    """The example from which the pass resumes."""
+    if path is None or not path.is_file():
+        return 0
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_sums(path).items():
+        name, _, part = key.rpartition("/")
+        by_name.setdefault(name, {})[part] = value
+    first = int(by_name.pop("")["next"])
+    for column, tensors in by_name.items():
+        sums.restore(column, tensors)
+    return first
+
+
+def write_sums(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    root = path.parent.parent.parent
+    make_folders(path.parent, root)
+    with report_disk_errors(root):
+        write_tensors(path, tensors, checksum_metadata(tensors))
+
+
+def read_sums(path: Path) -> dict[str, Tensor]:
+    """Raises CacheError for a damaged file."""
+    try:
+        with TensorFile(path) as content:
+            return content.read_compared(content.entries)
+    except (OSError, ValueError, KeyError) as error:
+        raise CacheError(
+            f"{path} is damaged: {error}", "delete it; the next command computes it again"
+        ) from error
