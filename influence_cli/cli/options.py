@@ -241,7 +241,8 @@ ProjectionSeed = Annotated[
         "--seed",
         panel=NUMBERS,
         metavar="N",
-        help="Random seed for projections, and for what evaluate draws. [default: 0]",
+        help="Random seed for projections, labels of --fisher true, and what evaluate draws. "
+        "[default: 0]",
     ),
 ]
 Top = Annotated[

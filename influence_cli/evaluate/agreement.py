@@ -24,5 +24,5 @@ PROTOCOL = Protocol(
     options=AgreementOptions,
     example="influence evaluate my_run agreement tracin.csv dve.csv",
     default_methods=(),
-    method_options=("curvature", "damping", "replay", "renormalize"),
+    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
 )

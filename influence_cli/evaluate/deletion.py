@@ -33,6 +33,6 @@ PROTOCOL = Protocol(
     example="influence evaluate my_run deletion --top-k 10,5% --queries 0:20",
     default_methods=("tracin",),
     beside=("random",),
-    method_options=("curvature", "damping", "replay", "renormalize"),
+    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
     evaluates_files=True,
 )

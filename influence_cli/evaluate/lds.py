@@ -28,6 +28,6 @@ PROTOCOL = Protocol(
     options=LdsOptions,
     example="influence evaluate my_run lds --method unroll --method tracin --queries 0:50",
     default_methods=("tracin",),
-    method_options=("curvature", "damping", "replay", "renormalize"),
+    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
     evaluates_files=True,
 )

@@ -37,6 +37,6 @@ PROTOCOL = Protocol(
     example="influence evaluate my_run mislabel --wrong wrong.txt",
     default_methods=("tracin",),
     methods=tuple(name for name, method in METHODS.items() if method.has_self),
-    method_options=("curvature", "damping"),
+    method_options=("curvature", "damping", "fisher"),
     parts=("layer",),
 )

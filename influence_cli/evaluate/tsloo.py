@@ -28,5 +28,5 @@ PROTOCOL = Protocol(
     options=TslooOptions,
     example="influence evaluate my_run tsloo --method dve --method tracin --queries 0:50",
     default_methods=("dve",),
-    method_options=("curvature", "damping", "replay", "renormalize"),
+    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
 )

@@ -1,5 +1,6 @@
 """Runs the model over batches and captures per-example gradients."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -67,6 +68,12 @@ class GradientExtractor:
             lambda split: run.examples(split).key,
         )
         self._with_digests = record_folder is not None
+
+    def with_batches(self, batches: Batches) -> "GradientExtractor":
+        """The same of other batches of the run's examples, whose rows have no digests."""
+        other = copy.copy(self)
+        other.batches, other._with_digests = batches, False
+        return other
 
     # ------------------------------------------------------------ rows
     def rows_at(

@@ -1,5 +1,6 @@
 """What methods ask: the rows of these columns for these examples, cached or computed."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from influence_cli.cache.identity import Settings
 from influence_cli.cache.quantize import as_stored
 from influence_cli.cache.store import Store
 from influence_cli.cache.unit_file import Level
+from influence_cli.extraction.batches import Batches
 from influence_cli.extraction.cached_rows import CachedRows
 from influence_cli.extraction.extractor import GradientExtractor
 from influence_cli.extraction.fill import CacheFiller, FillRequest
@@ -201,6 +203,15 @@ class GradientSource:
         return GradientSource(
             self.run, settings, None, self.device, batch_size, cast, self.reporter
         )
+
+    def with_batches(self, batches: Batches) -> "GradientSource":
+        """Gradients of other batches of the run's examples, without a cache: they are not those of
+        the examples.
+        """
+        other = copy.copy(self)
+        other.cache, other.filler, other.counts = None, None, RowCounts()
+        other.extractor = self.extractor.with_batches(batches)
+        return other
 
 
 def open_store(folder: Path, verify: bool = False) -> Store:

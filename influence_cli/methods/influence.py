@@ -4,10 +4,10 @@
 score(z, q) = g(q) . (H + damping)^{-1} g(z)
 
 H is an approximation to the mean of g g^T over all training examples, one block per parameter
-(preconditioners/kinds.py). Divided by the number of training examples, the score is the predicted
-rise of the query's loss if training had left z out. Score > 0: proponent. --normalize divides it by
-the norms of both gradients in the same metric, sqrt(g . (H + damping)^{-1} g); `self` is the square
-of that norm.
+(preconditioners/kinds.py); --fisher true draws the labels of these g from the model. Divided by the
+number of training examples, the score is the predicted rise of the query's loss if training had
+left z out. Score > 0: proponent. --normalize divides it by the norms of both gradients in the same
+metric, sqrt(g . (H + damping)^{-1} g); `self` is the square of that norm.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,20 @@ from influence_cli.preconditioners.kinds import KINDS
 
 @dataclass(frozen=True)
 class InfluenceOptions:
-    """`curvature`: one of KINDS. `damping`: a number above 0, or "auto"."""
+    """`curvature`: one of KINDS. `damping`: a number above 0, or "auto". `fisher`: whose labels."""
 
     curvature: str = option(
         "ekfac",
-        "Approximation to curvature: the empirical Fisher matrix of each parameter.",
+        "Approximation to curvature: the Fisher matrix of each parameter.",
         "NAME",
         choices=tuple(KINDS),
+    )
+    fisher: str = option(
+        "empirical",
+        "Labels of the gradients that the curvature is fitted to. empirical: those of the data; "
+        "true: one per example, drawn from the model with --seed.",
+        "NAME",
+        choices=("empirical", "true"),
     )
     damping: str = option(
         "auto",

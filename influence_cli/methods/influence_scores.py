@@ -3,7 +3,10 @@
 import math
 from collections.abc import Iterator
 
+import torch
+
 from influence_cli.errors import UsageProblem, shown
+from influence_cli.extraction.drawn_labels import DrawnBatches
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods import inner_products
 from influence_cli.methods.influence import InfluenceOptions
@@ -34,7 +37,9 @@ def fit_preconditioner(source: GradientSource, request: ScoreRequest) -> Precond
     options = request.options
     assert isinstance(options, InfluenceOptions)
     damping = read_damping(options.damping)
-    maps = fit_maps(source, request.checkpoints[0], list(request.columns), options.curvature)
+    draws = draw_labels(source, request) if options.fisher == "true" else None
+    columns = list(request.columns)
+    maps = fit_maps(source, request.checkpoints[0], columns, options.curvature, draws)
     preconditioner = Preconditioner.of(maps, damping)
     if damping is None:
         values = preconditioner.damping.values()
@@ -43,6 +48,18 @@ def fit_preconditioner(source: GradientSource, request: ScoreRequest) -> Precond
             "eigenvalue of each parameter"
         )
     return preconditioner
+
+
+def draw_labels(source: GradientSource, request: ScoreRequest) -> DrawnBatches:
+    """One label per training example, drawn from the model. Raises DefinitionError."""
+    eps = torch.finfo(source.settings.precision).eps
+    batches, checkpoint = source.extractor.batches, request.checkpoints[0]
+    draws = DrawnBatches(batches, request.seed, checkpoint, eps)
+    source.reporter.note(
+        f"--fisher true: {len(source.run.train):,} labels, one per training example, drawn from "
+        f"{draws.describes}, with --seed {request.seed}"
+    )
+    return draws
 
 
 def read_damping(text: str) -> float | None:

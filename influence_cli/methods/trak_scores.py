@@ -13,6 +13,7 @@ from torch import Tensor
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids, spread_evenly
 from influence_cli.errors import DefinitionError, GradientError, UsageProblem
+from influence_cli.extraction.label_losses import class_log_probs
 from influence_cli.extraction.run_notes import report_numbers
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.joint_projection import JointProjection
@@ -275,20 +276,16 @@ def check_losses(source: GradientSource, checkpoint: Checkpoint) -> None:
 
 
 def label_log_probs(source: GradientSource, outputs: object, count: int) -> Tensor:
-    """(B, C) log-probabilities, float64, of logits (B, C); of two labels from (B,) or (B, 1)."""
-    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else ()
-    if not isinstance(outputs, Tensor) or len(shape) not in (1, 2) or shape[0] != count:
+    """(B, C) log-probabilities, float64. Raises DefinitionError where there are none."""
+    log_probs_BC = class_log_probs(outputs, count)
+    if log_probs_BC is None:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else ()
         raise not_single_label(
             source,
             f"found: outputs() returned {shape or type(outputs).__name__} for {count} examples; "
             f"expected: ({count}, C) logits of C classes, or ({count},) of two",
         )
-    logits = outputs.detach().double().cpu()
-    if len(shape) == 1 or shape[1] == 1:
-        logits_B = logits.flatten()
-        both = torch.stack([logits_B, -logits_B], dim=1)
-        return torch.nn.functional.logsigmoid(both)
-    return logits.log_softmax(1)
+    return log_probs_BC
 
 
 def refuse_negative(

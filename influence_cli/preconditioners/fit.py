@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from influence_cli.errors import listed
+from influence_cli.extraction.drawn_labels import DrawnBatches
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form
 from influence_cli.preconditioners.block_maps import BlockMap, map_of_moments
@@ -36,10 +37,14 @@ AUTO_DAMPING = 0.1  # of the mean eigenvalue of a parameter, as kronfluence has 
 
 
 def fit_maps(
-    source: GradientSource, checkpoint: Checkpoint, columns: Sequence[str], kind: str
+    source: GradientSource,
+    checkpoint: Checkpoint,
+    columns: Sequence[str],
+    kind: str,
+    draws: DrawnBatches | None = None,
 ) -> dict[str, BlockMap]:
-    """The curvature of each column, over all training examples."""
-    fit = Fit(source, checkpoint, columns, KINDS[kind])
+    """The curvature of each column, over all training examples. `draws`: see Fit."""
+    fit = Fit(source, checkpoint, columns, KINDS[kind], draws)
     moments = load_moments(fit)
     missing = [name for name in columns if name not in moments]
     if missing:

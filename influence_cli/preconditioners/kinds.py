@@ -1,7 +1,8 @@
 """The approximations to curvature: which statistics each one needs, and what it falls back to.
 
-All are the mean over training examples of g g^T (the empirical Fisher), block by block: a block is
-one parameter. They differ in how a block is approximated:
+All are the mean over training examples of g g^T, block by block: a block is one parameter. With the
+labels of the data that is the empirical Fisher matrix, with labels drawn from the model the true
+one. They differ in how a block is approximated:
 
 fisher    exactly: a D x D matrix
 shampoo   (L kron R) / tr L, with L = E[G G^T], R = E[G^T G]; exact for gradients of rank one that

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from influence_cli.cache.id_blocks import Ids, cut_ids
 from influence_cli.errors import CacheError
+from influence_cli.extraction.drawn_labels import DrawnBatches
 from influence_cli.extraction.extractor import Visited
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form
@@ -33,12 +34,25 @@ AddGradients = Callable[[str, Form], None]
 
 @dataclass(frozen=True)
 class Fit:
-    """What is fitted where: the training gradients of these columns at one checkpoint."""
+    """What is fitted where: the training gradients of these columns at one checkpoint.
+
+    `draws`: labels of the true Fisher matrix; None: the labels of the data.
+    """
 
     source: GradientSource
     checkpoint: Checkpoint
     columns: Sequence[str]
     kind: CurvatureKind
+    draws: DrawnBatches | None = None
+
+    @property
+    def gradients(self) -> GradientSource:
+        """Of the labels that are wanted. Those of drawn labels are not cached."""
+        return self.source if self.draws is None else self.source.with_batches(self.draws)
+
+    def check_losses(self, ids: Ids, losses: Tensor) -> None:
+        if self.draws is not None:
+            self.draws.check(ids, losses)
 
     @property
     def folder(self) -> Path | None:
@@ -48,7 +62,8 @@ class Fit:
             return None
         place = cache.folder("train", self.checkpoint).relative_to(cache.store.folder)
         parts = (VERSION, self.kind.basis, place.as_posix(), self.source.run.definition.digest)
-        text = repr((*parts, len(self.source.run.train)))
+        labels = () if self.draws is None else ("true", self.draws.seed)
+        text = repr((*parts, len(self.source.run.train), *labels))
         return (
             cache.store.folder / "preconditioners" / hashlib.sha256(text.encode()).hexdigest()[:16]
         )
@@ -94,8 +109,9 @@ def read_gradients(fit: Fit, columns: Sequence[str], add: AddGradients) -> Work:
     """The gradients of a pass, cached or computed, in the form in which the cache keeps them."""
 
     def work(ids: Ids) -> Iterator[int]:
-        read = fit.source.prepare("train", [fit.checkpoint], columns, ids)
+        read = fit.gradients.prepare("train", [fit.checkpoint], columns, ids)
         for rows in read([(fit.checkpoint, ids)]):
+            fit.check_losses(rows.ids, rows.losses)
             for name in columns:
                 add(name, rows.forms[name].to(torch.device("cpu")))
             yield len(rows.ids)
@@ -112,22 +128,23 @@ def capture_gradients(
     made of the gradients of each parameter of a batch, and the number of its examples. It returns
     False to end the pass.
     """
-    source, columns = fit.source, list(fit.columns)
+    source, columns = fit.gradients, list(fit.columns)
 
     def work(ids: Ids) -> Iterator[int]:
-        for batch in cut_ids(ids, source.budget.batch_size("train", columns)):
+        for batch_ids in cut_ids(ids, source.budget.batch_size("train", columns)):
             parts: list[tuple[dict[str, Kept], int]] = []
 
-            def take(visited: Visited[Kept], parts: list = parts) -> None:
+            def take(visited: Visited[Kept], ids: Ids = batch_ids, parts: list = parts) -> None:
                 at, losses, results = visited
                 if not at.start:  # again in smaller cuts, after memory ran out
                     parts.clear()
+                fit.check_losses(ids[at], losses)
                 parts.append((results, len(losses)))
 
-            source.extractor.visit_at(fit.checkpoint, "train", columns, batch, keep, take)
+            source.extractor.visit_at(fit.checkpoint, "train", columns, batch_ids, keep, take)
             if not all(add(*part) for part in parts):
                 return
-            yield len(batch)
+            yield len(batch_ids)
 
     return work
 

@@ -25,6 +25,7 @@ ARGUMENTS = {
     **dict.fromkeys(("label", "describe", "id"), ("example",)),
     "example": ("row",),
     "relabel": ("example", "label"),
+    "sample": ("outputs", "batch", "generator"),
     "token": ("id",),
     "train": ("indices", "seed"),
 }
