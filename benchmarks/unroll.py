@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from common import fresh, interleaved, machine, opened, peak_mb, workload
 
+from influence_cli.extraction.batch_curvature import BatchCurvature
 from influence_cli.methods.request import ScoreRequest
-from influence_cli.methods.reverse.exact_steps import ExactSteps
 from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import TopRanking
 from influence_cli.run.learning_rates import weigh_checkpoints
@@ -59,7 +59,7 @@ def main() -> None:
                     torch.autograd.grad(loss, list(work.model.parameters()))
                 return time.perf_counter() - started
 
-            ExactSteps.check = lambda self: None  # once a job, of four examples
+            BatchCurvature.check = lambda self: None  # once a job, of four examples
             for queries in flags.queries:
                 question = ScoreRequest(
                     live.checkpoints,

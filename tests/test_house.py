@@ -34,7 +34,7 @@ MAY_USE = {
     "extraction": ("storage", "cache", "gradients", "parallel", "run", "extraction"),
     "preconditioners": (
         *("cache", "extraction", "run", "storage", "preconditioners"),
-        *("gradients.sparse_forms", *FORMS),
+        *("gradients.curvature", "gradients.sparse_forms", *FORMS),
     ),
     "preconditioners.kinds": (),
     "methods": (

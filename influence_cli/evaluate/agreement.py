@@ -5,7 +5,7 @@ evaluate/score_agreement.py compares them. It trains nothing.
 
 from dataclasses import dataclass
 
-from influence_cli.evaluate.declaration import Protocol
+from influence_cli.evaluate.declaration import CURVATURE_OPTIONS, Protocol
 from influence_cli.methods.declaration import deferred, option
 
 
@@ -24,5 +24,5 @@ PROTOCOL = Protocol(
     options=AgreementOptions,
     example="influence evaluate my_run agreement tracin.csv dve.csv",
     default_methods=(),
-    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
+    method_options=CURVATURE_OPTIONS,
 )

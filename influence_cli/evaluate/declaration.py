@@ -22,6 +22,7 @@ Row = tuple[Any, ...]  # Any: text and numbers
 # (tables, options of the protocol, seed, reporter) -> figures; Any: of the protocol's own class
 CompareTables = Callable[[Sequence["ScoreTable"], Any, int, Reporter], Iterator["Figure"]]
 COLUMNS = ("method", "protocol", "figure", "value", "low", "high", "n", "cost")
+CURVATURE_OPTIONS = ("curvature", "damping", "fisher", "solver", "replay", "renormalize")
 ALL = "all"  # the part of a figure that is about all queries, or all layers
 RETRAININGS_HELP = (
     "Trainings with other random seeds, whose results are averaged; needs train(indices, seed) in "

@@ -6,7 +6,7 @@ evaluate/top_deletions.py measures it.
 
 from dataclasses import dataclass
 
-from influence_cli.evaluate.declaration import RETRAININGS_HELP, Protocol
+from influence_cli.evaluate.declaration import CURVATURE_OPTIONS, RETRAININGS_HELP, Protocol
 from influence_cli.methods.declaration import deferred, option
 from influence_cli.methods.reverse.options import RENORMALIZE_HELP
 
@@ -33,6 +33,6 @@ PROTOCOL = Protocol(
     example="influence evaluate my_run deletion --top-k 10,5% --queries 0:20",
     default_methods=("tracin",),
     beside=("random",),
-    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
+    method_options=CURVATURE_OPTIONS,
     evaluates_files=True,
 )

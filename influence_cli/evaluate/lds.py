@@ -6,7 +6,7 @@ is compared with each query's loss after that training (evaluate/subset_effects.
 
 from dataclasses import dataclass
 
-from influence_cli.evaluate.declaration import RETRAININGS_HELP, Protocol
+from influence_cli.evaluate.declaration import CURVATURE_OPTIONS, RETRAININGS_HELP, Protocol
 from influence_cli.methods.declaration import deferred, option
 from influence_cli.methods.reverse.options import RENORMALIZE_HELP
 
@@ -28,6 +28,6 @@ PROTOCOL = Protocol(
     options=LdsOptions,
     example="influence evaluate my_run lds --method unroll --method tracin --queries 0:50",
     default_methods=("tracin",),
-    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
+    method_options=CURVATURE_OPTIONS,
     evaluates_files=True,
 )

@@ -6,7 +6,7 @@ effects on each query's loss are compared with the scores (evaluate/step_removal
 
 from dataclasses import dataclass
 
-from influence_cli.evaluate.declaration import Protocol
+from influence_cli.evaluate.declaration import CURVATURE_OPTIONS, Protocol
 from influence_cli.methods.declaration import deferred, option
 from influence_cli.methods.reverse.options import RENORMALIZE_HELP
 
@@ -28,5 +28,5 @@ PROTOCOL = Protocol(
     options=TslooOptions,
     example="influence evaluate my_run tsloo --method dve --method tracin --queries 0:50",
     default_methods=("dve",),
-    method_options=("curvature", "damping", "fisher", "replay", "renormalize"),
+    method_options=CURVATURE_OPTIONS,
 )

@@ -1,8 +1,9 @@
-"""The approximations to curvature: which statistics each one needs, and what it falls back to.
+"""The kinds of curvature: which statistics each one needs, and what it falls back to.
 
-All are the mean over training examples of g g^T, block by block: a block is one parameter. With the
-labels of the data that is the empirical Fisher matrix, with labels drawn from the model the true
-one. They differ in how a block is approximated:
+hessian and gauss-newton are exact, over all parameters together (training_curvature.py).
+The others approximate the mean over training examples of g g^T, block by block: a block is one
+parameter. With the labels of the data that is the empirical Fisher matrix, with labels drawn from
+the model the true one. They differ in how a block is approximated:
 
 fisher    exactly: a D x D matrix
 shampoo   (L kron R) / tr L, with L = E[G G^T], R = E[G^T G]; exact for gradients of rank one that
@@ -38,3 +39,5 @@ KINDS = {
     "shampoo": CurvatureKind("moments"),
     "fisher": CurvatureKind("full"),
 }
+EXACT = ("hessian", "gauss-newton")
+SOLVERS = ("cg", "lissa")

@@ -57,22 +57,29 @@ class Fit:
     @property
     def folder(self) -> Path | None:
         """Of the files; None without a cache."""
-        cache = self.source.cache
-        if cache is None:
-            return None
-        place = cache.folder("train", self.checkpoint).relative_to(cache.store.folder)
-        parts = (VERSION, self.kind.basis, place.as_posix(), self.source.run.definition.digest)
         labels = () if self.draws is None else ("true", self.draws.seed)
-        text = repr((*parts, len(self.source.run.train), *labels))
-        return (
-            cache.store.folder / "preconditioners" / hashlib.sha256(text.encode()).hexdigest()[:16]
-        )
+        return folder_of(self.source, self.checkpoint, (self.kind.basis, *labels))
 
     def path(self, column: str, stage: str) -> Path | None:
         folder = self.folder
         if folder is None:
             return None
         return folder / f"{stage}-{hashlib.sha256(column.encode()).hexdigest()[:16]}.safetensors"
+
+
+def folder_of(
+    source: GradientSource, checkpoint: Checkpoint, kind: tuple[object, ...]
+) -> Path | None:
+    """The folder of what is fitted to all training examples at a checkpoint; None without a cache.
+    `kind`: of these statistics.
+    """
+    cache = source.cache
+    if cache is None:
+        return None
+    place = cache.folder("train", checkpoint).relative_to(cache.store.folder)
+    definition = source.run.definition.digest
+    text = repr((VERSION, kind, place.as_posix(), definition, len(source.run.train)))
+    return cache.store.folder / "preconditioners" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Sums(Protocol):

@@ -16,7 +16,9 @@ from influence_cli.cli import opening
 from influence_cli.errors import UsageProblem
 from influence_cli.extraction import fill
 from influence_cli.parallel.ranks import Place, Ranks
+from influence_cli.preconditioners import training_curvature
 from tests.cli.test_merge import DEFINITION as TEXTS
+from tests.conftest import DEFINITION as SMALL_MODEL
 from tests.conftest import build_run
 from tests.refusals import refused, replaced
 from tests.training import train
@@ -101,6 +103,18 @@ def test_ranks_give_the_bytes_of_one_process(asked, run, tmp_path, influence, mo
         ]
         assert len(names[0]) > 4
         assert names[0] == names[1]
+
+
+def test_ranks_divide_the_blocks_of_exact_curvature(tmp_path, influence, monkeypatch):
+    monkeypatch.setattr(training_curvature, "MOST_ROWS", 2)
+    patch = "from influence_cli.preconditioners import training_curvature as t\nt.MOST_ROWS = 2\n"
+    run = build_run(tmp_path / "run", patch + SMALL_MODEL)
+    flags = ("--method", "influence", "--curvature", "hessian", "--cache")
+    alone = influence("score", run, *flags, tmp_path / "one")
+    ranks = torchrun(2, "score", run, *flags, tmp_path / "two")
+    assert ranks.returncode == 0, ranks.stderr
+    assert ranks.stdout == alone.out
+    assert len(list((tmp_path / "two").rglob("solved-*.safetensors"))) == 3
 
 
 def test_ranks_do_their_share_under_python_O(run, tmp_path, influence):

@@ -96,7 +96,7 @@ def step_back(
     }
 
     def run() -> None:
-        parts = steps.curvature_parts(examples, weights_B, quantities)
+        parts = steps.curvature.parts(examples, weights_B, quantities)
         ExactBatch(parts, dtype, by_parameter).through(u, dict.fromkeys(u, 1.0))
 
     return run
