@@ -88,6 +88,13 @@ def token(id):
     """The text of a token: for --method tracin-we."""
     return task.token(id)
 '''
+SAMPLED = '''
+
+def sample(outputs, batch, generator):
+    """The batch with labels drawn from the model: for --fisher true."""
+    return task.sample(outputs, batch, generator)
+'''
+DRAWN = ("token-classification", "causal-lm", "masked-lm")  # kinds with Task.sample
 IDENTIFIED = '''
 
 def id(example):
@@ -165,6 +172,7 @@ def write_hf_definition(
     text += LABELLED if folder.kind in (*CLASSIFIED, "seq2seq-lm") else ""
     text += RELABELLED if folder.kind in CLASSIFIED else ""
     text += "" if folder.kind == "image-classification" else TOKENS
+    text += SAMPLED if folder.kind in DRAWN else ""
     text += IDENTIFIED if columns.id else ""
     return Written(text, tuple(notes))
 

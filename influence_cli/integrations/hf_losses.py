@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 IGNORED = -100  # the label of positions without loss
 LossRule = Callable[[Tensor, Tensor, str], Tensor]
+DrawRule = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor, normalise: str) -> Tensor:
@@ -34,6 +35,24 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor, normalise: str) -> Tenso
 def causal_losses(logits_BSV: Tensor, labels_BS: Tensor, normalise: str) -> Tensor:
     """(B,) like token_losses; the output at a position predicts the next one."""
     return token_losses(logits_BSV[:, :-1], labels_BS[:, 1:], normalise)
+
+
+def draw_tokens(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, S) labels drawn from the probabilities at their positions. Positions without a label
+    keep that.
+    """
+    has_label_BS = labels_BS != IGNORED
+    chances = logits_BSV[has_label_BS].float().softmax(1)
+    drawn_BS = labels_BS.clone()
+    if len(chances):
+        drawn_BS[has_label_BS] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+    return drawn_BS
+
+
+def draw_next_tokens(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, S) like draw_tokens; the output at a position predicts the next one."""
+    drawn = draw_tokens(logits_BSV[:, :-1], labels_BS[:, 1:], generator)
+    return torch.cat([labels_BS[:, :1], drawn], 1)
 
 
 def class_losses(logits_BC: Tensor, labels_B: Tensor, normalise: str) -> Tensor:

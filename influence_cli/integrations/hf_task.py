@@ -21,20 +21,30 @@ from influence_cli.integrations.hf_encoding import Example, Row
 
 @dataclass(frozen=True)
 class TaskKind:
-    """A kind of task: its class of transformers, its loss, and how the loss is normalised."""
+    """A kind of task: its class of transformers, its loss, and how the loss is normalised.
+
+    `draw`: draws labels from logits; None: not for this kind.
+    """
 
     auto_class: str
     loss: losses.LossRule
     normalise: str = "example"
     is_text: bool = True
+    draw: losses.DrawRule | None = None
 
 
 KINDS = {
     "sequence-classification": TaskKind("AutoModelForSequenceClassification", losses.class_losses),
-    "token-classification": TaskKind("AutoModelForTokenClassification", losses.token_losses),
-    "causal-lm": TaskKind("AutoModelForCausalLM", losses.causal_losses, "token"),
+    "token-classification": TaskKind(
+        "AutoModelForTokenClassification", losses.token_losses, draw=losses.draw_tokens
+    ),
+    "causal-lm": TaskKind(
+        "AutoModelForCausalLM", losses.causal_losses, "token", draw=losses.draw_next_tokens
+    ),
     "seq2seq-lm": TaskKind("AutoModelForSeq2SeqLM", losses.token_losses, "token"),
-    "masked-lm": TaskKind("AutoModelForMaskedLM", losses.token_losses, "token"),
+    "masked-lm": TaskKind(
+        "AutoModelForMaskedLM", losses.token_losses, "token", draw=losses.draw_tokens
+    ),
     "image-classification": TaskKind(
         "AutoModelForImageClassification", losses.class_losses, is_text=False
     ),
@@ -197,6 +207,18 @@ class HuggingFaceTask:
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """(B,) one loss per example."""
         return self.loss_from_outputs(self.outputs(model, batch), batch)
+
+    def sample(
+        self, outputs: Tensor, batch: dict[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The batch with a label drawn from the model for each token that has one."""
+        draw = KINDS[self.kind].draw
+        if draw is None:
+            raise DefinitionError(
+                f"Task.sample does not draw labels of {self.kind}",
+                f"expected: {', '.join(name for name, kind in KINDS.items() if kind.draw)}",
+            )
+        return batch | {"labels": draw(outputs, batch["labels"], generator)}
 
     def features(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """(B, F) the last hidden state, mean over tokens without padding."""

@@ -231,6 +231,19 @@ def test_a_model_in_bfloat16_says_what_it_computes_in(runs, influence):
     )
 
 
+def test_the_true_fisher_matrix_of_a_language_model_needs_no_edit(runs, influence):
+    folder = runs("gpt2_sharded")
+    scores(influence, folder)
+    flags = ("--method", "influence", "--queries", "0", "--fisher", "true")
+    result = influence("score", folder / "out", *flags)
+    assert result.code == 0, result.err
+    assert "drawn from sample() of definition.py" in result.err
+    again = influence("score", folder / "out", *flags, "--cache", "none", "--batch-size", "3")
+    values = [[float(row["score"]) for row in rows] for rows in (result.rows, again.rows)]
+    assert len(values[0]) > 8
+    assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3 * max(map(abs, values[0])))
+
+
 def test_words_are_those_of_the_embedding_that_token_ids_go_through(runs, influence):
     """BERT has three embeddings; the model names the one of tokens, and --embedding is not needed."""
     folder = runs("bert_pairs")

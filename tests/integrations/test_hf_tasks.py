@@ -165,6 +165,32 @@ def test_normalised_by_example_the_loss_is_a_mean_over_tokens(name, folders):
     )
 
 
+@pytest.mark.parametrize("name", ["next words", "prompts", "masked words", "tags"])
+def test_drawn_labels_follow_the_probabilities_of_their_positions(name, folders):
+    task, model, rows = open_task(folders, name)
+    batch = task.collate([task.example(rows[0])])
+    outputs, draws = task.outputs(model, batch), 4000
+    repeated = {key: value.expand(draws, *value.shape[1:]) for key, value in batch.items()}
+    many = outputs.detach().expand(draws, *outputs.shape[1:])
+    drawn = task.sample(many, repeated, torch.Generator().manual_seed(0))["labels"]
+    labels, shift = batch["labels"][0], FACTORS.get(task.kind, 0)
+    places = [place for place in range(shift, len(labels)) if labels[place] != -100]
+    assert places
+    assert torch.equal(drawn == -100, repeated["labels"] == -100)
+    for place in places:
+        chances = outputs[0, place - shift].softmax(0)
+        shares = torch.bincount(drawn[:, place], minlength=len(chances)) / draws
+        bound = 5 * (chances * (1 - chances) / draws).sqrt() + 1 / draws
+        assert ((shares - chances).abs() <= bound).all(), place
+
+
+def test_labels_that_the_decoder_reads_are_not_drawn(folders):
+    task, model, rows = open_task(folders, "t5")
+    batch = task.collate([task.example(rows[0])])
+    with pytest.raises(DefinitionError, match="does not draw labels of seq2seq-lm"):
+        task.sample(task.outputs(model, batch), batch, torch.Generator())
+
+
 def test_only_completions_have_a_loss(folders):
     task, _, rows = open_task(folders, "prompts")
     labels = task.example(rows[1])["labels"]
