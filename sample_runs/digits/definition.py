@@ -36,9 +36,16 @@ def query_data():
     return torch.utils.data.TensorDataset(images[TRAIN:], truth[TRAIN:], truth[TRAIN:])
 
 
+def outputs(model, batch):
+    return model(batch[0])
+
+
+def loss_from_outputs(outputs, batch):
+    return F.cross_entropy(outputs, batch[1], reduction="none")
+
+
 def loss(model, batch):
-    images, labels, _ = batch
-    return F.cross_entropy(model(images), labels, reduction="none")
+    return loss_from_outputs(outputs(model, batch), batch)
 
 
 def label(example):

@@ -49,9 +49,16 @@ def query_data():
     return load("query")
 
 
+def outputs(model, batch):
+    return model(batch[0])
+
+
+def loss_from_outputs(outputs, batch):
+    return F.cross_entropy(outputs, batch[1], reduction="none")
+
+
 def loss(model, batch):
-    texts, origins = batch
-    return F.cross_entropy(model(texts), origins, reduction="none")
+    return loss_from_outputs(outputs(model, batch), batch)
 
 
 def label(example):

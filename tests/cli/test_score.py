@@ -111,7 +111,7 @@ def test_what_the_definition_prints_never_reaches_the_table(digits, tmp_path, in
     definition.write_text(
         "print('loading')\n"
         + definition.read_text().replace(
-            "    images, labels, _ = batch", "    print('loss')\n    images, labels, _ = batch"
+            "    return model(batch[0])", "    print('loss')\n    return model(batch[0])"
         )
     )
     result = influence(
