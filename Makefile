@@ -6,6 +6,8 @@
 # make mislabelled   count the wrong labels among the 40 highest scores of `influence self`
 # make sample-runs   train the sample runs again
 # make gpu           test and measure a CUDA device; without one it says so
+# make study         judge the scores of all methods by retraining; DATA=FOLDER, within an hour
+# make study-full    the same with its slow rows
 # make bench-peers   compare with public libraries, each in its own environment
 # make clean         remove environments and caches
 #
@@ -19,7 +21,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers
+.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers study study-full
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -86,6 +88,15 @@ LIMIT ?=
 
 bench-peers: $(VENV)/core $(foreach peer,$(PEERS),.venv-peers/$(firstword $(subst ==, ,$(peer)))/installed)
 	$(VENV)/bin/python benchmarks/peers.py $(WORKLOADS) $(if $(TRAIN),--train $(TRAIN)) $(if $(LIMIT),--limit $(LIMIT))
+
+# Needs DATA, a folder with fashion_mnist_15k.npz and tinyshakespeare.txt.gz (benchmarks/study/runs.py).
+# .study/ keeps runs, scores and trainings; an interrupted study resumes.
+DATA ?=
+STUDY = $(VENV)/bin/python benchmarks/study --data "$(DATA)"
+
+study study-full: $(VENV)/dev .venv-peers/kronfluence/installed .venv-peers/traker/installed
+	@test -n "$(DATA)" || { echo "make $@ DATA=FOLDER: see benchmarks/study/runs.py" >&2; exit 1; }
+	$(STUDY) $(if $(findstring full,$@),--full)
 
 # bench-peers skips a library that pip cannot install. kronfluence and bergson require torchvision
 # and torchaudio but import neither. CUDA builds of these two break a CPU torch: remove them.

@@ -59,7 +59,15 @@ def write_rows(file: io.TextIOBase, rows: Sequence[dict[str, str]]) -> None:
 
 # ---------------------------------------------------------------- one run
 def study_run(plan: Plan, options: argparse.Namespace) -> list[dict[str, str]]:
-    """All rows of one run."""
+    """All rows of one run. A failed command ends the study of this run, and says so at once."""
+    try:
+        return measure_run(plan, options)
+    except SystemExit as error:
+        print(f"{plan.run}: {error}", file=sys.stderr)
+        raise
+
+
+def measure_run(plan: Plan, options: argparse.Namespace) -> list[dict[str, str]]:
     folder = options.folder / plan.run
     run = folder / "run"
     if not run.exists():
@@ -69,7 +77,7 @@ def study_run(plan: Plan, options: argparse.Namespace) -> list[dict[str, str]]:
     write_wrong_ids(run)
     rows: list[dict[str, str]] = []
     files = {}
-    for method in plan.methods:
+    for method in (*plan.methods, *(plan.slow_methods if options.full else ())):
         files[method] = folder / f"{method.replace(' ', '-')}.csv"
         score(run, METHODS[method], plan.queries, files[method])
     files |= score_with_peers(run, folder, plan.queries)

@@ -39,11 +39,11 @@ def ekfac(definition, model, train, queries, folder: Path, true_fisher: bool):
 
     class Loss(Task):
         def compute_train_loss(self, batch, model, sample=False):
-            if sample:
-                with torch.no_grad():
-                    outputs = definition.outputs(model, batch)
-                batch = definition.sample(outputs, batch, generator)
-            return definition.loss(model, batch).sum()
+            if not sample:
+                return definition.loss(model, batch).sum()
+            outputs = definition.outputs(model, batch)
+            drawn = definition.sample(outputs.detach(), batch, generator)
+            return definition.loss_from_outputs(outputs, drawn).sum()
 
         def compute_measurement(self, batch, model):
             return definition.loss(model, batch).sum()

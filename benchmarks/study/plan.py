@@ -18,6 +18,8 @@ METHODS = {
     "influence kfac": ("--method", "influence", "--curvature", "kfac"),
     "influence ekfac": ("--method", "influence", "--curvature", "ekfac"),
     "influence shampoo": ("--method", "influence", "--curvature", "shampoo"),
+    "influence hessian": ("--method", "influence", "--curvature", "hessian"),
+    "influence gauss-newton": ("--method", "influence", "--curvature", "gauss-newton"),
     "dve": ("--method", "dve"),
     "dve --replay": ("--method", "dve", "--replay"),
     "unroll --replay": ("--method", "unroll", "--replay"),
@@ -32,6 +34,7 @@ TEXTS = ("repsim",)
 class Plan:
     """What is done with one run. `queries`: how many. `deletions`: how many of them `deletion`
     takes; 0: only in the full study. `removals`: of `tsloo`; 0: likewise. `mislabel`: its flags.
+    `slow_...`: what the full study has beside or instead.
     """
 
     run: str
@@ -43,19 +46,23 @@ class Plan:
     tsloo: tuple[tuple[str, ...], ...] = field(
         default=(("tracin",), ("dve", "--replay"), ("unroll", "--replay"))
     )
+    slow_methods: tuple[str, ...] = ()
     slow_deletions: int = 5
     slow_removals: int = 60
 
 
 SGD = ("dve",)  # without a replay it knows plain SGD alone
+EXACT = ("influence hessian", "influence gauss-newton")
+FLIPS = ("--flip", "0.1")
+WRONG = ("--wrong", "wrong.txt")
 PLANS = (
-    Plan("gpt-sgd", ALWAYS + TEXTS + SGD, deletions=0, removals=0),
-    Plan("gpt-adamw", ALWAYS + TEXTS, deletions=0, removals=0),
-    Plan("fashion-sgd", ALWAYS + CLASSES + SGD, deletions=3, mislabel=("--flip", "0.1")),
-    Plan("fashion-adamw", ALWAYS + CLASSES, deletions=3, mislabel=("--flip", "0.1")),
-    Plan("words-sgd", ALWAYS + CLASSES + SGD + ("tracin-we",)),
-    Plan("digits-sgd", ALWAYS + CLASSES + SGD, mislabel=("--wrong", "wrong.txt")),
-    Plan("digits-adamw", ALWAYS + CLASSES, mislabel=("--wrong", "wrong.txt")),
+    Plan("gpt-sgd", ALWAYS + TEXTS + SGD, 20, 0, 0, slow_methods=EXACT, slow_deletions=3),
+    Plan("gpt-adamw", ALWAYS + TEXTS, 20, 0, 0, slow_methods=EXACT, slow_deletions=3),
+    Plan("fashion-sgd", ALWAYS + CLASSES + SGD, 20, 3, mislabel=FLIPS, slow_methods=EXACT),
+    Plan("fashion-adamw", ALWAYS + CLASSES, 20, 3, mislabel=FLIPS, slow_methods=EXACT),
+    Plan("words-sgd", ALWAYS + CLASSES + SGD + EXACT + ("tracin-we",)),
+    Plan("digits-sgd", ALWAYS + CLASSES + SGD + EXACT, mislabel=WRONG),
+    Plan("digits-adamw", ALWAYS + CLASSES + EXACT, mislabel=WRONG),
 )
 FRACTIONS = ("0.5", "0.95")  # of the training examples that a subset keeps
 SUBSETS = 40

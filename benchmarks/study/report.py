@@ -87,24 +87,31 @@ def draw(cells: Cells, runs: Sequence[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "study", "font.size": 8}
+    matplotlib.rcParams |= {
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans", "sans-serif"],
+        "svg.fonttype": "none",
+        "svg.hashsalt": "study",
+        "font.size": 8,
+    }
     from matplotlib import pyplot
 
-    heights = [len(methods_of(cells, *row[:2])) for row in ROWS]
+    lines = [row for row in ROWS if methods_of(cells, *row[:2])]
+    heights = [len(methods_of(cells, *row[:2])) for row in lines]
     figure, axes = pyplot.subplots(
-        len(ROWS), len(runs), figsize=(1.7 * len(runs) + 1.5, 0.17 * sum(heights) + 4), squeeze=False,
+        len(lines), len(runs), figsize=(1.7 * len(runs) + 1.5, 0.17 * sum(heights) + 4), squeeze=False,
         gridspec_kw={"height_ratios": heights}, layout="constrained",
     )  # fmt: skip
-    for line, (protocol, name, title) in zip(axes, ROWS, strict=True):
+    for number, (line, (protocol, name, title)) in enumerate(zip(axes, lines, strict=True)):
         methods = methods_of(cells, protocol, name)
         for run, axis in zip(runs, line, strict=True):
             draw_panel(axis, [cells.get((run, method, protocol, name)) for method in methods])
             axis.set_yticks(range(len(methods)), methods if run == runs[0] else [])
             axis.set_ylim(len(methods) - 0.5, -0.5)
-            if line is axes[0]:
+            if number == 0:
                 axis.set_title(run, fontsize=9)
         line[0].set_title(
-            title, fontsize=9, loc="left", pad=18 if line is axes[0] else 6, weight="bold"
+            title, fontsize=9, loc="left", pad=18 if number == 0 else 6, weight="bold"
         )
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
