@@ -94,7 +94,7 @@ def fit_preconditioner(source: GradientSource, request: ScoreRequest) -> Precond
         values = preconditioner.damping.values()
         source.reporter.note(
             f"--damping auto: {min(values):.3g} to {max(values):.3g}, a tenth of the mean "
-            "eigenvalue of each parameter"
+            "eigenvalue of each block"
         )
     return preconditioner
 

@@ -1,4 +1,4 @@
-"""The inverse curvature of one parameter, as a map of gradients.
+"""The inverse curvature of one block, as a map of gradients.
 
 Letters: N gradients, O x I one of them as a matrix, D = O I, S positions, T rows of tokens.
 """
@@ -49,7 +49,7 @@ class BlockMap:
             rotated = values_Td if self.right is None else values_Td @ self.right
             squares_T = (rotated.square() * inverse_OI[form.ids]).sum(1)
             return squares_T.new_zeros(len(form)).index_add_(0, form.example, squares_T)
-        if isinstance(form, Factors) and form.left.shape[1] == 1 and not self.is_joint:
+        if isinstance(form, Factors) and form.left.shape[1] == 1 and not self.is_full:
             left, right = form.left[:, 0].double(), form.right[:, 0].double()
             left = left if self.left is None else left @ self.left
             right = right if self.right is None else right @ self.right
@@ -61,7 +61,7 @@ class BlockMap:
         return torch.cat(parts) if parts else inverse_OI.new_zeros(0)
 
     @property
-    def is_joint(self) -> bool:
+    def is_full(self) -> bool:
         """Whether `left` is the eigenvectors of all numbers of a gradient, (D, D)."""
         return self.left is not None and self.left.shape[0] != self.shape[0]
 

@@ -1,4 +1,4 @@
-"""Sums over the training gradients of one parameter, from which its curvature is made.
+"""Sums over the training gradients of one block, from which its curvature is made.
 
 Letters: N examples, S positions, O x I the gradient of an example as a matrix, D = O I numbers.
 """
@@ -24,7 +24,7 @@ def matrix_shape(form: Form) -> tuple[int, int]:
 
 
 def choose_basis(form: Form, wanted: Basis) -> Basis:
-    """The basis that this parameter's gradients allow: factors only where the form knows its
+    """The basis that these gradients allow: factors only where the form knows its
     positions, a full matrix only for few numbers.
     """
     rows, columns = matrix_shape(form)
@@ -69,16 +69,23 @@ class PositionSums:
     positions: int
 
     @classmethod
-    def of(cls, form: Form) -> "PositionSums | None":
+    def of(cls, form: Form, bias_axis: int | None = None) -> "PositionSums | None":
         """None: the form does not know its positions. Positions whose input or output gradient is
-        0 are padding: they add nothing to a gradient.
+        0 are padding: they add nothing to a gradient. `bias_axis`: the form is that of a weight,
+        and its bias is to be appended (blocks.py).
         """
         if (outer_products := form.positions()) is None:
             return None
-        rows, columns = matrix_shape(form)
-        left, right = (new_side(length).to(form.device) for length in (rows, columns))
+        lengths = list(matrix_shape(form))
+        if bias_axis is not None:
+            lengths[bias_axis] += 1
+        left, right = (new_side(length).to(form.device) for length in lengths)
         count = 0
         for at, left_PO, right_PI in outer_products:
+            if bias_axis == 1:
+                right_PI = with_ones(right_PI)
+            elif bias_axis == 0:
+                at, left_PO = slice(0, lengths[0]), with_ones(left_PO)
             # abs().amax() is 5 times as fast as ne(0).any()
             is_position = (left_PO.abs().amax(1) != 0) & (right_PI.abs().amax(1) != 0)
             positions = int(is_position.sum())
@@ -91,6 +98,11 @@ class PositionSums:
         return cls(left, right, count)
 
 
+def with_ones(values: Tensor) -> Tensor:
+    """(..., I) followed by 1."""
+    return torch.cat([values, values.new_ones(*values.shape[:-1], 1)], -1)
+
+
 def widened(values: Tensor) -> Tensor:
     """Half precision as float32, in which products are summed."""
     return values.float() if values.dtype in HALVES else values
@@ -98,7 +110,7 @@ def widened(values: Tensor) -> Tensor:
 
 @dataclass
 class BlockMoments:
-    """The first pass over one parameter. `left`: (O, O) or (O,), `right`: (I, I) or (I,); of the
+    """The first pass over one block. `left`: (O, O) or (O,), `right`: (I, I) or (I,); of the
     basis "full" `left` is (D, D) and `right` is empty. `examples`, `positions`: what they sum over.
     """
 

@@ -1,4 +1,4 @@
-"""Fits the curvature of each parameter to the training gradients at one checkpoint.
+"""Fits the curvature of each block to the training gradients at one checkpoint.
 
 One pass sums the statistics; ekfac measures its eigenvalues in a second one. Where the cache keeps
 no factors of a layer, kfac and ekfac take its inputs and output gradients from a pass of their own.
@@ -21,6 +21,7 @@ from influence_cli.preconditioners.block_statistics import (
     PositionSums,
     choose_basis,
 )
+from influence_cli.preconditioners.blocks import Block, join_biases
 from influence_cli.preconditioners.kinds import KINDS, Basis
 from influence_cli.preconditioners.passes import (
     Fit,
@@ -33,7 +34,7 @@ from influence_cli.preconditioners.passes import (
 )
 from influence_cli.run.checkpoints import Checkpoint
 
-AUTO_DAMPING = 0.1  # of the mean eigenvalue of a parameter, as kronfluence has it
+AUTO_DAMPING = 0.1  # of the mean eigenvalue of a block, as kronfluence has it
 
 
 def fit_maps(
@@ -42,18 +43,27 @@ def fit_maps(
     columns: Sequence[str],
     kind: str,
     draws: DrawnBatches | None = None,
-) -> dict[str, BlockMap]:
-    """The curvature of each column, over all training examples. `draws`: see Fit."""
-    fit = Fit(source, checkpoint, columns, KINDS[kind], draws)
+) -> dict[Block, BlockMap]:
+    """The curvature of each block of these columns, over all training examples. `draws`: see
+    Fit.
+    """
+    fit = Fit(source, checkpoint, list_blocks(source, columns, kind), KINDS[kind], draws)
     moments = load_moments(fit)
-    missing = [name for name in columns if name not in moments]
+    missing = [name for name in fit.blocks if name not in moments]
     if missing:
         moments |= sum_moments(fit, missing)
-    maps = {name: map_of_moments(moments[name]) for name in columns}
+    maps = {name: map_of_moments(moments[name]) for name in fit.blocks}
     note_other_bases(fit, moments)
-    if not fit.kind.is_corrected:
-        return maps
-    return correct_eigenvalues(fit, moments, maps)
+    if fit.kind.is_corrected:
+        maps = correct_eigenvalues(fit, moments, maps)
+    return {block: maps[name] for name, block in fit.blocks.items()}
+
+
+def list_blocks(source: GradientSource, columns: Sequence[str], kind: str) -> dict[str, Block]:
+    """The blocks of these columns, by name. Full matrices and projections are of one parameter."""
+    if KINDS[kind].basis == "full" or source.settings.projection is not None:
+        return {name: Block(name) for name in columns}
+    return join_biases(source.run.model.module, source.run.columns, columns)
 
 
 def note_other_bases(fit: Fit, moments: Mapping[str, BlockMoments]) -> None:
@@ -62,16 +72,17 @@ def note_other_bases(fit: Fit, moments: Mapping[str, BlockMoments]) -> None:
     """
     others: dict[str, list[str]] = {}
     for name, sums in moments.items():
+        columns = fit.blocks[name].columns
         if sums.basis not in (fit.kind.basis, "full"):
-            others.setdefault(sums.basis, []).append(name)
+            others.setdefault(sums.basis, []).extend(columns)
         if 1 in (sums.left.dim(), sums.right.dim()):
-            others.setdefault("diagonal", []).append(name)
+            others.setdefault("diagonal", []).extend(columns)
     texts = {
         "moments": "use the approximation shampoo: no layer rule gives inputs and output gradients"
     }
     texts["diagonal"] = "have a diagonal for their tokens, or for a side of more than 4,096 rows"
     for basis, names in others.items():
-        count = f"{len(names):,} of {len(moments):,} parameters"
+        count = f"{len(names):,} of {len(fit.columns):,} parameters"
         fit.source.reporter.note(f"curvature: {count} {texts[basis]}: {listed(names, 3)}")
 
 
@@ -81,7 +92,7 @@ BASES: tuple[Basis, ...] = ("full", "moments", "factors")  # by the number in a 
 
 @dataclass
 class MomentSums:
-    """The sums of a pass. `dropped`: parameters whose gradients do not have the wanted basis."""
+    """The sums of a pass. `dropped`: blocks whose gradients do not have the wanted basis."""
 
     sums: dict[str, BlockMoments] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
@@ -104,8 +115,8 @@ class MomentSums:
 def load_moments(fit: Fit) -> dict[str, BlockMoments]:
     """The statistics that an earlier command stored."""
     stored = {}
-    for name in fit.columns:
-        path = fit.path(name, "moments")
+    for name in fit.blocks:
+        path = fit.path([name], "moments")
         if path is not None and path.is_file():
             stored[name] = read_moments(read_sums(path))
     return stored
@@ -123,15 +134,15 @@ def write_moments(moments: BlockMoments) -> dict[str, Tensor]:
     return {**tensors, "counts": counts}
 
 
-def sum_moments(fit: Fit, columns: Sequence[str]) -> dict[str, BlockMoments]:
+def sum_moments(fit: Fit, names: Sequence[str]) -> dict[str, BlockMoments]:
     """The sums of the first pass, for kfac and ekfac of up to three: over factors as the cache
     keeps them; over the positions of other layers that have a rule; over the gradients of the rest.
     """
-    wanted = {name: wanted_basis(fit, name) for name in columns}
+    wanted = {name: wanted_basis(fit, name) for name in names}
     sums = sum_stored(fit, wanted)
-    dropped = [name for name in columns if name not in sums]
+    dropped = [name for name in names if name not in sums]
     if dropped:
-        ways = fit.source.extractor.captures.ways("train", list(fit.columns))
+        ways = fit.source.extractor.captures.ways("train", fit.columns)
         sums |= sum_positions(fit, [name for name in dropped if ways[name] == "rule"])
         rest: dict[str, Basis] = {name: "moments" for name in dropped if name not in sums}
         sums |= sum_stored(fit, rest) if rest else {}
@@ -147,7 +158,7 @@ def wanted_basis(fit: Fit, name: str) -> Basis:
 
 
 def sum_stored(fit: Fit, wanted: Mapping[str, Basis]) -> dict[str, BlockMoments]:
-    """One pass over the gradients as the cache keeps them. It leaves parameters out that should
+    """One pass over the gradients as the cache keeps them. It leaves blocks out that should
     have factors, and are stored without them in any unit.
     """
     totals = MomentSums()
@@ -162,20 +173,23 @@ def sum_stored(fit: Fit, wanted: Mapping[str, Basis]) -> dict[str, BlockMoments]
             totals.sums[name] = BlockMoments.start(form, wanted[name])
         totals.sums[name].add(form)
 
-    columns = list(wanted)
-    run_pass(fit, columns, "moments", totals, read_gradients(fit, columns, add))
+    names = list(wanted)
+    run_pass(fit, names, "moments", totals, read_gradients(fit, names, add))
     store_sums(fit, "moments", totals)
     return totals.sums
 
 
-def sum_positions(fit: Fit, columns: Sequence[str]) -> dict[str, BlockMoments]:
-    """One pass over inputs and output gradients, which runs the model again. It leaves parameters
+def sum_positions(fit: Fit, wanted: Sequence[str]) -> dict[str, BlockMoments]:
+    """One pass over inputs and output gradients, which runs the model again. It leaves blocks
     out whose positions are not known in any batch.
     """
-    totals, names = MomentSums(), set(columns)
+    totals, names = MomentSums(), set(wanted)
 
     def keep(name: str, form: Form) -> PositionSums | None:
-        return PositionSums.of(form) if name in names - totals.dropped else None
+        if name not in names - totals.dropped:
+            return None
+        block = fit.blocks[name]
+        return PositionSums.of(form, None if block.bias is None else block.axis)
 
     def add(sums_of: dict[str, PositionSums | None], examples: int) -> bool:
         for name in names - totals.dropped:
@@ -187,16 +201,16 @@ def sum_positions(fit: Fit, columns: Sequence[str]) -> dict[str, BlockMoments]:
             totals.sums[name].add_positions(sums, examples)
         return totals.dropped != names
 
-    if columns:
-        run_pass(fit, columns, "positions", totals, capture_gradients(fit, keep, add))
+    if wanted:
+        run_pass(fit, wanted, "positions", totals, capture_gradients(fit, keep, add))
         store_sums(fit, "moments", totals)
     return totals.sums
 
 
 def store_sums(fit: Fit, stage: str, totals: Sums) -> None:
-    """One file for each parameter, where there is a cache."""
+    """One file for each block, where there is a cache."""
     for name, tensors in totals.record().items():
-        path = fit.path(name, stage)
+        path = fit.path([name], stage)
         if path is not None and "dropped" not in tensors:
             write_sums(path, tensors)
 
@@ -204,7 +218,7 @@ def store_sums(fit: Fit, stage: str, totals: Sums) -> None:
 # ---------------------------------------------------------------- the second pass
 @dataclass
 class DiagonalSums:
-    """The squares along the eigenvectors of each parameter."""
+    """The squares along the eigenvectors of each block."""
 
     sums: dict[str, BlockDiagonal]
 
@@ -229,12 +243,12 @@ def correct_eigenvalues(
     totals = DiagonalSums(
         {
             name: BlockDiagonal(maps[name].left, maps[name].right, maps[name].shape)
-            for name in fit.columns
+            for name in fit.blocks
             if moments[name].basis != "full"
         }
     )
     for name in totals.sums:
-        path = fit.path(name, "diagonal")
+        path = fit.path([name], "diagonal")
         if path is not None and path.is_file():
             totals.restore(name, read_sums(path))
     missing = {name: total for name, total in totals.sums.items() if not total.examples}
@@ -247,4 +261,4 @@ def correct_eigenvalues(
         name: BlockMap(maps[name].left, maps[name].right, total.total / max(1, total.examples))
         for name, total in totals.sums.items()
     }
-    return {name: corrected.get(name, maps[name]) for name in fit.columns}
+    return {name: corrected.get(name, maps[name]) for name in fit.blocks}

@@ -1,11 +1,12 @@
 """The kinds of curvature: which statistics each one needs, and what it falls back to.
 
 hessian and gauss-newton are exact, over all parameters together (training_curvature.py).
-The others approximate the mean over training examples of g g^T, block by block: a block is one
-parameter. With the labels of the data that is the empirical Fisher matrix, with labels drawn from
-the model the true one. They differ in how a block is approximated:
+The others approximate the mean over training examples of g g^T, block by block: a block is the
+weight and the bias of a layer, or one parameter (blocks.py). With the labels of the data that is
+the empirical Fisher matrix, with labels drawn from the model the true one. They differ in how a
+block is approximated:
 
-fisher    exactly: a D x D matrix
+fisher    exactly: a D x D matrix of each parameter
 shampoo   (L kron R) / tr L, with L = E[G G^T], R = E[G^T G]; exact for gradients of rank one that
           are multiples of one matrix (Morwani et al. 2024, arXiv:2406.17748)
 kfac      S kron A, with S = sum over positions of b b^T per example, A = mean over positions of
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Basis = Literal["full", "moments", "factors"]
-LONGEST_SIDE = 4096  # of a matrix whose eigenvectors are computed; longer sides are diagonal
+# Of a matrix whose eigenvectors are computed: 4,096 inputs and the bias. Longer sides are diagonal.
+LONGEST_SIDE = 4097
 LARGEST_BLOCK = 2048  # numbers of a parameter whose full matrix is kept
 
 

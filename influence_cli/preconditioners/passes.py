@@ -1,11 +1,11 @@
 """A pass over all training examples that sums statistics, and the files that keep the sums.
 
-Each parameter has a file. A killed pass resumes from its last record.
+Each block has a file. A killed pass resumes from its last record.
 """
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -19,31 +19,41 @@ from influence_cli.extraction.drawn_labels import DrawnBatches
 from influence_cli.extraction.extractor import Visited
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.forms import Form
+from influence_cli.preconditioners.blocks import Block
 from influence_cli.preconditioners.kinds import CurvatureKind
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.storage.atomic import make_folders, report_disk_errors
 from influence_cli.storage.checksums import checksum_metadata
 from influence_cli.storage.safetensors_io import TensorFile, write_tensors
 
-VERSION = 2  # of the files
+VERSION = 3  # of the files
 RECORD_SECONDS = 30.0  # between two records of a pass
-Kept = TypeVar("Kept")  # what a pass makes of the gradients of one parameter
+Kept = TypeVar("Kept")  # what a pass makes of the gradients of one block
 Work = Callable[[Ids], Iterator[int]]  # adds these examples; yields how many, part by part
 AddGradients = Callable[[str, Form], None]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What is fitted where: the training gradients of these columns at one checkpoint.
+    """What is fitted where: the training gradients of these blocks at one checkpoint.
 
-    `draws`: labels of the true Fisher matrix; None: the labels of the data.
+    `blocks`: by the names of their weights. `draws`: labels of the true Fisher matrix; None: the
+    labels of the data.
     """
 
     source: GradientSource
     checkpoint: Checkpoint
-    columns: Sequence[str]
+    blocks: Mapping[str, Block]
     kind: CurvatureKind
     draws: DrawnBatches | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        return self.columns_of(self.blocks)
+
+    def columns_of(self, names: Iterable[str]) -> list[str]:
+        """Of the blocks of these names."""
+        return [column for name in names for column in self.blocks[name].columns]
 
     @property
     def gradients(self) -> GradientSource:
@@ -60,11 +70,13 @@ class Fit:
         labels = () if self.draws is None else ("true", self.draws.seed)
         return folder_of(self.source, self.checkpoint, (self.kind.basis, *labels))
 
-    def path(self, column: str, stage: str) -> Path | None:
+    def path(self, names: Sequence[str], stage: str) -> Path | None:
+        """Of the sums of these blocks."""
         folder = self.folder
         if folder is None:
             return None
-        return folder / f"{stage}-{hashlib.sha256(column.encode()).hexdigest()[:16]}.safetensors"
+        text = "\n".join(self.columns_of(names))
+        return folder / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
 
 
 def folder_of(
@@ -83,7 +95,7 @@ def folder_of(
 
 
 class Sums(Protocol):
-    """The statistics of several parameters: `record` gives their tensors, by parameter, and
+    """The statistics of several blocks: `record` gives their tensors, by name, and
     `restore` takes them back.
     """
 
@@ -92,13 +104,13 @@ class Sums(Protocol):
     def restore(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
 
 
-def run_pass(fit: Fit, columns: Sequence[str], stage: str, sums: Sums, work: Work) -> None:
+def run_pass(fit: Fit, names: Sequence[str], stage: str, sums: Sums, work: Work) -> None:
     """Adds up the statistics of all training examples, and keeps a record of them.
 
     A killed pass starts again at its last record, with the same sums.
     """
     count = len(fit.source.run.train)
-    partial = fit.path("\n".join(columns), f"partial-{stage}")
+    partial = fit.path(names, f"partial-{stage}")
     first = restore_partial(partial, sums)
     recorded = time.monotonic()
     with fit.source.reporter.progress(f"curvature, {stage}", count - first) as advance:
@@ -112,15 +124,19 @@ def run_pass(fit: Fit, columns: Sequence[str], stage: str, sums: Sums, work: Wor
         partial.unlink(missing_ok=True)
 
 
-def read_gradients(fit: Fit, columns: Sequence[str], add: AddGradients) -> Work:
-    """The gradients of a pass, cached or computed, in the form in which the cache keeps them."""
+def read_gradients(fit: Fit, names: Sequence[str], add: AddGradients) -> Work:
+    """The gradients of these blocks, cached or computed, in the form in which the cache keeps
+    them.
+    """
+    columns, cpu = fit.columns_of(names), torch.device("cpu")
 
     def work(ids: Ids) -> Iterator[int]:
         read = fit.gradients.prepare("train", [fit.checkpoint], columns, ids)
         for rows in read([(fit.checkpoint, ids)]):
             fit.check_losses(rows.ids, rows.losses)
-            for name in columns:
-                add(name, rows.forms[name].to(torch.device("cpu")))
+            for name in names:
+                forms = {column: rows.forms[column].to(cpu) for column in fit.blocks[name].columns}
+                add(name, fit.blocks[name].join(forms))
             yield len(rows.ids)
 
     return work
@@ -135,7 +151,7 @@ def capture_gradients(
     made of the gradients of each parameter of a batch, and the number of its examples. It returns
     False to end the pass.
     """
-    source, columns = fit.gradients, list(fit.columns)
+    source, columns = fit.gradients, fit.columns
 
     def work(ids: Ids) -> Iterator[int]:
         for batch_ids in cut_ids(ids, source.budget.batch_size("train", columns)):
@@ -169,11 +185,11 @@ def restore_partial(path: Path | None, sums: Sums) -> int:
         return 0
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in read_sums(path).items():
-        name, _, part = key.rpartition("/")
-        by_name.setdefault(name, {})[part] = value
+        block, _, part = key.rpartition("/")
+        by_name.setdefault(block, {})[part] = value
     first = int(by_name.pop("")["next"])
-    for column, tensors in by_name.items():
-        sums.restore(column, tensors)
+    for name, tensors in by_name.items():
+        sums.restore(name, tensors)
     return first
 
 

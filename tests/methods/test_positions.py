@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from influence_cli.preconditioners import passes
 from tests.conftest import DEFINITION
-from tests.methods.test_influence import FLAGS, gradients, load, scores, solve
+from tests.methods.test_influence import FLAGS, blocks, gradients, load, scores
 
 SEQUENTIAL = "nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))"
 MODELS = {
@@ -23,9 +23,9 @@ def definition_of(name):
 
 
 def positions(layer, x, g):
-    """(P, O) output gradients and (P, D/O) inputs of all examples; of a convolution's groups one after the other."""
+    """(P, O) output gradients and (P, D/O) inputs, followed by 1, of all examples; of a convolution's groups one after the other."""
     if isinstance(layer, torch.nn.Linear):
-        return g.flatten(0, -2), x.flatten(0, -2)
+        return g.flatten(0, -2), with_ones(x.flatten(0, -2))
     pads = layer.padding[::-1]
     x = F.pad(x, [pad for side in pads for pad in (side, side)])
     lefts, rights = [], []
@@ -37,7 +37,11 @@ def positions(layer, x, g):
         rows[:, group * width : (group + 1) * width] = g[:, group * width : (group + 1) * width]
         lefts.append(rows.flatten(2).transpose(1, 2).flatten(0, 1))
         rights.append(patches.transpose(1, 2).flatten(0, 1))
-    return torch.cat(lefts), torch.cat(rights)
+    return torch.cat(lefts), with_ones(torch.cat(rights))
+
+
+def with_ones(rows):
+    return torch.cat([rows, torch.ones(len(rows), 1)], 1)
 
 
 def reference(run, kind):
@@ -48,7 +52,7 @@ def reference(run, kind):
     model = space["model"]()
     load_model(model, str(run / "checkpoints/step-000020.safetensors"))
     model = model.double()
-    train, query = gradients(run)
+    train, query = (blocks(kind, grads) for grads in gradients(run))
     activations = {}
 
     def keep(module, inputs, output):
@@ -62,12 +66,9 @@ def reference(run, kind):
     space["loss"](model, (x.double(), y)).sum().backward()
     expected = torch.zeros(6, 20, dtype=torch.float64)
     for name, grads in train.items():
-        if name.endswith("bias"):
-            expected += solve("fisher", grads, query[name], DAMPING) @ grads.T
-            continue
         layer = layers[name.removesuffix(".weight")]
         left, right = positions(layer, activations[layer][0], activations[layer][1].grad)
-        used = left.ne(0).any(1) & right.ne(0).any(1)
+        used = left.ne(0).any(1)
         outer, inner = left[used].T @ left[used] / 20, right[used].T @ right[used] / int(used.sum())
         pairs = [torch.linalg.eigh(side) for side in (outer, inner)]
         basis = torch.kron(*(pair.eigenvectors.contiguous() for pair in pairs))

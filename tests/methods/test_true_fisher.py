@@ -6,7 +6,7 @@ from torch.func import functional_call, jacrev
 
 from influence_cli.preconditioners import passes
 from tests.conftest import DEFINITION
-from tests.methods.test_influence import FLAGS, gradients, load, scores, solve
+from tests.methods.test_influence import FLAGS, blocks, gradients, load, scores, solve
 from tests.refusals import refused
 
 OUTPUTS = "\ndef outputs(model, batch):\n    return model(batch[0])\n"
@@ -156,6 +156,7 @@ def test_a_sample_without_chance_gives_the_curvature_of_its_labels(kind, flags, 
     train, query = gradients(run)
     forced = DEFINITION.replace("return examples(0, 20)", f"return torch.utils.data.TensorDataset(examples(0, 20).tensors[0], torch.tensor({labels.tolist()}))")  # fmt: skip
     drawn, _ = gradients(make_run("forced", forced))
+    train, query, drawn = (blocks(kind, grads) for grads in (train, query, drawn))
     expected = sum(
         solve(kind, drawn[name], query[name], 0.05) @ train[name].flatten(1).T for name in train
     )

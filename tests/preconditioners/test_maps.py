@@ -156,9 +156,10 @@ def test_gradients_that_are_rounding_error_stay_small():
     """Of two parameters one has gradients of 1e-9 of the other's: its scores must not be as large."""
     from influence_cli.cache.gradient_rows import GradientRows
     from influence_cli.preconditioners.apply import Preconditioner
+    from influence_cli.preconditioners.blocks import Block
 
     forms = {"real": Dense((5,), normal(40, 5)), "noise": Dense((5,), 1e-9 * normal(40, 5, seed=1))}
-    maps = {name: fit(form, "fisher") for name, form in forms.items()}
+    maps = {Block(name): fit(form, "fisher") for name, form in forms.items()}
     none = torch.zeros(40)
     rows = GradientRows(torch.arange(40).numpy(), none, none, {}, dict(forms))
     mapped = Preconditioner.of(maps, None).apply(rows)
