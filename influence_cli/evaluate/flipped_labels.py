@@ -4,7 +4,6 @@ They are stored like the results of other protocols, so that the next command re
 """
 
 import dataclasses
-import hashlib
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,9 +47,8 @@ def replay_flipped(source: GradientSource, request: EvaluationRequest, share: fl
     run, files = source.run, ExitStack()
     check_trajectory(run, run.checkpoints[0], request.checkpoints[-1], "mislabel --flip")
     changed = flip_labels(source, share, request.seed)
-    digests = run.train.digests(range(len(run.train))).tolist()
-    data = hashlib.sha256(str(digests).encode()).hexdigest()
-    path = log_path(source, request, "flipped", [request.seed, sorted(changed), data])
+    parts = [request.seed, sorted(changed), run.train.digest_of_all]
+    path = log_path(source, request, "flipped", parts)
     log = ResultLog(path)
     folder = (
         files.enter_context(ScratchFolder(Path(tempfile.gettempdir())))

@@ -157,9 +157,8 @@ class SubsetTrainings:
             source.reporter.note("train() decides its own weights; --renormalize changes scores")
         first = request.seed if has_train else 0
         self.seeds = range(first, first + retrainings)
-        data = source.run.train.digests(range(len(source.run.train))).tolist()
         kind = ["train", first] if has_train else ["replay", renormalize]
-        parts = [*kind, hashlib.sha256(str(data).encode()).hexdigest()]
+        parts = [*kind, source.run.train.digest_of_all]
         self.log = ResultLog(log_path(source, request, "subsets", parts))
 
     def measure(self, omissions: Sequence[np.ndarray], what: str) -> list[Record]:

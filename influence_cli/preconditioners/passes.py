@@ -83,15 +83,16 @@ def folder_of(
     source: GradientSource, checkpoint: Checkpoint, kind: tuple[object, ...]
 ) -> Path | None:
     """The folder of what is fitted to all training examples at a checkpoint; None without a cache.
-    `kind`: of these statistics.
+    It depends on the contents of all of them. `kind`: of these statistics.
     """
     cache = source.cache
     if cache is None:
         return None
     place = cache.folder("train", checkpoint).relative_to(cache.store.folder)
-    definition = source.run.definition.digest
-    text = repr((VERSION, kind, place.as_posix(), definition, len(source.run.train)))
-    return cache.store.folder / "preconditioners" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    run = source.run
+    parts = VERSION, kind, place.as_posix(), run.definition.digest, run.train.digest_of_all
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return cache.store.folder / "preconditioners" / name
 
 
 class Sums(Protocol):

@@ -2,10 +2,11 @@
 
 import array
 import dataclasses
+import hashlib
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,11 @@ class Examples:
                 for row, value in zip(rows, values, strict=True)
             ]
         return torch.tensor(values, dtype=torch.int64)
+
+    @cached_property
+    def digest_of_all(self) -> str:
+        """Of the contents of all examples, which it reads once."""
+        return hashlib.sha256(str(self.digests(range(len(self))).tolist()).encode()).hexdigest()
 
     def digest(self, index: int) -> int:
         """The digest of an example. Raises DataError where a part of it can't be read."""

@@ -1,5 +1,7 @@
 """Influence functions by the command line, against dense float64 references of each approximation."""
 
+import shutil
+
 import pytest
 import torch
 from torch.func import functional_call, grad, vmap
@@ -249,3 +251,29 @@ def test_what_a_parameter_falls_back_to_is_named(make_run, influence):
     result = influence("score", make_run("run", definition), *FLAGS)
     assert result.code == 0, result.err
     assert "use the approximation shampoo" in result.err and "0.weight" in result.err
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--fisher", "true"), ("--curvature", "hessian", "--damping", "3")]
+)
+def test_other_training_data_of_the_same_length_has_its_own_curvature(
+    flags, tmp_path, make_run, influence
+):
+    path = tmp_path / "scale.txt"
+    path.write_text("1")
+    definition = DEFINITION.replace(
+        "def train_data():\n    return examples(0, 20)",
+        "def train_data():\n    x, y = examples(0, 20).tensors\n"
+        f"    scale = float(open({str(path)!r}).read())\n"
+        "    return torch.utils.data.TensorDataset(x * scale, y)",
+    )
+    definition += "\ndef outputs(model, batch):\n    return model(batch[0])\n"
+    run, flags = make_run("run", definition), (*FLAGS, *flags)
+    before = scores(influence("score", run, *flags))
+    path.write_text("2")
+    for folder in (run / ".influence").iterdir():  # stored gradients would be refused
+        if folder.is_dir() and folder.name != "preconditioners":
+            shutil.rmtree(folder)
+    after = scores(influence("score", run, *flags))
+    assert torch.equal(after, scores(influence("score", run, *flags, "--cache", run / "new")))
+    assert not torch.allclose(after, before)
