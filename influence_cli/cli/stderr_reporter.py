@@ -77,8 +77,10 @@ class StderrReporter(Reporter):
             now = time.monotonic()
             if now - last >= LOG_SECONDS:
                 last, rate = now, done / (now - started)
-                left = datetime.timedelta(seconds=round((total - done) / rate))
-                line = f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {left} left, {where}"
-                write_message(line.rstrip(", "))
+                parts = [f"{doing}: {done:,} of {total:,}", f"{rate:,.1f}/s"]
+                if done:  # else nothing says how much time is left
+                    left = datetime.timedelta(seconds=round((total - done) / rate))
+                    parts.append(f"{left} left")
+                write_message(", ".join([*parts, where] if where else parts))
 
         return advance

@@ -151,7 +151,7 @@ def percent_report(advance: Advance, tolerance: float) -> Report:
     def report(iterations: int, residual: float) -> None:
         nonlocal done
         share = math.log(min(1.0, max(residual, tolerance))) / math.log(tolerance)
-        percent = max(done, 1 + int(98 * share))  # a reporter divides by what is done
+        percent = max(done, 1 + int(98 * share))
         advance(percent - done, f"iteration {iterations:,}, relative residual {residual:.2g}")
         done = percent
 

@@ -24,6 +24,18 @@ def test_a_log_gets_a_plain_line_now_and_then(monkeypatch, capsys):
     ]
 
 
+def test_a_log_gets_a_line_before_anything_is_done(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(stderr_reporter.time, "monotonic", lambda: float(next(clock)))
+    with stderr_reporter.StderrReporter().progress("cg, 3 queries of 3", 100) as advance:
+        advance(0, "iteration 1")
+        advance(0)
+    assert capsys.readouterr().err.splitlines() == [
+        "cg, 3 queries of 3: 0 of 100, 0.0/s, iteration 1",
+        "cg, 3 queries of 3: 0 of 100, 0.0/s",
+    ]
+
+
 def test_a_note_is_said_once(capsys):
     voice = stderr_reporter.StderrReporter()
     voice.note("one thing")
