@@ -4,7 +4,7 @@
 score(z, q) = g(q) . (H + damping)^{-1} g(z)
 
 H is the exact Hessian or Gauss-Newton matrix of the mean loss of all training examples, over all
-parameters together; or an approximation to the mean of g g^T, one block per parameter
+parameters together; or an approximation to the mean of g g^T, one block per layer or parameter
 (preconditioners/kinds.py); --fisher true draws the labels of these g from the model. Divided by the
 number of training examples, the score is the predicted rise of the query's loss if training had
 left z out. Score > 0: proponent. --normalize divides it by the norms of both gradients in the same
@@ -27,7 +27,7 @@ class InfluenceOptions:
 
     curvature: str = option(
         "ekfac",
-        "ekfac, kfac, shampoo or fisher: approximations by the Fisher matrix of each parameter. "
+        "ekfac, kfac, shampoo or fisher: approximations by the Fisher matrix of each layer. "
         "hessian or gauss-newton: exact, over all parameters together.",
         "NAME",
         choices=(*KINDS, *EXACT),
@@ -42,7 +42,7 @@ class InfluenceOptions:
     damping: str = option(
         "auto",
         "Number to add to the eigenvalues of the curvature. auto: a tenth of their mean, for each "
-        "parameter; hessian and gauss-newton: 1 % of the largest, and at least twice the size of "
+        "layer; hessian and gauss-newton: 1 % of the largest, and at least twice the size of "
         "the most negative.",
         "X|auto",
     )
