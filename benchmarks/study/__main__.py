@@ -76,10 +76,14 @@ def measure_run(plan: Plan, options: argparse.Namespace) -> list[dict[str, str]]
         (folder / "new").rename(run)
     write_wrong_ids(run)
     rows: list[dict[str, str]] = []
-    files = {}
+    files: dict[str, Path] = {}
     for method in (*plan.methods, *(plan.slow_methods if options.full else ())):
-        files[method] = folder / f"{method.replace(' ', '-')}.csv"
-        score(run, METHODS[method], plan.queries, files[method])
+        file = folder / f"{method.replace(' ', '-')}.csv"
+        error = score(run, METHODS[method], plan.queries, file)
+        if error:
+            rows.append(error_row(plan.run, method, error))
+        else:
+            files[method] = file
     files |= score_with_peers(run, folder, plan.queries)
     rows += [seconds_row(plan.run, method, file) for method, file in files.items()]
     names = {str(file): method for method, file in files.items()}
@@ -112,39 +116,45 @@ def commands(plan: Plan, files: Sequence[Path], full: bool) -> Iterator[tuple[st
 
 
 # ---------------------------------------------------------------- commands
-def influence(run: Path, *arguments: str) -> str:
-    """What the command prints. It runs in the run folder with one thread."""
-    command = [sys.executable, "-m", "influence_cli", *arguments]
+def influence(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, run in the run folder with one thread."""
     print(f"{run.parent.name}: influence {' '.join(arguments)}"[:150], file=sys.stderr)
-    result = subprocess.run(
-        command,
+    return subprocess.run(
+        [sys.executable, "-m", "influence_cli", *arguments],
         cwd=run,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    if result.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
-    return result.stdout
 
 
-def score(run: Path, flags: Sequence[str], queries: int, file: Path) -> None:
-    """Writes the scores of all pairs, and beside them the seconds of the command without a cache."""
+def score(run: Path, flags: Sequence[str], queries: int, file: Path) -> str:
+    """Writes the scores of all pairs, and beside them the seconds of the command without a cache.
+
+    Returns the error of a method that refuses the run, else nothing.
+    """
     if file.exists():
-        return
-    arguments = ("score", ".", *flags, "--queries", f"0:{queries}", "--top", "all")
-    started = time.perf_counter()
-    influence(
-        run,
-        *arguments,
-        "--quiet",
-        "--cache",
-        "none",
-        "-o",
-        str(file.with_suffix(".new.csv").resolve()),
-    )
-    file.with_suffix(".seconds").write_text(f"{time.perf_counter() - started:.2f}")
-    file.with_suffix(".new.csv").rename(file)
+        return ""
+    failure = file.with_suffix(".error")
+    if not failure.exists():
+        arguments = ("score", ".", *flags, "--queries", f"0:{queries}", "--top", "all")
+        new = file.with_suffix(".new.csv").resolve()
+        started = time.perf_counter()
+        result = influence(run, *arguments, "--quiet", "--cache", "none", "-o", str(new))
+        if result.returncode == 0:
+            file.with_suffix(".seconds").write_text(f"{time.perf_counter() - started:.2f}")
+            new.rename(file)
+            return ""
+        if result.returncode != 1:
+            raise SystemExit(result.stderr)
+        failure.write_text(result.stderr)
+    lines = [line for line in failure.read_text().splitlines() if line.startswith("error: ")]
+    return lines[0].removeprefix("error: ")
+
+
+def error_row(run: str, method: str, error: str) -> dict[str, str]:
+    row = {"run": run, "method": method, "protocol": "score", "figure": "seconds", "cost": error}
+    return dict.fromkeys(COLUMNS, "") | row
 
 
 def seconds_row(run: str, method: str, file: Path) -> dict[str, str]:
@@ -161,8 +171,10 @@ def evaluate(
     file = folder / f"{'-'.join(own).replace('--', '').replace('%', '')}.result"
     if not file.exists():
         paths = [str(Path(a).resolve()) if a in names else a for a in command]
-        text = influence(run, "evaluate", ".", *paths)
-        file.with_suffix(".new").write_text(text)
+        result = influence(run, "evaluate", ".", *paths)
+        if result.returncode:
+            raise SystemExit(result.stderr)
+        file.with_suffix(".new").write_text(result.stdout)
         file.with_suffix(".new").rename(file)
     protocol = command[0]
     if "--fraction" in command:

@@ -72,9 +72,11 @@ def table(
 
 
 def cell_text(row: Row | None) -> str:
-    """`0.71 ± 0.05`: half the width of the 95 % interval."""
-    if row is None or not row["value"]:
+    """`0.71 ± 0.05`: half the width of the 95 % interval. A method that refused has `error`."""
+    if row is None:
         return ""
+    if not row["value"]:
+        return "error" if row["figure"] == "seconds" else ""
     if row["figure"] == "seconds":
         return f"{float(row['value']):.0f}"
     half = (float(row["high"]) - float(row["low"])) / 2
