@@ -6,6 +6,8 @@ compares parts of scores by step, so it scores again.
 
 from dataclasses import dataclass, field
 
+LINEAR = ("attention", "project", "hidden", "output")  # in each block of the GPT
+LINEAR_LAYERS = [word for layer in LINEAR for word in ("--layers", f"blocks.*.{layer}")]
 # name in the tables -> flags of `influence score`
 METHODS = {
     "random": ("--method", "random"),
@@ -17,6 +19,13 @@ METHODS = {
     "trak": ("--method", "trak"),
     "influence kfac": ("--method", "influence", "--curvature", "kfac"),
     "influence ekfac": ("--method", "influence", "--curvature", "ekfac"),
+    "influence ekfac, linear layers": (
+        "--method",
+        "influence",
+        *LINEAR_LAYERS,
+        "--layers",
+        "head",
+    ),  # those that kronfluence covers
     "influence shampoo": ("--method", "influence", "--curvature", "shampoo"),
     "influence hessian": ("--method", "influence", "--curvature", "hessian"),
     "influence gauss-newton": ("--method", "influence", "--curvature", "gauss-newton"),
@@ -27,7 +36,7 @@ METHODS = {
 ALWAYS = ("random", "grad-dot", "grad-cos", "tracin", "influence kfac", "influence ekfac",
           "influence shampoo", "dve --replay", "unroll --replay")  # fmt: skip
 CLASSES = ("repsim", "trak")  # of an input with one label
-TEXTS = ("repsim",)
+TEXTS = ("repsim", "influence ekfac, linear layers")
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ PLANS = (
     Plan("gpt-adamw", ALWAYS + TEXTS, 20, 0, 0, slow_methods=EXACT, slow_deletions=3),
     Plan("fashion-sgd", ALWAYS + CLASSES + SGD, 20, 3, mislabel=FLIPS, slow_methods=EXACT),
     Plan("fashion-adamw", ALWAYS + CLASSES, 20, 3, mislabel=FLIPS, slow_methods=EXACT),
+    # Added after the first study: at the rate of fashion-sgd, training is chaotic.
+    Plan("fashion-sgd-slow", ALWAYS + CLASSES + SGD, 20, 0, slow_methods=EXACT),
     Plan("words-sgd", ALWAYS + CLASSES + SGD + EXACT + ("tracin-we",)),
     Plan("digits-sgd", ALWAYS + CLASSES + SGD + EXACT, mislabel=WRONG),
     Plan("digits-adamw", ALWAYS + CLASSES + EXACT, mislabel=WRONG),

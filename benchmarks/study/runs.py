@@ -77,6 +77,9 @@ RUNS = {
             "fashion-sgd", HERE / "definitions/fashion.py", write_fashion, sgd(0.2), batch=100
         ),
         StudyRun(
+            "fashion-sgd-slow", HERE / "definitions/fashion.py", write_fashion, sgd(0.05), batch=100
+        ),
+        StudyRun(
             "fashion-adamw", HERE / "definitions/fashion.py", write_fashion, adamw(0.002), batch=100
         ),
         StudyRun("gpt-sgd", HERE / "definitions/gpt.py", write_text, sgd(0.3), 160, 25, 40, True),
