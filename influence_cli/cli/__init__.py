@@ -71,6 +71,7 @@ COMMANDS = {
     "merge": "merge",
     "methods": "methods",
     "score": "score",
+    "select": "select",
     "self": "self_influence",
     "trace": "trace",
 }

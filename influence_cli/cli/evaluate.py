@@ -184,7 +184,7 @@ def compare_tables(
     import_torch()
     from influence_cli.cli.stderr_reporter import StderrReporter
     from influence_cli.evaluate.declaration import ScoreTable
-    from influence_cli.evaluate.score_files import read_score_file
+    from influence_cli.output.score_tables import read_score_file
     from influence_cli.progress import Reporter
 
     sources = [flags.shared.run, *files] if len(files) == 1 else list(files)

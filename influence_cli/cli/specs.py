@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import IO
 
@@ -133,6 +134,19 @@ def top(value: str) -> int | None:
     if not value.isdecimal() or parse_digits(value) < 1:
         raise UsageProblem(f"--top {value[:LONGEST_SHOWN]}", "expected: a number from 1, or all")
     return parse_digits(value)
+
+
+def number_or_share(flag: str, value: str) -> int | Fraction:
+    """`N` as a number from 1, or `P%` as a fraction above 0, at most 1."""
+    percent = re.fullmatch(r"(\d{1,18}(\.\d{1,18})?)%", value, re.ASCII)
+    if percent and 0 < Fraction(percent[1]) <= 100:
+        return Fraction(percent[1]) / 100
+    if value.isascii() and value.isdecimal() and parse_digits(value) >= 1:
+        return parse_digits(value)
+    raise UsageProblem(
+        f"{flag} {value[:LONGEST_SHOWN]}",
+        "expected: a number from 1, or a percentage up to 100%, such as 5%",
+    )
 
 
 def batch_size(value: str) -> int | None:

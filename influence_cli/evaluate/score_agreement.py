@@ -20,11 +20,11 @@ from influence_cli.evaluate.declaration import (
 )
 from influence_cli.evaluate.effect_correlations import CORRELATIONS, FigureMaker
 from influence_cli.evaluate.predicted_effects import UnrankedScores
-from influence_cli.evaluate.score_files import ScoresOfQuery
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import Method
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.table import METHODS
+from influence_cli.output.score_tables import ScoresOfQuery
 from influence_cli.progress import Reporter
 from influence_cli.run.run import Run
 

@@ -26,13 +26,14 @@ from influence_cli.evaluate.deletion import DeletionOptions
 from influence_cli.evaluate.effect_correlations import FigureMaker
 from influence_cli.evaluate.result_log import Record, total_seconds
 from influence_cli.evaluate.retraining import noise_of
-from influence_cli.evaluate.score_files import ScoresOfQuery, read_score_file, scores_of_query
+from influence_cli.evaluate.score_files import scores_of_query
 from influence_cli.evaluate.subset_training import SubsetTrainings, values_of
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.declaration import Method
 from influence_cli.methods.request import ScoreRequest
 from influence_cli.methods.table import METHODS
 from influence_cli.output.ranking import KINDS, TopRanking
+from influence_cli.output.score_tables import ScoresOfQuery, read_score_file
 from influence_cli.progress import Reporter
 
 SIZE = re.compile(r"([0-9]{1,9})|([0-9]{1,2}(?:\.[0-9]{1,9})?)%")  # of --top-k: 10 or 2.5%

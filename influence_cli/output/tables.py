@@ -115,6 +115,18 @@ class TableWriter:
                 write_record(self.output, record)
 
 
+def write_lines(lines: Iterable[str], output: Path | None) -> None:
+    """Write texts, one a line, to a file or stdout. Raises OutputError."""
+    stdout = sys.__stdout__
+    if stdout is None and output is None:
+        raise OutputError("stdout is closed", "write to a file: -o FILE")
+    with to_file(output) if output is not None else to_stdout(stdout or sys.stderr) as file:
+        if isinstance(file, io.TextIOWrapper):  # as in a table
+            file.reconfigure(errors="backslashreplace")
+        shows = escape_controls if file.isatty() else str
+        file.writelines(f"{shows(line)}\n" for line in lines)
+
+
 def escape_texts(rows: Iterable[Row]) -> Iterator[Row]:
     """The rows for a terminal. A line end in a text stays: it can't act on the terminal."""
     for row in rows:
