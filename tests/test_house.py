@@ -16,7 +16,7 @@ from influence_cli.methods.table import METHODS
 
 ROOT = Path(influence_cli.__file__).parent
 COMMANDS = (
-    "cache", "check", "convert", "evaluate", "init", "inspect", "merge", "methods", "score", "select", "self", "trace",
+    "cache", "check", "convert", "evaluate", "export", "init", "inspect", "merge", "methods", "score", "select", "self", "trace",
 )  # fmt: skip
 
 # room -> what of ours it may use; `progress` and `errors` are everybody's (docs/architecture.md)

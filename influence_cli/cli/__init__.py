@@ -66,6 +66,7 @@ COMMANDS = {
     "check": "check",
     "convert": "convert",
     "evaluate": "evaluate",
+    "export": "export",
     "init": "init",
     "inspect": "inspect",
     "merge": "merge",

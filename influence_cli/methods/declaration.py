@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
     from influence_cli.extraction.source import GradientSource, IdsAt
+    from influence_cli.methods.gradient_vectors import VectorMaps
     from influence_cli.methods.inner_products import SquaredNorms
     from influence_cli.methods.pairwise import RankingFactory
     from influence_cli.methods.request import ScoredQueries, ScoreRequest
@@ -27,6 +28,8 @@ EstimateCost = Callable[["GradientSource", "ScoreRequest"], str]
 OpenTrial = Callable[["GradientSource", "ScoreRequest", bool], "ScoreTrial"]
 # (source, request) -> the squared norms that `self` sums, of the gradients of some rows, by column
 OpenSqnorms = Callable[["GradientSource", "ScoreRequest"], "SquaredNorms"]
+# (source, request) -> how the vectors whose inner products are scores differ from gradients
+OpenVectors = Callable[["GradientSource", "ScoreRequest"], "VectorMaps"]
 ListRows = Callable[["GradientSource", "ScoreRequest"], "list[IdsAt]"]
 SelectColumns = Callable[["Run", Any], "dict[str, Column]"]  # Any: the method's options
 
@@ -88,6 +91,7 @@ class Method:
     `ranks_share`: what the ranks of a torchrun job divide, the scores or only the gradients.
     `caches_train`: it reads gradients of training examples from the cache. `has_self`: an example
     has a score on itself; `open_sqnorms`: in another metric than that of plain norms.
+    `open_vectors`: its scores are inner products of vectors, which `export` writes.
     """
 
     name: str
@@ -104,6 +108,7 @@ class Method:
     select_columns: SelectColumns | None = None  # None: the columns that --layers selects
     has_self: bool = False
     open_sqnorms: OpenSqnorms | None = None
+    open_vectors: OpenVectors | None = None
     options: type = NoOptions
     parts: tuple[str, ...] = ("checkpoint", "layer")
     pair_parts: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ METHOD = Method(
     source="Charpiat et al. 2019, arXiv:1906.06698",
     score=deferred("influence_cli.methods.inner_products:score"),
     open_trial=deferred("influence_cli.methods.score_trial:open_trial"),
+    open_vectors=deferred("influence_cli.methods.gradient_vectors:gradient_maps"),
     checkpoints="one",
     weighted=False,
     normalized=True,

@@ -80,6 +80,7 @@ METHOD = Method(
     score=deferred("influence_cli.methods.influence_scores:score"),
     has_self=True,
     open_sqnorms=deferred("influence_cli.methods.influence_scores:open_sqnorms"),
+    open_vectors=deferred("influence_cli.methods.influence_vectors:open_vectors"),
     estimate_cost=deferred("influence_cli.methods.influence_scores:estimate_cost"),
     options=InfluenceOptions,
     parts=("layer",),

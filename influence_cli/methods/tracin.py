@@ -17,5 +17,6 @@ METHOD = Method(
     source="Pruthi et al. 2020, arXiv:2002.08484",
     score=deferred("influence_cli.methods.inner_products:score"),
     open_trial=deferred("influence_cli.methods.score_trial:open_trial"),
+    open_vectors=deferred("influence_cli.methods.gradient_vectors:gradient_maps"),
     has_self=True,
 )
