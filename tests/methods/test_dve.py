@@ -502,7 +502,7 @@ BAD_FLAGS = {
     "--curvature hessian": (
         "--curvature hessian does not apply to --method dve",
         "expected: fisher, none",
-        "methods that have --curvature hessian: unroll",
+        "methods that have --curvature hessian: influence, unroll",
     ),
     "--curvature exact": ("--curvature exact: unknown", "fisher, none"),
     "--form both": ("--form both: unknown", "query, embedding"),
