@@ -87,7 +87,7 @@ def measure_run(plan: Plan, options: argparse.Namespace) -> list[dict[str, str]]
     files |= score_with_peers(run, folder, plan.queries)
     rows += [seconds_row(plan.run, method, file) for method, file in files.items()]
     names = {str(file): method for method, file in files.items()}
-    for command in commands(plan, list(files.values()), options.full):
+    for command in commands(plan, files, options.full):
         rows += evaluate(run, folder, command, names)
     return rows
 
@@ -99,8 +99,9 @@ def write_wrong_ids(run: Path) -> None:
         (run / "wrong.txt").write_text("".join(f"{index}\n" for index in ids))
 
 
-def commands(plan: Plan, files: Sequence[Path], full: bool) -> Iterator[tuple[str, ...]]:
+def commands(plan: Plan, files_by_method: dict[str, Path], full: bool) -> Iterator[tuple[str, ...]]:
     """The arguments of `influence evaluate RUN`."""
+    files = list(files_by_method.values())
     queries = ("--queries", f"0:{plan.queries}")
     for fraction in FRACTIONS:
         yield ("lds", *map(str, files), "--subsets", str(SUBSETS), "--fraction", fraction, *queries)
@@ -110,6 +111,8 @@ def commands(plan: Plan, files: Sequence[Path], full: bool) -> Iterator[tuple[st
     removals = plan.slow_removals if full else plan.removals
     if removals:
         for method, *flags in plan.tsloo:
+            if " ".join((method, *flags)) not in files_by_method:
+                continue  # it refuses this run
             yield ("tsloo", "--method", method, *flags, "--removals", str(removals), *queries)
     if plan.mislabel:
         yield ("mislabel", "--method", "tracin", "--method", "grad-dot", *plan.mislabel)
