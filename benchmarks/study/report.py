@@ -10,7 +10,7 @@ START, END = "<!-- study: make study writes what follows -->", "<!-- end of stud
 ROWS = (  # protocol, figure, title
     ("lds 0.95", "spearman", "LDS, 95 % kept"),
     ("lds 0.5", "spearman", "LDS, 50 % kept"),
-    ("deletion", "proponents-auc", "Change of −loss without the top 1 % and 5 % proponents"),
+    ("deletion", "proponents-auc", "Without top proponents: −loss"),
     ("tsloo", "spearman", "TSLOO, Spearman"),
     ("mislabel", "found-20%", "Wrong labels in the first 20 %"),
     ("score", "seconds", "Seconds to score 20 queries"),
@@ -108,13 +108,14 @@ def draw(cells: Cells, runs: Sequence[str], path: Path) -> None:
         methods = methods_of(cells, protocol, name)
         for run, axis in zip(runs, line, strict=True):
             draw_panel(axis, [cells.get((run, method, protocol, name)) for method in methods])
-            axis.set_yticks(range(len(methods)), methods if run == runs[0] else [])
+            axis.set_yticks(range(len(methods)), methods if axis is line[0] else [])
             axis.set_ylim(len(methods) - 0.5, -0.5)
             if number == 0:
                 axis.set_title(run, fontsize=9)
-        line[0].set_title(
-            title, fontsize=9, loc="left", pad=18 if number == 0 else 6, weight="bold"
-        )
+        line[0].annotate(
+            title, (0, 1), (-6, 4), xycoords="axes fraction", textcoords="offset points",
+            ha="right", fontsize=8, weight="bold", annotation_clip=False,
+        )  # fmt: skip
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -124,7 +125,8 @@ def draw_panel(axis, rows: Sequence[Row | None]) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
     if not any(rows):
-        axis.set_axis_off()
+        axis.xaxis.set_visible(False)
+        axis.spines["bottom"].set_visible(False)
         return
     for place, row in enumerate(rows):
         if row is None or not row["value"]:
