@@ -64,9 +64,9 @@ def table(
         texts = [cell_text(cells.get((run, method, protocol, figure))) for run in used]
         lines.append(f"| {method} | {' | '.join(texts)} |")
     for name in ("effect", "noise"):
-        found = [cells.get((run, "retraining", protocol, name)) for run in used]
-        if any(found):
-            texts = [f"{float(row['value']):.1g}" if row else "" for row in found]
+        sizes = [cells.get((run, "retraining", protocol, name)) for run in used]
+        if any(sizes):
+            texts = [f"{float(row['value']):.1g}" if row else "" for row in sizes]
             lines.append(f"| *{name}* | {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"
 

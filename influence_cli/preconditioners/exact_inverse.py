@@ -128,11 +128,13 @@ class ExactInverse:
                 if self.scale is None
                 else solve_lissa(system, vectors_KP, self.scale)
             )
-        kept = dataclasses.replace(solution, values=self.rounded(solution.values))
+        solution = dataclasses.replace(solution, values=self.rounded(solution.values))
         if path is not None:
-            counts = torch.tensor([kept.residual, float(kept.iterations)], dtype=torch.float64)
-            write_sums(path, {"values": kept.values, "report": counts})
-        return kept
+            counts = torch.tensor(
+                [solution.residual, float(solution.iterations)], dtype=torch.float64
+            )
+            write_sums(path, {"values": solution.values, "report": counts})
+        return solution
 
     def rounded(self, values_KP: Tensor) -> Tensor:
         """On the CPU, in the precision of the run."""

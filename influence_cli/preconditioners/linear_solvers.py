@@ -118,7 +118,7 @@ def descend(
     system: LinearSystem, vectors_KP: Tensor, sizes_K: Tensor, done: int
 ) -> tuple[Tensor, int]:
     """(K, P) x with |v - (H + damping) x| <= tolerance * size / 2 by the recursion, and the number
-    of iterations. A row stops when it is done, so the others go on with smaller products.
+    of iterations. A row stops when it is done; the products of the other rows are smaller then.
 
     `done`: iterations before these.
     """
