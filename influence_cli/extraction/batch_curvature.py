@@ -16,6 +16,7 @@ from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.curvature import Curvature, LossFunctions
 from influence_cli.gradients.curvature_check import check_curvature
 from influence_cli.run.definition import Definition
+from influence_cli.run.training_mode import TrainingMode, run_as_trained
 
 # Working memory of the directions that go through a batch's curvature at once.
 DIRECTION_BYTES = 256 << 20
@@ -41,15 +42,33 @@ class BatchCurvature:
 
         One function for each part of the batch that fits into memory.
         """
-        budget, columns = self.source.budget, self.columns
-        size = budget.batch_size("train", columns)
-        example_bytes = budget.sizes("train", columns).working_bytes(columns)
-        batch_bytes = example_bytes * min(size, len(ids))
-        at_once = max(1, min(directions, DIRECTION_BYTES // max(1, batch_bytes)))
+        size = self.source.budget.batch_size("train", self.columns)
+        at_once = self._directions_at_once(min(size, len(ids)), directions)
         return [
             partial(self.compute, ids[part], weights_B[part], at_once)
             for part in (slice(first, first + size) for first in range(0, max(1, len(ids)), size))
         ]
+
+    def parts_as_trained(
+        self, mode: TrainingMode, ids: np.ndarray, weights_B: Tensor, directions: int
+    ) -> list[Callable[[], Curvature]]:
+        """The same for the recorded micro-batches of a step, with the masks of training.
+
+        `ids`: in the recorded order.
+        """
+        at_once = self._directions_at_once(max(mode.sizes), directions)
+        model = self.source.run.model.module
+
+        def compute(part: slice, seed: int) -> Curvature:
+            with run_as_trained(model, seed, mode.eval_modules):
+                return self.compute(ids[part], weights_B[part], at_once)
+
+        return [partial(compute, part, seed) for part, seed in mode.micro_batches()]
+
+    def _directions_at_once(self, examples: int, directions: int) -> int:
+        """How many directions fit into DIRECTION_BYTES beside each other."""
+        example_bytes = self.source.budget.sizes("train", self.columns).working_bytes(self.columns)
+        return max(1, min(directions, DIRECTION_BYTES // max(1, example_bytes * examples)))
 
     def parts_of_all(self, directions: int) -> list[Callable[[], Curvature]]:
         """The same for all training examples, with weights of 1."""

@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": torch.optim.AdamW,
 }
 # lr is in each line; the others change no number
-NOT_OPTIONS = ("lr", "initial_lr", "foreach", "fused", "capturable", "differentiable")
+NOT_OPTIONS = ("lr", "initial_lr", "capturable", "differentiable")
 
 
 def find_optimizer(trajectory: Trajectory) -> type[Optimizer]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from influence_cli.errors import TrajectoryError
 from influence_cli.run.checkpoint_loading import check_fits_model, list_tensors, load_checkpoint
+from influence_cli.run.forward_seeds import ForwardSeeds
 from influence_cli.run.optimizer_state import (
     checkpoint_name,
     describe_write_error,
@@ -44,6 +45,8 @@ class TrajectoryRecorder:
 
     `start`: the number of steps that model and optimizer have taken (a resumed training).
     `steps`: `start` plus the steps recorded since.
+    `seed`: seed torch's generators before each forward pass in train mode, and record the seeds, so
+    that a replay draws the same dropout masks.
     An exception in the context saves no checkpoint, because the optimizer may not have taken the
     last recorded step.
     Raises TrajectoryError for input that can't be recorded or written, and for a folder with
@@ -53,7 +56,7 @@ class TrajectoryRecorder:
     def __init__(
         self, dir: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer,
         checkpoint_every: int = 100, reduction: str = "mean", *, start: int = 0,
-        save_optimizer: bool = False,
+        save_optimizer: bool = False, seed: int | None = None,
     ) -> None:  # fmt: skip
         if reduction not in ("mean", "sum"):
             raise TrajectoryError(
@@ -71,13 +74,17 @@ class TrajectoryRecorder:
         self.checkpoint_every, self.reduction = checkpoint_every, reduction
         self.start, self.save_optimizer = start, save_optimizer
         self.steps = start
+        self._seed = None if seed is None else read_integers("seed", [seed])[0]
         self._options = read_group_options(optimizer)
         self._micro_batches: list[tuple[list[int], list[float] | None]] = []  # of the next step
         self._saved: int | None = None  # step of the newest checkpoint
         self._log: LineLog | None = None
+        self._forward: ForwardSeeds | None = None
 
     def __enter__(self) -> "TrajectoryRecorder":
         header = build_header(self.model, self.optimizer, self._options, self.reduction)
+        if self._seed is not None:
+            header["device"] = next(self.model.parameters()).device.type
         earlier = read_earlier_part(self.folder, self.start, header, self.model)
         self._saved = self.start if earlier.has_checkpoint else None
         with report_write_errors(self.path):
@@ -87,6 +94,8 @@ class TrajectoryRecorder:
             remove_stale_siblings(self.path)
             write_bytes(self.path, b"".join([encode_line(header), *earlier.lines]))
             self._log = LineLog(self.path)
+        self._forward = ForwardSeeds(self.model, self._seed)
+        self._forward.begin_step(self.steps)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -152,6 +161,8 @@ class TrajectoryRecorder:
             raise describe_write_error(self.path, error) from error
         self.steps += 1
         self._micro_batches = []
+        assert self._forward is not None
+        self._forward.begin_step(self.steps)
 
     @staticmethod
     def restore(
@@ -201,7 +212,8 @@ class TrajectoryRecorder:
             line["clip"] = factor
         if seed is not None:
             line["seed"] = read_integers("seed", [seed])[0]
-        return line
+        assert self._forward is not None
+        return line | self._forward.describe_step([len(ids) for ids, _ in batches])
 
     def _save(self) -> None:
         """Saves the checkpoint of `steps`. Syncs its lines first, then saves the optimizer state:
@@ -248,6 +260,9 @@ class TrajectoryRecorder:
         if self._log is not None:
             self._log.close()
             self._log = None
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
 
 
 def encode_line(content: dict[str, Any]) -> bytes:  # Any: JSON values

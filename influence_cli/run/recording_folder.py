@@ -10,7 +10,7 @@ from torch import nn
 from influence_cli.errors import TrajectoryError, listed
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.optimizer_state import list_checkpoints, matches_parameters
-from influence_cli.run.recording_header import list_differences
+from influence_cli.run.recording_header import KERNELS, list_differences
 from influence_cli.run.trajectory_reader import read_trajectory
 from influence_cli.storage.json_text import parse_json, parse_sealed_json
 
@@ -62,7 +62,8 @@ def read_earlier_part(
             "every step needs its line",
             "start is the number of steps that model and optimizer have taken",
         )
-    if differences := list_differences(parse_sealed_json(lines[0]), header):
+    before = without_kernels(parse_sealed_json(lines[0]))
+    if differences := list_differences(before, without_kernels(header)):
         raise TrajectoryError(
             f"{path} has another header than this training",
             *differences,
@@ -74,6 +75,18 @@ def read_earlier_part(
         )
     earlier = [line + b"\n" for line in lines[1:] if read_step(line) < start]
     return EarlierPart(earlier, current is not None)
+
+
+def without_kernels(header: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values
+    """A header without the optimizer's kernels: a resumed training may use others."""
+    options = {
+        key: value for key, value in header.get("optimizer", {}).items() if key not in KERNELS
+    }
+    groups = [
+        {key: value for key, value in group.items() if key not in KERNELS}
+        for group in header.get("groups", [])
+    ]
+    return header | {"optimizer": options} | ({"groups": groups} if groups else {})
 
 
 def describe_other_training(path: Path, steps: int, saved: list[Checkpoint]) -> TrajectoryError:

@@ -13,8 +13,9 @@ from influence_cli.run.trajectory_reader import FORMAT
 
 Options = dict[str, Any]  # Any: JSON values
 JSON = json.JSONEncoder(separators=(",", ":"), default=lambda tensor: tensor.item())
-# lr is in each line; the others choose an implementation, not a result
-LEFT_OUT = ("lr", "foreach", "fused", "capturable", "differentiable")
+LEFT_OUT = ("lr", "capturable", "differentiable")  # lr is in each line; the others change nothing
+# kernels that round in another way; None: torch's choice
+KERNELS = ("foreach", "fused")
 
 
 def read_group_options(optimizer: torch.optim.Optimizer) -> list[Options]:
@@ -23,7 +24,7 @@ def read_group_options(optimizer: torch.optim.Optimizer) -> list[Options]:
     for group in optimizer.param_groups:
         options: Options = {}
         for key in optimizer.defaults:
-            if key in LEFT_OUT or key not in group:
+            if key in LEFT_OUT or key not in group or (key in KERNELS and group[key] is None):
                 continue
             try:
                 options[key] = json.loads(JSON.encode(group[key]))

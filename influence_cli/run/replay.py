@@ -1,8 +1,9 @@
 """Re-runs recorded steps with torch's own optimizers, as they were or without some examples.
 
-The model runs in eval mode, as everywhere in this tool: dropout is off, and BatchNorm uses the
-checkpoint's statistics. If training ran in another mode, the replay may diverge from it.
-`relative_distance` measures by how much.
+A step with recorded seeds runs in train mode, with the dropout masks of training. Any other step
+runs in eval mode, as everywhere in this tool: dropout is off, and BatchNorm uses the checkpoint's
+statistics. If training ran in another mode, the replay may diverge from it. `relative_distance`
+measures by how much.
 
 Letters: B entries of a step.
 """
@@ -15,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_cli.errors import GradientError, InfluenceError, is_out_of_memory, is_too_large
+from influence_cli.errors import (
+    GradientError,
+    InfluenceError,
+    TrajectoryError,
+    is_out_of_memory,
+    is_too_large,
+)
 from influence_cli.progress import Advance
 from influence_cli.run.checkpoints import Checkpoint
 from influence_cli.run.definition import describe_failure
@@ -31,6 +38,7 @@ from influence_cli.run.replay_state import (
     restore_states,
 )
 from influence_cli.run.run import Run
+from influence_cli.run.training_mode import run_as_trained
 from influence_cli.run.trajectory import missing_trajectory
 
 # training ids (B,) -> their batch (Any: the user's), on the model's device, in its precision
@@ -39,22 +47,22 @@ LoadBatch = Callable[[np.ndarray], Any]
 
 @dataclass(frozen=True)
 class DroppedExample:
-    """One example to leave out of one step. `renormalize`: the other weights keep their sum."""
+    """One example to leave out of one step. `renormalize`: the other weights keep their sum.
+
+    The example stays in the forward pass, so rounding is that of the complete batch.
+    """
 
     step: int
     example: int
     renormalize: bool = False
+    keeps_rows = True
 
-    def rest(
-        self, step: int, examples: np.ndarray, weights_B: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The entries of a step and their weights, which are 0 for the example: so rounding is that
-        of the complete batch.
-        """
+    def rest(self, step: int, examples: np.ndarray, weights_B: np.ndarray) -> np.ndarray:
+        """The weights of a step: 0 for the example in its step."""
         if step != self.step:
-            return examples, weights_B
+            return weights_B
         rest_B = np.where(examples == self.example, 0.0, weights_B)
-        return examples, rescale(rest_B, weights_B) if self.renormalize else rest_B
+        return rescale(rest_B, weights_B) if self.renormalize else rest_B
 
 
 @dataclass(frozen=True)
@@ -66,14 +74,12 @@ class OmittedExamples:
 
     ids: np.ndarray
     renormalize: bool = False
+    keeps_rows = False
 
-    def rest(
-        self, step: int, examples: np.ndarray, weights_B: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The other entries of a step, and their weights."""
-        is_rest_B = ~np.isin(examples, self.ids)
-        rest_B = weights_B[is_rest_B]
-        return examples[is_rest_B], rescale(rest_B, weights_B) if self.renormalize else rest_B
+    def rest(self, step: int, examples: np.ndarray, weights_B: np.ndarray) -> np.ndarray:
+        """The weights of a step: 0 for these examples."""
+        rest_B = np.where(np.isin(examples, self.ids), 0.0, weights_B)
+        return rescale(rest_B, weights_B) if self.renormalize else rest_B
 
 
 def rescale(rest: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -119,8 +125,22 @@ class Replay:
             for parameter in parameters_of(optimizer)
         }
         self._parameters = [parameter for _, parameter in self._owners.values()]
+        self._buffers = list(run.model.module.buffers()) if self._trains() else []
         self.names = list(self._owners)
         self.clipped = dict[int, float]()
+
+    def _trains(self) -> bool:
+        """Whether a step runs in train mode. Raises TrajectoryError for another kind of device."""
+        if not any(line.training for line in self.trajectory.lines):
+            return False
+        device = next(self._model.module.parameters()).device.type
+        if self.trajectory.device not in (None, device):
+            raise TrajectoryError(
+                f"{self.trajectory.path.name}: {self.trajectory.device} drew the random masks of "
+                f"training, and {device} draws others",
+                f"expected: --device {self.trajectory.device}",
+            )
+        return True
 
     # ------------------------------------------------------------ where the replay is
     def can_start_from(self, checkpoint: Checkpoint) -> bool:
@@ -155,11 +175,11 @@ class Replay:
     def save_state(self) -> ReplayState:
         """A copy of parameters and optimizer state."""
         states = tuple(copy_states(optimizer) for optimizer in self._optimizers.values())
-        return ReplayState(self.step, self._start, self._copy_parameters(), states)
+        return ReplayState(self.step, self._start, self._copy_values(), states)
 
     def restore(self, state: ReplayState) -> None:
         """Return to where `state` was saved."""
-        self._model.restore(state.base, self._parameters, state.parameters)
+        self._model.restore(state.base, self._values, state.values)
         for optimizer, states in zip(self._optimizers.values(), state.optimizers, strict=True):
             restore_states(optimizer, states)
         self._start, self.step = state.base, state.step
@@ -173,19 +193,25 @@ class Replay:
         distance from the checkpoint where the replay started to the saved one. The replay keeps its
         place.
         """
-        replayed = self._copy_parameters()
+        replayed = self._copy_values()
         saved, start = self._parameters_at(checkpoint), self._parameters_at(self._start)
-        self._model.restore(self._start, self._parameters, replayed)
+        self._model.restore(self._start, self._values, replayed)
         trained = total_norm(a - b for a, b in zip(saved, start, strict=True))
-        error = total_norm(a - b for a, b in zip(saved, replayed, strict=True))
+        pairs = zip(saved, replayed[: len(saved)], strict=True)
+        error = total_norm(a - b for a, b in pairs)
         return error / trained if trained else error
 
     def _parameters_at(self, checkpoint: Checkpoint) -> tuple[Tensor, ...]:
         self._model.at(checkpoint)
-        return self._copy_parameters()
+        return self._copy_values()[: len(self._parameters)]
 
-    def _copy_parameters(self) -> tuple[Tensor, ...]:
-        return tuple(parameter.detach().clone() for parameter in self._parameters)
+    @property
+    def _values(self) -> list[Tensor]:
+        """What a step changes: parameters, then buffers if it runs in train mode."""
+        return [*self._parameters, *self._buffers]
+
+    def _copy_values(self) -> tuple[Tensor, ...]:
+        return tuple(value.detach().clone() for value in self._values)
 
     # ------------------------------------------------------------ steps
     def advance(
@@ -205,9 +231,10 @@ class Replay:
             line, weights_B = self.trajectory.lines[step], self.trajectory.weights(step)
             examples = line.examples
             if drop is not None:
-                examples, weights_B = drop.rest(step, examples, weights_B)
-            order = np.arange(len(weights_B))[:: -1 if reverse else 1]
-            self._compute_gradient(step, examples[order], weights_B[order])
+                weights_B = drop.rest(step, examples, weights_B)
+                if not (drop.keeps_rows or line.training):  # masks belong to a row of the batch
+                    examples, weights_B = examples[weights_B != 0], weights_B[weights_B != 0]
+            self._compute_gradient(step, examples, weights_B, reverse)
             self._clip(step, line.clip, max_norm)
             rates = self.trajectory.rates(step)
             for number, optimizer in self._optimizers.items():
@@ -232,31 +259,53 @@ class Replay:
             parameter.grad = None
         return grads
 
-    def _compute_gradient(self, step: int, examples: np.ndarray, weights_B: np.ndarray) -> None:
-        """Add the gradient of the sum of weight x loss to `grad`."""
+    def _compute_gradient(
+        self, step: int, examples: np.ndarray, weights_B: np.ndarray, reverse: bool = False
+    ) -> None:
+        """Add the gradient of the sum of weight x loss to `grad`. `reverse`: in another order, so
+        that rounding differs.
+        """
         if not len(examples):
             for parameter in self._parameters:
                 parameter.grad = torch.zeros_like(parameter)
+        mode = self.trajectory.lines[step].training
+        if mode is not None:
+            for part, seed in mode.micro_batches():
+                with run_as_trained(self._model.module, seed, mode.eval_modules):
+                    self._add_part(step, examples[part], weights_B[part], in_halves=reverse)
+            return
+        if reverse:
+            examples, weights_B = examples[::-1].copy(), weights_B[::-1].copy()
         size = self._batch_size or max(1, len(examples))
         for first in range(0, len(examples), size):
             part = slice(first, first + size)
-            batch = self._load_batch(examples[part])
-            try:
-                self._backward(batch, weights_B[part])
-            except InfluenceError:
-                raise
-            except (Exception, SystemExit) as error:
-                if is_out_of_memory(error):
-                    raise GradientError(
-                        f"out of memory in a batch of {len(examples[part])} at step {step}",
-                        "--batch-size N computes fewer examples at once",
-                    ) from error
-                raise describe_failure(self._definition, "loss", error) from error
+            self._add_part(step, examples[part], weights_B[part])
+
+    def _add_part(
+        self, step: int, examples: np.ndarray, weights_B: np.ndarray, in_halves: bool = False
+    ) -> None:
+        """Add the gradient of one forward pass. `in_halves`: by a backward pass for each half."""
+        batch = self._load_batch(examples)
+        try:
+            self._backward(batch, weights_B, in_halves)
+        except InfluenceError:
+            raise
+        except (Exception, SystemExit) as error:
+            if is_out_of_memory(error):
+                raise self._explain_memory(step, len(examples)) from error
+            raise describe_failure(self._definition, "loss", error) from error
+
+    def _explain_memory(self, step: int, count: int) -> GradientError:
+        remedy = "--batch-size N computes fewer examples at once"
+        if self.trajectory.lines[step].training is not None:
+            remedy = "recorded dropout masks need the complete micro-batch, as in training"
+        return GradientError(f"out of memory in a batch of {count} at step {step}", remedy)
 
     def _backward(
         self,
         batch: Any,  # the user's
         weights_B: np.ndarray,
+        in_halves: bool,
     ) -> None:
         losses_B = self._definition.raw("loss")(self._model.module, batch)
         count = len(weights_B)
@@ -268,6 +317,10 @@ class Replay:
                 f"expected: ({count},), one per example",
             )
         weights = torch.as_tensor(weights_B, dtype=losses_B.dtype, device=losses_B.device)
+        if in_halves:
+            half = count // 2
+            (losses_B[:half] @ weights[:half]).backward(inputs=self._parameters, retain_graph=True)
+            losses_B, weights = losses_B[half:], weights[half:]
         (losses_B @ weights).backward(inputs=self._parameters)
 
     def _clip(self, step: int, recorded: float, max_norm: float | None) -> None:

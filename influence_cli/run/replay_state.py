@@ -21,14 +21,15 @@ ParameterState = dict[str, Any]  # Any: torch's optimizers keep tensors and numb
 
 @dataclass(frozen=True)
 class ReplayState:
-    """A copy of a replay after `step` steps: trained parameters and optimizer state.
+    """A copy of a replay after `step` steps: optimizer state, and `values` of the trained
+    parameters. If forward passes ran in train mode, which changes buffers, `values` has these, too.
 
-    All other weights and buffers are those of `base`, the last checkpoint that the replay loaded.
+    All other weights are those of `base`, the last checkpoint that the replay loaded.
     """
 
     step: int
     base: Checkpoint
-    parameters: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     optimizers: tuple[tuple[ParameterState, ...], ...]
 
 
@@ -98,8 +99,10 @@ def load_saved_states(
             check_saved_value(path, name, key, value)
     for name, (optimizer, parameter) in owners.items():
         if name in saved:
+            fused = bool(optimizer.param_groups[0].get("fused"))
             optimizer.state[parameter] = {
-                key: match_parameter(key, value, parameter) for key, value in saved[name].items()
+                key: match_parameter(key, value, parameter, fused)
+                for key, value in saved[name].items()
             }
 
 
@@ -124,7 +127,11 @@ def match_parameter(
     key: str,
     value: Any,  # as in ParameterState
     parameter: Tensor,
+    fused: bool,
 ) -> Any:
-    """A saved value on the device and in the dtype of its parameter, except for the step count."""
-    is_state = isinstance(value, Tensor) and key != "step"
-    return value.to(parameter.device, parameter.dtype) if is_state else value
+    """A saved value on the device and in the dtype of its parameter. The step count keeps its form,
+    except for a fused kernel, which takes it as float32 on the device.
+    """
+    if key == "step":
+        return torch.as_tensor(value).to(parameter.device, torch.float32) if fused else value
+    return value.to(parameter.device, parameter.dtype) if isinstance(value, Tensor) else value

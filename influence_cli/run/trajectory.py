@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from influence_cli.errors import TrajectoryError
+from influence_cli.run.training_mode import TrainingMode
 
 
 class Line(NamedTuple):
@@ -19,6 +20,7 @@ class Line(NamedTuple):
     weights: np.ndarray | None  # (B,) float64; None: by the header's reduction
     clip: float
     seed: int | None
+    training: TrainingMode | None = None  # of its forward passes; None: eval mode
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """`lines[t]` is step t. `optimizer`: torch's lower-case name; None if the header has none."""
+    """`lines[t]` is step t. `optimizer`: torch's lower-case name; None if the header has none.
+    `device`: the kind of device that drew random masks.
+    """
 
     path: Path
     lines: tuple[Line, ...]
@@ -40,6 +44,7 @@ class Trajectory:
     optimizer: str | None = None
     groups: tuple[Group, ...] = (Group((), {}),)
     notes: tuple[str, ...] = field(default=())
+    device: str | None = None
 
     @property
     def steps(self) -> int:

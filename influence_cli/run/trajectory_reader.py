@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from influence_cli.errors import TrajectoryError, listed, shown
+from influence_cli.run.training_mode import read_training_mode
 from influence_cli.run.trajectory import Group, Line, Trajectory
 from influence_cli.storage.json_text import MAX_BYTES, ChangedText, parse_json, parse_sealed_json
 
@@ -28,6 +29,7 @@ CHANGED_LINE = "copy the file again; if you edited the line, remove its key crc3
 Refuse = Callable[..., TrajectoryError]  # (rest of the headline, *details)
 Json = dict[str, Any]  # Any: JSON values
 LINE_KEYS = {"step", "lr", "examples", "weights", "clip", "seed"}
+LINE_KEYS |= {"seeds", "micro_batches", "eval"}  # training_mode.py
 
 
 def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
@@ -67,7 +69,15 @@ def read_trajectory(path: Path, n_train: int | None) -> Trajectory:
             "every step needs its line",
         )
     steps = tuple(lines[step] for step in range(len(lines)))
-    return Trajectory(path, steps, header.reduction, header.optimizer, header.groups, tuple(notes))
+    return Trajectory(
+        path,
+        steps,
+        header.reduction,
+        header.optimizer,
+        header.groups,
+        tuple(notes),
+        header.device,
+    )
 
 
 def is_json(text: bytes) -> bool:
@@ -83,6 +93,7 @@ class HeaderLine(NamedTuple):
     reduction: str | None
     optimizer: str | None
     groups: tuple[Group, ...]
+    device: str | None = None
 
     @property
     def named_groups(self) -> list[Group]:
@@ -121,7 +132,10 @@ def read_header_line(path: Path, text: bytes) -> HeaderLine:
     options = {key: value for key, value in optimizer.items() if key != "name"}
     groups = read_groups(header, options, refuse)
     name = optimizer["name"].lower() if "name" in optimizer else None
-    return HeaderLine(reduction, name, groups or (Group((), options),))
+    device = header.get("device")
+    if device is not None and not isinstance(device, str):
+        raise refuse(f": device is {shown(device)}", "expected: cpu, cuda or mps")
+    return HeaderLine(reduction, name, groups or (Group((), options),), device)
 
 
 def read_groups(header: Json, options: Json, refuse: Refuse) -> tuple[Group, ...]:
@@ -190,6 +204,7 @@ def read_line(
         np.array(weights, dtype=np.float64) if weights is not None else None,
         float(clip),
         seed,
+        read_training_mode(entry, len(examples), refuse),
     )
 
 

@@ -177,7 +177,7 @@ def test_a_schedule_is_read_from_the_optimizer_at_each_step(tmp_path):
     assert [read(tmp_path).rates(step) for step in range(3)] == [(1.0,), (0.5,), (0.25,)]
 
 
-def test_the_header_has_torchs_names_and_none_of_how_it_computes(tmp_path):
+def test_the_header_has_torchs_names_and_the_kernel_that_was_chosen(tmp_path):
     train(
         tmp_path,
         1,
@@ -195,8 +195,15 @@ def test_the_header_has_torchs_names_and_none_of_how_it_computes(tmp_path):
             "amsgrad": False,
         }.items()
     )
-    assert not options.keys() & {"lr", "params", "foreach", "fused", "capturable", "differentiable"}
+    assert options["foreach"] is True
+    assert not options.keys() & {"lr", "params", "fused", "capturable", "differentiable"}
     assert "groups" not in header(tmp_path)
+
+
+def test_a_resumed_training_may_use_another_kernel(tmp_path):
+    train(tmp_path, 3, lambda p: torch.optim.AdamW(p, lr=0.1), save_optimizer=True)
+    train(tmp_path, 5, lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True), save_optimizer=True)
+    assert read_trajectory(tmp_path / "trajectory.jsonl", None).steps == 5
 
 
 def test_groups_have_names_rates_and_what_differs(tmp_path):

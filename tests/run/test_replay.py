@@ -52,7 +52,7 @@ def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
     replay.advance(6)
     here = replay.save_state()
     replay.advance(12, DroppedExample(6, 7, renormalize))
-    without_example = replay.save_state().parameters
+    without_example = replay.save_state().values
     trajectory = replay.trajectory
     weights = np.where(trajectory.lines[6].examples == 7, 0, trajectory.weights(6))
     line = trajectory.lines[6]._replace(
@@ -62,14 +62,12 @@ def test_a_dropped_example_is_a_training_without_it(renormalize, tmp_path):
     replay.start_from(run.checkpoints[0])
     replay.advance(12)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(without_example, replay.save_state().parameters, strict=True)
+        torch.equal(a, b) for a, b in zip(without_example, replay.save_state().values, strict=True)
     )
     replay.restore(here)
     replay.advance(12)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(without_example, replay.save_state().parameters, strict=True)
+        torch.equal(a, b) for a, b in zip(without_example, replay.save_state().values, strict=True)
     )
 
 
@@ -85,7 +83,7 @@ def test_adam_is_torchs_own(name, tmp_path):
     )
     run, replay = opened(folder)
     replay.advance(12)
-    replayed = [value.clone() for value in replay.save_state().parameters]
+    replayed = [value.clone() for value in replay.save_state().values]
     replay.start_from(run.checkpoints[0])
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     optimizer = kind(run.model.module.parameters(), 0.3, betas=(0.8, 0.9), weight_decay=0.1)
@@ -99,7 +97,7 @@ def test_adam_is_torchs_own(name, tmp_path):
     assert (
         max(
             float((a - b).abs().max())
-            for a, b in zip(replayed, replay.save_state().parameters, strict=True)
+            for a, b in zip(replayed, replay.save_state().values, strict=True)
         )
         < 1e-12
     )

@@ -17,12 +17,18 @@ class ExactBatch:
 
     `parts`: functions that compute the curvature of each part of the batch, in order. A single
     part is computed once, several parts at each use. `by_parameter`: products for each parameter,
-    each with a pass of its own; else their sum.
+    each with a pass of its own; else their sum. `order` (B,): the entries of the products, as
+    positions in the parts; None: the order of the parts.
     """
 
     def __init__(
-        self, parts: Sequence[Callable[[], Curvature]], dtype: torch.dtype, by_parameter: bool
+        self,
+        parts: Sequence[Callable[[], Curvature]],
+        dtype: torch.dtype,
+        by_parameter: bool,
+        order: Tensor | None = None,
     ) -> None:
+        self._order = order
         only = parts[0]() if len(parts) == 1 else None
         self._parts = parts if only is None else [lambda: only]
         self._dtype, self._by_parameter = dtype, by_parameter
@@ -54,6 +60,8 @@ class ExactBatch:
             theta.add_(curved[name])
 
         joined = concat_products(products)
+        if self._order is not None:
+            joined = {name: value[self._order] for name, value in joined.items()}
         return {name: value.to(self._dtype) for name, value in joined.items()}, add_curvature
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from influence_cli.errors import GradientError
 from influence_cli.extraction.batch_curvature import BatchCurvature
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.reverse.exact_batch import ExactBatch
@@ -15,7 +17,10 @@ from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import PassSettings, ReverseStep
 from influence_cli.methods.unroll import UnrollOptions
+from influence_cli.run.replay import Replay, total_norm
 from influence_cli.run.replay_state import Moments
+
+MASK_ERROR = 1e-2  # largest relative difference of two gradients that rounding explains
 
 
 class ExactSteps:
@@ -27,6 +32,7 @@ class ExactSteps:
     def __init__(self, source: GradientSource, plan: ReversePlan, options: UnrollOptions) -> None:
         self.source, self.plan, self.replay = source, plan, options.replay
         self.curvature = BatchCurvature(source, list(plan.columns), options.curvature)
+        self.has_checked_masks = False
 
     def prepare(self) -> None:
         """Check the curvature, and probe memory before the reverse pass moves the model.
@@ -48,11 +54,56 @@ class ExactSteps:
                 self.source.device, settings.dtype
             )
             examples = line.examples[order]
-            parts = self.curvature.parts(examples, weights_B, settings.quantities)
-            batch = ExactBatch(parts, settings.dtype, settings.by_parameter)
+            batch = self.build_batch(number, order, weights_B, settings)
             updates = self.plan.updates(number, moments)
             checkpoint = self.plan.segment_at(number).checkpoint.step
             yield ReverseStep(number, checkpoint, examples, weights_B, batch, updates, line.clip)
+
+    def build_batch(
+        self, number: int, order: np.ndarray, weights_B: Tensor, settings: PassSettings
+    ) -> ExactBatch:
+        """The batch of a step, with its entries in this order; `weights_B`: theirs.
+
+        Raises GradientError where a second derivative draws other masks than training.
+        """
+        line = self.plan.trajectory.lines[number]
+        if line.training is None:
+            parts = self.curvature.parts(line.examples[order], weights_B, settings.quantities)
+            return ExactBatch(parts, settings.dtype, settings.by_parameter)
+        recorded_B = torch.empty_like(weights_B)
+        places = torch.from_numpy(order).to(weights_B.device)
+        recorded_B[places] = weights_B
+        parts = self.curvature.parts_as_trained(
+            line.training, line.examples, recorded_B, settings.quantities
+        )
+        batch = ExactBatch(parts, settings.dtype, settings.by_parameter, places)
+        if not self.has_checked_masks:
+            self.check_masks(number, batch)
+            self.has_checked_masks = True
+        return batch
+
+    def check_masks(self, number: int, batch: ExactBatch) -> None:
+        """Compare the gradient of a step with that of a replay, which uses the kernels of training.
+
+        Raises GradientError where they differ.
+        """
+        replay = Replay(
+            self.source.run, lambda ids: self.source.extractor.batches.of("train", ids)[0]
+        )
+        replayed = dict(zip(replay.names, replay.gradient(number), strict=True))
+        own = batch.gradient()
+        difference = total_norm(own[name] - replayed[name].flatten() for name in own)
+        size = total_norm(replayed[name] for name in own)
+        if not difference <= MASK_ERROR * size:
+            raise GradientError(
+                f"step {number:,}: a second derivative draws other dropout masks than training did",
+                f"relative difference of the gradients: {difference / (size or 1):.2g} "
+                f"(limit {MASK_ERROR})",
+                "fused attention with dropout has no second derivative, and other kernels draw "
+                "other masks",
+                "train with plain attention (transformers: attn_implementation='eager'), or use "
+                "--method dve",
+            )
 
     def reversed_states(self, stop: int) -> Iterator[tuple[int, dict[str, Moments] | None]]:
         """The steps below `stop`, last first, with Adam's state before each; None for SGD.

@@ -64,7 +64,7 @@ class ReplayedSteps:
     def _reversed_states(self, first: ReplayState, stop: int) -> Iterator[ReplayState]:
         """The states before each step from `first` to `stop`, last first."""
         tensors = 1 + bool(self.plan.with_momentum) + self.plan.adam  # of a parameter's size
-        state_bytes = tensors * sum(value.nbytes for value in first.parameters)
+        state_bytes = tensors * sum(value.nbytes for value in first.values)
         most = max(2, STATE_BYTES // max(1, state_bytes))
         stride = -(-(stop - first.step) // most)
         states = []
@@ -101,11 +101,24 @@ class ReplayedSteps:
         raise TrajectoryError(
             f"replaying the recorded steps does not reproduce {checkpoint.name}: relative "
             f"distance {distance:.2g} (limit {LIMIT})",
-            "a replay runs in eval mode, with the trajectory's batches and learning rates",
-            "possible causes: dropout, BatchNorm's batch statistics, data augmentation, "
-            "another precision, the state in optimizer/, or steps that were recorded wrongly",
+            *self._list_causes(),
             *([] if self.plan.adam else [without_replay]),
         )
+
+    def _list_causes(self) -> list[str]:
+        """Lines of an error."""
+        if any(line.training for line in self.plan.trajectory.lines):
+            return [
+                "a replay runs in train mode, with the trajectory's batches, seeds and rates",
+                "possible causes: batches that are padded in another way than in training, "
+                "torch.compile, data augmentation, another precision, or the state in optimizer/",
+            ]
+        return [
+            "a replay runs in eval mode, with the trajectory's batches and learning rates",
+            "possible causes: dropout or BatchNorm's batch statistics (TrajectoryRecorder(..., "
+            "seed=0) records what a replay needs), data augmentation, another precision, the "
+            "state in optimizer/, or steps that were recorded wrongly",
+        ]
 
     def report_agreement(self, reporter: Reporter) -> None:
         """Report how well the replay reproduced the saved checkpoints, if it reached one."""

@@ -1,0 +1,79 @@
+"""Seeds torch's generators before each forward pass of a recorded training."""
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from influence_cli.errors import TrajectoryError
+from influence_cli.run.training_mode import draws_masks, list_eval_modules
+
+
+class ForwardSeeds:
+    """A hook of a model. It acts on forward passes in train mode with autograd on.
+
+    `seed`: the seeds of all forward passes derive from it and from the step. None: the hook seeds
+    nothing, and warns once where the model draws masks that nobody can draw again.
+    """
+
+    def __init__(self, model: nn.Module, seed: int | None) -> None:
+        self._model, self._seed = model, seed
+        self._has_warned = False
+        self.step = 0
+        self.seeds: list[int] = []  # of the forward passes since the last step
+        self.eval_modules: list[str] = []  # at the last forward pass
+        self._handle = model.register_forward_pre_hook(self._before_forward)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def describe_step(self, sizes: list[int]) -> dict[str, Any]:  # Any: JSON values
+        """The keys of the step's line. `sizes`: entries of each micro-batch.
+
+        Raises TrajectoryError unless each micro-batch had one forward pass.
+        """
+        if self._seed is None or not (sizes or self.seeds):
+            return {}
+        if len(self.seeds) != len(sizes):
+            raise TrajectoryError(
+                f"step {self.step}: {len(self.seeds)} forward passes in train mode, "
+                f"and {len(sizes)} micro-batches",
+                "expected: one forward pass of the recorded model per micro-batch; "
+                "a replay draws the masks of each again",
+                "call add(indices, weights) after each micro-batch, and step() after the last",
+                "call the model in eval mode or under torch.no_grad() for anything else",
+            )
+        line: dict[str, Any] = {"seeds": self.seeds}
+        if len(sizes) > 1:
+            line["micro_batches"] = sizes
+        if self.eval_modules:
+            line["eval"] = self.eval_modules
+        return line
+
+    def begin_step(self, step: int) -> None:
+        self.step, self.seeds = step, []
+
+    def _before_forward(self, model: nn.Module, _: object) -> None:
+        if not model.training or not torch.is_grad_enabled():
+            return
+        if self._seed is not None:
+            self.seeds.append(derive_seed(self._seed, self.step, len(self.seeds)))
+            self.eval_modules = list_eval_modules(model)
+            torch.manual_seed(self.seeds[-1])
+        elif not self._has_warned:
+            self._has_warned = True
+            if draws_masks(model):
+                warnings.warn(
+                    "the model draws random masks (dropout) that the recorder does not record, so "
+                    "--replay can't repeat this training; TrajectoryRecorder(..., seed=0) "
+                    "seeds each forward pass and records the seeds",
+                    stacklevel=2,
+                )
+
+
+def derive_seed(seed: int, step: int, number: int) -> int:
+    """A seed of 32 bits, which is what torch's CPU generator uses."""
+    digest = hashlib.blake2b(f"{seed} {step} {number}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
