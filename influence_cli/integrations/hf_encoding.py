@@ -171,11 +171,9 @@ def open_image(image: Any) -> Any:  # Any: a PIL image
 
 
 # ---------------------------------------------------------------- batches
-PAD_MULTIPLE = 8  # lengths of batches: few of them
-
-
-def pad_batch(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
-    """Stacks the tensors of the examples, padded on the right to the longest.
+def pad_batch(examples: list[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
+    """Stacks the tensors of the examples, padded on the right to the longest, or to the next
+    `multiple`.
 
     Labels are padded with -100, tokens with `pad_id`, everything else with 0. Padded tokens are
     hidden from attention, also where the examples bring no attention_mask.
@@ -194,17 +192,16 @@ def pad_batch(examples: list[Example], pad_id: int) -> dict[str, Tensor]:
         names.append("attention_mask")
     pads = {"input_ids": pad_id, "labels": IGNORED, "decoder_input_ids": pad_id}
     return {
-        name: stack_padded([example[name] for example in examples], pads.get(name, 0))
+        name: stack_padded([example[name] for example in examples], pads.get(name, 0), multiple)
         for name in names
     }
 
 
-def stack_padded(tensors: list[Tensor], pad: int) -> Tensor:
+def stack_padded(tensors: list[Tensor], pad: int, multiple: int) -> Tensor:
     """(B, S, ...) of tensors (S_i, ...), padded to one length where the lengths differ."""
     if len({tensor.shape for tensor in tensors}) == 1:
         return torch.stack(tensors)
-    longest = max(len(tensor) for tensor in tensors)
-    longest = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    longest = -(-max(map(len, tensors)) // multiple) * multiple
     rows = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), pad)
     for row, tensor in zip(rows, tensors, strict=True):
         row[: len(tensor)] = tensor

@@ -67,6 +67,7 @@ class HuggingFaceTask:
     `id`: columns. `label_names`: the names of the classes in the order of their numbers, where
     config.json has none. `max_length`: longer texts are cut, in tokens. `normalise`: "example" or
     "token" (hf_losses.py). `end_of_text`: whether each text ends with the tokenizer's end token.
+    `pad_to_multiple_of`: that of the data collator in training, for recorded dropout masks.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class HuggingFaceTask:
     mask_probability: float = 0.15
     mask_seed: int = 0
     dtype: torch.dtype = torch.float32
+    pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
         """Raises DefinitionError for an unknown kind or normalisation."""
@@ -182,7 +184,8 @@ class HuggingFaceTask:
     def collate(self, items: list[Example]) -> dict[str, Tensor]:
         """A batch, padded to its longest text. Padding changes no loss."""
         pad_id = self.pad_id if KINDS[self.kind].is_text else None
-        return encoding.pad_batch(items, pad_id or 0)  # attention hides it, whatever it is
+        # attention hides padding, whatever it is
+        return encoding.pad_batch(items, pad_id or 0, self.pad_to_multiple_of)
 
     def relabel(self, example: Example, label: object) -> Example:
         """The example with another label: a number, or a class name."""

@@ -71,14 +71,23 @@ def list_config_differences(folder: Path, model: nn.Module) -> list[str]:
         saved = dict(read_json_file(path))
     except (ValueError, TypeError, OSError) as error:
         return [f"{path.name} can't be read: {error}"]
-    own = json.loads(
-        json.dumps(getattr(model, "peft_config")[active_adapter(model)].to_dict(), default=_plain)  # noqa: B009
-    )
+    own = json.loads(describe_adapter(model))
     return [
         f"{CONFIG}: {name} is {saved[name]!r} in the file, {own[name]!r} in the model"
         for name in OPTIONS
         if name in saved and name in own and _ordered(saved[name]) != _ordered(own[name])
     ]
+
+
+def describe_adapter(model: nn.Module) -> str:
+    """The text of adapter_config.json for a peft model."""
+    config = getattr(model, "peft_config")[active_adapter(model)]  # noqa: B009
+    return json.dumps(config.to_dict() | {"inference_mode": True}, default=_plain, indent=2)
+
+
+def select_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a peft model's tensors those that its adapter consists of, by their keys in a file."""
+    return {key: tensors[name] for key, name in list_adapter_keys(model, tensors).items()}
 
 
 def digest_base(tensors: Mapping[str, Tensor], adapter_keys: Collection[str]) -> str:

@@ -21,6 +21,7 @@ class ForwardSeeds:
     def __init__(self, model: nn.Module, seed: int | None) -> None:
         self._model, self._seed = model, seed
         self._has_warned = False
+        self._is_begun = False  # begin() seeded the micro-batch that runs
         self.step = 0
         self.seeds: list[int] = []  # of the forward passes since the last step
         self.eval_modules: list[str] = []  # at the last forward pass
@@ -28,6 +29,14 @@ class ForwardSeeds:
 
     def remove(self) -> None:
         self._handle.remove()
+
+    def begin_micro_batch(self) -> None:
+        """Seed the forward passes up to `end_micro_batch`, however many they are."""
+        self._is_begun = True
+        self._draw_seed()
+
+    def end_micro_batch(self) -> None:
+        self._is_begun = False
 
     def describe_step(self, sizes: list[int]) -> dict[str, Any]:  # Any: JSON values
         """The keys of the step's line. `sizes`: entries of each micro-batch.
@@ -43,6 +52,7 @@ class ForwardSeeds:
                 "expected: one forward pass of the recorded model per micro-batch; "
                 "a replay draws the masks of each again",
                 "call add(indices, weights) after each micro-batch, and step() after the last",
+                "several forward passes in one micro-batch: call begin_micro_batch() before them",
                 "call the model in eval mode or under torch.no_grad() for anything else",
             )
         line: dict[str, Any] = {"seeds": self.seeds}
@@ -53,15 +63,13 @@ class ForwardSeeds:
         return line
 
     def begin_step(self, step: int) -> None:
-        self.step, self.seeds = step, []
+        self.step, self.seeds, self._is_begun = step, [], False
 
     def _before_forward(self, model: nn.Module, _: object) -> None:
-        if not model.training or not torch.is_grad_enabled():
+        if self._is_begun or not model.training or not torch.is_grad_enabled():
             return
         if self._seed is not None:
-            self.seeds.append(derive_seed(self._seed, self.step, len(self.seeds)))
-            self.eval_modules = list_eval_modules(model)
-            torch.manual_seed(self.seeds[-1])
+            self._draw_seed()
         elif not self._has_warned:
             self._has_warned = True
             if draws_masks(model):
@@ -71,6 +79,12 @@ class ForwardSeeds:
                     "seeds each forward pass and records the seeds",
                     stacklevel=2,
                 )
+
+    def _draw_seed(self) -> None:
+        if self._seed is not None:
+            self.seeds.append(derive_seed(self._seed, self.step, len(self.seeds)))
+            self.eval_modules = list_eval_modules(self._model)
+            torch.manual_seed(self.seeds[-1])
 
 
 def derive_seed(seed: int, step: int, number: int) -> int:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import CheckpointError, TrajectoryError, listed
-from influence_cli.run.checkpoint_loading import map_keys, open_weights
+from influence_cli.run.adapters import CONFIG, describe_adapter, is_peft_model, select_adapter
+from influence_cli.run.checkpoint_loading import list_tensors, map_keys, open_weights
 from influence_cli.run.checkpoints import (
+    ADAPTER,
     Checkpoint,
     find_checkpoints,
     is_checkpoint,
     read_header,
 )
-from influence_cli.storage.atomic import describe_disk_error
+from influence_cli.storage.atomic import describe_disk_error, write_bytes
 from influence_cli.storage.safetensors_io import CODES, read_tensors, write_tensors
 
 
@@ -48,7 +50,23 @@ def matches_parameters(checkpoint: Checkpoint, model: nn.Module) -> bool:
         and values[file_keys[name]].dtype == own.dtype
         and torch.equal(values[file_keys[name]], own.detach().cpu())
         for name, own in model.named_parameters()
+        if own.requires_grad or not checkpoint.is_adapter
     )
+
+
+def save_checkpoint(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Saves the model's tensors as the file `path`; of a peft model the adapter alone, as files in
+    a folder of that name without its suffix. A tied tensor has its first name.
+    """
+    tensors = list_tensors(model)
+    if is_peft_model(model):
+        folder = path.with_suffix("")
+        with report_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(folder / CONFIG, describe_adapter(model).encode())
+        path, tensors = folder / ADAPTER, select_adapter(model, tensors)
+    first = {id(value): (key, value) for key, value in reversed(tensors.items())}
+    write_state_file(path, dict(first.values()), metadata)
 
 
 def write_state_file(

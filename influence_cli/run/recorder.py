@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import TrajectoryError
-from influence_cli.run.checkpoint_loading import check_fits_model, list_tensors, load_checkpoint
+from influence_cli.run.checkpoint_loading import check_fits_model, load_checkpoint
 from influence_cli.run.forward_seeds import ForwardSeeds
 from influence_cli.run.optimizer_state import (
     checkpoint_name,
@@ -18,8 +18,8 @@ from influence_cli.run.optimizer_state import (
     load_state,
     optimizer_name,
     report_write_errors,
+    save_checkpoint,
     save_state,
-    write_state_file,
 )
 from influence_cli.run.parameters import unwrap_model
 from influence_cli.run.recorded_entries import Numbers, read_entries, read_integers, read_number
@@ -123,6 +123,16 @@ class TrajectoryRecorder:
                 "give add() the weights: each loss's factor in the optimizer's gradient",
             )
         self._micro_batches.append((list(ids), values))
+        if self._forward is not None:
+            self._forward.end_micro_batch()
+
+    def begin_micro_batch(self) -> None:
+        """Seeds torch's generators for the micro-batch that comes. Without it, its one forward pass
+        of the recorded model does. Does nothing without `seed`.
+        """
+        self._check_is_recording()
+        assert self._forward is not None
+        self._forward.begin_micro_batch()
 
     def step(
         self,
@@ -136,11 +146,8 @@ class TrajectoryRecorder:
         `indices`: (B,) example ids. `weights`: (B,) factors of their losses; None: 1/|B| or 1, by
         the reduction. `clip`: factor of the gradient.
         """
-        if self._log is None:
-            raise TrajectoryError(
-                "the recorder is not recording",
-                "expected: with TrajectoryRecorder(...) as recorder: around the loop",
-            )
+        self._check_is_recording()
+        assert self._log is not None
         added = len(self._micro_batches)
         if (indices is None) != bool(added) or (indices is None and weights is not None):
             raise TrajectoryError(
@@ -227,11 +234,7 @@ class TrajectoryRecorder:
             state.unlink(missing_ok=True)  # of a training that was given up
         if self.save_optimizer:
             save_state(state, self.model, self.optimizer)
-        # a tied tensor once, under its first name
-        tensors = {
-            id(value): (key, value) for key, value in reversed(list_tensors(self.model).items())
-        }
-        write_state_file(self.folder / "checkpoints" / name, dict(tensors.values()), metadata)
+        save_checkpoint(self.folder / "checkpoints" / name, self.model, metadata)
         self._saved = self.steps
 
     def _read_rates(self) -> list[float]:
@@ -254,6 +257,13 @@ class TrajectoryRecorder:
                 "and the header has one value for all steps",
                 *(f"group {line}" for line in differences),
                 "schedule lr alone (OneCycleLR, CyclicLR: cycle_momentum=False)",
+            )
+
+    def _check_is_recording(self) -> None:
+        if self._log is None:
+            raise TrajectoryError(
+                "the recorder is not recording",
+                "expected: with TrajectoryRecorder(...) as recorder: around the loop",
             )
 
     def _close(self) -> None:
