@@ -265,3 +265,36 @@ def test_other_masks_than_those_of_training_are_refused(tmp_path, influence):
     assert done.code == 1
     assert "does not reproduce checkpoints/step-0000" in done.err
     assert "padded in another way" in done.err
+
+
+# ---------------------------------------------------------------- methods
+BATCH_NORM = DEFINITION.replace(
+    "self.drop, self.head = nn.Dropout(0.2)", "self.drop, self.head = nn.BatchNorm1d(6)"
+)
+
+
+def test_dve_says_that_its_gradients_have_no_masks(tmp_path, influence):
+    train_with_dropout(tmp_path)
+    done = influence("score", tmp_path, "--method", "dve", "--replay", "--cache", "none")
+    assert done.code == 0, done.err
+    assert "training drew dropout masks; dve uses the gradients without masks" in done.err
+
+
+def test_batch_norm_in_train_mode_is_replayed_with_its_buffers(tmp_path):
+    trained = train_with_dropout(tmp_path, text=BATCH_NORM)
+    run, replay = opened(tmp_path)
+    replay.advance(STEPS)
+    assert replay.relative_distance(run.checkpoints[-1]) == 0
+    buffers = dict(run.model.module.named_buffers())
+    for name, buffer in trained.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
+def test_batch_norm_in_train_mode_is_refused_by_dve_and_noted_by_unroll(tmp_path, influence):
+    train_with_dropout(tmp_path, text=BATCH_NORM)
+    done = influence("score", tmp_path, "--method", "dve", "--replay", "--cache", "none")
+    assert done.code == 1
+    assert "an example had no gradient of its own" in done.err
+    done = influence("score", tmp_path, "--method", "unroll", "--replay", "--cache", "none")
+    assert done.code == 0
+    assert "leaves out that a removal also changes the running statistics" in done.err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.errors import UsageProblem, counted
+from influence_cli.errors import TrajectoryError, UsageProblem, counted
 from influence_cli.extraction.run_notes import sample_train_rows
 from influence_cli.extraction.source import GradientSource, IdsAt
 from influence_cli.methods.dve import DveOptions
@@ -40,6 +40,7 @@ from influence_cli.methods.reverse.reverse_pass import (
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.stability import Stability
 from influence_cli.methods.reverse.steps import StepEffects, StepSource
+from influence_cli.run.training_mode import uses_batch_statistics
 
 MAP_BYTES = 2 << 30  # largest (D, D) map for which dve chooses the embedding form by itself
 
@@ -84,6 +85,7 @@ class Dve:
         self.plan = self.plan_until(self.options.at)
         self.stability = Stability()
         self.check_projection()
+        self.check_training_mode()
 
     def plan_until(self, at: int | None) -> ReversePlan:
         """The plan from the checkpoint of step `at`; None: from the last one."""
@@ -105,6 +107,24 @@ class Dve:
                 "the curvature of projected gradients is biased: a larger --project K reduces the "
                 "bias, --curvature none avoids it (docs/methods.md)"
             )
+
+    def check_training_mode(self) -> None:
+        """Raises TrajectoryError where no example had a gradient of its own; notes masks."""
+        lines = self.plan.trajectory.lines
+        modes = [line.training for line in lines if line.training is not None]
+        if not modes:
+            return
+        if uses_batch_statistics(self.source.run.model.module, modes[0]):
+            raise TrajectoryError(
+                "training normalised with the statistics of each batch (BatchNorm in train mode), "
+                "so an example had no gradient of its own",
+                "dve needs gradients of single examples",
+                "--method unroll --replay differentiates the losses inside their batches",
+            )
+        self.source.reporter.note(
+            "training drew dropout masks; dve uses the gradients without masks. "
+            "--method unroll --replay draws the masks of training"
+        )
 
     def run_passes(self, new_sums: NewSums[Sums]) -> Iterator[tuple[Ids, Sums]]:
         """Raises CacheError (embeddings of another run), GradientError (divergence)."""

@@ -19,6 +19,7 @@ from influence_cli.methods.reverse.reverse_pass import StepEffectsOf, backpropag
 from influence_cli.methods.reverse.steps import StepEffects
 from influence_cli.methods.reverse.unroll_cost import measure_cost
 from influence_cli.methods.unroll import UnrollOptions
+from influence_cli.run.training_mode import uses_batch_statistics
 
 
 def score(
@@ -77,6 +78,13 @@ class Unroll:
                 f"(here at most {longest:,} steps); --replay uses the parameters of each step"
             )
         plan = self.plan
+        modes = [line.training for line in plan.trajectory.lines if line.training is not None]
+        if modes and uses_batch_statistics(self.source.run.model.module, modes[0]):
+            self.source.reporter.note(
+                "training normalised with batch statistics (BatchNorm). unroll differentiates "
+                "each loss inside its batch; it leaves out that a removal also changes the "
+                "running statistics, which the queries use"
+            )
         sample_train_rows(self.source, plan.segments[-1].checkpoint, list(plan.columns))
         self.steps.prepare()
         return self.step_effects
