@@ -81,7 +81,7 @@ def make_plan(forward: Callable[[Batch], Any], two: Batch, twice: Batch, size: i
 
     Raises Unhooked where the two runs differ in more than sizes.
     """
-    single, double = Recorder(), Recorder()
+    single, double = RowRecorder(), RowRecorder()
     with single:
         forward(two)
     double.other, double.size = single.calls, size
@@ -127,7 +127,7 @@ class Watcher(TorchFunctionMode, ABC):
         """Makes the call. Each subclass says what it records of it."""
 
 
-class Recorder(Watcher):
+class RowRecorder(Watcher):
     """Records the shapes of every call. A second run has the calls of the first in `other`, and
     records the axes that grew with the examples.
     """

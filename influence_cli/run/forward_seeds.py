@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ class ForwardSeeds:
 
     `seed`: the seeds of all forward passes derive from it and from the step. None: the hook seeds
     nothing, and warns once where the model draws masks that nobody can draw again.
+    `on_first`: runs before the first forward pass of each step.
     """
 
-    def __init__(self, model: nn.Module, seed: int | None) -> None:
-        self._model, self._seed = model, seed
+    def __init__(self, model: nn.Module, seed: int | None, on_first: Callable[[], None]) -> None:
+        self._model, self._seed, self._on_first = model, seed, on_first
+        self._is_first = True
         self._has_warned = False
         self._is_begun = False  # begin() seeded the micro-batch that runs
         self.step = 0
@@ -33,7 +36,7 @@ class ForwardSeeds:
     def begin_micro_batch(self) -> None:
         """Seed the forward passes up to `end_micro_batch`, however many they are."""
         self._is_begun = True
-        self._draw_seed()
+        self._begin_pass()
 
     def end_micro_batch(self) -> None:
         self._is_begun = False
@@ -63,14 +66,14 @@ class ForwardSeeds:
         return line
 
     def begin_step(self, step: int) -> None:
-        self.step, self.seeds, self._is_begun = step, [], False
+        self.step, self.seeds = step, []
+        self._is_first, self._is_begun = True, False
 
     def _before_forward(self, model: nn.Module, _: object) -> None:
         if self._is_begun or not model.training or not torch.is_grad_enabled():
             return
-        if self._seed is not None:
-            self._draw_seed()
-        elif not self._has_warned:
+        self._begin_pass()
+        if self._seed is None and not self._has_warned:
             self._has_warned = True
             if draws_masks(model):
                 warnings.warn(
@@ -80,7 +83,10 @@ class ForwardSeeds:
                     stacklevel=2,
                 )
 
-    def _draw_seed(self) -> None:
+    def _begin_pass(self) -> None:
+        if self._is_first:
+            self._is_first = False
+            self._on_first()
         if self._seed is not None:
             self.seeds.append(derive_seed(self._seed, self.step, len(self.seeds)))
             self.eval_modules = list_eval_modules(self._model)

@@ -54,11 +54,15 @@ def matches_parameters(checkpoint: Checkpoint, model: nn.Module) -> bool:
     )
 
 
-def save_checkpoint(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, metadata: Mapping[str, str], buffers: Mapping[str, Tensor]
+) -> None:
     """Saves the model's tensors as the file `path`; of a peft model the adapter alone, as files in
-    a folder of that name without its suffix. A tied tensor has its first name.
+    a folder of that name without its suffix. A tied tensor has its first name. `buffers`: values
+    that replace those of the model.
     """
     tensors = list_tensors(model)
+    tensors |= {name: value for name, value in buffers.items() if name in tensors}
     if is_peft_model(model):
         folder = path.with_suffix("")
         with report_write_errors(folder):

@@ -78,6 +78,7 @@ class TrajectoryRecorder:
         self._options = read_group_options(optimizer)
         self._micro_batches: list[tuple[list[int], list[float] | None]] = []  # of the next step
         self._saved: int | None = None  # step of the newest checkpoint
+        self._buffers: dict[str, Tensor] = {}  # before the forward passes of the next step
         self._log: LineLog | None = None
         self._forward: ForwardSeeds | None = None
 
@@ -94,7 +95,7 @@ class TrajectoryRecorder:
             remove_stale_siblings(self.path)
             write_bytes(self.path, b"".join([encode_line(header), *earlier.lines]))
             self._log = LineLog(self.path)
-        self._forward = ForwardSeeds(self.model, self._seed)
+        self._forward = ForwardSeeds(self.model, self._seed, self._copy_buffers)
         self._forward.begin_step(self.steps)
         return self
 
@@ -167,7 +168,7 @@ class TrajectoryRecorder:
             self._close()
             raise describe_write_error(self.path, error) from error
         self.steps += 1
-        self._micro_batches = []
+        self._micro_batches, self._buffers = [], {}
         assert self._forward is not None
         self._forward.begin_step(self.steps)
 
@@ -234,8 +235,16 @@ class TrajectoryRecorder:
             state.unlink(missing_ok=True)  # of a training that was given up
         if self.save_optimizer:
             save_state(state, self.model, self.optimizer)
-        save_checkpoint(self.folder / "checkpoints" / name, self.model, metadata)
+        path = self.folder / "checkpoints" / name
+        save_checkpoint(path, self.model, metadata, self._buffers)
         self._saved = self.steps
+
+    def _copy_buffers(self) -> None:
+        """Keeps the buffers for a checkpoint that is due: a forward pass changes them."""
+        if self.steps % self.checkpoint_every == 0:
+            self._buffers = {
+                name: value.detach().clone() for name, value in self.model.named_buffers()
+            }
 
     def _read_rates(self) -> list[float]:
         groups = self.optimizer.param_groups
