@@ -41,7 +41,7 @@ MAY_USE = {
         "preconditioners",
         "cache",
         "extraction",
-        "gradients.curvature",
+        *("gradients.curvature", "gradients.batch_statistics"),
         "gradients.curvature_check",
         "gradients.joint_projection",
         "gradients.sparse_forms",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_cli.errors import GradientError, is_out_of_memory
+from influence_cli.gradients.batch_statistics import collect_statistics, pull_statistics
 from influence_cli.gradients.batches import Batch
 from influence_cli.gradients.double_backward import (
     PlainWeightNorm,
@@ -69,7 +70,11 @@ class Curvature:
     ) -> None:
         self.model, self.at_once, self._on_no_vmap = model, at_once, on_no_vmap
         parameters = [model.get_parameter(name) for name in names]
-        with twice_differentiable(model, names), PlainWeightNorm():
+        with (
+            twice_differentiable(model, names),
+            PlainWeightNorm(),
+            collect_statistics(model) as self._statistics,
+        ):
             self._products: HessianProducts | GaussNewtonProducts = (
                 HessianProducts(functions.loss, model, batch, weights, parameters)
                 if functions.outputs is None
@@ -83,6 +88,18 @@ class Curvature:
     def gradient(self) -> dict[str, Tensor]:
         """(D,) per parameter: the sum over the batch of w g."""
         return {name: grad.detach().reshape(-1) for name, grad in self._grads.items()}
+
+    def pull_statistics(self, vectors: Mapping[str, Tensor]) -> Directions:
+        """(K, D) per parameter: the derivative of the batch statistics of BatchNorm layers times
+        `vectors`, which has (K, 2 C) by layer.
+        """
+        with twice_differentiable(self.model, self.names):
+            parameters = [self.model.get_parameter(name) for name in self.names]
+            values = pull_statistics(self._statistics, vectors, parameters)
+        return {
+            name: value.reshape(len(value), -1)
+            for name, value in zip(self.names, values, strict=True)
+        }
 
     def through(
         self, u: Mapping[str, Tensor], by_parameter: bool = False

@@ -78,11 +78,13 @@ def draws_masks(model: nn.Module) -> bool:
 
 def uses_batch_statistics(model: nn.Module, mode: TrainingMode) -> bool:
     """Whether a BatchNorm layer normalised with the statistics of the batch in this mode."""
-    return any(
-        isinstance(module, _BatchNorm)
-        and not any(f"{name}.".startswith(f"{outer}.") for outer in mode.eval_modules)
-        for name, module in model.named_modules()
-    )
+    return any(normalises_batches(name, module, mode) for name, module in model.named_modules())
+
+
+def normalises_batches(name: str, module: nn.Module, mode: TrainingMode) -> bool:
+    """Whether a module is a BatchNorm layer in train mode."""
+    is_inside = any(f"{name}.".startswith(f"{outer}.") for outer in mode.eval_modules)
+    return isinstance(module, _BatchNorm) and not is_inside
 
 
 # ---------------------------------------------------------------- a line of trajectory.jsonl

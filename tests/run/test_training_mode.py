@@ -22,6 +22,11 @@ EVAL_PART = DEFINITION.replace(
 )
 
 
+BATCH_NORM = DEFINITION.replace(
+    "self.drop, self.head = nn.Dropout(0.2)", "self.drop, self.head = nn.BatchNorm1d(6)"
+)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
@@ -117,10 +122,14 @@ def query_losses(folder, model):
         return space["loss"](model, batch)
 
 
+@pytest.mark.parametrize("text", [DEFINITION, BATCH_NORM], ids=["dropout", "batch norm"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_unroll_is_the_derivative_of_training_with_dropout(micro_batches, tmp_path, influence):
-    """Central differences of real trainings, with an example's weight in one step changed."""
-    options = {"dtype": "float64", "micro_batches": micro_batches}
+def test_unroll_is_the_derivative_of_training_in_train_mode(
+    micro_batches, text, tmp_path, influence
+):
+    """Central differences of real trainings, with an example's weight in one step changed. The
+    queries see BatchNorm's running statistics, which a change moves, too."""
+    options = {"dtype": "float64", "micro_batches": micro_batches, "text": text}
     train_with_dropout(tmp_path, **options)
     lines = read_lines(tmp_path)[1:]
     done = influence(
@@ -268,11 +277,6 @@ def test_other_masks_than_those_of_training_are_refused(tmp_path, influence):
 
 
 # ---------------------------------------------------------------- methods
-BATCH_NORM = DEFINITION.replace(
-    "self.drop, self.head = nn.Dropout(0.2)", "self.drop, self.head = nn.BatchNorm1d(6)"
-)
-
-
 def test_dve_says_that_its_gradients_have_no_masks(tmp_path, influence):
     train_with_dropout(tmp_path)
     done = influence("score", tmp_path, "--method", "dve", "--replay", "--cache", "none")
@@ -290,11 +294,16 @@ def test_batch_norm_in_train_mode_is_replayed_with_its_buffers(tmp_path):
         assert torch.equal(buffers[name], buffer), name
 
 
-def test_batch_norm_in_train_mode_is_refused_by_dve_and_noted_by_unroll(tmp_path, influence):
+def test_batch_norm_in_train_mode_is_refused_by_dve(tmp_path, influence):
     train_with_dropout(tmp_path, text=BATCH_NORM)
     done = influence("score", tmp_path, "--method", "dve", "--replay", "--cache", "none")
     assert done.code == 1
     assert "an example had no gradient of its own" in done.err
+
+
+def test_unroll_names_a_layer_whose_running_statistics_it_leaves_out(tmp_path, influence):
+    text = BATCH_NORM.replace("BatchNorm1d(6)", "BatchNorm1d(6, affine=False)")
+    train_with_dropout(tmp_path, text=text)
     done = influence("score", tmp_path, "--method", "unroll", "--replay", "--cache", "none")
     assert done.code == 0
-    assert "leaves out that a removal also changes the running statistics" in done.err
+    assert "BatchNorm layers drop have untrained weights" in done.err

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from influence_cli.gradients.curvature import Curvature
 from influence_cli.methods.reverse.optimizer_adjoint import AddCurvature
+from influence_cli.methods.reverse.running_statistics import NO_STATISTICS, RunningStatistics
 
 
 class ExactBatch:
@@ -18,7 +19,8 @@ class ExactBatch:
     `parts`: functions that compute the curvature of each part of the batch, in order. A single
     part is computed once, several parts at each use. `by_parameter`: products for each parameter,
     each with a pass of its own; else their sum. `order` (B,): the entries of the products, as
-    positions in the parts; None: the order of the parts.
+    positions in the parts; None: the order of the parts. `running`: statistics that its forward
+    passes changed.
     """
 
     def __init__(
@@ -27,8 +29,9 @@ class ExactBatch:
         dtype: torch.dtype,
         by_parameter: bool,
         order: Tensor | None = None,
+        running: RunningStatistics = NO_STATISTICS,
     ) -> None:
-        self._order = order
+        self._order, self._running = order, running
         only = parts[0]() if len(parts) == 1 else None
         self._parts = parts if only is None else [lambda: only]
         self._dtype, self._by_parameter = dtype, by_parameter
@@ -63,6 +66,20 @@ class ExactBatch:
         if self._order is not None:
             joined = {name: value[self._order] for name, value in joined.items()}
         return {name: value.to(self._dtype) for name, value in joined.items()}, add_curvature
+
+    def add_statistics(
+        self,
+        theta: Mapping[str, Tensor],
+        a_s: Mapping[str, Tensor],
+    ) -> None:
+        """Adds to a_theta what comes through running statistics, and moves a_s before the step."""
+        running = self._running
+        vectors = running.call_vectors(a_s, len(self._parts))
+        for number, compute in enumerate(self._parts):
+            some = {name: values[number] for name, values in vectors.items()}
+            for name, value in compute().pull_statistics(some).items():
+                theta[name].add_(value.to(self._dtype))
+        running.move_back(a_s, len(self._parts))
 
 
 def add_values(sums: dict[str, Tensor], values: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 Letters: B entries of a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from influence_cli.extraction.batch_curvature import BatchCurvature
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.reverse.exact_batch import ExactBatch
 from influence_cli.methods.reverse.replayed_steps import ReplayedSteps
+from influence_cli.methods.reverse.running_statistics import find_running_statistics
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import PassSettings, ReverseStep
 from influence_cli.methods.unroll import UnrollOptions
@@ -33,6 +34,7 @@ class ExactSteps:
         self.source, self.plan, self.replay = source, plan, options.replay
         self.curvature = BatchCurvature(source, list(plan.columns), options.curvature)
         self.has_checked_masks = False
+        self.running, self.other_layers = find_running_statistics(source, plan)
 
     def prepare(self) -> None:
         """Check the curvature, and probe memory before the reverse pass moves the model.
@@ -42,6 +44,13 @@ class ExactSteps:
         self.source.run.model.at(self.plan.segments[0].checkpoint)
         self.curvature.check()
         self.source.budget.sizes("train", list(self.plan.columns))
+
+    def end_statistics(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The derivatives of the queries by running statistics, at the end of training."""
+        if not self.running.momenta:
+            return {}
+        self.source.run.model.at(self.plan.end)
+        return self.running.at_the_end(self.source, gradients)
 
     def reversed_steps(self, stop: int, settings: PassSettings) -> Iterator[ReverseStep]:
         """The steps below `stop`, last first."""
@@ -76,7 +85,7 @@ class ExactSteps:
         parts = self.curvature.parts_as_trained(
             line.training, line.examples, recorded_B, settings.quantities
         )
-        batch = ExactBatch(parts, settings.dtype, settings.by_parameter, places)
+        batch = ExactBatch(parts, settings.dtype, settings.by_parameter, places, self.running)
         if not self.has_checked_masks:
             self.check_masks(number, batch)
             self.has_checked_masks = True

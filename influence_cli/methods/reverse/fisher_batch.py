@@ -51,6 +51,9 @@ class FisherBatch:
         factors_BK = self.weights[:, None] * sum_parameters(along)
         return products, lambda name, theta: curvature[name].add_to(theta, factors_BK)
 
+    def add_statistics(self, theta: Mapping[str, Tensor], a_s: Mapping[str, Tensor]) -> None:
+        """dve refuses BatchNorm in train mode, so a_s is empty."""
+
 
 def scaled_products(
     forms: Mapping[str, Form], u: Mapping[str, Tensor], scale: Mapping[str, float]

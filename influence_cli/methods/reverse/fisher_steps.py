@@ -7,7 +7,7 @@ Letters: B entries of a batch.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,10 @@ class CachedSteps:
 
     builder: FisherStepBuilder
 
+    def end_statistics(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None: dve refuses BatchNorm in train mode."""
+        return {}
+
     def reversed_steps(self, stop: int, settings: PassSettings) -> Iterator[ReverseStep]:
         """The steps below `stop`, last first."""
         return self.steps_between(self.builder.plan.steps.start, stop, settings)
@@ -98,6 +102,10 @@ class RecomputedSteps:
     """A StepSource that computes the gradients of each batch during a replay, and drops them."""
 
     builder: FisherStepBuilder
+
+    def end_statistics(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """None: dve refuses BatchNorm in train mode."""
+        return {}
 
     def reversed_steps(self, stop: int, settings: PassSettings) -> Iterator[ReverseStep]:
         """The steps below `stop`, last first."""

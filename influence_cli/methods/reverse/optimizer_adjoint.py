@@ -53,6 +53,9 @@ class StepBatch(Protocol):
         `u`: (K, D) per parameter. The products are per parameter, or summed under the name "".
         """
 
+    def add_statistics(self, theta: Mapping[str, Tensor], a_s: Mapping[str, Tensor]) -> None:
+        """Add to a_θ what comes through BatchNorm's running statistics, and move a_s back."""
+
 
 @dataclass(frozen=True)
 class SgdUpdate:
@@ -110,7 +113,8 @@ class Adjoint:
     """a_θ, a_m and a_v of K quantities, (K, D) per parameter. It moves from step to step.
 
     `theta`, `moment`, `second`: a_θ, a_m and a_v. `moment` holds the parameters with momentum or
-    Adam, `second` those with Adam. Both are zero at the end of training. Changed in place.
+    Adam, `second` those with Adam. Both are zero at the end of training. `statistics`: (K, 2 C) of
+    BatchNorm layers (running_statistics.py). Changed in place.
     """
 
     def __init__(
@@ -118,13 +122,20 @@ class Adjoint:
         theta: dict[str, Tensor],
         moment: dict[str, Tensor],
         second: dict[str, Tensor] | None = None,
+        statistics: dict[str, Tensor] | None = None,
     ) -> None:
         self.theta, self.moment, self.second = theta, moment, second or {}
+        self.statistics = statistics or {}
 
     @property
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """All three, by name."""
-        return {"theta": self.theta, "moment": self.moment, "second": self.second}
+        """All of them, by name."""
+        return {
+            "theta": self.theta,
+            "moment": self.moment,
+            "second": self.second,
+            "statistics": self.statistics,
+        }
 
     def reverse_step(
         self, batch: StepBatch, updates: Mapping[str, Update], clip: float = 1.0
@@ -156,6 +167,8 @@ class Adjoint:
             add_curvature(name, theta)
             if name in self.moment:
                 self.moment[name].mul_(update.momentum)
+        if self.statistics:
+            batch.add_statistics(self.theta, self.statistics)
         return products
 
     def _directions(

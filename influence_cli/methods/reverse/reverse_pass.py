@@ -89,7 +89,7 @@ def backpropagate(
     """
     gradients = query_gradients(rows, plan, source.device)
     scale_Q = scale_to_one(gradients)
-    adjoint = end_adjoint(plan, gradients)
+    adjoint = end_adjoint(plan, gradients, steps.end_statistics(gradients))
     start_norms = state_norms(adjoint)
     layers = parameters_of_layers(plan) if request.by == "layer" else {}
     yield from progress.restore(adjoint, layers)
@@ -111,13 +111,17 @@ def backpropagate(
     progress.discard()
 
 
-def end_adjoint(plan: ReversePlan, gradients: dict[str, Tensor]) -> Adjoint:
-    """The adjoint at the end of training: the queries' gradients, and no dependence on a state."""
+def end_adjoint(
+    plan: ReversePlan, gradients: dict[str, Tensor], statistics: dict[str, Tensor]
+) -> Adjoint:
+    """The adjoint at the end of training: the queries' gradients, by running statistics too, and no
+    dependence on the optimizer's state.
+    """
     moment = {name: torch.zeros_like(gradients[name]) for name in plan.with_momentum}
     second = {
         name: torch.zeros_like(gradients[name]) for name in (plan.columns if plan.adam else ())
     }
-    return Adjoint(gradients, moment, second)
+    return Adjoint(gradients, moment, second, statistics)
 
 
 def query_gradients(

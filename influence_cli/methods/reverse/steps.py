@@ -75,6 +75,9 @@ class StepSource(Protocol):
     def reversed_steps(self, stop: int, settings: PassSettings) -> Iterator[ReverseStep]:
         """The steps below `stop`, last first."""
 
+    def end_statistics(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The derivatives by BatchNorm's running statistics at the end (running_statistics.py)."""
+
 
 def propagate(
     steps: Iterable[ReverseStep],

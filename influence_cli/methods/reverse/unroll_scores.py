@@ -5,7 +5,7 @@ from pathlib import Path
 
 from influence_cli.cache.gradient_rows import GradientRows
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.errors import counted
+from influence_cli.errors import counted, listed
 from influence_cli.extraction.run_notes import sample_train_rows
 from influence_cli.extraction.source import GradientSource
 from influence_cli.methods.pairwise import RankingFactory
@@ -19,7 +19,6 @@ from influence_cli.methods.reverse.reverse_pass import StepEffectsOf, backpropag
 from influence_cli.methods.reverse.steps import StepEffects
 from influence_cli.methods.reverse.unroll_cost import measure_cost
 from influence_cli.methods.unroll import UnrollOptions
-from influence_cli.run.training_mode import uses_batch_statistics
 
 
 def score(
@@ -78,12 +77,11 @@ class Unroll:
                 f"(here at most {longest:,} steps); --replay uses the parameters of each step"
             )
         plan = self.plan
-        modes = [line.training for line in plan.trajectory.lines if line.training is not None]
-        if modes and uses_batch_statistics(self.source.run.model.module, modes[0]):
+        if self.steps.other_layers:
             self.source.reporter.note(
-                "training normalised with batch statistics (BatchNorm). unroll differentiates "
-                "each loss inside its batch; it leaves out that a removal also changes the "
-                "running statistics, which the queries use"
+                f"BatchNorm layers {listed(self.steps.other_layers)} have untrained weights or no "
+                "fixed momentum: scores leave out what a removal changes by their running "
+                "statistics"
             )
         sample_train_rows(self.source, plan.segments[-1].checkpoint, list(plan.columns))
         self.steps.prepare()
