@@ -131,11 +131,11 @@ class BlockMoments:
         return cls(basis, shape, left, new_side(shape[1]))
 
     @classmethod
-    def of_positions(cls, sums: PositionSums) -> "BlockMoments":
-        """No examples yet, for sums like these."""
+    def of_positions(cls, sums: PositionSums, examples: int) -> "BlockMoments":
+        """What PositionSums.of made of these examples."""
         shape = len(sums.left), len(sums.right)
-        left, right = (side.new_zeros(side.shape, device="cpu") for side in (sums.left, sums.right))
-        return cls("factors", shape, left, right)
+        left, right = sums.left.cpu(), sums.right.cpu()
+        return cls("factors", shape, left, right, examples, sums.positions)
 
     def add(self, form: Form) -> None:
         """The gradients of some more examples."""
@@ -156,10 +156,12 @@ class BlockMoments:
                 add_products(self.left, part_NOI.transpose(1, 2).flatten(0, 1))
                 add_products(self.right, part_NOI.flatten(0, 1))
 
-    def add_positions(self, sums: PositionSums, examples: int) -> None:
-        """What PositionSums.of made of some more examples."""
-        self.examples += examples
-        self._add_positions(sums)
+    def merge(self, other: "BlockMoments") -> None:
+        """The sums over other examples."""
+        self.examples += other.examples
+        self.positions += other.positions
+        self.left += other.left
+        self.right += other.right
 
     def _add_positions(self, sums: PositionSums) -> None:
         self.positions += sums.positions

@@ -2,6 +2,7 @@
 
 One pass sums the statistics; ekfac measures its eigenvalues in a second one. Where the cache keeps
 no factors of a layer, kfac and ekfac take its inputs and output gradients from a pass of their own.
+Without a cache, that pass is the first and usually the only one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -135,18 +136,27 @@ def write_moments(moments: BlockMoments) -> dict[str, Tensor]:
 
 
 def sum_moments(fit: Fit, names: Sequence[str]) -> dict[str, BlockMoments]:
-    """The sums of the first pass, for kfac and ekfac of up to three: over factors as the cache
-    keeps them; over the positions of other layers that have a rule; over the gradients of the rest.
+    """The sums of the first pass, for kfac and ekfac of up to three: over gradients as the cache
+    keeps them; over the positions of layers that have a rule and are stored without them; over the
+    gradients of the rest. Without a cache, the second of them is the first, and sums all that it
+    can.
     """
     wanted = {name: wanted_basis(fit, name) for name in names}
-    sums = sum_stored(fit, wanted)
-    dropped = [name for name in names if name not in sums]
-    if dropped:
-        ways = fit.source.extractor.captures.ways("train", fit.columns)
-        sums |= sum_positions(fit, [name for name in dropped if ways[name] == "rule"])
-        rest: dict[str, Basis] = {name: "moments" for name in dropped if name not in sums}
-        sums |= sum_stored(fit, rest) if rest else {}
-    return sums
+    sums: dict[str, BlockMoments] = {}
+    if fit.kind.basis == "factors" and fit.gradients.cache is None:
+        sums = sum_captured(fit, wanted)
+    else:
+        sums = sum_stored(fit, wanted)
+        missing = [name for name in names if name not in sums]
+        if missing:
+            ways = fit.source.extractor.captures.ways("train", fit.columns)
+            sums |= sum_captured(fit, {n: "factors" for n in missing if ways[n] == "rule"})
+    rest: dict[str, Basis] = {
+        name: "moments" if basis == "factors" else basis
+        for name, basis in wanted.items()
+        if name not in sums
+    }
+    return sums | (sum_stored(fit, rest) if rest else {})
 
 
 def wanted_basis(fit: Fit, name: str) -> Basis:
@@ -179,30 +189,38 @@ def sum_stored(fit: Fit, wanted: Mapping[str, Basis]) -> dict[str, BlockMoments]
     return totals.sums
 
 
-def sum_positions(fit: Fit, wanted: Sequence[str]) -> dict[str, BlockMoments]:
-    """One pass over inputs and output gradients, which runs the model again. It leaves blocks
-    out whose positions are not known in any batch.
+def sum_captured(fit: Fit, wanted: Mapping[str, Basis]) -> dict[str, BlockMoments]:
+    """One pass that runs the model and keeps no gradients. It leaves blocks out whose positions are
+    not known in any batch, and those of two parameters that need none.
     """
     totals, names = MomentSums(), set(wanted)
 
-    def keep(name: str, form: Form) -> PositionSums | None:
+    def keep(name: str, form: Form) -> BlockMoments | None:
         if name not in names - totals.dropped:
             return None
         block = fit.blocks[name]
-        return PositionSums.of(form, None if block.bias is None else block.axis)
+        if wanted[name] == "factors":
+            axis = None if block.bias is None else block.axis
+            sums = PositionSums.of(form, axis)
+            return None if sums is None else BlockMoments.of_positions(sums, len(form))
+        if block.bias is not None:
+            return None
+        moments = BlockMoments.start(form, wanted[name])
+        moments.add(form.to(torch.device("cpu")))
+        return moments
 
-    def add(sums_of: dict[str, PositionSums | None], examples: int) -> bool:
+    def add(moments_of: dict[str, BlockMoments | None], examples: int) -> bool:
         for name in names - totals.dropped:
-            if (sums := sums_of[name]) is None:
+            if (moments := moments_of[name]) is None:
                 totals.drop(name)
-                continue
-            if name not in totals.sums:
-                totals.sums[name] = BlockMoments.of_positions(sums)
-            totals.sums[name].add_positions(sums, examples)
+            elif name in totals.sums:
+                totals.sums[name].merge(moments)
+            else:
+                totals.sums[name] = moments
         return totals.dropped != names
 
     if wanted:
-        run_pass(fit, wanted, "positions", totals, capture_gradients(fit, keep, add))
+        run_pass(fit, list(wanted), "positions", totals, capture_gradients(fit, keep, add))
         store_sums(fit, "moments", totals)
     return totals.sums
 

@@ -116,6 +116,20 @@ def collate(items):
         assert torch.allclose(table, tables[0], rtol=1e-8, atol=1e-10)
 
 
+def test_without_a_cache_one_pass_sums_the_factors_of_all_layers(make_run, influence, monkeypatch):
+    stages, run_pass = [], passes.run_pass
+
+    def counted(fit, names, stage, sums, work):
+        stages.append(stage)
+        run_pass(fit, names, stage, sums, work)
+
+    monkeypatch.setattr("influence_cli.preconditioners.fit.run_pass", counted)
+    run = make_run(definition=definition_of("convolutions"))
+    done = influence("score", run, *FLAGS, "--curvature", "ekfac", "--cache", "none")
+    assert done.code == 0, done.err
+    assert stages == ["positions", "diagonal"]
+
+
 def test_a_killed_pass_over_positions_resumes(make_run, influence, monkeypatch):
     run = make_run("run", definition_of("convolutions"))
     flags = (*FLAGS, "--batch-size", "3")

@@ -198,7 +198,7 @@ def test_batches_resumed_passes_and_the_cache_give_the_same_labels(kind, make_ru
         if result.code == 0:
             break
         assert result.code == 130
-    assert len(calls) > 2
+    assert len(calls) > 1
     assert torch.allclose(scores(result), expected, rtol=1e-9, atol=1e-12)
 
 
