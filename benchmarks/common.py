@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from workloads import Work, floor_seconds, write_run
 
+from influence_cli.api.opening import Opened
+from influence_cli.api.requests import score_request
+from influence_cli.api.specs import ids as parse_ids
 from influence_cli.cache.id_blocks import Ids
-from influence_cli.cli.opening import Opened, open_shared
+from influence_cli.cli.opening import open_shared
 from influence_cli.cli.options import Shared
-from influence_cli.cli.requests import score_request
-from influence_cli.cli.specs import ids as parse_ids
 from influence_cli.extraction.fill import FillRequest
 from influence_cli.extraction.source import GradientSource
 from influence_cli.extraction.work_plan import WorkPlan

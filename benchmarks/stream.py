@@ -20,8 +20,8 @@ import torch
 from common import machine, opened, plan_of, score
 from safetensors.torch import save_file
 
+from influence_cli.api.opening import Opened
 from influence_cli.cache.gradient_rows import GradientRows
-from influence_cli.cli.opening import Opened
 from influence_cli.gradients.forms import Projected
 from influence_cli.gradients.row_products import products
 from influence_cli.storage.safetensors_io import TensorFile, allocate_pages

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from influence_cli.errors import InfluenceError
 
 if TYPE_CHECKING:
+    from influence_cli.api.influence_run import open_run
     from influence_cli.run.recorder import TrajectoryRecorder
 
 __version__ = "0.1.0"
-__all__ = ["InfluenceError", "TrajectoryRecorder", "__version__"]
+__all__ = ["InfluenceError", "TrajectoryRecorder", "__version__", "open_run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from influence_cli.run.recorder import TrajectoryRecorder
 
         return TrajectoryRecorder
+    if name == "open_run":  # brings the methods' declarations along, and torch when it is called
+        from influence_cli.api.influence_run import open_run
+
+        return open_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

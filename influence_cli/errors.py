@@ -98,6 +98,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def known_error(error: Exception) -> InfluenceError | None:
+    """The error to show; None for a fault of this package. An OSError that no room expects is a
+    file or folder that vanished, or that the system refuses.
+    """
+    if isinstance(error, InfluenceError):
+        return error
+    if is_out_of_memory(error):
+        return InfluenceError(
+            "out of memory",
+            "select fewer --queries or --layers at once; finished units are kept",
+            "see where it happened: --debug",
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return InfluenceError(
+            f"{error.filename}: {error.strerror}",
+            "a file or folder that this command uses was removed or changed, or is not accessible",
+            "finished work is kept; see where it happened: --debug",
+        )
+    return None
+
+
 def cut_part(text: str) -> str:
     """A part of a message that holds a value of 10 MB, in a readable length."""
     if len(text) <= LONGEST_PART:

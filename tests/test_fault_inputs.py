@@ -14,7 +14,7 @@ from faults.inputs.definition_texts import Written, judge_definition
 from faults.inputs.target import CommandFault, Refused, SilentFault, Target, run_target, try_input
 from faults.session import Outcome
 from faults.tally import Clock, Tally, format_table
-from influence_cli.cli import specs
+from influence_cli.api import specs
 from influence_cli.errors import UsageProblem
 
 

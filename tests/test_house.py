@@ -68,6 +68,10 @@ MAY_USE = {
         *("output.ranking", "output.score_tables"),
     ),
     "integrations": ("integrations", "run", "storage"),
+    "api": (
+        *("api", "run", "storage", "cache", "gradients", "extraction", "methods", "output"),
+        *("parallel", "integrations.tables"),
+    ),
     "cli": ("",),
 }
 THIRD_PARTY = {
@@ -92,6 +96,7 @@ THIRD_PARTY = {
         *("torch", "numpy", "transformers", "tokenizers", "peft"),
         *("datasets", "pyarrow", "PIL", "lightning"),
     ),
+    "api": ("torch", "numpy", "pandas"),
     "cli": ("typer", "rich", "numpy", "torch"),
 }
 MODULES = sorted(

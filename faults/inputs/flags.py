@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from faults.inputs.target import Target, expect
 from faults.mutate import EXTREME_TEXTS, mutate_bytes
-from influence_cli.cli import specs
+from influence_cli.api import specs
 from influence_cli.errors import UsageProblem
 from influence_cli.parallel.shards import parse_shard
 from influence_cli.run.checkpoints import Checkpoint

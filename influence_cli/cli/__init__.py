@@ -18,9 +18,10 @@ from typer.core import TyperGroup
 
 from influence_cli import __version__
 from influence_cli.cli.options import NUMBERS, OUT, RANKED, RUN, Debug
-from influence_cli.cli.streams import flush_or_discard, open_closed_streams, write_message
+from influence_cli.cli.streams import flush_or_discard, open_closed_streams
 from influence_cli.cli.user_warnings import warnings_shown_once
-from influence_cli.errors import InfluenceError, RankLost, UsageProblem, is_out_of_memory
+from influence_cli.errors import InfluenceError, RankLost, UsageProblem, known_error
+from influence_cli.output.visible import write_message
 from influence_cli.parallel.ranks import place_of
 from influence_cli.signals import Terminated, interruptible
 
@@ -76,10 +77,6 @@ COMMANDS = {
     "self": "self_influence",
     "trace": "trace",
 }
-OUT_OF_MEMORY = (
-    "select fewer --queries or --layers at once; finished units are kept",
-    "see where it happened: --debug",
-)
 
 
 def command(
@@ -165,7 +162,7 @@ def report(work: Callable[[], None], debug: bool) -> None:
         flush_or_discard(sys.stdout)
         raise typer.Exit(0) from None
     except (InfluenceError, MemoryError, RuntimeError, OSError) as error:
-        known = None if isinstance(error, typer.Exit) else as_known_error(error)
+        known = None if isinstance(error, typer.Exit) else known_error(error)
         if known is None:
             raise
         if debug:
@@ -179,23 +176,6 @@ def report(work: Callable[[], None], debug: bool) -> None:
         if not place_of(os.environ).rank:
             write_message("interrupted: finished work is kept. Run the same command to resume.")
         raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
-
-
-def as_known_error(error: Exception) -> InfluenceError | None:
-    """The error to print; None for a fault of this package. An OSError that no room expects is a
-    file or folder that vanished, or that the system refuses.
-    """
-    if isinstance(error, InfluenceError):
-        return error
-    if is_out_of_memory(error):
-        return InfluenceError("out of memory", *OUT_OF_MEMORY)
-    if isinstance(error, OSError) and error.filename is not None:
-        return InfluenceError(
-            f"{error.filename}: {error.strerror}",
-            "a file or folder that this command uses was removed or changed, or is not accessible",
-            "finished work is kept; see where it happened: --debug",
-        )
-    return None
 
 
 def version(show: bool) -> None:

@@ -16,14 +16,10 @@ def cache(
     If it is interrupted, run the same command to resume. It loses at most the unit (cache file)
     that it was computing.
     """
-    from influence_cli.cli import specs
-    from influence_cli.errors import UsageProblem, counted
+    from influence_cli.api import specs
+    from influence_cli.api.fill import check_stores, fill_cache
 
-    if shared.cache == "none":
-        raise UsageProblem(
-            "influence cache fills a cache, and --cache none stores nothing",
-            "leave out --cache none, or name a folder",
-        )
+    check_stores(shared.cache)
     specs.check_stdin(queries, train)
     part = specs.shard(shard)
 
@@ -31,16 +27,5 @@ def cache(
     from influence_cli.cli.opening import open_shared
 
     opened = open_shared(shared)
-    columns = list(opened.columns)
-    for split, ids in (
-        ("query", opened.ids("--queries", queries, "query")),
-        ("train", opened.shard_ids(opened.ids("--train", train, "train"), part)),
-    ):
-        new = opened.gradients.ensure(split, opened.checkpoints, columns, ids)
-        cached = len(ids) * len(opened.checkpoints) - new
-        opened.reporter.note(
-            f"{split}: {counted(new, 'gradient')} computed, {cached:,} were stored already "
-            f"({counted(len(ids), 'example')}, {counted(len(opened.checkpoints), 'checkpoint')})"
-        )
-    opened.note_unverified()
+    fill_cache(opened, queries, train, part)
     opened.ranks.close()

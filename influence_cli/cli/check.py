@@ -7,8 +7,8 @@ from influence_cli.cli import command, options
 from influence_cli.cli.torch_import import import_torch
 
 if TYPE_CHECKING:
+    from influence_cli.api.opening import Opened
     from influence_cli.cache.id_blocks import Ids
-    from influence_cli.cli.opening import Opened
     from influence_cli.diagnostics.finding import Finding
 
 SHOWN = 8  # names in a message
@@ -32,7 +32,7 @@ def check(
     exact ones. It compares gradients in bfloat16, float16 or tf32 with gradients in float32, and
     losses with the own loss of a Hugging Face model.
     """
-    from influence_cli.cli import specs
+    from influence_cli.api import specs
     from influence_cli.output.columns import CHECK_COLUMNS
     from influence_cli.output.tables import TableWriter
 

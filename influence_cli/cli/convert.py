@@ -70,9 +70,9 @@ def convert(
     import_torch()
     import sys
 
-    from influence_cli.cli.stderr_reporter import StderrReporter
     from influence_cli.errors import UsageProblem
     from influence_cli.integrations.convert import convert_checkpoints
+    from influence_cli.output.stderr_reporter import StderrReporter
     from influence_cli.output.tables import to_stdout
     from influence_cli.output.visible import escape_controls
     from influence_cli.progress import Reporter

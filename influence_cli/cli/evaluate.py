@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument
 
 from influence_cli.cli import command, options
-from influence_cli.cli.method_options import flags_group
+from influence_cli.cli.method_options import flags_group, given_flags
 from influence_cli.cli.torch_import import import_torch
 from influence_cli.evaluate.table import PROTOCOLS
 from influence_cli.methods.table import METHODS
 
 if TYPE_CHECKING:
+    from influence_cli.api.opening import Opened
     from influence_cli.cache.id_blocks import Ids
-    from influence_cli.cli.opening import Opened
     from influence_cli.evaluate.declaration import Figure, ScoreTable
     from influence_cli.evaluate.declaration import Protocol as EvaluationProtocol
     from influence_cli.methods.request import ScoreRequest
@@ -91,7 +91,7 @@ def evaluate(
     stored. If it is interrupted, run the same command to resume. Several processes of the same
     command, or of torchrun, divide the retrainings.
     """
-    from influence_cli.cli import specs
+    from influence_cli.api import specs
     from influence_cli.evaluate.declaration import table_columns, table_rows
     from influence_cli.output.tables import TableWriter
 
@@ -144,13 +144,8 @@ def read_options(
     protocol: "EvaluationProtocol", names: Sequence[str], own_flags: object, flags: RequestFlags
 ) -> tuple[object, dict[str, object]]:
     """The protocol's options, and those of each method to evaluate."""
-    from influence_cli.cli import specs
-    from influence_cli.cli.method_options import (
-        build_options,
-        given_flags,
-        options_of_methods,
-        refuse_flags,
-    )
+    from influence_cli.api import specs
+    from influence_cli.api.method_options import build_options, options_of_methods, refuse_flags
     from influence_cli.methods.declaration import option_texts
 
     methods = [METHODS[specs.one_of("--method", name, METHODS)] for name in names]
@@ -182,9 +177,9 @@ def compare_tables(
 ) -> "Iterator[Figure]":
     """The protocol's figures of score files and run folders. A single one is compared with RUN."""
     import_torch()
-    from influence_cli.cli.stderr_reporter import StderrReporter
     from influence_cli.evaluate.declaration import ScoreTable
     from influence_cli.output.score_tables import read_score_file
+    from influence_cli.output.stderr_reporter import StderrReporter
     from influence_cli.progress import Reporter
 
     sources = [flags.shared.run, *files] if len(files) == 1 else list(files)
@@ -243,15 +238,18 @@ def open_requests(
     options_of: dict[str, object], flags: RequestFlags
 ) -> "tuple[Opened, Ids, dict[str, ScoreRequest]]":
     """The run of the flags, the queries, and the request of each method."""
+    from influence_cli.api.requests import score_request
+    from influence_cli.api.score import ScoreArguments
     from influence_cli.cli.opening import open_shared
-    from influence_cli.cli.requests import score_request
 
     opened = open_shared(flags.shared, flags.trajectory, connected=False)
     ids = opened.ids("--queries", flags.queries, "query")
+    lr, lr_weights = flags.rates
+    scores = ScoreArguments(lr=lr, lr_weights=lr_weights)
 
     def request(name: str, own: object) -> "ScoreRequest":
         method = METHODS[name]
-        return score_request(opened, method, own, range(0), ids, flags.rates, last_checkpoint=True)
+        return score_request(opened, method, own, range(0), ids, scores, last_checkpoint=True)
 
     return opened, ids, {name: request(name, own) for name, own in options_of.items()}
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from influence_cli.cli import command, options
-from influence_cli.cli.method_options import flags_group
-from influence_cli.cli.row_options import Candidates, QueryRows
+from influence_cli.cli.method_options import flags_group, given_flags
+from influence_cli.cli.row_options import Candidates, QueryRows, given_elsewhere
 from influence_cli.cli.torch_import import import_torch
 from influence_cli.methods.declaration import option_texts
 from influence_cli.methods.table import METHODS, describe_methods
 
 if TYPE_CHECKING:
-    from influence_cli.cli.opening import Opened
+    from influence_cli.api.opening import Opened
     from influence_cli.methods.declaration import Method as DeclaredMethod
     from influence_cli.methods.gradient_vectors import GradientVectors
     from influence_cli.output.vector_files import VectorTable
@@ -81,30 +81,25 @@ def export(
     train @ queries.T is score --top all with the same flags. The query vectors contain the
     learning-rate weights. Without --project a vector has all numbers of all gradients.
     """
-    from influence_cli.cli import specs
-    from influence_cli.cli.given_rows import open_given_rows
+    from influence_cli.api import specs
+    from influence_cli.api.given_rows import open_given_rows
+    from influence_cli.api.score import ScoreArguments, check_method_arguments
 
     chosen = choose_method(method)
-    own_options = checked_options(chosen, method_flags, shared, scored, candidates)
+    scores = ScoreArguments(**vars(scored))
+    given_others = given_elsewhere(shared, candidates)
+    own_options = check_method_arguments(chosen, given_flags(method_flags), scores, given_others)
     specs.check_stdin(queries, train)
     folder = checked_folder(output, to)
 
     import_torch()
+    from influence_cli.api.requests import score_request
     from influence_cli.cli.opening import open_shared
-    from influence_cli.cli.requests import score_request
 
-    given = open_given_rows(rows, queries, candidates)
+    given = open_given_rows(rows.query, rows.query_file, queries, candidates)
     opened = open_shared(shared, trajectory, verify=verify, given=given)
-    request = score_request(
-        opened,
-        chosen,
-        own_options,
-        train=opened.ids("--train", train, "train"),
-        queries=opened.query_ids(queries),
-        rates=(scored.lr, scored.lr_weights),
-        sum_queries=scored.sum_queries,
-        normalize=scored.normalize,
-    )
+    ids = opened.ids("--train", train, "train"), opened.query_ids(queries)
+    request = score_request(opened, chosen, own_options, *ids, scores)
     flags = {"command": "export", "method": chosen.name, "options": own_options}
     write_tables(opened, chosen, request, folder, to, {**flags, **vars(scored)})
     opened.note_unverified("--verify compares all")
@@ -112,7 +107,7 @@ def export(
 
 def choose_method(name: str) -> "DeclaredMethod":
     """Raises UsageProblem for a method whose scores are no inner products."""
-    from influence_cli.cli import specs
+    from influence_cli.api import specs
     from influence_cli.errors import UsageProblem
 
     if name in METHODS and name not in VECTOR_METHODS:
@@ -126,7 +121,7 @@ def choose_method(name: str) -> "DeclaredMethod":
 
 def checked_folder(output: Path | None, format: str) -> Path:
     """Raises UsageProblem where -o is missing or names no new folder, and for an unknown format."""
-    from influence_cli.cli import specs
+    from influence_cli.api import specs
     from influence_cli.errors import UsageProblem
     from influence_cli.output.formats import require_pyarrow
     from influence_cli.output.vector_files import FORMATS, check_folder_name
@@ -139,29 +134,6 @@ def checked_folder(output: Path | None, format: str) -> Path:
     return output
 
 
-def checked_options(
-    method: "DeclaredMethod",
-    method_flags: object,
-    shared: options.Shared,
-    scored: VectorScores,
-    candidates: Path | None,
-) -> object:
-    """The method's options. Raises UsageProblem for flags that it does not have."""
-    from influence_cli.cli.method_options import method_options, refuse_flags
-
-    own_options = method_options(method, method_flags)
-    given = {
-        "--layers": bool(shared.layers),
-        "--project": shared.project is not None,
-        "--lr": scored.lr is not None,
-        "--lr-weights": scored.lr_weights is not None,
-        "--normalize": scored.normalize,
-        "--candidates": candidates is not None,
-    }
-    refuse_flags(method, given)
-    return own_options
-
-
 def write_tables(
     opened: "Opened",
     method: "DeclaredMethod",
@@ -171,7 +143,7 @@ def write_tables(
     flags: dict[str, object],
 ) -> None:
     """Compute the vectors and write the folder."""
-    from influence_cli.cli.table_request import record_maker
+    from influence_cli.api.table_request import record_maker
     from influence_cli.methods.gradient_vectors import GradientVectors
     from influence_cli.output.table_record import describe_command
     from influence_cli.output.vector_files import check_room, describe_sizes, write_vectors

@@ -106,9 +106,9 @@ def init(
     init looks at the folder first. For a Hugging Face, adapter or Lightning run the definition
     runs unedited. init marks what it can't know with CHANGE. It never overwrites a file.
     """
-    from influence_cli.cli.streams import write_message
     from influence_cli.errors import UsageProblem
     from influence_cli.integrations.definition_plan import InitFlags
+    from influence_cli.output.visible import write_message
 
     flags = InitFlags(**vars(described) | {"text": tuple(described.text or ())})
     path = directory / "definition.py"
@@ -126,8 +126,8 @@ def convert_checkpoints(directory: Path, written: "Written") -> list[str]:
     """Write the safetensors files of a Lightning run. Returns lines that say so."""
     if written.lightning_checkpoints is None:
         return []
-    from influence_cli.cli.stderr_reporter import StderrReporter
     from influence_cli.integrations.convert import convert_lightning
+    from influence_cli.output.stderr_reporter import StderrReporter
 
     place = directory / "checkpoints"
     saved = convert_lightning(written.lightning_checkpoints, place, StderrReporter())
@@ -136,7 +136,7 @@ def convert_checkpoints(directory: Path, written: "Written") -> list[str]:
 
 def describe_run(directory: Path, flags: "InitFlags", template: str | None) -> "Written":
     """The text to write. Raises UsageProblem for flags that do not fit the folder."""
-    from influence_cli.cli.specs import one_of
+    from influence_cli.api.specs import one_of
     from influence_cli.errors import UsageProblem
     from influence_cli.integrations.definition_plan import plan_definition
     from influence_cli.integrations.definition_text import Written

@@ -1,20 +1,21 @@
 """influence inspect: a dry run. It shows the run, its size, the cost, and what the cache has."""
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 from influence_cli.cli import command, options
-from influence_cli.cli.method_options import MethodFlags
+from influence_cli.cli.method_options import MethodFlags, given_flags
 from influence_cli.cli.torch_import import import_torch
 from influence_cli.methods.table import METHODS
 from influence_cli.progress import format_bytes, format_duration
 
 if TYPE_CHECKING:
+    from influence_cli.api.opening import Opened
+    from influence_cli.api.score import ScoreArguments
     from influence_cli.cache.id_blocks import Ids
-    from influence_cli.cli.opening import Opened
-    from influence_cli.cli.requests import Rates
     from influence_cli.diagnostics.cost_estimate import GradientCount, Speed
     from influence_cli.diagnostics.fidelity import Fidelity
     from influence_cli.diagnostics.score_estimate import ScoreJob
@@ -55,13 +56,14 @@ def inspect(
     nothing. It ends with an error where disk or memory is too small.
     With --project or a narrow --store it compares the scores of a sample of pairs with exact ones.
     """
-    from influence_cli.cli import specs
-    from influence_cli.cli.method_options import method_options, refuse_flags
+    from influence_cli.api import specs
+    from influence_cli.api.method_options import method_options, refuse_flags
+    from influence_cli.api.score import ScoreArguments
 
     specs.check_stdin(queries, train)
     target = specs.target(target_correlation)
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    own_options = method_options(chosen, method_flags)
+    own_options = method_options(chosen, given_flags(method_flags))
     refuse_flags(chosen, {"--project": shared.project is not None})
 
     import_torch()
@@ -69,11 +71,10 @@ def inspect(
     from influence_cli.extraction.machine import check_fits
 
     opened = open_shared(shared, trajectory, create=False, searched=target is not None)
-    ids = {
-        "train": opened.ids("--train", train, "train"),
-        "query": opened.ids("--queries", queries, "query"),
-    }
-    request = request_of(opened, chosen, own_options, ids, (lr, lr_weights), sum_queries)
+    train_ids = opened.ids("--train", train, "train")
+    ids = {"train": train_ids, "query": opened.ids("--queries", queries, "query")}
+    scores = ScoreArguments(sum_queries, lr=lr, lr_weights=lr_weights)
+    request = request_of(opened, chosen, own_options, ids, scores)
     counts, settings = estimate(opened, chosen, request)
     tables = [
         ("checkpoints", CHECKPOINT_HEADS, checkpoint_cells(opened, lr, lr_weights)),
@@ -218,23 +219,21 @@ def request_of(
     method: "Method",
     own_options: object,
     ids: "dict[str, Ids]",
-    rates: "Rates",
-    sum_queries: bool,
+    scores: "ScoreArguments",
 ) -> "ScoreRequest":
     """The request that `score` would make; with weights of 1 where there are no learning rates."""
-    from influence_cli.cli.requests import score_request
+    from influence_cli.api.requests import score_request
     from influence_cli.run.learning_rates import NoLearningRate
 
-    def build(rates: "Rates") -> "ScoreRequest":
+    def build(scores: "ScoreArguments") -> "ScoreRequest":
         return score_request(
-            opened, method, own_options, ids["train"], ids["query"], rates, sum_queries,
-            last_checkpoint=True,
-        )  # fmt: skip
+            opened, method, own_options, ids["train"], ids["query"], scores, last_checkpoint=True
+        )
 
     try:
-        return build(rates)
+        return build(scores)
     except NoLearningRate:
-        return build((1.0, None))
+        return build(dataclasses.replace(scores, lr=1.0, lr_weights=None))
 
 
 def gradient_cells(opened: "Opened", counts: "dict[str, GradientCount]") -> list[Cells]:
@@ -250,7 +249,7 @@ def count_cells(name: str, count: "GradientCount") -> Cells:
 
 def method_cells(opened: "Opened") -> list[Cells]:
     """The gradients of methods that read some rows only, if the run has what they need."""
-    from influence_cli.cli.requests import score_request
+    from influence_cli.api.requests import score_request
     from influence_cli.diagnostics.cost_estimate import count_gradients
     from influence_cli.errors import InfluenceError
 

@@ -33,11 +33,11 @@ def merge(
     """
     import sys
 
-    from influence_cli.cli import specs
-    from influence_cli.cli.stderr_reporter import StderrReporter
+    from influence_cli.api import specs
     from influence_cli.errors import listed
     from influence_cli.output.merge import find_top_of_parts, merge_tables, open_tables
     from influence_cli.output.part_records import check_parts
+    from influence_cli.output.stderr_reporter import StderrReporter
     from influence_cli.output.tables import TableWriter
     from influence_cli.progress import Reporter
 
@@ -68,7 +68,7 @@ def merge(
 
 def sort_key(sort: str | None, columns: tuple[str, ...], request: "Record | None") -> str:
     """The column by which the parts are sorted: their records know it, or --sort names it."""
-    from influence_cli.cli import specs
+    from influence_cli.api import specs
     from influence_cli.errors import UsageProblem
     from influence_cli.output.columns import SELF_KEYS
 

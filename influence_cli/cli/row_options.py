@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from influence_cli.cli.options import RANKED, option
+from influence_cli.cli.options import RANKED, Shared, option
 
 Query = Annotated[
     list[str] | None,
@@ -44,3 +44,12 @@ class QueryRows:
 
     query: Query = None
     query_file: QueryFile = None
+
+
+def given_elsewhere(shared: Shared, candidates: Path | None) -> dict[str, bool]:
+    """Which flags that some methods do not have are given, besides those of the scores."""
+    return {
+        "--layers": bool(shared.layers),
+        "--project": shared.project is not None,
+        "--candidates": candidates is not None,
+    }

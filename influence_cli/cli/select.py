@@ -77,10 +77,10 @@ def select(
     """
     import sys
 
-    from influence_cli.cli.stderr_reporter import StderrReporter
     from influence_cli.errors import UsageProblem
     from influence_cli.output.score_tables import read_score_rows
     from influence_cli.output.selection import matching_examples, sum_scores
+    from influence_cli.output.stderr_reporter import StderrReporter
     from influence_cli.output.table_record import read_record
     from influence_cli.output.tables import check_file_name, write_lines
     from influence_cli.progress import Reporter
@@ -113,7 +113,7 @@ def parse_rule(
     """Raises UsageProblem unless exactly one of the three is given, with a value it can have."""
     import math
 
-    from influence_cli.cli import specs
+    from influence_cli.api import specs
     from influence_cli.errors import UsageProblem
     from influence_cli.output.selection import SelectionRule
 

@@ -20,14 +20,6 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
-def write_message(text: str) -> None:
-    """Print lines on stderr. A full disk behind stderr does not stop the work."""
-    from influence_cli.output.visible import LINE_CHARACTERS, escape_controls
-
-    with contextlib.suppress(OSError, ValueError):
-        print(escape_controls(text, LINE_CHARACTERS), file=sys.stderr, flush=True)
-
-
 def flush_or_discard(stream: IO[str] | None) -> OSError | None:
     """Flush a stream. If that fails, send the rest of its buffer to /dev/null, so that the
     interpreter's last flush does not fail. Returns the error.

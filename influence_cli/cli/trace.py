@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Annotated
 
 from influence_cli.cli import command, options
-from influence_cli.cli.method_options import MethodFlags
+from influence_cli.cli.method_options import MethodFlags, given_flags
 from influence_cli.cli.row_options import QueryRows
 from influence_cli.cli.torch_import import import_torch
 from influence_cli.errors import UsageProblem
 from influence_cli.methods.table import METHODS, describe_methods
 
 if TYPE_CHECKING:
-    from influence_cli.cli.opening import Opened
+    from influence_cli.api.opening import Opened
     from influence_cli.methods.declaration import Method as TracedMethod
     from influence_cli.methods.request import ScoreRequest
     from influence_cli.methods.reverse.occurrences import Trace
@@ -64,9 +64,10 @@ def trace(
     Rows with train = all show a step's whole batch; --train adds rows for single examples.
     running is the sum of scores up to the step. The output is a plot in a terminal, CSV in a pipe.
     """
-    from influence_cli.cli import specs
-    from influence_cli.cli.given_rows import open_given_rows
-    from influence_cli.cli.method_options import method_options, refuse_flags
+    from influence_cli.api import specs
+    from influence_cli.api.given_rows import open_given_rows
+    from influence_cli.api.method_options import method_options, refuse_flags
+    from influence_cli.api.score import ScoreArguments
     from influence_cli.output.tables import TableWriter
 
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
@@ -79,22 +80,19 @@ def trace(
         raise UsageProblem("--format plot is for a terminal, -o is a file", "give one of them")
     sink = TableWriter.open("csv" if plotted else format, output)
     specs.check_stdin(queries, train)
-    own_options = method_options(chosen, method_flags)
+    own_options = method_options(chosen, given_flags(method_flags))
     refuse_flags(chosen, {"--project": shared.project is not None, "--layers": bool(shared.layers)})
 
     import_torch()
+    from influence_cli.api.requests import score_request
     from influence_cli.cli.opening import open_shared
-    from influence_cli.cli.requests import score_request
 
-    opened = open_shared(shared, trajectory, given=open_given_rows(rows, queries))
-    request = score_request(
-        opened,
-        chosen,
-        own_options,
-        train=opened.ids("--train", train, "train") if train is not None else range(0),
-        queries=opened.query_ids(queries),
-        sum_queries=sum_queries,
-    )
+    given = open_given_rows(rows.query, rows.query_file, queries)
+    opened = open_shared(shared, trajectory, given=given)
+    traced = opened.ids("--train", train, "train") if train is not None else range(0)
+    ids = traced, opened.query_ids(queries)
+    scores = ScoreArguments(sum_queries=sum_queries)
+    request = score_request(opened, chosen, own_options, *ids, scores)
     write_trace(opened, traced_scores(opened, chosen, request), sink, stdout if plotted else None)
     opened.note_unverified()
 

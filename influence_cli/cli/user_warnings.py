@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from influence_cli.cli.streams import write_message
+from influence_cli.output.visible import write_message
 
 
 @contextmanager

@@ -6,6 +6,7 @@ asks, with --precision tf32.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -26,3 +27,27 @@ def without_tf32(used: bool) -> Iterator[None]:
         yield
     finally:
         allow_tf32(used)
+
+
+@contextmanager
+def tf32_during(allowed: bool) -> Iterator[None]:
+    """`allow_tf32` inside the block. At its end the process has its own settings again."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    settings = [setting for backend in backends for setting in read_settings(backend)]
+    try:
+        allow_tf32(allowed)
+        yield
+    finally:
+        for holder, name, value in settings:
+            setattr(holder, name, value)
+
+
+def read_settings(backend: Any) -> list[tuple[Any, str, Any]]:  # Any: torch's modules
+    """What `allow_tf32` changes: (holder, attribute, value). Where the process used the newer
+    settings of torch, it refuses to read the older one.
+    """
+    try:
+        return [(backend, "allow_tf32", backend.allow_tf32)]
+    except RuntimeError:
+        holders = [getattr(backend, "conv", backend), getattr(backend, "rnn", backend)]
+        return [(holder, "fp32_precision", holder.fp32_precision) for holder in holders]

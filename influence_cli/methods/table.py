@@ -29,6 +29,7 @@ _METHODS = (
     random.METHOD,
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+SELF_METHODS = {name: method for name, method in METHODS.items() if method.has_self}
 
 
 def describe_methods(names: Iterable[str]) -> str:

@@ -4,7 +4,9 @@ A control character moves the cursor, an escape sequence changes colours or the 
 override reorders what a reader sees.
 """
 
+import contextlib
 import re
+import sys
 
 LINE_CHARACTERS = "\n\t"  # of a message of several lines
 ACTING = re.compile(
@@ -21,6 +23,13 @@ def escape_controls(text: str, allowed: str = "") -> str:
     return ACTING.sub(
         lambda match: match[0] if match[0] in allowed else escape_character(match[0]), text
     )
+
+
+def write_message(text: str) -> None:
+    """Write lines to stderr. A full disk behind stderr does not stop the work."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{escape_controls(text, LINE_CHARACTERS)}\n")
+        sys.stderr.flush()
 
 
 def escape_character(character: str) -> str:

@@ -13,6 +13,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from influence_cli.errors import DefinitionError, InfluenceError
+from influence_cli.run.import_scope import NAME
 from influence_cli.run.source_texts import SourceFinder, install_finder
 from influence_cli.run.static_imports import find_imported_files
 
@@ -89,7 +90,7 @@ def load_definition(path: Path) -> Definition:
         )
     content = path.read_bytes()
     code = compile_definition(path, content)
-    spec = importlib.util.spec_from_loader("influence_definition", loader=None, origin=str(path))
+    spec = importlib.util.spec_from_loader(NAME, loader=None, origin=str(path))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     module.__file__ = str(path)

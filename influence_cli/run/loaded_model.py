@@ -41,6 +41,10 @@ class LoadedModel:
             self.checkpoint = self._base = checkpoint
         return self.module
 
+    def forget(self) -> None:
+        """The next use loads its checkpoint from the disk, whose files may have been replaced."""
+        self.checkpoint = self._base = None
+
     def at_any(self, default: Checkpoint) -> nn.Module:
         """The model with its current weights; before the first load with those of `default`."""
         return self.module if self._base is not None else self.at(default)

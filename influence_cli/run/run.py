@@ -31,7 +31,8 @@ STEPS = re.compile("([0-9]{1,4000})|([0-9]{0,4000}):([0-9]{0,4000})")  # of --st
 @dataclass(frozen=True)
 class Run:
     """An opened run. Builds its datasets at their first use. `given`: rows from the command line
-    that replace train_data() or query_data().
+    that replace train_data() or query_data(). `datasets`: those of the definition, by split, which
+    copies of the run share.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Run:
     given: Mapping[str, GivenRows] = field(default_factory=dict)  # by split
     changed: Mapping[int, Any] = field(default_factory=dict)  # examples that replace others, by id
     notes: tuple[str, ...] = ()  # for the user, once
+    datasets: dict[str, Examples] = field(default_factory=dict)
 
     @cached_property
     def embeddings(self) -> dict[str, Column]:
@@ -66,11 +68,21 @@ class Run:
 
     @cached_property
     def train(self) -> Examples:
-        return Examples(self.definition, "train", self.given.get("train"), self.changed)
+        if "train" in self.given or self.changed:
+            return Examples(self.definition, "train", self.given.get("train"), self.changed)
+        return self.open_dataset("train")
 
     @cached_property
     def query(self) -> Examples:
-        return Examples(self.definition, "query", self.given.get("query"))
+        if "query" in self.given:
+            return Examples(self.definition, "query", self.given["query"])
+        return self.open_dataset("query")
+
+    def open_dataset(self, split: str) -> Examples:
+        """What the definition's train_data() or query_data() returns, opened once."""
+        if split not in self.datasets:
+            self.datasets[split] = Examples(self.definition, split)
+        return self.datasets[split]
 
     def examples(self, split: str) -> Examples:
         return self.train if split == "train" else self.query
@@ -79,7 +91,7 @@ class Run:
     def trajectory(self) -> Trajectory | None:
         if self.trajectory_path is None:
             return None
-        trained = Examples(self.definition, "train") if "train" in self.given else self.train
+        trained = self.open_dataset("train") if "train" in self.given else self.train
         return read_trajectory(self.trajectory_path, len(trained))
 
 

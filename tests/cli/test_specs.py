@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from influence_cli.cli import specs
+from influence_cli.api import specs
 from influence_cli.errors import UsageProblem
 
 SIZE = 50

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from influence_cli.cli import stderr_reporter
+from influence_cli.output import stderr_reporter
 
 ROOT = Path(__file__).parents[2]
 

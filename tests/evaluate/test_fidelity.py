@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from influence_cli.cli.opening import Opened, open_shared
+from influence_cli.api.opening import Opened
+from influence_cli.cli.opening import open_shared
 from influence_cli.cli.options import Shared
 from influence_cli.diagnostics.fidelity import (
     Fidelity,

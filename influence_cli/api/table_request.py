@@ -7,16 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from influence_cli.api.opening import Opened
 from influence_cli.cache.id_blocks import Ids
 from influence_cli.cache.identity import checkpoint_key
-from influence_cli.cli.opening import Opened
 from influence_cli.parallel.shards import Shard
 
 Described = dict[str, Any]  # Any: JSON values
 
 
 def record_maker(
-    opened: Opened, flags: Described, train: Ids, queries: Ids, shard: Shard | None, top: int | None
+    opened: Opened,
+    arguments: Described,
+    train: Ids,
+    queries: Ids,
+    shard: Shard | None,
+    top: int | None,
 ) -> Callable[[], Described]:
     """Returns a function that makes the record. It reads checkpoints, if no cache knows their
     digests. `train`: all ids, of which the shard has a part.
@@ -25,7 +30,7 @@ def record_maker(
     def make() -> Described:
         return {
             "request": {
-                **{name: plain(value) for name, value in flags.items()},
+                **{name: plain(value) for name, value in arguments.items()},
                 **describe_run(opened),
                 "train": digest_ids(train),
                 "queries": digest_ids(queries),

@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from influence_cli.cli.streams import write_message
-from influence_cli.output.visible import escape_controls
+from influence_cli.output.visible import escape_controls, write_message
 from influence_cli.progress import Advance, Reporter
 
 LOG_SECONDS = 30.0  # between the lines of a log

@@ -56,11 +56,13 @@ def ids(flag: str, spec: str | None, size: int, source: str, stdin: IO[str]) -> 
     if distinct is None:
         ranges = [_range(flag, part, size, source) for part in parts]
         distinct = np.unique(np.concatenate([np.arange(r.start, r.stop) for r in ranges]))
-    return (
-        range(int(distinct[0]), int(distinct[-1]) + 1)
-        if len(distinct) == distinct[-1] - distinct[0] + 1
-        else distinct
-    )
+    return as_range(distinct)
+
+
+def as_range(distinct: np.ndarray) -> range | np.ndarray:
+    """Rising distinct ids, as a range where they are one."""
+    first, last = int(distinct[0]), int(distinct[-1])
+    return range(first, last + 1) if len(distinct) == last - first + 1 else distinct
 
 
 def _distinct_numbers(parts: Sequence[str], size: int) -> np.ndarray | None:
@@ -87,16 +89,20 @@ def _range(flag: str, part: str, size: int, source: str) -> range:
         else (parse_digits(low or "0"), parse_digits(high) if high else size)
     )
     if stop > size or start >= size:
-        raise UsageProblem(
-            f"{flag} {part[:LONGEST_SHOWN]}: out of range",
-            f"{source} has {size:,} examples (0 to {size - 1:,})",
-        )
+        raise out_of_range(flag, part, size, source)
     if start >= stop:
         raise UsageProblem(
             f"{flag} {part[:LONGEST_SHOWN]}: an empty range",
             "ranges are half-open: 10:20 is 10 to 19",
         )
     return range(start, stop)
+
+
+def out_of_range(flag: str, part: str, size: int, source: str) -> UsageProblem:
+    return UsageProblem(
+        f"{flag} {part[:LONGEST_SHOWN]}: out of range",
+        f"{source} has {size:,} examples (0 to {size - 1:,})",
+    )
 
 
 def check_stdin(queries: str | None, train: str | None) -> None:

@@ -1,49 +1,66 @@
-"""From --query, --query-file and --candidates to rows. A problem names the flag."""
+"""Rows that replace a dataset: of --query, --query-file and --candidates, or Python's."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from influence_cli.cli.row_options import QueryRows
 from influence_cli.errors import UsageProblem, shown
 from influence_cli.run.definition import Definition
 from influence_cli.run.given_rows import GivenRows
 from influence_cli.storage.json_text import parse_json
 
 Given = dict[str, GivenRows]  # split -> the rows that replace it
+TableRow = Mapping[str, Any]  # column -> value
 CHUNK = 1 << 20
 
 
-def check_query_flags(flags: QueryRows, queries: str | None) -> None:
-    """Raises UsageProblem for flags that contradict each other."""
-    if flags.query and flags.query_file is not None:
+def open_given_rows(
+    query: str | TableRow | Sequence[str | TableRow] | None = None,
+    query_file: str | Path | Sequence[TableRow] | None = None,
+    queries: object = None,
+    candidates: str | Path | Sequence[TableRow] | None = None,
+) -> Given:
+    """The rows of --query, --query-file and --candidates. `queries`: --queries.
+
+    Raises UsageProblem: arguments that contradict each other, no such file, no rows; DataError: a
+    table that can't be read.
+    """
+    if query and query_file is not None:
         raise UsageProblem("--query and --query-file both give queries", "give one of them")
-    if flags.query and queries is not None:
+    if query and queries is not None:
         raise UsageProblem(
             "--queries selects among queries, and --query gives them itself", "leave out --queries"
         )
-
-
-def open_given_rows(
-    flags: QueryRows, queries: str | None = None, candidates: Path | None = None
-) -> Given:
-    """The rows that the flags give. `queries`: --queries.
-
-    Raises UsageProblem: flags that contradict each other, no such file, no JSON object; DataError:
-    a table that can't be read.
-    """
-    check_query_flags(flags, queries)
     given: Given = {}
-    if flags.query:
-        rows = [parse_query(text) for text in flags.query]
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        given["query"] = GivenRows(rows, "--query", digest)
-    if flags.query_file is not None:
-        given["query"] = open_rows("--query-file", flags.query_file)
+    if query:
+        parts = [query] if isinstance(query, str | Mapping) else query
+        rows = [parse_query(part) if isinstance(part, str) else part for part in parts]
+        given["query"] = list_rows("--query", rows)
+    if query_file is not None:
+        given["query"] = open_rows("--query-file", query_file)
     if candidates is not None:
         given["train"] = open_rows("--candidates", candidates)
     return given
+
+
+def list_rows(flag: str, rows: Sequence[TableRow]) -> GivenRows:
+    """Rows of Python. Their digest is that of their JSON."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise UsageProblem(
+                f"{flag}: row {number} is {shown(row)}",
+                "expected: a dict of column -> value for each row, or the path of a file",
+            )
+    try:
+        content = json.dumps([dict(row) for row in rows]).encode()
+    except (TypeError, ValueError) as error:
+        raise UsageProblem(
+            f"{flag}: rows must be JSON, and {error}",
+            "expected: texts, numbers, None, lists and dicts; of an array: array.tolist()",
+        ) from error
+    return GivenRows(rows, flag, hashlib.sha256(content).hexdigest())
 
 
 def parse_query(text: str) -> dict[str, object]:
@@ -61,9 +78,13 @@ def parse_query(text: str) -> dict[str, object]:
     return row
 
 
-def open_rows(flag: str, path: Path) -> GivenRows:
+def open_rows(flag: str, source: str | Path | Sequence[TableRow]) -> GivenRows:
+    """The rows of a file, or of a list."""
     from influence_cli.integrations.tables import table
 
+    if not isinstance(source, str | Path):
+        return list_rows(flag, source)
+    path = Path(source)
     if not path.exists():
         raise UsageProblem(
             f"{flag} {path}: no such file", "expected: a csv, tsv, jsonl or parquet file"

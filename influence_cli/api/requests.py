@@ -1,8 +1,9 @@
-"""From flags to what a method receives."""
+"""From checked arguments to what a method receives."""
 
 from typing import TYPE_CHECKING
 
-from influence_cli.cli.opening import Opened
+from influence_cli.api.opening import Opened
+from influence_cli.api.score import PLAIN, ScoreArguments
 from influence_cli.errors import UsageProblem
 from influence_cli.methods.declaration import Method
 from influence_cli.methods.request import ScoreRequest
@@ -11,8 +12,6 @@ from influence_cli.run.learning_rates import weigh_checkpoints
 if TYPE_CHECKING:
     from influence_cli.cache.id_blocks import Ids
 
-Rates = tuple[float | None, str | None]  # --lr, --lr-weights
-
 
 def score_request(
     opened: Opened,
@@ -20,14 +19,10 @@ def score_request(
     own_options: object,
     train: "Ids",
     queries: "Ids",
-    rates: Rates = (None, None),
-    sum_queries: bool = False,
-    normalize: bool = False,
-    by: str | None = None,
-    group_by: str | None = None,
+    scored: ScoreArguments = PLAIN,
     last_checkpoint: bool = False,
 ) -> ScoreRequest:
-    """The request to one method. Raises UsageProblem for flags that do not fit the run.
+    """The request to one method. Raises UsageProblem for arguments that do not fit the run.
 
     `last_checkpoint`: a method of one checkpoint reads the last of --steps; else that is refused.
     """
@@ -42,7 +37,7 @@ def score_request(
         checkpoints = checkpoints[-1:]
     return ScoreRequest(
         checkpoints=checkpoints,
-        weights=opened.weights(*rates)
+        weights=opened.weights(scored.lr, scored.lr_weights)
         if method.weighted
         else tuple(weigh_checkpoints(checkpoints, None, "none")),
         columns=method.select_columns(opened.run, own_options)
@@ -50,10 +45,10 @@ def score_request(
         else opened.columns,
         train=train,
         queries=queries,
-        sum_queries=sum_queries,
-        normalize=normalize or method.normalized,
-        by=by,
-        groups=opened.groups(group_by, train) if group_by else None,
+        sum_queries=scored.sum_queries,
+        normalize=scored.normalize or method.normalized,
+        by=scored.by,
+        groups=opened.groups(scored.group_by, train) if scored.group_by else None,
         options=own_options,
         seed=opened.seed,
     )

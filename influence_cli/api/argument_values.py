@@ -1,0 +1,173 @@
+"""From Python values to the values of flags. Problems name the flag."""
+
+import math
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from influence_cli.api.method_options import Given, owners
+from influence_cli.errors import UsageProblem, shown
+from influence_cli.methods.declaration import flag_of
+from influence_cli.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from influence_cli.api.opening import RunArguments
+    from influence_cli.api.score import ScoreArguments
+    from influence_cli.parallel.shards import Shard
+
+
+def wrong_type(flag: str, value: object, expected: str) -> UsageProblem:
+    return UsageProblem(f"{flag}: found {shown(value)}", f"expected: {expected}")
+
+
+def text(flag: str, value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise wrong_type(flag, value, "a text")
+    return value
+
+
+def path(flag: str, value: str | os.PathLike[str] | None) -> Path | None:
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise wrong_type(flag, value, "a path")
+    return None if value is None else Path(value)
+
+
+def whole_number(flag: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise wrong_type(flag, value, "a whole number")
+    return int(value)
+
+
+def number(flag: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise wrong_type(flag, value, "a number")
+    return float(value)
+
+
+def steps_spec(value: int | str | Sequence[int] | None) -> str | None:
+    """`--steps`: a text, a step, or a list or range of steps."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, range) and value.step == 1:
+        return f"{value.start}:{value.stop}"
+    steps = as_list(value) or [value]
+    return ",".join(str(whole_number("--steps", step)) for step in steps)
+
+
+def as_list(value: Any) -> list[Any]:  # Any: a sequence, an array or one of its members
+    """The members; none of what has no members."""
+    try:
+        return list(value)
+    except TypeError:
+        return []
+
+
+def globs(value: str | Sequence[str] | None) -> list[str] | None:
+    """`--layers`: one glob or several."""
+    if value is None or isinstance(value, str):
+        return None if value is None else [value]
+    return [str(text("--layers", name)) for name in as_list(value) or [value]]
+
+
+def top_spec(value: int | str) -> str:
+    """`--top`: a number, or "all"."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | str):
+        raise wrong_type("--top", value, 'a number from 1, or "all"')
+    return str(value)
+
+
+def check_selection(flag: str, selection: object) -> None:
+    """Raises UsageProblem for the text `-`."""
+    if isinstance(selection, str) and selection == "-":
+        raise UsageProblem(
+            f"{flag}: '-' reads stdin on the command line only",
+            "give a list, a range or an array of ids",
+        )
+
+
+def method_arguments(options: Mapping[str, Any]) -> Given:  # Any: of the option's own type
+    """Keyword arguments as options of methods; None and False: not given.
+
+    Raises UsageProblem for a name that no method has, or a value of another type.
+    """
+    given: Given = {}
+    for name, value in options.items():
+        if not owners(name):
+            raise UsageProblem(
+                f"there is no argument {name}",
+                "the arguments are the flags of the command, with _ instead of -",
+            )
+        if value is not None and value is not False:
+            given[name] = convert_option(name, value)
+    return given
+
+
+def convert_option(name: str, value: Any) -> Any:  # Any: of the option's own type
+    kind = get_type_hints(METHODS[owners(name)[0]].options)[name]
+    if kind is bool:
+        if value is not True:
+            raise wrong_type(flag_of(name), value, "True or False")
+        return True
+    if kind in (Path, Path | None):
+        return path(flag_of(name), value)
+    if kind in (int, int | None):
+        return whole_number(flag_of(name), value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        return repr(float(value))  # a number where the flag also takes a word
+    return text(flag_of(name), value)
+
+
+def describe_call(name: str, arguments: Mapping[str, object]) -> str:
+    """The call as Python text, for records: `score(method='tracin', queries=[57])`."""
+    given = {k: v for k, v in arguments.items() if v is not None and v is not False}
+    return f"{name}({', '.join(f'{key}={shown(value)}' for key, value in given.items())})"
+
+
+def run_arguments(given: Mapping[str, Any]) -> "RunArguments":  # Any: the arguments of open_run
+    from influence_cli.api.opening import RunArguments
+
+    cache = given["cache"]
+    return RunArguments(
+        run=Path(given["run"]),
+        definition=path("--definition", given["definition"]),
+        checkpoints=path("--checkpoints", given["checkpoints"]),
+        trajectory=path("--trajectory", given["trajectory"]),
+        cache=None if cache is None else str(cache),
+        verify=bool(given["verify"]),
+        device=str(given["device"]),
+        batch_size=str(given["batch_size"]),
+        precision=text("--precision", given["precision"]),
+        store=text("--store", given["store"]),
+        project=whole_number("--project", given["project"]),
+        projection=text("--projection", given["projection"]),
+        seed=whole_number("--seed", given["seed"]),
+    )
+
+
+def score_arguments(given: Mapping[str, Any]) -> "ScoreArguments":  # Any: arguments of score
+    from influence_cli.api.score import ScoreArguments
+
+    group_by = path("--group-by", given.get("group_by"))
+    return ScoreArguments(
+        sum_queries=bool(given.get("sum_queries")),
+        group_by=None if group_by is None else str(group_by),
+        by=text("--by", given.get("by")),
+        lr=number("--lr", given.get("lr")),
+        lr_weights=text("--lr-weights", given.get("lr_weights")),
+        normalize=bool(given.get("normalize")),
+        aggregate=text("--aggregate", given.get("aggregate")),
+    )
+
+
+def shard(spec: str | None) -> "Shard | None":
+    """`--shard`. A Python program is one process: it shares its work with no rank."""
+    from influence_cli.parallel.shards import parse_shard
+
+    part = text("--shard", spec)
+    return None if part is None else parse_shard(part, os.environ)

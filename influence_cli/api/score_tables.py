@@ -1,0 +1,130 @@
+"""The tables that `InfluenceRun` returns."""
+
+import os
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from influence_cli.errors import InfluenceError, UsageProblem
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from influence_cli.api.score import ScoreWork
+    from influence_cli.methods.request import ScoredQueries
+    from influence_cli.output.columns import Row
+
+Session = Callable[[], AbstractContextManager[None]]  # in which the definition's functions run
+
+
+class RankedTable:
+    """A table: of `InfluenceRun.self_influence`, or the base of `Scores`.
+
+    `columns`: the names of the columns. `notes`: what a user should know of this call; the command
+    line writes them to stderr. `made`: how the table was made, as FILE.meta.json has it.
+    """
+
+    def __init__(
+        self,
+        columns: tuple[str, ...],
+        read_rows: "Callable[[], Iterator[Row]]",
+        made: dict[str, Any],  # Any: JSON values
+        notes: list[str],
+        session: Session,
+    ) -> None:
+        self.columns, self.made, self.notes = columns, made, notes
+        self._read_rows, self._session = read_rows, session
+
+    def __repr__(self) -> str:
+        return f"<{self.made['command'][0]}: columns {', '.join(self.columns)}>"
+
+    def rows(self) -> list[Any]:  # Any: a named tuple of the columns
+        """The rows, as named tuples: `row.train`, `row.score`."""
+        row = namedtuple("Row", self.columns)  # type: ignore[misc]  # names of this table
+        with self._session():
+            return [row(*cells) for cells in self._read_rows()]
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The rows as a DataFrame. Raises InfluenceError without pandas."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise InfluenceError("to_pandas() needs pandas", "pip install pandas") from error
+        return pd.DataFrame(self.rows(), columns=list(self.columns))
+
+    def write(
+        self, path: str | os.PathLike[str], format: str | None = None, safe_cells: bool = False
+    ) -> None:
+        """Write what the command line writes with -o: the table, and how it was made.
+
+        `format`: table, csv, tsv, jsonl or parquet; None: by the name's ending, else csv. The file
+        appears only when it is complete.
+        """
+        with self._session():
+            from influence_cli.output.tables import TableWriter
+
+            sink = TableWriter.open(format, Path(path), safe_cells=safe_cells)
+            sink.write(self._read_rows(), self.columns, lambda: self.made)
+
+
+class Scores(RankedTable):
+    """Ranked scores of training examples, from `InfluenceRun.score`.
+
+    Sorted by query: proponents by falling score, then opponents by rising score.
+    """
+
+    def __init__(
+        self,
+        work: "ScoreWork",
+        results: "list[ScoredQueries]",
+        made: dict[str, Any],  # Any: JSON values
+        notes: list[str],
+        session: Session,
+    ) -> None:
+        super().__init__(work.columns, lambda: work.rows(results), made, notes, session)
+        self._work, self._results = work, results
+
+    @cached_property
+    def query_ids(self) -> "np.ndarray":
+        """(Q,) ids of the queries; `all` with sum_queries."""
+        import numpy as np
+
+        summed = self._work.plan.scored.sum_queries
+        return np.array(["all"]) if summed else np.asarray(self._work.queries, np.int64)
+
+    @cached_property
+    def train_ids(self) -> "np.ndarray":
+        """(N,) ids of the training examples; names of groups with group_by."""
+        import numpy as np
+
+        groups = self._work.groups
+        return np.array(groups) if groups else np.asarray(self._work.train, np.int64)
+
+    def matrix(self) -> "np.ndarray":
+        """(Q, N) float64: the score of each pair, in the order of `query_ids` and `train_ids`.
+
+        Raises UsageProblem for the scores of a top, which are not all.
+        """
+        import numpy as np
+
+        if (top := self._work.plan.top) is not None:
+            raise UsageProblem(
+                f"matrix() needs the scores of all pairs, and top={top} keeps some of them",
+                "expected: run.score(..., top='all')",
+            )
+        scores_QN = np.full((len(self.query_ids), len(self.train_ids)), np.nan)
+        rankings = (
+            scored.ranking.entries(position)
+            for scored in self._results
+            for position in range(scored.ranking.queries)
+        )
+        for scores_N, ranking in zip(scores_QN, rankings, strict=True):
+            entries = list(ranking)
+            ids = np.array([entry.train for entry in entries], np.int64)
+            at = ids if self._work.groups else np.searchsorted(self.train_ids, ids)
+            scores_N[at] = [entry.score for entry in entries]
+        return scores_QN
