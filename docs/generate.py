@@ -1,11 +1,19 @@
-"""Writes docs/commands.md from the commands themselves: python docs/generate.py. A test checks that it is up to date."""
+"""Writes docs/commands.md from the commands, and docs/python.md from docstrings: python docs/generate.py.
 
+A test checks that both are up to date.
+"""
+
+import inspect
+import textwrap
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import typer
 from typer.core import TyperArgument, TyperOption
 
+from influence_cli.api.influence_run import InfluenceRun, open_run
+from influence_cli.api.score_tables import RankedTable, Scores
 from influence_cli.cli import app, register
 
 Parameter = TyperArgument | TyperOption
@@ -17,6 +25,23 @@ command line has; 130 or 143 interrupted, and resumable. stdout carries the tabl
 described once, under [Shared flags](#shared-flags).
 """
 SHARED = "\n## Shared flags\n"
+PYTHON_HEAD = """# Python API
+
+`python docs/generate.py` writes this page from the docstrings. The [tutorial](tutorial.md) shows the API at work.
+
+```python
+from influence_cli import open_run
+
+run = open_run("my_run")
+scores = run.score(method="tracin", queries=[57], top=10)
+```
+
+- Arguments have the names, the values and the defaults of the [flags](commands.md): `--lr-weights none` is `lr_weights="none"`.
+- Every mistake is an `InfluenceError` of `influence_cli.errors`, with the message of the command line.
+- A call prints nothing. `open_run(..., progress=True)` writes progress and notes to stderr; `notes` of a table has the notes of its call.
+- A program is one process with one call at a time. Only the command line shares work between the processes of torchrun.
+- A definition of a Hugging Face run sets `HF_HUB_OFFLINE=1`. Import `transformers` first where the same program downloads models.
+"""
 
 
 def plain(text: str) -> str:
@@ -75,5 +100,35 @@ def reference() -> str:
     return "".join([*parts, SHARED, list_by_heading(list(shared.values()))])
 
 
+def describe_member(name: str, member: Any) -> str:
+    """Heading, signature with a line for each argument, and docstring."""
+    text = inspect.getdoc(member) or ""
+    if isinstance(member, property) or not callable(member):
+        return f"\n### {name}\n\n{text}\n"
+    signature = inspect.signature(member)
+    parameters = [
+        p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"
+    ]
+    call = f"{name.rpartition('.')[2]}{inspect.Signature(parameters)}"
+    shown = textwrap.fill(call, 100, subsequent_indent="    ", break_on_hyphens=False)
+    return f"\n### {name}\n\n```\n{shown}\n```\n\n{text}\n"
+
+
+def python_reference() -> str:
+    parts = [PYTHON_HEAD, "\n## Open a run\n", describe_member("open_run", open_run)]
+    for kind in (InfluenceRun, Scores, RankedTable):
+        parts.append(f"\n## {kind.__name__}\n\n{inspect.getdoc(kind)}\n")
+        members = {
+            name: member
+            for name, member in vars(kind).items()
+            if not name.startswith("_") and inspect.getdoc(member)
+        }
+        parts += [
+            describe_member(f"{kind.__name__}.{name}", member) for name, member in members.items()
+        ]
+    return "".join(parts)
+
+
 if __name__ == "__main__":
     (Path(__file__).parent / "commands.md").write_text(reference(), encoding="utf-8")
+    (Path(__file__).parent / "python.md").write_text(python_reference(), encoding="utf-8")

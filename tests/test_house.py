@@ -303,13 +303,14 @@ def test_the_version_is_the_packages():
     assert f"## {influence_cli.__version__}" in (ROOT.parent / "CHANGELOG.md").read_text()
 
 
-def test_the_command_reference_is_up_to_date():
+def test_the_references_are_up_to_date():
     script = ROOT.parent / "docs" / "generate.py"
     space: dict = {"__file__": str(script), "__name__": "generate"}
     exec(script.read_text(), space)
-    assert (ROOT.parent / "docs" / "commands.md").read_text() == space["reference"](), (
-        "run: python docs/generate.py"
-    )
+    for page, written in (("commands.md", "reference"), ("python.md", "python_reference")):
+        assert (ROOT.parent / "docs" / page).read_text() == space[written](), (
+            "run: python docs/generate.py"
+        )
 
 
 # names that say nothing of their content (a participle, a pronoun), and what to use: a noun

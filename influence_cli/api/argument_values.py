@@ -29,9 +29,10 @@ def text(flag: str, value: str | None) -> str | None:
 
 
 def path(flag: str, value: str | os.PathLike[str] | None) -> Path | None:
+    """An absolute path: a notebook may change its working directory later."""
     if value is not None and not isinstance(value, str | os.PathLike):
         raise wrong_type(flag, value, "a path")
-    return None if value is None else Path(value)
+    return None if value is None else Path(value).absolute()
 
 
 def whole_number(flag: str, value: int | None) -> int | None:
@@ -125,8 +126,12 @@ def convert_option(name: str, value: Any) -> Any:  # Any: of the option's own ty
 
 def describe_call(name: str, arguments: Mapping[str, object]) -> str:
     """The call as Python text, for records: `score(method='tracin', queries=[57])`."""
-    given = {k: v for k, v in arguments.items() if v is not None and v is not False}
-    return f"{name}({', '.join(f'{key}={shown(value)}' for key, value in given.items())})"
+    given = [
+        f"{key}={shown(str(value) if isinstance(value, os.PathLike) else value)}"
+        for key, value in arguments.items()
+        if value is not None and value is not False
+    ]
+    return f"{name}({', '.join(given)})"
 
 
 def run_arguments(given: Mapping[str, Any]) -> "RunArguments":  # Any: the arguments of open_run
@@ -134,11 +139,11 @@ def run_arguments(given: Mapping[str, Any]) -> "RunArguments":  # Any: the argum
 
     cache = given["cache"]
     return RunArguments(
-        run=Path(given["run"]),
+        run=Path(given["run"]).absolute(),
         definition=path("--definition", given["definition"]),
         checkpoints=path("--checkpoints", given["checkpoints"]),
         trajectory=path("--trajectory", given["trajectory"]),
-        cache=None if cache is None else str(cache),
+        cache=cache if cache in (None, "none") else str(path("--cache", cache)),
         verify=bool(given["verify"]),
         device=str(given["device"]),
         batch_size=str(given["batch_size"]),
@@ -153,7 +158,7 @@ def run_arguments(given: Mapping[str, Any]) -> "RunArguments":  # Any: the argum
 def score_arguments(given: Mapping[str, Any]) -> "ScoreArguments":  # Any: arguments of score
     from influence_cli.api.score import ScoreArguments
 
-    group_by = path("--group-by", given.get("group_by"))
+    group_by = given.get("group_by")
     return ScoreArguments(
         sum_queries=bool(given.get("sum_queries")),
         group_by=None if group_by is None else str(group_by),

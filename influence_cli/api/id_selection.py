@@ -29,7 +29,7 @@ def read_ids(
         except (ValueError, TypeError):  # a ragged list
             ids = np.array([None])
     if not ids.size:
-        raise UsageProblem(f"{flag} {shown(selection)}: no ids", EXPECTED)
+        raise UsageProblem(f"{flag}: {shown(selection)} has no ids", EXPECTED)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise UsageProblem(f"{flag}: {shown(selection)} is no list of ids", EXPECTED)
     for index in (ids.min(), ids.max()):

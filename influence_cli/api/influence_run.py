@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from influence_cli.api.given_rows import TableRow
     from influence_cli.api.id_selection import IdSelection
     from influence_cli.api.opening import Opened, RunFolder
-    from influence_cli.run.import_scope import ImportScope
+    from influence_cli.api.process_state import ProcessState
 
     FilePath = str | os.PathLike[str]
     Rows = FilePath | Sequence[TableRow]
@@ -63,15 +63,14 @@ def open_run(
     given = locals()
     with python_messages():
         from influence_cli.api.opening import open_folder
-        from influence_cli.api.process_state import undisturbed_process
-        from influence_cli.run.import_scope import ImportScope
+        from influence_cli.api.process_state import ProcessState
 
         arguments = values.run_arguments(given)
-        scope = ImportScope(arguments.definition or arguments.run / "definition.py")
-        with undisturbed_process(scope):
+        state = ProcessState(arguments.definition or arguments.run / "definition.py")
+        with state.entered():
             folder = open_folder(arguments)
     call = values.describe_call("open_run", {k: v for k, v in given.items() if v != "auto"})
-    return InfluenceRun(folder, scope, new_reporter(progress), call)
+    return InfluenceRun(folder, state, new_reporter(progress), call)
 
 
 def new_reporter(progress: bool) -> Reporter:
@@ -96,7 +95,7 @@ class RunCall(NamedTuple):
         return {"command": [self.call], "versions": dict(list_versions()), **make()}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class InfluenceRun:
     """An opened run, from `open_run`. Ask it as often as you like, one call at a time.
 
@@ -106,7 +105,7 @@ class InfluenceRun:
     """
 
     _folder: "RunFolder"
-    _scope: "ImportScope"
+    _state: "ProcessState"
     _reporter: Reporter
     _call: str
 
@@ -226,9 +225,7 @@ class InfluenceRun:
     @contextmanager
     def _session(self) -> Iterator[None]:
         """A block that runs functions of the definition."""
-        from influence_cli.api.process_state import undisturbed_process
-
-        with python_messages(), undisturbed_process(self._scope, self._folder.settings.tf32):
+        with python_messages(), self._state.entered(self._folder.settings.tf32):
             yield
 
     @contextmanager

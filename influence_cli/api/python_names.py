@@ -23,7 +23,7 @@ WORDS = ("all", "none", "auto", "point", "rank", "layer", "label", "float16", "f
 # --flag, and a value: a placeholder, a number, a quoted text, a known word, or what a colon ends
 FLAG = re.compile(
     r"(?<![\w-])--(?P<flag>[a-z][a-z-]*[a-z])"
-    r"( (?P<plain>[A-Z]+\b|-?\d+(\.\d+)?(?![\w:,.%])|'[^']*')"
+    r"( (?P<plain>[A-Z]+\b|-?\d+(\.\d+)?(?![\w:,.%/])|'[^']*')"
     r"| (?P<text>WORD\b(?!:)|[^\s:]\S*(?=: )))?"
 )
 

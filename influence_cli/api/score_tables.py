@@ -64,10 +64,11 @@ class RankedTable:
         `format`: table, csv, tsv, jsonl or parquet; None: by the name's ending, else csv. The file
         appears only when it is complete.
         """
+        file = Path(path).absolute()
         with self._session():
             from influence_cli.output.tables import TableWriter
 
-            sink = TableWriter.open(format, Path(path), safe_cells=safe_cells)
+            sink = TableWriter.open(format, file, safe_cells=safe_cells)
             sink.write(self._read_rows(), self.columns, lambda: self.made)
 
 
@@ -116,13 +117,13 @@ class Scores(RankedTable):
                 f"matrix() needs the scores of all pairs, and top={top} keeps some of them",
                 "expected: run.score(..., top='all')",
             )
-        scores_QN = np.full((len(self.query_ids), len(self.train_ids)), np.nan)
+        scores_QN = np.empty((len(self.query_ids), len(self.train_ids)))
         rankings = (
             scored.ranking.entries(position)
             for scored in self._results
             for position in range(scored.ranking.queries)
         )
-        for scores_N, ranking in zip(scores_QN, rankings, strict=True):
+        for scores_N, ranking in zip(scores_QN, rankings, strict=len(self.train_ids) > 0):
             entries = list(ranking)
             ids = np.array([entry.train for entry in entries], np.int64)
             at = ids if self._work.groups else np.searchsorted(self.train_ids, ids)

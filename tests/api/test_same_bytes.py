@@ -65,7 +65,7 @@ SELF: dict[str, tuple[str, dict[str, Any]]] = {
     "influence": (
         "--method influence --curvature fisher", {"method": "influence", "curvature": "fisher"},
     ),
-    "a shard": ("--shard 1/2 --lr-weights none", {"shard": "1/2", "lr_weights": "none"}),
+    "a shard": ("--shard 2/3 --lr-weights none", {"shard": "2/3", "lr_weights": "none"}),
 }  # fmt: skip
 
 
