@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from influence_cli.api import devices, opening
 from influence_cli.cache.identity import Settings
-from influence_cli.cli import opening
 from influence_cli.gradients.tf32 import allow_tf32, without_tf32
 
 
@@ -28,9 +28,9 @@ def test_tf32_is_refused_on_a_device_without_it(make_run, influence):
 def test_tf32_is_refused_on_an_older_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(Exception, match="does not multiply in TF32"):
-        opening.check_tf32(True, torch.device("cuda"))
+        devices.check_tf32(True, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    opening.check_tf32(True, torch.device("cuda"))
+    devices.check_tf32(True, torch.device("cuda"))
 
 
 def test_tf32_is_off_although_pytorch_and_the_definition_allow_it(make_run, influence):

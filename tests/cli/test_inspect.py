@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from influence_cli.api.score import ScoreArguments
 from influence_cli.cli.inspect import request_of
 from influence_cli.cli.opening import open_shared
 from influence_cli.cli.options import Shared
@@ -34,7 +35,7 @@ def job_of(run: Path, method: str = "tracin", sum_queries: bool = False, **flags
     opened = open_shared(Shared(run=run, quiet=True, **flags), create=False)
     ids = {"train": range(20), "query": range(6)}
     chosen = METHODS[method]
-    request = request_of(opened, chosen, chosen.options(), ids, (None, None), sum_queries)
+    request = request_of(opened, chosen, chosen.options(), ids, ScoreArguments(sum_queries))
     source, columns = opened.gradients, list(opened.columns)
     counts = [
         count_gradients(source, split, [(c, ids[split]) for c in request.checkpoints], columns)

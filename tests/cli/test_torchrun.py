@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from influence_cli.cli import opening
+from influence_cli.api import devices, opening
 from influence_cli.errors import UsageProblem
 from influence_cli.extraction import fill
 from influence_cli.parallel.ranks import Place, Ranks
@@ -298,14 +298,14 @@ def test_units_that_are_never_seen_are_reported(run, tmp_path, influence, monkey
 def test_each_rank_has_a_device_of_its_own(name, there, local, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    assert opening.find_device(name, Place(local, 4, local, 4)) == torch.device("cuda", expected)
+    assert devices.find_device(name, Place(local, 4, local, 4)) == torch.device("cuda", expected)
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageProblem, match="4 ranks on this machine, which has 2 CUDA devices"):
-        opening.find_device("auto", Place(2, 4, 2, 4))
+        devices.find_device("auto", Place(2, 4, 2, 4))
 
 
 # ---------------------------------------------------------------- what one rank does alone
