@@ -1,6 +1,5 @@
 """From Python values to the values of flags. Problems name the flag."""
 
-import math
 import numbers
 import os
 from collections.abc import Mapping, Sequence
@@ -18,37 +17,26 @@ if TYPE_CHECKING:
     from influence_cli.parallel.shards import Shard
 
 
-def wrong_type(flag: str, value: object, expected: str) -> UsageProblem:
-    return UsageProblem(f"{flag}: found {shown(value)}", f"expected: {expected}")
+def checked(flag: str, value: Any, kind: Any, expected: str) -> Any:  # Any: of `kind`
+    """The value, which is None or of this kind; True and False are no numbers."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        raise UsageProblem(f"{flag}: found {shown(value)}", f"expected: {expected}")
+    return value
 
 
 def text(flag: str, value: str | None) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise wrong_type(flag, value, "a text")
-    return value
+    return checked(flag, value, str, "a text")
 
 
 def path(flag: str, value: str | os.PathLike[str] | None) -> Path | None:
     """An absolute path: a notebook may change its working directory later."""
-    if value is not None and not isinstance(value, str | os.PathLike):
-        raise wrong_type(flag, value, "a path")
-    return None if value is None else Path(value).absolute()
+    name = checked(flag, value, str | os.PathLike, "a path")
+    return None if name is None else Path(name).absolute()
 
 
 def whole_number(flag: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise wrong_type(flag, value, "a whole number")
-    return int(value)
-
-
-def number(flag: str, value: float | None) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise wrong_type(flag, value, "a number")
-    return float(value)
+    number = checked(flag, value, numbers.Integral, "a whole number")
+    return None if number is None else int(number)
 
 
 def steps_spec(value: int | str | Sequence[int] | None) -> str | None:
@@ -78,9 +66,7 @@ def globs(value: str | Sequence[str] | None) -> list[str] | None:
 
 def top_spec(value: int | str) -> str:
     """`--top`: a number, or "all"."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral | str):
-        raise wrong_type("--top", value, 'a number from 1, or "all"')
-    return str(value)
+    return str(checked("--top", value, numbers.Integral | str, 'a number from 1, or "all"'))
 
 
 def check_selection(flag: str, selection: object) -> None:
@@ -110,18 +96,18 @@ def method_arguments(options: Mapping[str, Any]) -> Given:  # Any: of the option
 
 
 def convert_option(name: str, value: Any) -> Any:  # Any: of the option's own type
-    kind = get_type_hints(METHODS[owners(name)[0]].options)[name]
+    flag, kind = flag_of(name), get_type_hints(METHODS[owners(name)[0]].options)[name]
     if kind is bool:
         if value is not True:
-            raise wrong_type(flag_of(name), value, "True or False")
+            raise UsageProblem(f"{flag}: found {shown(value)}", "expected: True or False")
         return True
     if kind in (Path, Path | None):
-        return path(flag_of(name), value)
+        return path(flag, value)
     if kind in (int, int | None):
-        return whole_number(flag_of(name), value)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        return whole_number(flag, value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return repr(float(value))  # a number where the flag also takes a word
-    return text(flag_of(name), value)
+    return text(flag, value)
 
 
 def describe_call(name: str, arguments: Mapping[str, object]) -> str:
@@ -139,7 +125,7 @@ def run_arguments(given: Mapping[str, Any]) -> "RunArguments":  # Any: the argum
 
     cache = given["cache"]
     return RunArguments(
-        run=Path(given["run"]).absolute(),
+        run=path("run", given["run"]) or Path.cwd(),
         definition=path("--definition", given["definition"]),
         checkpoints=path("--checkpoints", given["checkpoints"]),
         trajectory=path("--trajectory", given["trajectory"]),
@@ -159,11 +145,12 @@ def score_arguments(given: Mapping[str, Any]) -> "ScoreArguments":  # Any: argum
     from influence_cli.api.score import ScoreArguments
 
     group_by = given.get("group_by")
+    lr = checked("--lr", given.get("lr"), numbers.Real, "a number")
     return ScoreArguments(
         sum_queries=bool(given.get("sum_queries")),
         group_by=None if group_by is None else str(group_by),
         by=text("--by", given.get("by")),
-        lr=number("--lr", given.get("lr")),
+        lr=None if lr is None else float(lr),
         lr_weights=text("--lr-weights", given.get("lr_weights")),
         normalize=bool(given.get("normalize")),
         aggregate=text("--aggregate", given.get("aggregate")),

@@ -79,7 +79,7 @@ class ImportScope:
         self._own_names |= {
             name.partition(".")[0]
             for name, module in new.items()
-            if isinstance(getattr(module.__spec__, "loader", None), TextLoader)
+            if isinstance(getattr(getattr(module, "__spec__", None), "loader", None), TextLoader)
         }
         self._modules = self._take_modules(self._own_names)
         beside = str(self._definition.parent)

@@ -18,6 +18,7 @@ from influence_cli.errors import DefinitionError
 from influence_cli.run import definition as definitions
 from tests.conftest import DEFINITION
 from tests.refusals import replaced
+from tests.training import train
 
 SCALED = replaced(DEFINITION, ("    return F.cross", "    return scale() * F.cross"))
 # the module is imported by a function, after the definition was loaded
@@ -257,10 +258,41 @@ def test_a_definition_that_fails_leaves_nothing_behind(make_run, text):
     assert state_of_process() == before
 
 
-def test_numbers_of_torch_are_drawn_as_without_the_call(make_run):
-    run = open_run(make_run())
-    torch.manual_seed(3)
-    expected = torch.randn(2)
-    torch.manual_seed(3)
-    run.score()
-    assert np.array_equal(torch.randn(2), expected)
+STOPS = """
+
+LEFT = [5]  # calls of loss() that succeed
+_loss_of_all = loss
+
+def loss(model, batch):
+    LEFT[0] -= 1
+    if not LEFT[0]:
+        raise KeyboardInterrupt
+    return _loss_of_all(model, batch)
+"""
+
+
+@pytest.mark.parametrize("calls", [5, 12])
+@pytest.mark.parametrize("arguments", [{}, {"method": "unroll", "replay": True}], ids=str)
+def test_an_interrupted_call_changes_no_later_call(arguments, calls, tmp_path):
+    path = train(tmp_path / "run", every=4)
+    expected = open_run(path, cache="none").score(**arguments).rows()
+    text = (path / "definition.py").read_text() + replaced(STOPS, ("[5]", f"[{calls}]"))
+    (path / "definition.py").write_text(text)
+    run = open_run(path, cache="none")
+    with pytest.raises(KeyboardInterrupt):
+        run.score(**arguments)
+    rows = run.score(**arguments).rows()
+    assert [row[:4] for row in rows] == [row[:4] for row in expected]
+    scores = [row.score for row in rows]
+    np.testing.assert_allclose(scores, [row.score for row in expected], rtol=1e-9)
+
+
+def test_an_own_setting_of_a_definition_holds_inside_its_calls_only(write_run):
+    text = replaced(DEFINITION, ("    return F.cross", "    THREADS.append(torch.get_num_threads())\n    return F.cross"))  # fmt: skip
+    threads = torch.get_num_threads()
+    run = open_run(write_run(text + f"\nTHREADS = []\ntorch.set_num_threads({threads + 1})\n"))
+    other = open_run(write_run(text + "\nTHREADS = []\n", "other"))
+    run.score(), other.score()
+    seen = [set(opened._folder.run.definition.module.THREADS) for opened in (run, other)]
+    assert seen == [{threads + 1}, {threads}]
+    assert torch.get_num_threads() == threads
