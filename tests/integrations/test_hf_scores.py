@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from influence_cli import open_run
 from tests.integrations import hf_runs
 
 TOLERANCE = 1e-5  # relative to the largest score; both in float32
@@ -282,3 +283,11 @@ def test_a_model_saved_into_the_folder_itself_is_one_checkpoint(runs, influence,
     scores(influence, folder)
     expected = influence("score", folder / "out", "--method", "grad-dot", "--top", "all")
     assert [row["score"] for row in result.rows] == [row["score"] for row in expected.rows]
+
+
+@pytest.mark.parametrize("name", ["bert_pairs", "lora_bert"])
+def test_python_has_the_scores_of_the_command_line(name, runs, influence):
+    folder = runs(name)
+    table = scores(influence, folder)
+    matrix = open_run(folder / "out").score(top="all").matrix()
+    assert torch.equal(torch.from_numpy(matrix), table)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from influence_cli import open_run
 from influence_cli.errors import DefinitionError
 from influence_cli.integrations.lightning_task import LightningTask, needs_one_by_one
 from tests.integrations import hf_runs
@@ -61,6 +62,8 @@ def test_init_and_score_agree_with_training_step_alone(lightning_run, influence,
         )
         expected += checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] * query @ train.T
     assert (scores - expected).abs().max() <= 1e-5 * expected.abs().max()
+    matrix = open_run(version).score(top="all").matrix()
+    assert torch.equal(torch.from_numpy(matrix).float(), scores)
     check = influence("check", version, "--queries", "0:2")
     assert check.code == 0, check.err
     assert [row["note"] for row in check.rows if row["check"] == "loss"] == [
