@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from influence_cli.api.method_options import Given, owners
+from influence_cli.api.python_names import OF_OPEN_RUN
 from influence_cli.errors import UsageProblem, shown
 from influence_cli.methods.declaration import flag_of
 from influence_cli.methods.table import METHODS
@@ -85,6 +86,8 @@ def method_arguments(options: Mapping[str, Any]) -> Given:  # Any: of the option
     """
     given: Given = {}
     for name, value in options.items():
+        if name in OF_OPEN_RUN:
+            raise UsageProblem(f"{name} is an argument of open_run", f"open_run(..., {name}=...)")
         if not owners(name):
             raise UsageProblem(
                 f"there is no argument {name}",

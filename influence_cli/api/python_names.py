@@ -12,11 +12,15 @@ from influence_cli.methods.declaration import option_texts
 from influence_cli.methods.table import METHODS
 from influence_cli.progress import Advance, Reporter
 
-ARGUMENTS = (
+OF_OPEN_RUN = (
     *("definition", "checkpoints", "trajectory", "cache", "verify", "device", "batch_size"),
-    *("precision", "store", "project", "projection", "seed", "method", "queries", "train"),
-    *("query", "query_file", "candidates", "top", "by", "group_by", "aggregate", "sum_queries"),
-    *("normalize", "lr", "lr_weights", "steps", "layers", "shard", "sort", "format", "safe_cells"),
+    *("precision", "store", "project", "projection", "seed", "progress"),
+)
+ARGUMENTS = (
+    *OF_OPEN_RUN,
+    *("method", "queries", "train", "query", "query_file", "candidates", "top", "by", "group_by"),
+    *("aggregate", "sum_queries", "normalize", "lr", "lr_weights", "steps", "layers", "shard"),
+    *("sort", "format", "safe_cells"),
 )
 # values that messages name without a sign that they are values
 WORDS = ("all", "none", "auto", "point", "rank", "layer", "label", "float16", "float32", "csv")

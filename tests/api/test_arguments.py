@@ -1,7 +1,9 @@
 """Each wrong argument has the message of the command line, with the name of the argument."""
 
 import io
+import re
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 
 from influence_cli import InfluenceError, open_run
-from influence_cli.api.python_names import rename_flags
+from influence_cli.api.influence_run import InfluenceRun
+from influence_cli.api.python_names import ARGUMENTS, OF_OPEN_RUN, rename_flags
 from influence_cli.errors import UsageProblem
+from influence_cli.methods.declaration import option_texts
+from influence_cli.methods.table import METHODS
 from tests.cli.test_ad_hoc_queries import WITH_ROWS
 from tests.conftest import build_run
 
@@ -66,6 +71,7 @@ SCORE: list[tuple[dict[str, Any], str]] = [
     ({"method": "dve", "replay": 2}, "replay: found 2\n  expected: True or False"),
     ({"method": "dve"}, "dve needs the order of training, and this run has no trajectory\n"),
     ({"methods": "dve"}, "there is no argument methods\n  the arguments are the flags"),
+    ({"seed": 3}, "seed is an argument of open_run\n  open_run(..., seed=...)"),
     ({"query": "a text"}, "example 0 of query: row 0 of query: example() in definition.py raised KeyError: 'x'"),
     ({"query": [5]}, "query: row 0 is 5\n  expected: a dict of column -> value for each row"),
     ({"query": {"x": np.zeros(4)}}, "query: rows must be JSON, and Object of type ndarray"),
@@ -174,3 +180,25 @@ def test_an_error_keeps_its_class_and_its_cause(folder):
     assert type(error.value).__name__ == "DataError"
     assert error.value.args == (error.value.headline, *error.value.details)
     assert error.value.__cause__ is not None
+
+
+def test_every_argument_has_its_name_in_messages():
+    """An argument that ARGUMENTS lacks would be named as a flag."""
+    calls = open_run, InfluenceRun.score, InfluenceRun.self_influence, InfluenceRun.cache
+    names = {name for call in calls for name in signature(call).parameters}
+    assert names - {"self", "run", "options"} <= set(ARGUMENTS)
+    assert set(signature(open_run).parameters) == {"run", *OF_OPEN_RUN}
+
+
+def test_every_flag_of_a_command_is_an_argument(influence):
+    """Only flags of output, of the process and of the command line's own are none."""
+    own = {"output", "format", "safe_cells", "quiet", "debug", "help", "trajectory", "verify"}
+    for command, call in {"score": InfluenceRun.score, "self": InfluenceRun.self_influence, "cache": InfluenceRun.cache}.items():  # fmt: skip
+        text = influence(command, "--help").out
+        flags = {
+            flag.replace("-", "_") for flag in re.findall(r"^│ (?:-o, )?--([a-z-]+)", text, re.M)
+        }
+        options = {name for method in METHODS.values() for name in option_texts(method.options)}
+        known = {*signature(call).parameters, *OF_OPEN_RUN, *options}
+        assert {"train", "layers", "project"} <= flags
+        assert flags - own <= known
