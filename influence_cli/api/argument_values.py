@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from influence_cli.parallel.shards import Shard
 
 
-def checked(flag: str, value: Any, kind: Any, expected: str) -> Any:  # Any: of `kind`
+def check_kind(flag: str, value: Any, kind: Any, expected: str) -> Any:  # Any: of `kind`
     """The value, which is None or of this kind; True and False are no numbers."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
         raise UsageProblem(f"{flag}: found {shown(value)}", f"expected: {expected}")
@@ -26,17 +26,17 @@ def checked(flag: str, value: Any, kind: Any, expected: str) -> Any:  # Any: of 
 
 
 def text(flag: str, value: str | None) -> str | None:
-    return checked(flag, value, str, "a text")
+    return check_kind(flag, value, str, "a text")
 
 
 def path(flag: str, value: str | os.PathLike[str] | None) -> Path | None:
     """An absolute path: a notebook may change its working directory later."""
-    name = checked(flag, value, str | os.PathLike, "a path")
+    name = check_kind(flag, value, str | os.PathLike, "a path")
     return None if name is None else Path(name).absolute()
 
 
 def whole_number(flag: str, value: int | None) -> int | None:
-    number = checked(flag, value, numbers.Integral, "a whole number")
+    number = check_kind(flag, value, numbers.Integral, "a whole number")
     return None if number is None else int(number)
 
 
@@ -67,7 +67,7 @@ def globs(value: str | Sequence[str] | None) -> list[str] | None:
 
 def top_spec(value: int | str) -> str:
     """`--top`: a number, or "all"."""
-    return str(checked("--top", value, numbers.Integral | str, 'a number from 1, or "all"'))
+    return str(check_kind("--top", value, numbers.Integral | str, 'a number from 1, or "all"'))
 
 
 def check_selection(flag: str, selection: object) -> None:
@@ -148,7 +148,7 @@ def score_arguments(given: Mapping[str, Any]) -> "ScoreArguments":  # Any: argum
     from influence_cli.api.score import ScoreArguments
 
     group_by = given.get("group_by")
-    lr = checked("--lr", given.get("lr"), numbers.Real, "a number")
+    lr = check_kind("--lr", given.get("lr"), numbers.Real, "a number")
     return ScoreArguments(
         sum_queries=bool(given.get("sum_queries")),
         group_by=None if group_by is None else str(group_by),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,16 @@ def open_given_rows(
     Raises UsageProblem: arguments that contradict each other, no such file, no rows; DataError: a
     table that can't be read.
     """
-    if query and query_file is not None:
+    if query is not None and query_file is not None:
         raise UsageProblem("--query and --query-file both give queries", "give one of them")
-    if query and queries is not None:
+    if query is not None and queries is not None:
         raise UsageProblem(
             "--queries selects among queries, and --query gives them itself", "leave out --queries"
         )
     given: Given = {}
-    if query:
+    if query is not None:
         parts = [query] if isinstance(query, str | Mapping) else query
-        rows = [parse_query(part) if isinstance(part, str) else part for part in parts]
-        given["query"] = list_rows("--query", rows)
+        given["query"] = list_rows("--query", parts, parse_query)
     if query_file is not None:
         given["query"] = open_rows("--query-file", query_file)
     if candidates is not None:
@@ -45,16 +44,29 @@ def open_given_rows(
     return given
 
 
-def list_rows(flag: str, rows: Sequence[TableRow]) -> GivenRows:
-    """Rows of Python. Their digest is that of their JSON."""
-    for number, row in enumerate(rows):
+def list_rows(
+    flag: str,
+    parts: Sequence[str | TableRow],
+    parse: Callable[[str], TableRow] | None = None,
+) -> GivenRows:
+    """Rows of Python, whose digest is that of their JSON. `parse`: makes a row of a text."""
+    if not isinstance(parts, Sequence):
+        raise UsageProblem(
+            f"{flag}: found {shown(type(parts).__name__)}",
+            "expected: a list of rows, each a dict of column -> value",
+            "of a data frame: frame.to_dict('records')",
+        )
+    rows = []
+    for number, part in enumerate(parts):
+        row = parse(part) if parse is not None and isinstance(part, str) else part
         if not isinstance(row, Mapping):
             raise UsageProblem(
                 f"{flag}: row {number} is {shown(row)}",
                 "expected: a dict of column -> value for each row, or the path of a file",
             )
+        rows.append(dict(row))
     try:
-        content = json.dumps([dict(row) for row in rows]).encode()
+        content = json.dumps(rows).encode()
     except (TypeError, ValueError) as error:
         raise UsageProblem(
             f"{flag}: rows must be JSON, and {error}",

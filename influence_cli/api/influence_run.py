@@ -156,9 +156,9 @@ class InfluenceRun:
 
             others = {"--layers": bool(layers), "--candidates": candidates is not None}
             others["--project"] = self._folder.arguments.project is not None
-            checked = values.method_arguments(options), values.score_arguments(given)
-            chosen = values.top_spec(top), values.shard(shard)
-            plan = plan_scores(method, *checked, *chosen, others)
+            arguments = values.method_arguments(options), values.score_arguments(given)
+            limits = values.top_spec(top), values.shard(shard)
+            plan = plan_scores(method, *arguments, *limits, others)
             opened = request.open(query, query_file, queries, candidates)
             work = open_scores(opened, plan, queries, train)
             results = [keep_parts(scored) for scored in work.compute()]
@@ -190,9 +190,9 @@ class InfluenceRun:
         with self._request("self_influence", given) as request:
             from influence_cli.api.self_influence import check_sort, open_self, plan_self
 
-            checked = values.method_arguments(options), values.score_arguments(given)
-            chosen = values.top_spec(top), values.shard(shard)
-            plan = plan_self(method, *checked, *chosen, candidates=candidates is not None)
+            arguments = values.method_arguments(options), values.score_arguments(given)
+            limits = values.top_spec(top), values.shard(shard)
+            plan = plan_self(method, *arguments, *limits, candidates=candidates is not None)
             key = check_sort(values.text("--sort", sort))
             opened = request.open(candidates=candidates)
             work = open_self(opened, plan, key, train)

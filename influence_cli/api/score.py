@@ -80,14 +80,14 @@ def plan_scores(
 ) -> ScorePlan:
     """Check the arguments of `score`. Needs no torch. `given`: see `check_method_arguments`."""
     chosen = METHODS[specs.one_of("--method", method, METHODS)]
-    kept, rule = specs.top(top), specs.aggregate(scored.aggregate)
+    limit, rule = specs.top(top), specs.aggregate(scored.aggregate)
     specs.check_by(scored.by, chosen, scored.group_by)
     own_options = check_method_arguments(
         chosen, options, scored, {**(given or {}), "--shard": part is not None}
     )
     specs.check_shard(part, scored.group_by)
     specs.check_aggregate(rule, part, chosen, scored.by)
-    return ScorePlan(chosen, own_options, scored, kept, part, rule)
+    return ScorePlan(chosen, own_options, scored, limit, part, rule)
 
 
 @dataclass(frozen=True)

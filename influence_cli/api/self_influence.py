@@ -31,9 +31,9 @@ def plan_self(
     """Check the arguments of `self`. Needs no torch. `candidates`: whether rows are given."""
     chosen = SELF_METHODS[specs.one_of("--method", method, SELF_METHODS)]
     own_options = check_method_arguments(chosen, options, scored, {"--candidates": candidates})
-    kept, rule = specs.top(top), specs.aggregate(scored.aggregate)
+    limit, rule = specs.top(top), specs.aggregate(scored.aggregate)
     specs.check_aggregate(rule, part)
-    return ScorePlan(chosen, own_options, scored, kept, part, rule)
+    return ScorePlan(chosen, own_options, scored, limit, part, rule)
 
 
 def check_sort(sort: str | None) -> str:

@@ -96,7 +96,7 @@ def export(
     from influence_cli.api.requests import score_request
     from influence_cli.cli.opening import open_shared
 
-    given = open_given_rows(rows.query, rows.query_file, queries, candidates)
+    given = open_given_rows(rows.query or None, rows.query_file, queries, candidates)
     opened = open_shared(shared, trajectory, verify=verify, given=given)
     ids = opened.ids("--train", train, "train"), opened.query_ids(queries)
     request = score_request(opened, chosen, own_options, *ids, scores)

@@ -50,7 +50,7 @@ def score(
     import_torch()
     from influence_cli.cli.opening import open_shared
 
-    given = open_given_rows(rows.query, rows.query_file, queries, candidates)
+    given = open_given_rows(rows.query or None, rows.query_file, queries, candidates)
     opened = open_shared(shared, trajectory, verify=verify, given=given)
     write_scores(open_scores(opened, plan, queries, train), sink)
 

@@ -87,7 +87,7 @@ def trace(
     from influence_cli.api.requests import score_request
     from influence_cli.cli.opening import open_shared
 
-    given = open_given_rows(rows.query, rows.query_file, queries)
+    given = open_given_rows(rows.query or None, rows.query_file, queries)
     opened = open_shared(shared, trajectory, given=given)
     traced = opened.ids("--train", train, "train") if train is not None else range(0)
     ids = traced, opened.query_ids(queries)

@@ -30,6 +30,13 @@ def run(folder):
     return open_run(folder, cache="none")
 
 
+class Frame:
+    """Iterates over the names of its columns, as a data frame does."""
+
+    def __iter__(self):
+        return iter(["text"])
+
+
 # arguments of score, and the lines of the error
 SCORE: list[tuple[dict[str, Any], str]] = [
     ({"method": "tracing"}, "method='tracing': unknown\n  expected: tracin, grad-dot, "),
@@ -75,6 +82,10 @@ SCORE: list[tuple[dict[str, Any], str]] = [
     ({"query": "a text"}, "example 0 of query: row 0 of query: example() in definition.py raised KeyError: 'x'"),
     ({"query": [5]}, "query: row 0 is 5\n  expected: a dict of column -> value for each row"),
     ({"query": {"x": np.zeros(4)}}, "query: rows must be JSON, and Object of type ndarray"),
+    ({"query": []}, "query is empty\n  expected: at least one example"),
+    ({"query": ""}, "example 0 of query: row 0 of query: example() in"),
+    ({"query": Frame()}, "query: found 'Frame'\n  expected: a list of rows, each a dict"),
+    ({"candidates": Frame()}, "candidates: found 'Frame'\n  expected: a list of rows"),
     ({"query": "x", "queries": 0}, "queries selects among queries, and query gives them itself"),
     ({"query": "x", "query_file": "q.csv"}, "query and query_file both give queries"),
     ({"query_file": "q.csv"}, "query_file='q.csv': no such file\n  expected: a csv, tsv, jsonl"),
