@@ -9,6 +9,8 @@
 # make study         judge the scores of all methods by retraining; DATA=FOLDER, within an hour
 # make study-full    the same with its slow rows
 # make bench-peers   compare with public libraries, each in its own environment
+# make dist          build the wheel and the source distribution into dist/
+# make wheel-test    install the wheel in an empty environment; does it print the README's table?
 # make clean         remove environments and caches
 #
 # Every target installs what it needs into .venv. On Linux without a GPU, set TORCH_INDEX to
@@ -21,7 +23,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers study study-full
+.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers study study-full dist wheel-test
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -51,6 +53,24 @@ $(VENV)/core: $(VENV)/bin/python $(CORE)
 $(VENV)/dev: $(VENV)/core
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+$(VENV)/build: $(VENV)/bin/python constraints.txt
+	$(PIP) install -q -c constraints.txt build setuptools
+	touch $@
+
+# An egg-info of an earlier build would add its files to the source distribution.
+dist: $(VENV)/build
+	rm -rf dist build *.egg-info
+	$(VENV)/bin/python -m build --no-isolation
+
+WHEEL_PIP = .venv-wheel/bin/pip --disable-pip-version-check
+
+wheel-test: dist
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	$(if $(TORCH_INDEX),$(WHEEL_PIP) install -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(WHEEL_PIP) install -q -c constraints.txt dist/*.whl
+	.venv-wheel/bin/python tests/readme_table.py .venv-wheel/bin/influence
 
 coverage: $(VENV)/dev
 	$(VENV)/bin/coverage erase
@@ -107,4 +127,4 @@ study study-full: $(VENV)/dev .venv-peers/kronfluence/installed .venv-peers/trak
 	  $(PEER_PIP) uninstall -q -y torchvision torchaudio && touch $@; } || echo "$* could not be installed" >&2
 
 clean:
-	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence
+	rm -rf $(VENV) .venv-peers .venv-wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence

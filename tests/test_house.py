@@ -297,9 +297,7 @@ print(options["momentum"], options["dampening"], "torch._dynamo" in sys.modules)
     assert run(code).split() == ["0.9", "0", "False"]
 
 
-def test_the_version_is_the_packages():
-    text = (ROOT.parent / "pyproject.toml").read_text()
-    assert re.search(r'^version = "(.*)"', text, re.M)[1] == influence_cli.__version__  # type: ignore[index]
+def test_the_changelog_has_the_version():
     assert f"## {influence_cli.__version__}" in (ROOT.parent / "CHANGELOG.md").read_text()
 
 

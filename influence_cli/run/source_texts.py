@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
+PACKAGE_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+
 
 class SourceFinder(MetaPathFinder):
     """The first finder of `sys.meta_path`; there is one at a time.
@@ -44,7 +46,10 @@ class SourceFinder(MetaPathFinder):
         return None
 
     def is_installed(self, file: str) -> bool:
-        return file.startswith(self._installed_roots)
+        """Also packages of another environment, which PYTHONPATH or a .pth file names."""
+        return file.startswith(self._installed_roots) or any(
+            folder in file for folder in PACKAGE_FOLDERS
+        )
 
 
 class TextLoader(SourceFileLoader):

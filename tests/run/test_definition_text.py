@@ -159,6 +159,20 @@ def test_a_module_from_elsewhere_that_a_function_imports_is_in_the_digest(
     assert path.partition("/")[0].removesuffix(".py") not in sys.modules  # reading imports nothing
 
 
+@pytest.mark.parametrize("packages", ["lib/site-packages", "lib/dist-packages"])
+def test_installed_packages_of_another_environment_are_not_read(packages, tmp_path, monkeypatch):
+    """PYTHONPATH may name them. Their text may be that of torch: half a minute in each command."""
+    other = tmp_path / packages
+    other.mkdir(parents=True)
+    (other / "late_installed.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(other)
+    text = LATE.format(statement="import late_installed", name="late_installed.SCALE")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "definition.py").write_text(DEFINITION + text)
+    definition = load_definition(tmp_path / "run" / "definition.py")
+    assert not definition.late
+
+
 def test_scores_follow_a_module_from_elsewhere(make_run, tmp_path, influence, monkeypatch):
     text = LATE.format(statement="import late_elsewhere", name="late_elsewhere.SCALE")
     run, other = make_run("run", DEFINITION + text), tmp_path / "elsewhere"
