@@ -61,7 +61,7 @@ $(VENV)/build: $(VENV)/bin/python constraints.txt
 # An egg-info of an earlier build would add its files to the source distribution.
 dist: $(VENV)/build
 	rm -rf dist build *.egg-info
-	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m build --quiet --no-isolation
 
 WHEEL_PIP = .venv-wheel/bin/pip --disable-pip-version-check
 

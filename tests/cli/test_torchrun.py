@@ -20,6 +20,7 @@ from influence_cli.preconditioners import training_curvature
 from tests.cli.test_merge import DEFINITION as TEXTS
 from tests.conftest import DEFINITION as SMALL_MODEL
 from tests.conftest import build_run
+from tests.forked import Job, run_ranks
 from tests.refusals import refused, replaced
 from tests.training import train
 
@@ -82,6 +83,10 @@ ALIKE = {
 }
 
 
+def compare_ranks(ranks, alone):
+    assert (ranks.code, ranks.out) == (0, alone.out), ranks.err
+
+
 @pytest.mark.parametrize("asked", ALIKE)
 def test_ranks_give_the_bytes_of_one_process(asked, run, tmp_path, influence, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -90,9 +95,8 @@ def test_ranks_give_the_bytes_of_one_process(asked, run, tmp_path, influence, mo
     alone = influence(command, run, *flags, *([] if "none" in flags else ["--cache", "one"]))
     assert alone.code == 0, alone.err
     assert len(alone.rows) >= 8
-    ranks = torchrun(count, command, run, *flags, *([] if "none" in flags else ["--cache", "many"]))
-    assert ranks.returncode == 0, ranks.stderr
-    assert ranks.stdout == alone.out
+    cache = [] if "none" in flags else ["--cache", "many"]
+    compare_ranks(run_ranks(count, command, run, *flags, *cache, place=tmp_path), alone)
     if "none" not in flags:
         names = [
             sorted(
@@ -107,17 +111,15 @@ def test_ranks_give_the_bytes_of_one_process(asked, run, tmp_path, influence, mo
 
 def test_ranks_divide_the_blocks_of_exact_curvature(tmp_path, influence, monkeypatch):
     monkeypatch.setattr(training_curvature, "MOST_ROWS", 2)
-    patch = "from influence_cli.preconditioners import training_curvature as t\nt.MOST_ROWS = 2\n"
-    run = build_run(tmp_path / "run", patch + SMALL_MODEL)
+    run = build_run(tmp_path / "run", SMALL_MODEL)
     flags = ("--method", "influence", "--curvature", "hessian", "--cache")
     alone = influence("score", run, *flags, tmp_path / "one")
-    ranks = torchrun(2, "score", run, *flags, tmp_path / "two")
-    assert ranks.returncode == 0, ranks.stderr
-    assert ranks.stdout == alone.out
+    compare_ranks(run_ranks(2, "score", run, *flags, tmp_path / "two", place=tmp_path), alone)
     assert len(list((tmp_path / "two").rglob("solved-*.safetensors"))) == 3
 
 
-def test_ranks_do_their_share_under_python_O(run, tmp_path, influence):
+def test_ranks_of_torchrun_do_their_share_under_python_O(run, tmp_path, influence):
+    """The other tests of bytes connect forks as torchrun connects its ranks."""
     alone = influence("score", run, "--queries", "0:3", "--cache", "none")
     ranks = torchrun(2, "score", run, "--queries", "0:3", "--cache", "none", python=("-O",))
     assert ranks.returncode == 0, ranks.stderr
@@ -129,9 +131,9 @@ def test_ranks_divide_the_retrainings(tmp_path, influence):
     flags = ("lds", "--subsets", "6", "--method", "random", "--by", "query")
     alone = influence("evaluate", run, *flags, "--cache", tmp_path / "one")
     assert alone.code == 0, alone.err
-    ranks = torchrun(2, "evaluate", run, *flags, "--cache", tmp_path / "many")
-    assert ranks.returncode == 0, ranks.stderr
-    rows = [line.rpartition(',"')[0] for line in ranks.stdout.splitlines()]
+    ranks = run_ranks(2, "evaluate", run, *flags, "--cache", tmp_path / "many", place=tmp_path)
+    assert ranks.code == 0, ranks.err
+    rows = [line.rpartition(',"')[0] for line in ranks.out.splitlines()]
     assert rows == [line.rpartition(',"')[0] for line in alone.out.splitlines()]
     assert len(rows) > 10
     (log,) = (tmp_path / "many" / "evaluate").glob("*.jsonl")
@@ -197,15 +199,15 @@ def test_a_killed_rank_costs_its_unit_and_a_rerun_computes_the_rest(tmp_path):
         started.kill()
     before = units(run / ".influence")
     assert 8 <= len(before) < 50
-    again = torchrun(2, "cache", run)
-    assert again.returncode == 0, again.stderr
+    again = run_ranks(2, "cache", run, place=tmp_path)
+    assert again.code == 0, again.err
     after = units(run / ".influence")
     assert {path: after[path] for path in before} == before
     assert (
         len(after) == 2 + 2 * 24
     )  # two checkpoints: queries in one unit, 1,500 training examples in units of 64
     there = sum(1 for path in before if path.parent.parent.name == "train") * 64
-    assert f"train: {3000 - there:,} gradients computed" in again.stderr
+    assert f"train: {3000 - there:,} gradients computed" in again.err
 
 
 def test_an_error_of_another_rank_names_it(tmp_path):
@@ -222,30 +224,22 @@ def test_an_error_of_another_rank_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_a_rank_that_waits_for_another_one_ends_at_a_signal(number, run):
+def test_a_rank_that_waits_for_another_one_ends_at_a_signal(number, run, tmp_path):
     store = torch.distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     environ = {
         **{"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)},
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "influence_cli", "cache", str(run)],
-        env={**os.environ, **environ},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    job = Job("cache", run, place=tmp_path, environment=environ)
     keys, until = store.num_keys(), time.monotonic() + 60
     while store.num_keys() < keys + 2 and time.monotonic() < until:  # its address in gloo
         time.sleep(0.02)
     time.sleep(0.3)
-    process.send_signal(number)
-    try:
-        _, err = process.communicate(timeout=10)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert "Traceback" not in err
+    job.kill(number)
+    ended = job.wait(10)
+    assert ended.code == 128 + number
+    assert "Traceback" not in ended.err
 
 
 class Other(Ranks):
@@ -313,11 +307,11 @@ def test_the_way_back_is_gone_by_one_rank_and_gradients_are_shared(tmp_path, inf
     run = train(tmp_path / "run")
     alone = influence("score", run, "--method", "dve", "--cache", tmp_path / "one")
     assert alone.code == 0, alone.err
-    ranks = torchrun(2, "score", run, "--method", "dve", "--cache", tmp_path / "many")
-    assert ranks.returncode == 0, ranks.stderr
-    assert ranks.stdout == alone.out
-    assert "note: all 2 ranks compute gradients for dve; rank 0 computes scores" in ranks.stderr
-    assert "error" not in ranks.stderr
+    flags = ("--method", "dve", "--cache", tmp_path / "many")
+    ranks = run_ranks(2, "score", run, *flags, place=tmp_path)
+    compare_ranks(ranks, alone)
+    assert "note: all 2 ranks compute gradients for dve; rank 0 computes scores" in ranks.err
+    assert "error" not in ranks.err
 
 
 @pytest.fixture

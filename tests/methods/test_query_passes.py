@@ -3,10 +3,7 @@ scores are those of one pass.
 """
 
 import errno
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from contextlib import ExitStack
@@ -23,6 +20,7 @@ from influence_cli.output.ranking import RankingSlice, TopRanking
 from tests import reference
 from tests.cases import CASES
 from tests.conftest import DEFINITION
+from tests.forked import run_fork, run_ranks
 from tests.methods.test_tracin import OF_CASE, expected, table
 from tests.methods.test_tracin_we import DEFINITION as TEXTS
 from tests.refusals import refused
@@ -320,17 +318,19 @@ if "ENDS" in os.environ:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=str)
-def test_an_ended_command_leaves_no_files_after_the_next(number, make_run, scratch):
+def test_an_ended_command_leaves_no_files_after_the_next(number, make_run, scratch, tmp_path):
     run = make_run(definition=DEFINITION + ENDING)
-    command = [sys.executable, "-m", "influence_cli", "score", str(run), *LIVE]
-    environ = os.environ | {"TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        command, env=environ | {"ENDS": str(int(number))}, capture_output=True, text=True
-    )
-    assert ended.returncode == (-number if number == signal.SIGKILL else 128 + number), ended.stderr
+
+    def use_scratch():
+        tempfile.tempdir = str(scratch)
+
+    command = ("score", run, *LIVE)
+    ending = {"ENDS": str(int(number))}
+    ended = run_fork(*command, place=tmp_path, prepare=use_scratch, environment=ending)
+    assert ended.code == (-number if number == signal.SIGKILL else 128 + number), ended.err
     assert len(leftovers(scratch)) == (number == signal.SIGKILL)
-    again = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    again = run_fork(*command, place=tmp_path, prepare=use_scratch)
+    assert again.code == 0, again.err
     assert leftovers(scratch) == []
 
 
@@ -351,31 +351,21 @@ def many(tmp_path_factory):
     return build_run(tmp_path_factory.mktemp("many") / "run", text)
 
 
-def call(many, *arguments, ranks=None):
-    program = ["-m", "influence_cli"]
-    if ranks:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        program = [*launch, *program]
-    environ = {key: value for key, value in os.environ.items() if key != "PYTEST_XDIST_WORKER"}
-    done = subprocess.run(
-        [sys.executable, *program, *map(str, arguments)],
-        env=environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("flags", [("--by", "layer"), ("--group-by", "label", "--top", "all")])
-def test_ranks_give_the_bytes_of_one_process(flags, many):
+def test_ranks_give_the_bytes_of_one_process(flags, many, tmp_path):
     command = ("score", many, *LIVE, *flags)
-    assert call(many, *command, ranks=2) == call(many, *command)
+    alone, ranks = run_fork(*command, place=tmp_path), run_ranks(2, *command, place=tmp_path)
+    assert (alone.code, ranks.code, ranks.out) == (0, 0, alone.out), ranks.err
 
 
 def test_merged_shards_are_the_bytes_of_the_whole(many, tmp_path):
     parts = [tmp_path / "1.csv", tmp_path / "2.csv"]
     for number, path in enumerate(parts, start=1):
-        call(many, "score", many, *LIVE, "--shard", f"{number}/2", "-o", path)
-    assert call(many, "merge", *parts) == call(many, "score", many, *LIVE)
+        shard = ("--shard", f"{number}/2", "-o", path)
+        assert run_fork("score", many, *LIVE, *shard, place=tmp_path).code == 0
+    merged, alone = (
+        run_fork(*command, place=tmp_path)
+        for command in (("merge", *parts), ("score", many, *LIVE))
+    )
+    assert (merged.code, merged.out) == (alone.code, alone.out) == (0, alone.out)
+    assert alone.out.count("\n") > 10
