@@ -1,9 +1,6 @@
 """Queries from the command line: --query and --query-file."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import DEFINITION, build_run
+from tests.forked import run_ranks
 from tests.methods.test_tracin_we import DEFINITION as TEXTS
 from tests.refusals import refused, replaced
 from tests.training import DEFINITION as TRAINED
@@ -243,17 +241,10 @@ def test_merged_shards_of_a_query_are_the_whole(run, influence, tmp_path):
 def test_ranks_share_the_work_and_the_labels(run, influence, tmp_path):
     row = json.dumps(query_row(run, 1, labelled=False))
     expected = influence("score", run, "--query", row, "--top", "4")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "influence_cli", "score", run, "--query", row, "--top", "4"),
-        *("--cache", tmp_path / "cache"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout == expected.out, done.stderr
-    assert done.stderr.count("has no label") == 1
+    flags = ("--query", row, "--top", "4", "--cache", tmp_path / "cache")
+    ranks = run_ranks(2, "score", run, *flags, place=tmp_path)
+    assert (ranks.code, ranks.out) == (0, expected.out), ranks.err
+    assert ranks.err.count("has no label") == 1
 
 
 def test_text_is_the_column_text(make_run, influence):

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from influence_cli.methods.table import METHODS
 from influence_cli.output import vector_files
 from influence_cli.storage import array_files
 from tests.conftest import DEFINITION
+from tests.forked import run_fork
 from tests.refusals import refused, replaced
 from tests.training import train
 
@@ -280,10 +279,10 @@ def train_data():
 def test_a_killed_export_leaves_no_folder(signal, code, make_run, tmp_path, influence, monkeypatch):
     run, parent = make_run("run", KILLED), tmp_path / "out"
     parent.mkdir()
-    command = [sys.executable, "-m", "influence_cli", "export", run, "-o", parent / "vectors"]
-    environ = {**os.environ, "PARENT": str(parent), "SIGNAL": signal}
-    ended = subprocess.run([*map(str, command)], env=environ, capture_output=True, text=True)
-    assert ended.returncode == code, ended.stderr
+    environment = {"PARENT": str(parent), "SIGNAL": signal}
+    command = ("export", run, "-o", parent / "vectors")
+    ended = run_fork(*command, place=tmp_path, environment=environment)
+    assert ended.code == code, ended.err
     assert not (parent / "vectors").exists()
     assert len(list(parent.glob(".tmp-*"))) == (1 if signal == "SIGKILL" else 0)
     monkeypatch.setenv("PARENT", "nowhere")

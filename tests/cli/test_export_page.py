@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import build_run
+from tests.forked import run_fork
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 COMMANDS = re.findall(
@@ -47,9 +48,8 @@ def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("page")
     build_run(place / "my_run", RUN)
     for line in COMMANDS:
-        command = [sys.executable, "-m", "influence_cli", *line.split()]
-        ended = subprocess.run(command, cwd=place, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
+        ended = run_fork(*line.split(), place=place)
+        assert ended.code == 0, ended.err
     return place
 
 

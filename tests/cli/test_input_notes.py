@@ -1,12 +1,12 @@
 """Notes on what a run costs, and that no command needs a network."""
 
-import subprocess
-import sys
+import socket
 
 import pytest
 
 from influence_cli.extraction import fill
 from tests.conftest import DEFINITION
+from tests.forked import run_fork
 from tests.refusals import replaced
 
 
@@ -50,20 +50,25 @@ def test_activation_checkpointing_is_told_to_be_switched_off(make_run, influence
     assert columns[0] == columns[1]
 
 
-NO_NETWORK = """
-import socket, sys
-def refuse(*given, **named):
-    raise AssertionError(f"a connection: {given}")
-socket.socket.connect = socket.socket.connect_ex = socket.socket.bind = refuse
-socket.getaddrinfo = socket.create_connection = refuse
-from influence_cli.cli import main
-sys.argv[1:] = %r
-main()
-"""
+def refuse_connections():
+    def refuse(*given, **named):
+        raise AssertionError(f"a connection: {given}")
+
+    for name in ("connect", "connect_ex", "bind"):
+        setattr(socket.socket, name, refuse)
+    socket.getaddrinfo = socket.create_connection = refuse
 
 
 @pytest.mark.parametrize("command", ["score", "self", "cache", "check", "inspect"])
-def test_a_command_makes_no_connection(command, make_run):
-    code = NO_NETWORK % [command, str(make_run())]
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+def test_a_command_makes_no_connection(command, make_run, tmp_path):
+    ended = run_fork(command, make_run(), place=tmp_path, prepare=refuse_connections)
+    assert ended.code == 0, ended.err
+
+
+def test_a_connection_would_be_noticed(make_run, tmp_path):
+    run = make_run()
+    connect = "\n\nimport socket\n\nsocket.create_connection(('::1', 9))\n"
+    (run / "definition.py").write_text(DEFINITION + connect)
+    ended = run_fork("score", run, place=tmp_path, prepare=refuse_connections)
+    assert ended.code == 1
+    assert "a connection: " in ended.err

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,9 +11,11 @@ import pytest
 import torch
 
 from influence_cli.cache.store import Store
+from influence_cli.extraction import memory_budget
 from influence_cli.gradients.projection_kinds import KINDS
 from tests import reference
 from tests.conftest import build_run
+from tests.forked import Job
 from tests.gradients.test_projection import by_matrix
 from tests.refusals import refused, replaced
 from tests.training import definition_of, load, train
@@ -291,14 +291,15 @@ SLOW = replaced(
     ("def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)"),
     ("examples(0, 30)", "examples(0, 40)"),
 )
-SMALL = "from influence_cli.extraction import memory_budget; memory_budget.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
 
 
-def start(run: Path) -> subprocess.Popen:
+def make_units_small() -> None:
+    memory_budget.UNIT_EXAMPLES = 4
+
+
+def start(run: Path) -> Job:
     flags = ("--batch-size", "1", "--project", "16", "--store", "int8", "--quiet")
-    return subprocess.Popen(
-        [sys.executable, "-c", SMALL, "score", str(run), *flags], stdout=subprocess.PIPE, text=True
-    )
+    return Job("score", run, *flags, place=run.parent, name=run.name, prepare=make_units_small)
 
 
 def files(run: Path) -> dict[str, str]:
@@ -310,18 +311,18 @@ def files(run: Path) -> dict[str, str]:
 
 def test_a_killed_run_goes_on_to_the_same_bytes(make_run):
     undisturbed, killed = make_run("undisturbed", SLOW), make_run("killed", SLOW)
-    expected = start(undisturbed).communicate()[0]
+    expected = start(undisturbed).wait().out
     assert expected
-    process = start(killed)
+    job = start(killed)
     limit = time.monotonic() + 60
-    while len(files(killed)) < 8 and process.poll() is None and time.monotonic() < limit:
+    while len(files(killed)) < 8 and job.poll() is None and time.monotonic() < limit:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.communicate()[0] == ""
-    assert process.returncode == -signal.SIGKILL
+    job.kill(signal.SIGKILL)
+    ended = job.wait()
+    assert (ended.code, ended.out) == (-signal.SIGKILL, "")
     kept, whole = files(killed), files(undisturbed)
     assert 8 <= len(kept) < len(whole), "work was lost, or the process was too fast to be stopped"
-    assert start(killed).communicate()[0] == expected
+    assert start(killed).wait().out == expected
     assert files(killed) == whole
     assert kept.items() <= whole.items()
 

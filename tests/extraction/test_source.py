@@ -5,7 +5,6 @@ byte.
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from influence_cli.extraction import memory_budget
 from influence_cli.gradients import capture
 from influence_cli.storage import atomic
 from tests.conftest import DEFINITION, build_run
+from tests.forked import Job
 
 
 def files(run: Path) -> dict[str, bytes]:
@@ -166,19 +166,22 @@ def test_the_order_of_work_does_not_change_bytes(make_run, influence, small_unit
 SLOW = DEFINITION.replace(
     "def loss(model, batch):", "import time\ndef loss(model, batch):\n    time.sleep(0.005)"
 ).replace("examples(0, 20)", "examples(0, 40)")
-SMALL = "from influence_cli.extraction import memory_budget; memory_budget.UNIT_EXAMPLES = 4; from influence_cli.cli import main; main()"
 
 
-def start(run: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", SMALL, "score", str(run), "--batch-size", "1", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def make_units_small() -> None:
+    memory_budget.UNIT_EXAMPLES = 4
 
 
-def wait_for_units(run: Path, count: int, process: subprocess.Popen) -> None:
+def start(run: Path, name: str = "0") -> Job:
+    command = ("score", run, "--batch-size", "1")
+    return Job(*command, place=run.parent, name=name, prepare=make_units_small)
+
+
+def wait_for_units(run: Path, count: int, job: Job) -> None:
     limit = time.monotonic() + 60
     while (
         len(list(run.rglob("0*.safetensors"))) < count
-        and process.poll() is None
+        and job.poll() is None
         and time.monotonic() < limit
     ):
         time.sleep(0.005)
@@ -187,8 +190,8 @@ def wait_for_units(run: Path, count: int, process: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[str, dict[str, bytes]]:
     """The table and the cache files of the slow run, left alone."""
-    run = build_run(tmp_path_factory.mktemp("undisturbed"), SLOW)
-    table = start(run).communicate()[0]
+    run = build_run(tmp_path_factory.mktemp("undisturbed") / "run", SLOW)
+    table = start(run).wait().out
     assert table
     return table, files(run)
 
@@ -202,22 +205,22 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturb
     """
     table, unit_files = undisturbed
     run = make_run("stopped", SLOW)
-    process = start(run)
-    wait_for_units(run, 9, process)
-    process.send_signal(stop)
-    out, err = process.communicate()
-    assert process.returncode == code
-    assert out == ""
-    assert "Traceback" not in err
+    job = start(run)
+    wait_for_units(run, 9, job)
+    job.kill(stop)
+    ended = job.wait()
+    assert (ended.code, ended.out) == (code, "")
+    assert "Traceback" not in ended.err
     if code > 0:
-        assert err.endswith("interrupted: finished work is kept. Run the same command to resume.\n")
+        assert ended.err.endswith(
+            "interrupted: finished work is kept. Run the same command to resume.\n"
+        )
         assert not list(run.rglob(".tmp-*"))
     kept = files(run)
     assert 9 <= len(kept) < len(unit_files), (
         "work was lost, or the process was too fast to be stopped"
     )
-    process = start(run)
-    assert process.communicate()[0] == table
+    assert start(run).wait().out == table
     assert files(run) == unit_files
     assert kept.items() <= files(run).items()
     assert not list(run.rglob(".tmp-*"))
@@ -226,8 +229,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stop, code, make_run, undisturb
 def test_two_processes_on_one_cache_do_no_harm(make_run, undisturbed):
     table, unit_files = undisturbed
     run = make_run("both", SLOW)
-    both = [start(run), start(run)]
-    assert [process.communicate()[0] for process in both] == [table, table]
+    both = [start(run, "one"), start(run, "two")]
+    assert [job.wait().out for job in both] == [table, table]
     assert files(run) == unit_files
 
 

@@ -9,14 +9,13 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from influence_cli.methods.reverse import embedding_build, resume
+from influence_cli.methods.reverse import embedding_build, resume, reverse_pass, steps
+from tests.forked import Job
 from tests.refusals import refused
 from tests.training import change_state, train
 
@@ -27,36 +26,28 @@ PASSES = {
     "dve --replay": ("--method", "dve", "--replay"),
 }
 EMBEDDINGS = ("--method", "dve", "--embeddings")
-# argv: seconds a step takes, seconds between saves, command line
-SLOW_JOB = """
-import sys, time
-from influence_cli.methods.reverse import embedding_build, resume, steps
-from influence_cli.methods.reverse import reverse_pass
-pause, resume.SAVE_SECONDS = float(sys.argv[1]), float(sys.argv[2])
-embedding_build.ROWS_BYTES = 1
-def slow(propagate):
-    def propagated(*args, **options):
-        for effects in propagate(*args, **options):
-            time.sleep(pause)
-            yield effects
-    return propagated
-embedding_build.propagate = slow(steps.propagate)
-reverse_pass.propagate = slow(steps.propagate)
-sys.argv = ["influence", *sys.argv[3:]]
-from influence_cli.cli import main
-main()
-"""
 
 
 def score(influence, run, flags):
     return influence("score", run, "--top", "all", *flags)
 
 
-def start_job(run, flags, pause=0.02, save=0.0):
-    command = [sys.executable, "-c", SLOW_JOB, pause, save, "score", run, "--top", "all", *flags]
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def make_slow(pause, save):
+    """Seconds that a step takes, and seconds between saves."""
+    resume.SAVE_SECONDS, embedding_build.ROWS_BYTES = save, 1
+
+    def propagate(*arguments, **options):
+        for effects in steps.propagate(*arguments, **options):
+            time.sleep(pause)
+            yield effects
+
+    embedding_build.propagate = reverse_pass.propagate = propagate
+
+
+def start_job(run, flags, name, pause=0.02, save=0.0):
+    """In a fork: a job takes a tenth of the time that importing torch takes."""
+    command = ("score", run, "--top", "all", *flags)
+    return Job(*command, place=run.parent, name=name, prepare=lambda: make_slow(pause, save))
 
 
 def saved_files(run, name):
@@ -350,22 +341,21 @@ def test_two_jobs_that_are_killed_at_random_moments_give_the_undisturbed_bytes(
     for _ in range(ROUNDS):
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
         for ending in (chance.choice(list(CODES)), None):
-            jobs = [start_job(run, flags, save=chance.choice([0, 0.05])) for _ in range(2)]
+            jobs = [
+                start_job(run, flags, name, save=chance.choice([0, 0.05])) for name in ("a", "b")
+            ]
             if ending is not None:
                 wait_for_files(run, tmp_path / "kept", jobs)
                 for job in jobs:
                     time.sleep(chance.uniform(0, 0.3))
-                    job.send_signal(ending)
+                    job.kill(ending)
             for job in jobs:
-                out, err = job.communicate(timeout=300)
-                # -ending: the job had not yet installed its handlers
-                assert job.returncode in (
-                    0,
-                    *(() if ending is None else (CODES[ending], -ending)),
-                ), err
-                assert "Traceback" not in err
-                if job.returncode == 0:
-                    assert out == undisturbed
+                ended = job.wait()
+                codes = (0,) if ending is None else (0, CODES[ending])
+                assert ended.code in codes, ended.err
+                assert "Traceback" not in ended.err
+                if ended.code == 0:
+                    assert ended.out == undisturbed
 
 
 def wait_for_files(run, kept, jobs):

@@ -1,10 +1,9 @@
 """Unroll through the real command against retraining by torch's own optimizers, in float64."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import defaultdict
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from influence_cli.methods.reverse import replayed_steps, resume
 from influence_cli.methods.reverse.unroll_cost import UnrollCost
+from tests.forked import run_fork
 from tests.refusals import refused
 from tests.training import DEFINITION, definition_of, load, train
 
@@ -261,22 +261,20 @@ def test_a_training_that_was_not_as_recorded_is_refused_with_what_may_differ(tmp
 def test_a_killed_job_goes_on_where_it_was_and_leaves_nothing(tmp_path, influence):
     run = train(tmp_path / "run", kind=ADAMW, rate=0.05, every=4)
     complete_output = unroll(influence, run, "--replay", "--by", "step", "--cache", "none").out
-    code = (
-        "import os, signal, sys\n"
-        "from influence_cli.methods.reverse import resume\n"
-        "resume.SAVE_SECONDS = 0\n"
-        "add = resume.PassProgress.add\n"
-        "def add_or_die(self, adjoint, effects):\n"
-        "    if effects.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    add(self, adjoint, effects)\n"
-        "resume.PassProgress.add = add_or_die\n"
-        "from influence_cli.cli import main\n"
-        f"sys.argv = ['influence', 'score', {str(run)!r}, '--method', 'unroll', '--replay',\n"
-        "            '--by', 'step', '--top', 'all']\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    add = resume.PassProgress.add
+
+    def add_or_die(self, adjoint, effects):
+        if effects.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, adjoint, effects)
+
+    def prepare():
+        resume.SAVE_SECONDS = 0
+        resume.PassProgress.add = add_or_die
+
+    command = ("score", run, "--method", "unroll", "--replay", "--by", "step", "--top", "all")
+    done = run_fork(*command, place=tmp_path, prepare=prepare)
+    assert done.code == -signal.SIGKILL, done.err
     assert len(list((run / ".influence" / "back").rglob("scores-*.safetensors"))) == 6
     result = unroll(influence, run, "--replay", "--by", "step")
     assert "resuming below step 6" in result.err

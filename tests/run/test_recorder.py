@@ -5,9 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from faults.forks import ForkedCommand
 from influence_cli import TrajectoryRecorder
 from influence_cli.errors import CheckpointError, TrajectoryError
 from influence_cli.run import checkpoints
@@ -569,21 +567,19 @@ def test_an_exception_saves_nothing_and_keeps_the_lines(tmp_path):
 @pytest.mark.parametrize("at", [1, 7])
 def test_a_killed_training_goes_on_to_the_same_bytes(at, tmp_path):
     """Killed by SIGKILL before its second checkpoint and after; the rest of a line is left in the file."""
-    script = (
-        "import os, signal, sys; from pathlib import Path; from tests.run.test_recorder import *\n"
-        "step = TrajectoryRecorder.step\n"
-        "def killed(self, indices):\n"
-        "    step(self, indices)\n"
-        f"    if self.steps > {at}:\n"
-        "        self._log.append(b'{\"step\":')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "TrajectoryRecorder.step = killed\n"
-        "train(Path(sys.argv[1]), 10, OPTIMIZERS['adam'], save_optimizer=True)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "parts")], cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == -signal.SIGKILL
+    step = TrajectoryRecorder.step
+
+    def record_or_die(self, indices):
+        step(self, indices)
+        if self.steps > at:
+            self._log.append(b'{"step":')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def train_parts():
+        TrajectoryRecorder.step = record_or_die  # type: ignore[method-assign]
+        train(tmp_path / "parts", 10, OPTIMIZERS["adam"], save_optimizer=True)
+
+    assert ForkedCommand([], tmp_path, main=train_parts).wait().code == -signal.SIGKILL
     assert read(tmp_path / "parts").steps == at + 1
     train(tmp_path / "parts", 10, OPTIMIZERS["adam"], save_optimizer=True)
     train(tmp_path / "whole", 10, OPTIMIZERS["adam"], save_optimizer=True)
