@@ -5,13 +5,14 @@ its start (arguments, signals, streams) is tested with real processes, in tests/
 """
 
 import gc
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from faults.forks import PATIENCE, Ended, ForkedCommand
-from faults.ranks import ForkedAgent
-from influence_cli import cli
+from faults.ranks import NOTICE_SECONDS, ForkedAgent
+from tests.conftest import build_command
 
 
 class Job(ForkedCommand):
@@ -29,9 +30,10 @@ class Job(ForkedCommand):
             gc.freeze()  # the objects of the test's process: their collection takes a second
             prepare()
 
-        cli.register()
+        command = build_command()
         self.ended: Ended | None = None
-        super().__init__([str(word) for word in arguments], place, name, start, environment)
+        words = [str(word) for word in arguments]
+        super().__init__(words, place, name, start, environment, main=command)
 
     def poll(self) -> Ended | None:
         self.ended = self.ended or super().poll()
@@ -47,7 +49,7 @@ def run_fork(*arguments: object, place: Path, **options: object) -> Ended:
 
 
 def run_ranks(count: int, *arguments: object, place: Path) -> Ended:
-    """Ranks of one job, connected as torchrun connects them. One fails: the first failure's end."""
+    """Ranks of one job, connected and stopped as torchrun does it. `code`: the first failure's."""
     with ForkedAgent() as connection:
         size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         jobs = [
@@ -57,10 +59,15 @@ def run_ranks(count: int, *arguments: object, place: Path) -> Ended:
             )
             for rank in range(count)
         ]  # fmt: skip
-        start = time.monotonic()
-        while any(job.poll() is None for job in jobs) and time.monotonic() - start < PATIENCE:
+        start, ends = time.monotonic(), [job.poll() for job in jobs]
+        while None in ends and time.monotonic() - start < PATIENCE:
             time.sleep(0.005)
-        ends = [job.wait() for job in jobs]
-    codes = [ended.code for ended in ends if ended.code != 0]
-    texts = ["".join(getattr(ended, name) for ended in ends) for name in ("err", "out")]
+            ends = [job.poll() for job in jobs]
+            if any(ended and ended.code for ended in ends):
+                time.sleep(NOTICE_SECONDS)
+                for job in jobs:
+                    job.kill(signal.SIGTERM)
+        results = [job.wait() for job in jobs]
+    codes = [ended.code for ended in results if ended.code != 0]
+    texts = ["".join(getattr(ended, name) for ended in results) for name in ("err", "out")]
     return Ended(codes[0] if codes else 0, *texts)

@@ -91,7 +91,7 @@ def runner(tmp_path):
     ],
 )
 def test_a_mutant_is_judged_by_its_tests(after, outcome, runner, monkeypatch):
-    monkeypatch.setattr("faults.mutants.WAIT", -200.0 if outcome == "hang" else 4.0)  # 10 seconds
+    monkeypatch.setattr("faults.mutants.WAIT", -280.0 if outcome == "hang" else 4.0)  # 2 seconds
     (mutation,) = [m for m in list_mutations("tiny/x.py", TINY) if m.after == after]
     verdict = runner.judge(mutation)
     assert verdict.outcome == outcome, (runner.tree / "mutant.log").read_text()

@@ -1,13 +1,16 @@
 """The commands of docs/definition.md run as they are written, from an empty folder."""
 
-import os
 import re
-import subprocess
+import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from faults.forks import ForkedCommand
+from tests.forked import run_fork
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / "definition.md").read_text(), re.S)
@@ -17,24 +20,31 @@ DEFINITION, TRAIN = (text for language, text in BLOCKS if language == "python")
 
 @pytest.fixture
 def shell(tmp_path):
-    """Runs lines of a shell in an empty folder, with `influence` and `python` on the path."""
-    folder, programs = tmp_path / "empty", tmp_path / "bin"
+    """Runs lines of a shell in an empty folder: `influence` and `python` are forks."""
+    folder = tmp_path / "empty"
     folder.mkdir()
-    programs.mkdir()
-    for name, command in (("python", ""), ("influence", "-m influence_cli")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
-        (programs / name).chmod(0o755)
-    path = os.pathsep.join((str(programs), os.environ["PATH"]))
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
     def run(lines: str) -> Path:
-        command = ["sh", "-e", "-c", lines]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        for line in lines.splitlines():
+            words, _, file = line.partition("#")[0].partition(">")
+            program, *arguments = words.split()
+            if program == "python":
+                ended = ForkedCommand([], folder, main=partial(run_script, *arguments)).wait()
+            else:
+                assert program == "influence"
+                ended = run_fork(*arguments, place=folder)
+            assert ended.code == 0, ended.err
+            if file:
+                (folder / file.strip()).write_text(ended.out)
         return folder
 
     run.folder = folder
     return run
+
+
+def run_script(path: str) -> None:
+    sys.path.insert(0, "")
+    runpy.run_path(path, run_name="__main__")
 
 
 def test_the_commands_run_in_an_empty_folder(shell):

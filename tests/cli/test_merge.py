@@ -323,13 +323,13 @@ def test_a_changed_byte_of_a_parquet_part_is_refused_or_harmless(tmp_path, influ
     influence("merge", tmp_path / "good.csv", "-o", part)
     content, refusals = part.read_bytes(), 0
     expected = influence("merge", part).out
-    for at in range(4, len(content) - 8, 16):
+    for at in range(4, len(content) - 8, 32):
         part.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         result = influence("merge", part)
         assert "Traceback" not in result.err
         assert result.code == 1 or result.out == expected, at
         refusals += result.code == 1
-    assert refusals > 20
+    assert refusals > 10
 
 
 def test_json_rows_must_be_alike(tmp_path, influence):
@@ -464,8 +464,8 @@ def test_memory_is_flat_in_the_number_of_rows(tmp_path):
         ).stdout.split()
         return int(rows), int(peak)
 
-    (_, few), (rows, many) = run(1_000), run(150_000)
-    assert rows == 300_000
+    (_, few), (rows, many) = run(1_000), run(50_000)
+    assert rows == 100_000
     assert many - few < 8_000, (
-        f"{many - few} KiB more for 150 times the rows"
-    )  # the rows would be 100 MB
+        f"{many - few} KiB more for 50 times the rows"
+    )  # the rows would be 33 MB

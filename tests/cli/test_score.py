@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_model
 
+from tests.forked import run_fork
+
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "sample_runs" / "digits"
 
@@ -74,12 +76,11 @@ def rounded(table: str) -> list[list[str]]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_golden_tables(arguments, golden, digits):
-    result = shell(arguments[0], digits, *arguments[1:])
-    assert result.returncode == 0, result.stderr
-    assert rounded(result.stdout) == rounded(golden)
-    assert result.stderr == ""
-    assert "\r" not in result.stdout
+def test_golden_tables(arguments, golden, digits, tmp_path):
+    result = run_fork(arguments[0], digits, *arguments[1:], place=tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert rounded(result.out) == rounded(golden)
+    assert "\r" not in result.out
 
 
 def test_self_influence_puts_the_flipped_labels_first(digits, influence):

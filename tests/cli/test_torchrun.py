@@ -217,10 +217,10 @@ def test_an_error_of_another_rank_names_it(tmp_path):
         ("texts(0, 300", "texts(0, 9000"),
     )
     run = build_run(tmp_path / "run", broken.replace(*SMALL, 1))
-    result = torchrun(2, "cache", run)
-    assert result.returncode != 0
-    assert "[rank 1] error: the loss is not finite at checkpoints/" in result.stderr
-    assert "\nerror: " not in result.stderr
+    result = run_ranks(2, "cache", run, place=tmp_path)
+    assert result.code != 0
+    assert "[rank 1] error: the loss is not finite at checkpoints/" in result.err
+    assert "\nerror: " not in f"\n{result.err}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
