@@ -25,10 +25,11 @@ FILES = (
 )
 CACHES = ("__pycache__", "*.py[cod]", ".influence", ".ipynb_checkpoints")
 USER_FILE = """
-from influence_cli import InfluenceError, TrajectoryRecorder, __version__
+from influence_cli import InfluenceError, TrajectoryRecorder, __version__, open_run
 
 reveal_type(__version__)
 reveal_type(TrajectoryRecorder.add)
+reveal_type(open_run("run"))
 error: InfluenceError = 1
 """
 # mypy reads the package alone: to read torch takes half a minute
@@ -173,6 +174,7 @@ def test_mypy_sees_the_types_of_an_installed_wheel(environment, tmp_path):
         'user.py:4: note: Revealed type is "str"',
         'user.py:5: note: Revealed type is "def (self: influence_cli.run.recorder.TrajectoryRecorder, '
         'indices: Any, weights: Any | None =)"',
-        'user.py:6: error: Incompatible types in assignment (expression has type "int", variable has '
+        'user.py:6: note: Revealed type is "influence_cli.api.influence_run.InfluenceRun"',
+        'user.py:7: error: Incompatible types in assignment (expression has type "int", variable has '
         'type "InfluenceError")  [assignment]',
     ]
