@@ -3,7 +3,7 @@
 #
 #   docker build -t influence --build-arg TORCH_INDEX=https://... --build-arg EXTRAS=hf .
 #   docker run --rm -v "$PWD:/work" --user "$(id -u):$(id -g)" influence score my_run
-ARG PYTHON=3.13
+ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS build
 WORKDIR /src

@@ -7,6 +7,7 @@ import csv
 import gzip
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ RUNS = {"bert": bert, "lora": lora, "lightning": lightning_run, "loop": loop}
 
 
 # ---------------------------------------------------------------- cost
-def cost_trainer(folder: Path, layers: int, width: int, steps: int, recorded: bool) -> Any:
+def cost_trainer(folder: Path, layers: int, width: int, steps: int) -> Any:
     """A Trainer of random token ids, 16 texts of 32 tokens a step, that saves nothing."""
     from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -224,6 +225,47 @@ def cost_trainer(folder: Path, layers: int, width: int, steps: int, recorded: bo
     trainer = Trainer(
         BertForSequenceClassification(bert_config(layers, width)), arguments, train_dataset=rows
     )
-    if recorded:
-        huggingface.record(trainer)
+    huggingface.record(trainer)
     return trainer
+
+
+def time_recording(trainer: Any) -> tuple[list[float], list[float]]:
+    """CPU seconds by step: of the recorder's functions, without saving checkpoints; of all."""
+    from transformers import TrainerCallback
+
+    from influence_cli.integrations import indexed_data, trainer_recording
+    from influence_cli.run import forward_seeds, recorder
+
+    spent = {"own": 0.0}
+    own: list[float] = []
+    complete: list[float] = []
+    marks = [time.process_time()]
+
+    def count(owner: Any, name: str, sign: int) -> None:
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            started = time.process_time()
+            try:
+                return function(*args, **options)
+            finally:
+                spent["own"] += sign * (time.process_time() - started)
+
+        setattr(owner, name, timed)
+
+    count(trainer_recording.TrainerRecording, "_add", 1)
+    count(trainer_recording.TrainerRecording, "on_pre_optimizer_step", 1)
+    count(recorder.TrajectoryRecorder, "_save", -1)
+    count(forward_seeds.ForwardSeeds, "_before_forward", 1)
+    count(indexed_data, "attach_index", 1)
+    count(indexed_data, "split_index", 1)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            own.append(spent["own"])
+            complete.append(time.process_time() - marks[0])
+            spent["own"], marks[0] = 0.0, time.process_time()
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    return own, complete

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from influence_cli.errors import TrajectoryError
-from influence_cli.run.training_mode import draws_masks, list_eval_modules
+from influence_cli.run.training_mode import draws_masks, list_eval_modules, seed_generators
 
 
 class ForwardSeeds:
@@ -90,7 +90,7 @@ class ForwardSeeds:
         if self._seed is not None:
             self.seeds.append(derive_seed(self._seed, self.step, len(self.seeds)))
             self.eval_modules = list_eval_modules(self._model)
-            torch.manual_seed(self.seeds[-1])
+            seed_generators(self.seeds[-1], next(self._model.parameters()).device)
 
 
 def derive_seed(seed: int, step: int, number: int) -> int:
