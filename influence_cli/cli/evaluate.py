@@ -221,16 +221,24 @@ def check_run_flags(
 def open_tables(
     folders: Sequence[Path], options_of: dict[str, object], flags: RequestFlags
 ) -> "dict[Path, list[ScoreTable]]":
-    """The tables of each run folder, one a method. Raises UsageProblem for runs on other data."""
+    """The tables of each run folder, one a method. Each definition imports its own modules, also
+    where another run has modules of the same name. Raises UsageProblem for runs on other data.
+    """
     from influence_cli.evaluate.score_agreement import check_same_examples, tables_of_run
+    from influence_cli.run.import_scope import ImportScope
 
     tables, first = {}, None
     for folder in folders:
         shared = dataclasses.replace(flags.shared, run=folder)
-        opened, _, requests = open_requests(options_of, dataclasses.replace(flags, shared=shared))
-        first = first or opened.run
-        check_same_examples(first, opened.run)
-        tables[folder] = tables_of_run(opened.gradients, requests, str(folder))
+        scope = ImportScope(shared.definition or folder / "definition.py")
+        with scope.entered():
+            opened, _, requests = open_requests(
+                options_of, dataclasses.replace(flags, shared=shared)
+            )
+            first = first or opened.run
+            check_same_examples(first, opened.run)
+        of_run = tables_of_run(opened.gradients, requests, str(folder))
+        tables[folder] = [table.read_inside(scope.entered) for table in of_run]
     return tables
 
 

@@ -4,6 +4,7 @@ This module imports no torch, so that `--help` answers at once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,15 @@ class ScoreTable:
 
     name: str
     read: Callable[[], dict[str, dict[str, float]]]
+
+    def read_inside(self, block: Callable[[], AbstractContextManager[None]]) -> "ScoreTable":
+        """The same table, read in a block."""
+
+        def read() -> dict[str, dict[str, float]]:
+            with block():
+                return self.read()
+
+        return ScoreTable(self.name, read)
 
 
 @dataclass(frozen=True)

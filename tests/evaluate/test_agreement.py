@@ -1,5 +1,7 @@
 """influence evaluate RUN agreement: score files with known answers, and methods of a run."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -137,6 +139,38 @@ def test_runs_are_compared_by_the_scores_of_a_method(tmp_path, influence):
         result = influence("evaluate", arguments[0], "agreement", *arguments[1:], *flags)
         assert values_of(result) == pytest.approx(expected), command
     assert result.rows[0]["method"] == f"{files[0]}, {other} grad-dot"
+
+
+def test_each_run_has_its_own_module_of_a_name(tmp_path, influence, monkeypatch):
+    """Both definitions import losses.py from beside them. One gives each class another weight."""
+    definition = replaced(
+        DEFINITION,
+        (
+            "from torch.nn import functional as F",
+            "from torch.nn import functional as F\nimport losses",
+        ),
+        ('F.cross_entropy(model(batch[0]), batch[1], reduction="none")', "losses.of(model, batch)"),
+    )
+    head = "from torch.nn import functional as F\ndef of(model, batch):\n    "
+    body = 'return F.cross_entropy(model(batch[0]), batch[1], reduction="none")'
+    runs, files = [], []
+    for name, end in (("equal", ""), ("weighted", " * (batch[1] - 1)")):
+        run = train(tmp_path / name, every=12)
+        (run / "definition.py").write_text(definition)
+        (run / "losses.py").write_text(head + body + end + "\n")
+        files.append(tmp_path / f"{name}.csv")
+        monkeypatch.delitem(sys.modules, "losses", raising=False)  # a command is a new process
+        scored = influence(
+            "score", run, "--method", "grad-dot", "--top", "all", "--cache", "none", "-o", files[-1]
+        )
+        assert scored.code == 0, scored.err
+        runs.append(run)
+    expected = values_of(agreement(influence, *files))
+    assert expected["spearman"] < 0.9
+    result = influence(
+        "evaluate", ".", "agreement", *runs, "--method", "grad-dot", "--cache", "none"
+    )
+    assert values_of(result) == pytest.approx(expected)
 
 
 RATES = {"slow": 0.1, "fast": 0.9}
