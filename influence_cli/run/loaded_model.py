@@ -55,6 +55,10 @@ class LoadedModel:
         """Puts saved values into these parameters. Everything else has the values of `base`."""
         if self._base != base:
             self.at(base)
+        self.set_values(parameters, values)
+
+    def set_values(self, parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+        """Puts these values into the parameters."""
         self.checkpoint = None
         with torch.no_grad():
             for parameter, value in zip(parameters, values, strict=True):

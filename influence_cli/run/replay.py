@@ -8,7 +8,7 @@ measures by how much.
 Letters: B entries of a step.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,10 @@ from influence_cli.run.replay_state import (
     copy_states,
     load_saved_states,
     parameters_of,
+    read_momenta,
     read_moments,
     restore_states,
+    total_norm,
 )
 from influence_cli.run.run import Run
 from influence_cli.run.training_mode import run_as_trained
@@ -188,6 +190,10 @@ class Replay:
         """Copies of Adam's state of each parameter."""
         return {name: read_moments(*owner) for name, owner in self._owners.items()}
 
+    def momenta(self) -> dict[str, Tensor]:
+        """Copies of the momentum of each parameter that has one."""
+        return read_momenta(self._owners)
+
     def relative_distance(self, checkpoint: Checkpoint) -> float:
         """The distance from the replay's parameters to a saved checkpoint's, relative to the
         distance from the checkpoint where the replay started to the saved one. The replay keeps its
@@ -335,12 +341,3 @@ class Replay:
             self.clipped[step] = factor * norm
         for grad in grads:
             grad.mul_(factor)
-
-
-def total_norm(tensors: Iterable[Tensor]) -> float:
-    """The norm of all numbers: of each tensor in float32 or wider, of their norms in float64."""
-    wide = (
-        tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float()
-        for tensor in tensors
-    )
-    return float(torch.stack([tensor.norm().cpu().double() for tensor in wide]).norm())

@@ -3,7 +3,7 @@
 Letters: D numbers of a parameter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,15 @@ def read_moments(optimizer: Optimizer, parameter: nn.Parameter) -> Moments:
     return Moments(int(state["step"]) if state else 0, m, v, theta)
 
 
+def read_momenta(owners: Mapping[str, tuple[Optimizer, nn.Parameter]]) -> dict[str, Tensor]:
+    """(D,) copies of SGD's momentum buffer or Adam's m of each parameter that has one."""
+    states = {name: optimizer.state.get(value, {}) for name, (optimizer, value) in owners.items()}
+    momenta = {
+        name: state.get("exp_avg", state.get("momentum_buffer")) for name, state in states.items()
+    }
+    return {name: value.flatten().clone() for name, value in momenta.items() if value is not None}
+
+
 def load_saved_states(
     path: Path, optimizer_name: str, owners: Mapping[str, tuple[Optimizer, nn.Parameter]]
 ) -> None:
@@ -135,3 +144,12 @@ def match_parameter(
     if key == "step":
         return torch.as_tensor(value).to(parameter.device, torch.float32) if fused else value
     return value.to(parameter.device, parameter.dtype) if isinstance(value, Tensor) else value
+
+
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """The norm of all numbers: of each tensor in float32 or wider, of their norms in float64."""
+    wide = (
+        tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float()
+        for tensor in tensors
+    )
+    return float(torch.stack([tensor.norm().cpu().double() for tensor in wide]).norm())

@@ -18,8 +18,8 @@ from influence_cli.methods.reverse.running_statistics import find_running_statis
 from influence_cli.methods.reverse.segments import ReversePlan
 from influence_cli.methods.reverse.steps import PassSettings, ReverseStep
 from influence_cli.methods.unroll import UnrollOptions
-from influence_cli.run.replay import Replay, total_norm
-from influence_cli.run.replay_state import Moments
+from influence_cli.run.replay import Replay
+from influence_cli.run.replay_state import Moments, total_norm
 
 MASK_ERROR = 1e-2  # largest relative difference of two gradients that rounding explains
 
