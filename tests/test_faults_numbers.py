@@ -19,9 +19,8 @@ from faults.sanity_judges import (
     refuse_zeros,
 )
 from faults.tally import Tally
-from influence_cli.cli import score as score_command
 from influence_cli.methods import inner_products
-from influence_cli.output import ranking
+from influence_cli.output import columns, ranking
 
 LARGE = NumericRun(exponent=30)
 TIES = NumericRun("integers", order=(3, 1, 3, 3, 0, 1))
@@ -131,7 +130,7 @@ def plant_silence(monkeypatch):
 
 
 def plant_traceback(monkeypatch):
-    monkeypatch.setattr(score_command, "score_rows", lambda *args: 1 / 0)
+    monkeypatch.setattr(columns, "score_rows", lambda *args: 1 / 0)
 
 
 TRACIN = Question("tracin", NumericRun())

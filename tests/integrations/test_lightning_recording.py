@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import warnings
 
 import numpy as np
@@ -128,6 +129,7 @@ RUNS = {
 def test_a_recorded_training_is_replayed_and_scored(options, tmp_path, influence, monkeypatch):
     fit(tmp_path, **options)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mynet", raising=False)  # of another test
     done = influence("init", "run", "--model", "mynet:LitNet", "--data", "pictures.npz")
     assert done.code == 0, done.err
     done = influence("score", "run", "--method", "unroll", "--replay", "--top", 1, "--queries", 0)
