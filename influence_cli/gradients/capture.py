@@ -32,7 +32,7 @@ from influence_cli.gradients.batches import (
 from influence_cli.gradients.example_axes import AxisPlan, Unhooked, make_plan
 from influence_cli.gradients.form_ops import cheapest, smallest
 from influence_cli.gradients.forms import Form
-from influence_cli.gradients.hooks import Hooks, Past
+from influence_cli.gradients.hooks import AnyHooks, NewHooks, Past, hooks_for
 from influence_cli.gradients.probe_checks import (
     check_eval_mode,
     check_not_random,
@@ -199,13 +199,13 @@ class Capture:
         """Find the parameters for which rules and single examples agree. Keep the reason for each
         of the others.
         """
+        new_hooks = hooks_for(len(losses), lambda name, form: cheapest(form))
         self.hooked = self.names
         while self.hooked:
             try:
                 self._plan = self._make_plan(batch, len(losses))
-                hooked_losses, forms = self._by_rules(
-                    batch, len(losses), lambda name, form: cheapest(form)
-                )
+                hooked_losses, hooks = self._by_rules(batch, len(losses), new_hooks)
+                forms = hooks.captured
             except Past as past:
                 wrong = dict.fromkeys(past.names, "it is used where no layer rule knows")
             # whatever a model does that hooks can't do: torch.func computes it then
@@ -294,12 +294,13 @@ class Capture:
     ) -> tuple[Tensor, dict[str, Kept]] | None:
         """All examples at once. None, and a note, where this batch does not allow it."""
         try:
-            losses, results = self._rules_on(batch, size, keep)
+            visited = self.run_rules(batch, size, hooks_for(size, keep))
+            results = visited[1].captured if visited is not None else {}
             others = [name for name in self.names if name not in results]
-            if others or losses is None:
+            if others or visited is None:
                 losses, grads = self._by_torch_func(batch, others)
-                results |= self._results_of(grads, keep)
-            return losses, results
+                return losses, results | self._results_of(grads, keep)
+            return visited[0], results
         except Exception as error:  # a batch unlike the first: another length, another branch
             if is_out_of_memory(error):
                 raise
@@ -311,32 +312,32 @@ class Capture:
             self._noted = True
             return None
 
-    def _rules_on(
-        self, batch: Batch, size: int, keep: Keep[Kept]
-    ) -> tuple[Tensor | None, dict[str, Kept]]:
-        """By rules. A batch whose operations differ from the plan gets its own plan. Returns
-        nothing where that fails, too.
+    def run_rules(
+        self, batch: Batch, size: int, new_hooks: NewHooks[AnyHooks]
+    ) -> tuple[Tensor, AnyHooks] | None:
+        """The losses of a batch, and the hooks that followed it. A batch whose operations differ
+        from the plan gets its own plan. None where that fails, too.
         """
         for _ in range(2 if self.hooked else 0):
             try:
-                return self._by_rules(batch, size, keep)
+                return self._by_rules(batch, size, new_hooks)
             except Unhooked:
                 try:
                     self._plan = self._make_plan(batch, size)
                 except Unhooked:
                     break
-        return None, {}
+        return None
 
     def _by_rules(
-        self, batch: Batch, size: int, keep: Keep[Kept]
-    ) -> tuple[Tensor, dict[str, Kept]]:
+        self, batch: Batch, size: int, new_hooks: NewHooks[AnyHooks]
+    ) -> tuple[Tensor, AnyHooks]:
         parameters = dict(self.model.named_parameters())
         with frozen(self.model, self.hooked), torch.enable_grad():
-            hooks = Hooks(self._plan, {name: parameters[name] for name in self.hooked}, size, keep)
+            hooks = new_hooks(self._plan, {name: parameters[name] for name in self.hooked})
             with hooks:
                 losses = self.quantity(self.model, batch)
             hooks.finish(checked(self.name, losses, size, traced=True))
-        return losses.detach(), hooks.captured
+        return losses.detach(), hooks
 
     def _by_torch_func(self, batch: Batch, names: Sequence[str]) -> LossesAndGradients:
         return gradients_by_torch_func(

@@ -16,7 +16,7 @@ Letters: B examples, m rows of a layer's batch per example, D numbers of a param
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -157,9 +157,8 @@ class Hooks(Watcher):
             if x._version != version:
                 raise Unhooked("a layer's input was changed in place after the layer had read it")
             with torch.no_grad():
-                forms = rule.gradients(call, axis.first(x, self.size), axis.first(grad, self.size))
-                for role, value in trained.items():
-                    self._add(value, forms[role])
+                parts = axis.first(x, self.size), axis.first(grad, self.size)
+                self.add_of_rule(rule, call, *parts, trained)
 
         if not result.requires_grad:
             result = StartGraph.apply(result, self.token)
@@ -193,7 +192,8 @@ class Hooks(Watcher):
             shape = [1] * (dims - value.ndim) + list(value.shape)
             if shape[axis.dim] != 1:
                 return function(*args, **kwargs)
-            wide = [rows if dim == axis.dim else n for dim, n in enumerate(shape)]
+            wide = self.copied_shape(shape, shapes)
+            wide[axis.dim] = rows
             copies_of[id(value)] = value.detach().view(shape).expand(wide).requires_grad_()
         result = function(*replaced(args, copies_of), **replaced(dict(kwargs), copies_of))
         for value in shared:
@@ -203,6 +203,12 @@ class Hooks(Watcher):
     def _remember_copies(self, value: Tensor, copies: Tensor, axis: Axis) -> None:
         self.copies.append((value, copies, axis))
         self._uses_left.update(self.shared.owners(value))
+
+    def copied_shape(self, shape: list[int], shapes: Sequence[torch.Size]) -> list[int]:
+        """The shape of the copies of a shared tensor, but for the axis of examples. `shapes`: of
+        all tensors of the call.
+        """
+        return list(shape)
 
     # ------------------------------------------------------------ backward pass
     def finish(self, losses: Tensor) -> None:
@@ -224,12 +230,16 @@ class Hooks(Watcher):
             raise Past(past)
         for (value, copy, axis), grad in zip(self.copies, grads[1:], strict=False):
             if grad is not None:
-                grads_B = axis.first(grad, self.size).sum(1)
-                grads_BD = sum_over_copies(grads_B, value, copy, axis.dim)
-                self._add(value, Dense(tuple(value.shape), grads_BD))
+                self.add_of_copies(value, copy, axis, axis.first(grad, self.size))
+        self.end()
+
+    def end(self) -> None:
+        """After the backward pass: the gradients of computed tensors, and of parameters without
+        one.
+        """
         for value, grads_B in self.computed:
             for parameter, grads_BD in self.shared.pull_back(value, grads_B):
-                self._add(parameter, Dense(tuple(parameter.shape), grads_BD))
+                self.add(parameter, Dense(tuple(parameter.shape), grads_BD))
         for name, parameter in self.parameters.items():
             if name in self._sums:
                 self.captured[name] = self.keep(name, self._sums.pop(name))
@@ -237,7 +247,27 @@ class Hooks(Watcher):
                 zeros_BD = parameter.new_zeros(self.size, parameter.numel())
                 self.captured[name] = self.keep(name, Dense(tuple(parameter.shape), zeros_BD))
 
-    def _add(self, value: Tensor, form: Form) -> None:
+    def add_of_rule(
+        self,
+        rule: Rule,
+        call: Mapping[str, Any],
+        x: Tensor,
+        grad: Tensor,
+        trained: Mapping[str, Tensor],
+    ) -> None:
+        """Add the gradients of a layer. x and grad (B, m, ...): its input, and the gradient at its
+        output. `trained`: its shared tensors, by role.
+        """
+        forms = rule.gradients(call, x, grad)
+        for role, value in trained.items():
+            self.add(value, forms[role])
+
+    def add_of_copies(self, value: Tensor, copies: Tensor, axis: Axis, grads: Tensor) -> None:
+        """Add the gradients (B, m, ...) at the copies of a shared tensor."""
+        grads_BD = sum_over_copies(grads.sum(1), value, copies, axis.dim)
+        self.add(value, Dense(tuple(value.shape), grads_BD))
+
+    def add(self, value: Tensor, form: Form) -> None:
         """Add the gradients of one use. The last use hands the sum to `keep`."""
         name = self.shared.name(value)
         if name is None:
@@ -272,6 +302,15 @@ class StartGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient.new_zeros(())
+
+
+AnyHooks = TypeVar("AnyHooks", bound=Hooks)
+NewHooks = Callable[[AxisPlan, Mapping[str, nn.Parameter]], AnyHooks]
+
+
+def hooks_for(size: int, keep: Callable[[str, Form], Any]) -> NewHooks[Hooks]:
+    """Makes the hooks of a batch of `size`."""
+    return lambda plan, parameters: Hooks(plan, parameters, size, keep)
 
 
 def replaced(values: Any, by: Mapping[int, Tensor]) -> Any:

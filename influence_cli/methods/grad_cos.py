@@ -20,4 +20,6 @@ METHOD = Method(
     checkpoints="one",
     weighted=False,
     normalized=True,
+    parts=("checkpoint", "layer", "token", "query-token"),
+    pair_parts=("token", "query-token"),
 )

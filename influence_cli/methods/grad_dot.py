@@ -21,4 +21,6 @@ METHOD = Method(
     has_self=True,
     checkpoints="one",
     weighted=False,
+    parts=("checkpoint", "layer", "token", "query-token"),
+    pair_parts=("token", "query-token"),
 )

@@ -13,6 +13,7 @@ from influence_cli.methods import inner_products
 from influence_cli.methods.influence import InfluenceOptions
 from influence_cli.methods.inner_products import SquaredNorms
 from influence_cli.methods.pairwise import RankingFactory
+from influence_cli.methods.position_split import check_position_parts
 from influence_cli.methods.request import ScoredQueries, ScoreRequest
 from influence_cli.preconditioners.apply import Preconditioner
 from influence_cli.preconditioners.exact_inverse import TOLERANCE, ExactInverse
@@ -26,7 +27,9 @@ def score(
     source: GradientSource, request: ScoreRequest, new_ranking: RankingFactory
 ) -> Iterator[ScoredQueries]:
     """The products of mapped query gradients with training gradients."""
-    if options_of(request).curvature in EXACT:
+    is_exact = options_of(request).curvature in EXACT
+    check_position_parts(source, request, mapped=not is_exact)
+    if is_exact:
         inverse = exact_inverse(source, request)
         return inner_products.score(source, request, new_ranking, inverse.apply)
     preconditioner = fit_preconditioner(source, request)

@@ -30,6 +30,7 @@ from influence_cli.methods.pairwise import (
     query_rows,
     rank_by_gradients,
 )
+from influence_cli.methods.position_split import SplitRows, check_position_parts, new_split
 from influence_cli.methods.products import (
     ScaledQueries,
     extreme_norms,
@@ -58,6 +59,7 @@ def score(
     gradients of queries before the products. `train_sqnorms`: for --normalize, squared norms of
     training gradients in another metric; `map_queries` gives those of the queries.
     """
+    check_position_parts(source, request)
     rows_of = mean_query_row if request.sum_queries else query_rows
     metric_sqnorms = train_sqnorms if request.normalize else None
 
@@ -81,9 +83,10 @@ def score(
 
     products = PairProducts(bytes_per_query(source, request), read_queries, prepare, add)
     fused = score_captured if metric_sqnorms is None else None
-    for ids, _, ranking in rank_by_gradients(source, request, new_ranking, products, fused):
+    for ids, load, ranking in rank_by_gradients(source, request, new_ranking, products, fused):
         names = None if request.sum_queries else [int(query) for query in ids]
-        yield ScoredQueries(names, ranking, request.parts)
+        rows = SplitRows(ids, load, ranking, map_queries, metric_sqnorms)
+        yield ScoredQueries(names, ranking, request.parts, new_split(source, request, rows))
 
 
 def bytes_per_query(source: GradientSource, request: ScoreRequest) -> int:

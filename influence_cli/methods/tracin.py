@@ -19,4 +19,6 @@ METHOD = Method(
     open_trial=deferred("influence_cli.methods.score_trial:open_trial"),
     open_vectors=deferred("influence_cli.methods.gradient_vectors:gradient_maps"),
     has_self=True,
+    parts=("checkpoint", "layer", "token", "query-token"),
+    pair_parts=("token", "query-token"),
 )

@@ -9,10 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from influence_cli.errors import DefinitionError, UsageProblem
+from influence_cli.errors import UsageProblem
 from influence_cli.extraction.source import GradientSource
 from influence_cli.gradients.sparse_forms import Postings
 from influence_cli.methods.request import ScoreRequest
+from influence_cli.methods.token_texts import TokenTexts
 from influence_cli.methods.tracin_we import TracinWeOptions
 
 # [CLS], <s>, <|endoftext|>; not the byte tokens <0x0A>
@@ -29,7 +30,7 @@ class WordSelector:
         self.source, self.request, self.options = source, request, options
         (self.column,) = request.columns
         self.vocabulary = request.columns[self.column].shape[0]
-        self._texts: dict[int, str] = {}
+        self._texts = TokenTexts(source.run.definition)
         pad = options.pad_id
         if pad is not None and not 0 <= pad < self.vocabulary:
             raise UsageProblem(
@@ -44,20 +45,8 @@ class WordSelector:
             )
 
     def text(self, token: int) -> str:
-        """The text of a token, or its id where the definition has no `token`.
-
-        Raises DefinitionError where `token` returns something else than a text.
-        """
-        if token not in self._texts:
-            definition = self.source.run.definition
-            value = definition.call("token", token) if definition.has("token") else str(token)
-            if not isinstance(value, str):
-                raise DefinitionError(
-                    f"token({token}) returned a {type(value).__name__}",
-                    "expected: the token's text",
-                )
-            self._texts[token] = value
-        return self._texts[token]
+        """The text of a token, or its id where the definition has no `token`."""
+        return self._texts.of(token)
 
     def counts(self, tokens: Tensor) -> Tensor:
         """(U,) mask of the tokens that count."""

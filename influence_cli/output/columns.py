@@ -18,7 +18,8 @@ TRACE_COLUMNS = ("query", "train", "step", "score", "running", "query_label", "t
 SELF_COLUMNS = ("rank", "train", "score", "loss", "train_label", "train_text")
 CHECK_COLUMNS = ("check", "split", "subject", "result", "error", "allowed", "note")
 METHOD_COLUMNS = ("method", "question", "needs", "cost", "source")
-PARTS = ("checkpoint", "layer", "step", "word")  # that --by can name
+TEXT_PARTS = ("word", "token", "query-token")
+PARTS = ("checkpoint", "layer", "step", *TEXT_PARTS)  # that --by can name
 # Column types. A column of IDS holds integers, or names: a query `all`, a group of examples.
 WHOLE_NUMBERS = frozenset({"rank", "n"})
 FLOATS = frozenset({"score", "loss", "running", "error", "allowed", "value", "low", "high"})

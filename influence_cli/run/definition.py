@@ -20,7 +20,9 @@ from influence_cli.run.static_imports import find_imported_files
 REQUIRED = ("model", "train_data", "query_data", "loss")
 ARGUMENTS = {
     **dict.fromkeys(("model", "train_data", "query_data"), ()),
-    **dict.fromkeys(("loss", "measure", "features", "outputs"), ("model", "batch")),
+    **dict.fromkeys(
+        ("loss", "measure", "measure_tokens", "features", "outputs"), ("model", "batch")
+    ),
     "loss_from_outputs": ("outputs", "batch"),
     "collate": ("items",),
     **dict.fromkeys(("label", "describe", "id"), ("example",)),
