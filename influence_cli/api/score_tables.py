@@ -43,8 +43,9 @@ class RankedTable:
         return f"<{self.made['command'][0]}: columns {', '.join(self.columns)}>"
 
     def rows(self) -> list[Any]:  # Any: a named tuple of the columns
-        """The rows, as named tuples: `row.train`, `row.score`."""
-        row = namedtuple("Row", self.columns)  # type: ignore[misc]  # names of this table
+        """The rows, as named tuples: `row.train`, `row.score`, `row.query_token`."""
+        names = [name.replace("-", "_") for name in self.columns]
+        row = namedtuple("Row", names)  # type: ignore[misc]  # names of this table
         with self._session():
             return [row(*cells) for cells in self._read_rows()]
 

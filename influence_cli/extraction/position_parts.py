@@ -20,6 +20,7 @@ from influence_cli.gradients.position_hooks import Directions
 from influence_cli.gradients.position_shares import position_shares
 from influence_cli.gradients.tolerances import rounding
 from influence_cli.run.checkpoints import Checkpoint
+from influence_cli.run.run import Run
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def train_position_parts(
         token_weight = weight if isinstance(weight, Tensor) else None
     capture = extractor.captures.of("train", columns)
     assert isinstance(capture, Capture)
-    example = read_example(extractor, "train", id)
+    plain = read_example(extractor, "train", id)
+    example = unlike_lengths(model, plain)
     try:
         shares = position_shares(capture, example, directions, token_weight)
     except InfluenceError:
@@ -62,16 +64,8 @@ def train_position_parts(
     except (Exception, SystemExit) as error:
         raise extractor.batches.explained("train", error, 1) from error
     hidden = shares.padding | padding_of(example, len(shares.padding))
-    rest = shares.rest
-    if bool((padded := shares.at[hidden].sum(0)).any()):
-        rest = padded if rest is None else rest + padded
-    visible = (~hidden).nonzero().flatten()
-    return PositionParts(
-        visible.tolist(),
-        None if shares.ids is None else shares.ids[visible].tolist(),
-        shares.at[visible].numpy(),
-        None if rest is None else rest.numpy(),
-    )
+    hidden[-1] |= example is not plain  # the position that was added
+    return visible_parts(shares.at, shares.rest, shares.ids, hidden)
 
 
 def query_token_parts(
@@ -101,15 +95,39 @@ def query_token_parts(
             parts_SQ = changes_along(values_S, parameters, directions)
         except RuntimeError as error:
             raise without_second_derivative(error) from error
+    ids = ids_of_measures(model, example, len(values_S))
     hidden = padding_of(example, len(values_S))
+    if ids is not None:
+        hidden |= (ids == padding_token(extractor.run)) | (ids < 0)  # -100: no label
+    return visible_parts(-parts_SQ, None, ids, hidden)
+
+
+def visible_parts(
+    parts_SQ: Tensor, rest_Q: Tensor | None, ids: Tensor | None, hidden: Tensor
+) -> PositionParts:
+    """`hidden` (S,): mask of padding, whose parts are added to the rest where they are not 0."""
+    hidden_Q = parts_SQ[hidden].sum(0)
+    if bool(hidden_Q.any()):
+        rest_Q = hidden_Q if rest_Q is None else rest_Q + hidden_Q
     visible = (~hidden).nonzero().flatten()
-    ids = ids_of_measures(extractor.run.model.module, example, len(values_S))
     return PositionParts(
         visible.tolist(),
         None if ids is None else ids[visible].tolist(),
-        -parts_SQ[visible].numpy(),
-        None,
+        parts_SQ[visible].numpy(),
+        None if rest_Q is None else rest_Q.numpy(),
     )
+
+
+def padding_token(run: Run) -> int | None:
+    """The padding_idx of the embedding of tokens: the one that the model names, or the first."""
+    name = run.token_embedding
+    modules = [column.module for column in run.embeddings.values()]
+    if name is None and modules:
+        name = modules[0]
+    if name is None:
+        return None
+    padding = getattr(run.model.module.get_submodule(name), "padding_idx", None)
+    return padding if isinstance(padding, int) else None
 
 
 def changes_along(
@@ -149,6 +167,19 @@ def without_second_derivative(error: RuntimeError) -> Exception:
 def read_example(extractor: GradientExtractor, split: str, id: int) -> Any:  # the user's batch
     """A batch of one."""
     return extractor.batches.of(split, np.array([id]))[0]
+
+
+def unlike_lengths(model: Any, example: Any) -> Any:  # Any: the user's model and batch
+    """The batch, for an encoder and decoder that read texts of one length with one more label that
+    counts as none: layers then tell the texts apart by their lengths.
+    """
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not decodes or not isinstance(example, Mapping):
+        return example
+    ids, labels = example.get("input_ids"), example.get("labels")
+    if ids is None or labels is None or ids.shape != labels.shape:
+        return example
+    return {**example, "labels": torch.nn.functional.pad(labels, (0, 1), value=-100)}
 
 
 def padding_of(example: Any, length: int) -> Tensor:  # Any: the user's batch

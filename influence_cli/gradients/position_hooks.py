@@ -110,7 +110,8 @@ class PositionHooks(Hooks):
         axis: Axis,
     ) -> Tensor:
         if self.first_length is None:
-            self.first_length = length_of(position_dims(rule, call, axis.first(call["input"], 1)))
+            length = length_of(position_dims(rule, call, axis.first(call["input"], self.size)))
+            self.first_length = length if length != 1 else None
         return super()._call_with_rule(rule, function, args, kwargs, call, axis)
 
     def copied_shape(self, shape: list[int], shapes: Sequence[torch.Size]) -> list[int]:
@@ -135,6 +136,8 @@ class PositionHooks(Hooks):
             self.lengths = list(map(len, sequences))
             self.ids = torch.cat([torch.tensor(ids) for ids in sequences])
             self.padding = torch.cat([lookup.padding for lookup in sequences.values()])
+            for first in self.lengths[:-1]:  # a decoder may start with the padding token
+                self.padding[first] = False
         elif self.first_length is not None:
             self.lengths = [self.first_length]
             self.padding = torch.zeros(self.first_length, dtype=torch.bool)

@@ -53,6 +53,13 @@ def position_shares(
             "--by layer splits a score over layers",
         )
     hooks = visited[1]
+    if len(set(hooks.lengths)) < len(hooks.lengths):
+        raise GradientError(
+            f"an example has several sequences of {max(hooks.lengths)} tokens, and the layers do "
+            "not tell which they read",
+            "expected: sequences of several lengths, or one",
+            "--by layer splits a score over layers",
+        )
     rest = hooks.shares[-1]
     if capture.others:
         _, grads = gradients_by_autograd(

@@ -85,8 +85,14 @@ def relabel(example, label):
 TOKENS = '''
 
 def token(id):
-    """The text of a token: for --method tracin-we."""
+    """The text of a token: for --by token and --method tracin-we."""
     return task.token(id)
+'''
+MEASURED = '''
+
+def measure_tokens(model, batch):
+    """Minus what each token adds to the loss, shape (B, S): for --by query-token."""
+    return task.measure_tokens(model, batch)
 '''
 SAMPLED = '''
 
@@ -172,6 +178,7 @@ def write_hf_definition(
     text += LABELLED if folder.kind in (*CLASSIFIED, "seq2seq-lm") else ""
     text += RELABELLED if folder.kind in CLASSIFIED else ""
     text += "" if folder.kind == "image-classification" else TOKENS
+    text += MEASURED if folder.kind in ("causal-lm", "seq2seq-lm") else ""
     text += SAMPLED if folder.kind in DRAWN else ""
     text += IDENTIFIED if columns.id else ""
     return Written(text, tuple(notes))

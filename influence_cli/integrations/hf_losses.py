@@ -20,16 +20,38 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor, normalise: str) -> Tenso
 
     An example without such a position has the loss 0.
     """
-    losses_BS = F.cross_entropy(
+    losses_BS = label_losses(logits_BSV, labels_BS)
+    sums_B = losses_BS.sum(1)
+    return sums_B if normalise == "token" else sums_B / label_counts(labels_BS)
+
+
+def label_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """(B, S) cross-entropy of each position; 0 where it has no label."""
+    return F.cross_entropy(
         logits_BSV.float().transpose(1, 2) if is_half(logits_BSV) else logits_BSV.transpose(1, 2),
         labels_BS,
         ignore_index=IGNORED,
         reduction="none",
     )
-    sums_B = losses_BS.sum(1)
-    if normalise == "token":
-        return sums_B
-    return sums_B / (labels_BS != IGNORED).sum(1).clamp(min=1)
+
+
+def label_counts(labels_BS: Tensor) -> Tensor:
+    """(B,) positions with a label, at least 1."""
+    return (labels_BS != IGNORED).sum(1).clamp(min=1)
+
+
+def label_measures(
+    logits_BSV: Tensor, labels_BS: Tensor, normalise: str, is_causal: bool
+) -> Tensor:
+    """(B, S) minus what the label at each position adds to the loss. `is_causal`: the output at a
+    position predicts the next one.
+    """
+    if is_causal:
+        losses_BS = F.pad(label_losses(logits_BSV[:, :-1], labels_BS[:, 1:]), (1, 0))
+        counts_B = label_counts(labels_BS[:, 1:])
+    else:
+        losses_BS, counts_B = label_losses(logits_BSV, labels_BS), label_counts(labels_BS)
+    return -losses_BS if normalise == "token" else -losses_BS / counts_B[:, None]
 
 
 def causal_losses(logits_BSV: Tensor, labels_BS: Tensor, normalise: str) -> Tensor:

@@ -211,6 +211,18 @@ class HuggingFaceTask:
         """(B,) one loss per example."""
         return self.loss_from_outputs(self.outputs(model, batch), batch)
 
+    def measure_tokens(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """(B, S) minus what each label token adds to the loss, at its position."""
+        if self.kind not in ("causal-lm", "seq2seq-lm"):
+            raise DefinitionError(
+                f"Task.measure_tokens does not measure tokens of {self.kind}",
+                "expected: causal-lm, seq2seq-lm",
+            )
+        normalise = self.normalise or KINDS[self.kind].normalise
+        logits_BSV = self.outputs(model, batch)
+        is_causal = self.kind == "causal-lm"
+        return losses.label_measures(logits_BSV, batch["labels"], normalise, is_causal)
+
     def sample(
         self, outputs: Tensor, batch: dict[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from influence_cli.output.columns import Row
+from influence_cli.output.columns import TEXT_PARTS, Row
 from influence_cli.output.visible import escape_controls
 
 PAGE = 1000  # rows that share the widths of their columns
@@ -79,17 +79,18 @@ def styled_cells(
 ) -> Iterator[Text]:
     for at, width in widths.items():
         style = COLOURS.get(row[at], "") if columns[at] in COLOURED_COLUMNS else ""
-        if share is not None and columns[at] == "word":
+        if share is not None and columns[at] in TEXT_PARTS:
             style = word_style(share)
         yield Text(shorten(format_cell(row[at]), width), style=style)
 
 
 def word_shares(rows: Sequence[Row], columns: Sequence[str]) -> list[float]:
-    """For each row the word's share of its pair's total absolute score, with the score's sign.
+    """For each row the share of its word or token in its pair's total absolute score, with the
+    score's sign.
 
-    Empty if the rows are not words.
+    Empty if the rows are neither.
     """
-    if "word" not in columns:
+    if not set(TEXT_PARTS) & set(columns):
         return []
     score = columns.index("score")
     totals: dict[Row, float] = {}

@@ -186,10 +186,24 @@ def test_random_scores_are_those_of_splitmix64():
 @pytest.mark.parametrize(
     ("name", "checkpoints", "weighted", "normalized", "parts", "share"),
     [
-        ("tracin", "all", True, False, ("checkpoint", "layer"), "scores"),
+        ("tracin", "all", True, False, ("checkpoint", "layer", "token", "query-token"), "scores"),
         ("tracin-we", "all", True, False, ("checkpoint", "word"), "scores"),
-        ("grad-dot", "one", False, False, ("checkpoint", "layer"), "scores"),
-        ("grad-cos", "one", False, True, ("checkpoint", "layer"), "scores"),  # a cosine already
+        (
+            "grad-dot",
+            "one",
+            False,
+            False,
+            ("checkpoint", "layer", "token", "query-token"),
+            "scores",
+        ),
+        (
+            "grad-cos",
+            "one",
+            False,
+            True,
+            ("checkpoint", "layer", "token", "query-token"),
+            "scores",
+        ),  # a cosine already
         ("dve", "all", False, False, ("step", "checkpoint", "layer"), "gradients"),
         ("unroll", "all", False, False, ("step", "checkpoint", "layer"), "gradients"),
         ("repsim", "one", False, True, (), "scores"),
