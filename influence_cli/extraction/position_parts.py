@@ -148,7 +148,7 @@ def changes_along(
                 total = total + (grad * direction[name].view_as(grad).to(grad)).sum()
         if total.requires_grad:
             (changes_S,) = torch.autograd.grad(total, weights_S, retain_graph=True)
-            changes_SQ[:, q] = changes_S.double()
+            changes_SQ[:, q] = changes_S.cpu().double()
     return changes_SQ
 
 
@@ -224,9 +224,9 @@ def check_sum(values_S: Tensor, measure: Tensor, id: int, name: str) -> None:
     """Raises DefinitionError where the measures of tokens do not sum to the measure of the query.
     `name`: of the function that measures queries.
     """
-    total = values_S.detach().double().sum()
-    scale = values_S.detach().double().abs().sum() + measure.double().abs()
-    if not bool((total - measure.double()).abs() <= rounding(values_S.dtype) * scale):
+    parts_S, expected = values_S.detach().cpu().double(), measure.cpu().double()
+    total, scale = parts_S.sum(), parts_S.abs().sum() + expected.abs()
+    if not bool((total - expected).abs() <= rounding(values_S.dtype) * scale):
         sign = "" if name == "measure()" else "-"
         raise DefinitionError(
             f"the measures of measure_tokens() do not sum to the query's {sign}{name}",

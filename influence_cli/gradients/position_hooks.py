@@ -186,7 +186,7 @@ class PositionHooks(Hooks):
         else:
             tangents = Dense(tuple(value.shape), self.tangent(value).flatten(1))
             products_RQ = form.dot(tangents)
-        self.shares[rows] += products_RQ.to(self.shares)
+        self.shares[rows] += products_RQ.cpu().double()
 
     def add_of_copies(self, value: Tensor, copies: Tensor, axis: Axis, grads: Tensor) -> None:
         """The gradient (1, m, ...) at copies of a shared tensor, one for each position."""
@@ -195,7 +195,7 @@ class PositionHooks(Hooks):
         place = self.place_of(tuple(grads.shape[1:-1]))  # the last axis has features
         self.has_rest = self.has_rest or place is None
         for q, tangent in enumerate(tangents):
-            products = (grads[0] * tangent).double().cpu()  # (m, ...)
+            products = (grads[0] * tangent).cpu().double()  # (m, ...)
             if place is None:
                 self.shares[-1, q] += products.sum()
             else:

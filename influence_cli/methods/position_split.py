@@ -312,7 +312,7 @@ class QueryDirections:
     def products(self, name: str, rows: Form) -> Tensor:
         """(R, Q) float64."""
         products_RQ, _ = products_in_range(rows, self.scaled[name], self.device)
-        return products_RQ.double() * self.weights[name]
+        return products_RQ.cpu().double() * self.weights[name]
 
     def dense(self, name: str) -> Tensor:
         """(Q, D)."""

@@ -5,6 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
+from influence_cli import open_run
 from tests import reference
 from tests.conftest import build_run
 from tests.position_runs import GPT, READER, gradients_by_position, load_definition, models, single
@@ -185,7 +186,31 @@ def test_a_measure_is_split_with_its_sign(tmp_path, influence):
     assert results[0].rows == results[1].rows
 
 
-def test_ranks_and_batches_do_not_change_parts(tmp_path, influence):
+def test_parts_of_shards_are_those_of_one_table(tmp_path, influence):
+    run = build_run(tmp_path / "run", GPT)
+    for by in ("token", "query-token"):
+        places = [tmp_path / f"{by}-{part}.csv" for part in (1, 2)]
+        for part, place in enumerate(places, start=1):
+            result = influence(
+                "score", run, *EXACT, "--by", by, "--shard", f"{part}/2", "-o", place
+            )
+            assert result.code == 0, result.err
+        merged = influence("merge", *places, "--top", "3")
+        assert merged.code == 0, merged.err
+        assert merged.out == influence("score", run, *EXACT, "--by", by).out
+
+
+def test_python_has_the_parts_of_the_command_line(tmp_path, influence):
+    run = build_run(tmp_path / "run", GPT)
+    for by in ("token", "query-token"):
+        rows = open_run(run).score(by=by, top=2).rows()
+        expected = influence("score", run, "--by", by, "--top", "2").rows
+        field = by.replace("-", "_")
+        assert [getattr(row, field) for row in rows] == [row[by] for row in expected]
+        assert [row.score for row in rows] == [float(row["score"]) for row in expected]
+
+
+def test_batches_and_the_cache_do_not_change_parts(tmp_path, influence):
     run = build_run(tmp_path / "run", GPT)
     for by in ("token", "query-token"):
         first = influence("score", run, *EXACT, "--by", by)

@@ -23,6 +23,7 @@ from tests.conftest import DEFINITION
 from tests.forked import run_fork, run_ranks
 from tests.methods.test_tracin import OF_CASE, expected, table
 from tests.methods.test_tracin_we import DEFINITION as TEXTS
+from tests.position_runs import GPT
 from tests.refusals import refused
 
 LIVE = ("--cache", "none", "--precision", "float64")
@@ -70,7 +71,18 @@ def two_queries(monkeypatch):
 
 def cells(result):
     assert result.code == 0, result.err
-    keys = ("query", "train", "group", "layer", "checkpoint", "word", "part", "value")
+    keys = (
+        "query",
+        "train",
+        "group",
+        "layer",
+        "checkpoint",
+        "word",
+        "token",
+        "query-token",
+        "part",
+        "value",
+    )
     return {tuple(row.get(key, "") for key in keys): float(row["score"]) for row in result.rows}
 
 
@@ -108,6 +120,19 @@ def test_words_equal_those_of_one_pass(flags, make_run, influence, monkeypatch):
     assert passes.out == again.out
     check_equal(cells(passes), cells(one))
     assert [row["query"] for row in passes.rows] == [row["query"] for row in one.rows]
+
+
+@pytest.mark.parametrize("by", ["token", "query-token"])
+@pytest.mark.parametrize("flags", ["", "--top all", "--normalize"])
+def test_tokens_equal_those_of_one_pass(by, flags, make_run, influence, monkeypatch):
+    run = make_run(definition=GPT)
+    command = ("score", run, *LIVE, "--by", by, *flags.split())
+    one = influence(*command)
+    monkeypatch.setattr(query_passes, "QUERY_BYTES", 1)
+    monkeypatch.setattr(query_passes, "LEAST_BLOCK", 4)
+    passes = influence(*command)
+    assert "the 3 queries take 3 passes" in passes.err
+    check_equal(cells(passes), cells(one))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -95,8 +95,9 @@ def test_the_format_follows_flag_then_file_then_terminal(tmp_path):
         TableWriter.open("parquet", None, Terminal())
 
 
-def test_words_are_coloured_by_their_share_of_the_pair():
-    columns = score_columns("word")
+@pytest.mark.parametrize("by", ["word", "token", "query-token"])
+def test_words_are_coloured_by_their_share_of_the_pair(by, monkeypatch):
+    columns = score_columns(by)
     rows = [
         (0, "proponent", 1, 7, "good", 3.0, "", "", "", ""),
         (0, "proponent", 1, 7, "film", -0.9, "", "", "", ""),
@@ -107,6 +108,19 @@ def test_words_are_coloured_by_their_share_of_the_pair():
     assert shares == [0.75, -0.225, 0.025, 0.0]
     assert [word_style(share) for share in shares] == ["bold green", "red", "dim green", "dim"]
     assert word_shares(rows, SCORE_COLUMNS) == []
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen, pipe = Terminal(), io.StringIO()
+    for file in (screen, pipe):
+        TableWriter("table", None, file).write(rows, columns)
+    for style, word in (("1;32", "good"), ("31", "film"), ("2;32", "the"), ("2", "film")):
+        assert f"\x1b[{style}m{word}" in screen.getvalue()
+    assert "\x1b" not in pipe.getvalue()
 
 
 FIGURES = [("dve", "lds", "spearman", 0.5, 0.25, None, 30, "42 trainings, 3.0 s")]
