@@ -195,8 +195,7 @@ class PositionSplit(ABC):
     @property
     def _allowed(self) -> float:
         settings = self.source.settings
-        rounding = 16 * torch.finfo(settings.precision).eps
-        return max(ALLOWED_ERROR[settings.storage_dtype], rounding)
+        return max(ALLOWED_ERROR[settings.storage_dtype], settings.rounding)
 
 
 @dataclass(frozen=True)

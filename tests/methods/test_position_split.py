@@ -130,6 +130,44 @@ def test_parts_sum_to_the_score(by, flags, tmp_path, influence):
         assert sum(parts[pair].values()) == pytest.approx(score, rel=1e-8, abs=1e-8 * size)
 
 
+ATTENTION = ("nn.Linear(3, 5)", "Attention()")
+ENCODER = """
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.widen = nn.Linear(3, 5)
+        self.layer = nn.TransformerEncoderLayer(5, 1, 7, batch_first={first}, dropout=0.0)
+
+    def forward(self, x):
+        h = self.widen(x)
+        return self.layer(h) if {first} else self.layer(h.transpose(0, 1)).transpose(0, 1)
+
+class Reader"""
+ODD = ("self.norm(self.mix(x))", "torch.einsum('bsf,fg->bsg', self.norm(self.mix(x)), self.odd)")
+OTHER_MODELS = {
+    "attention, examples first": replaced(READER, ATTENTION, ("class Reader", ENCODER.format(first=True))),
+    "attention, positions first": replaced(READER, ATTENTION, ("class Reader", ENCODER.format(first=False))),
+    "a parameter without a rule": replaced(READER, ODD, ("self.place =", "self.odd, self.place = nn.Parameter(torch.randn(5, 5)),")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("definition", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_parts_of_other_models_sum_to_the_score(definition, tmp_path, influence):
+    """The reader's last layer, and a parameter that no layer rule computes, have no position."""
+    run = build_run(tmp_path / "run", definition)
+    whole = scores_of(influence("score", run, *EXACT))
+    parts = parts_of(influence("score", run, *EXACT, "--by", "token"), "token")
+    only = parts_of(
+        influence("score", run, *EXACT, "--top", "all", "--layers", "!out.*", "--by", "token"),
+        "token",
+    )
+    for pair, score in whole.items():
+        assert list(parts[pair]) == ["0:", "1:", "2:", "3:", "-"]
+        size = sum(map(abs, parts[pair].values()))
+        assert sum(parts[pair].values()) == pytest.approx(score, abs=1e-9 * size)
+        assert ("-" in only[pair]) == ("odd" in definition)
+
+
 def test_the_exact_inverse_of_the_curvature_splits_over_the_training_example(tmp_path, influence):
     run = build_run(tmp_path / "run", GPT)
     flags = (
