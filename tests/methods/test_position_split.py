@@ -168,6 +168,37 @@ def test_parts_of_other_models_sum_to_the_score(definition, tmp_path, influence)
         assert ("-" in only[pair]) == ("odd" in definition)
 
 
+def test_the_mean_of_queries_is_split_as_one_query(tmp_path, influence):
+    run = build_run(tmp_path / "run", GPT)
+    flags = ("--sum-queries", "--precision", "float64", "--top", "2")
+    rows = influence("score", run, *flags, "--by", "token").rows
+    for whole in influence("score", run, *flags).rows:
+        parts = [float(row["score"]) for row in rows if row["train"] == whole["train"]]
+        assert len(parts) == 6
+        assert sum(parts) == pytest.approx(float(whole["score"]), rel=1e-9)
+    assert {row["query"] for row in rows} == {"all"}
+
+
+GOLDEN = """query,kind,rank,train,token,score
+0,proponent,1,0,0:b,22.6181
+0,proponent,1,0,1:e,16.2544
+0,proponent,1,0,2:b,-0.309643
+0,proponent,1,0,3:b,20.1499
+0,proponent,1,0,4:e,0
+"""
+
+
+def test_the_table_of_tokens_stays_as_it_is(tmp_path, influence):
+    """The last token is in no prediction, so its share is 0."""
+    run = build_run(tmp_path / "run", replaced(GPT, PADDED))
+    result = influence("score", run, "--queries", "0", "--top", "1", "--by", "token")
+    lines = ["query,kind,rank,train,token,score"]
+    for row in result.rows:
+        cells = [row[name] for name in ("query", "kind", "rank", "train", "token")]
+        lines.append(",".join([*cells, f"{float(row['score']):.6g}"]))
+    assert "\n".join(lines) + "\n" == GOLDEN
+
+
 def test_the_exact_inverse_of_the_curvature_splits_over_the_training_example(tmp_path, influence):
     run = build_run(tmp_path / "run", GPT)
     flags = (
