@@ -8,6 +8,7 @@
 # make gpu           test and measure a CUDA device; without one it says so
 # make study         judge the scores of all methods by retraining; DATA=FOLDER, within an hour
 # make study-full    the same with its slow rows
+# make docs          build the documentation into site/, and check its links
 # make bench-peers   compare with public libraries, each in its own environment
 # make dist          build the wheel and the source distribution into dist/
 # make wheel-test    install the wheel in an empty environment; does it print the README's table?
@@ -23,7 +24,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers study study-full dist wheel-test
+.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers docs study study-full dist wheel-test
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -98,6 +99,11 @@ gpu: $(VENV)/dev
 	$(VENV)/bin/python benchmarks/gpu.py
 	$(VENV)/bin/python -m pytest tests/test_gpu.py
 
+# Builds without the network. The variable silences advice about other builders.
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+	@echo 'read it with: $(VENV)/bin/python -m http.server -d site'
+
 # Compares whole jobs with those of public libraries, in half an hour. WORKLOADS="w1 w3" selects
 # workloads, TRAIN=1000 the training examples of each, LIMIT=300 the seconds of one process.
 PEERS = captum==0.9.0 dattri==0.3.0 kronfluence==1.0.1 traker==0.3.2 bergson==2.5.1
@@ -127,4 +133,4 @@ study study-full: $(VENV)/dev .venv-peers/kronfluence/installed .venv-peers/trak
 	  $(PEER_PIP) uninstall -q -y torchvision torchaudio && touch $@; } || echo "$* could not be installed" >&2
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence
+	rm -rf $(VENV) .venv-peers .venv-wheel build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence

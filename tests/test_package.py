@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "docs", "faults", "influence_cli", "sample_runs", "tests")
 FILES = (
     *("CHANGELOG.md", "Dockerfile", "LICENSE", "MANIFEST.in", "Makefile", "README.md"),
-    *("SECURITY.md", "constraints.txt", "pyproject.toml"),
+    *("SECURITY.md", "constraints.txt", "mkdocs.yml", "pyproject.toml"),
 )
 CACHES = ("__pycache__", "*.py[cod]", ".influence", ".ipynb_checkpoints")
 USER_FILE = """
@@ -146,7 +146,7 @@ def test_the_version_of_the_wheel_is_the_packages(distributions):
 
 def test_all_is_every_extra_of_a_command(distributions):
     metadata = read_metadata(distributions[2])
-    assert set(metadata.get_all("Provides-Extra", [])) - {"dev", "plot", "all"} == {
+    assert set(metadata.get_all("Provides-Extra", [])) - {"dev", "plot", "docs", "all"} == {
         "hf", "lightning", "parquet",
     }  # fmt: skip
     requirements = metadata.get_all("Requires-Dist", [])
