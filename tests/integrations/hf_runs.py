@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,7 +42,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAIR_LABELS = ("entailment", "contradiction")
 
 
-def word_tokenizer(pair: bool = False, **tokens: str):
+def word_tokenizer(pair: bool = False, words: Sequence[str] = WORDS, **tokens: str):
     """One token a word. `pair`: [CLS] a [SEP] b [SEP], with token types."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,7 @@ def word_tokenizer(pair: bool = False, **tokens: str):
         "mask_token": "[MASK]",
     } | tokens
     tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]")
+        models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token="[UNK]")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if pair:
@@ -125,13 +126,13 @@ def bert_config(**options):
 
 
 def train(
-    model, tokenizer, rows: list[dict], out: Path, steps: int = 6, save: int = 3, peft: bool = False
+    model, tokenizer, rows: list[dict], out: Path, steps: int = 6, save: int = 3, rate: float = 1e-3
 ) -> None:
     """Trains with transformers' Trainer: checkpoints of the steps `save`, 2 * `save`, ..."""
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        str(out), max_steps=steps, save_steps=save, logging_steps=save, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], use_cpu=True, seed=0, disable_tqdm=True,
+        str(out), max_steps=steps, save_steps=save, logging_steps=save, per_device_train_batch_size=4, learning_rate=rate, report_to=[], use_cpu=True, seed=0, disable_tqdm=True,
     )  # fmt: skip
     Trainer(
         model,
@@ -281,6 +282,63 @@ def vit(folder: Path) -> Path:
     return folder
 
 
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+FACTS = {
+    "colour": "grass green|snow white|coal black|sky blue|blood red|lemon yellow|milk white|leaf green",
+    "opposite": "hot cold|big small|wet dry|old new|fast slow|cold hot|small big|dry wet",
+}
+TEMPLATES = {"colour": "the usual colour of {} is", "opposite": "the usual opposite of {} is"}
+
+
+def sum_rows(pairs: list[tuple[int, int]], source: str, error: int = 0) -> list[dict]:
+    return [
+        {"id": f"{source}-{k}", "prompt": f"the sum of {NUMBERS[a]} {NUMBERS[b]} is", "completion": f" {NUMBERS[(a + b + error) % 11]}"}
+        for k, (a, b) in enumerate(pairs)
+    ]  # fmt: skip
+
+
+def fact_rows(source: str) -> list[dict]:
+    pairs = [text.split() for text in FACTS[source].split("|")]
+    return [
+        {"id": f"{source}-{k}", "prompt": TEMPLATES[source].format(name), "completion": f" {value}"}
+        for k, (name, value) in enumerate(pairs)
+    ]
+
+
+def instructions(folder: Path) -> Path:
+    """GPT-2 on instructions of four sources: right and wrong sums, colours, opposites. The target is sums."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    pairs = [(a, b) for a in range(1, 6) for b in range(a + 1, 6)]
+    pairs = [pairs[i] for i in torch.randperm(10, generator=torch.Generator().manual_seed(0))]
+    facts = [row for source in FACTS for row in fact_rows(source)]
+    rows = [
+        *sum_rows(pairs[:6], "sum"),
+        *sum_rows(pairs[2:6], "wrong", 3),
+        *facts[:6],
+        *facts[8:14],
+    ]
+    pool = [*facts[6:8], *facts[14:], *sum_rows(pairs[4:], "sum"), *sum_rows(pairs[6:], "wrong", 5)]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "train.csv", rows)
+    write_csv(folder / "pool.csv", pool)
+    write_jsonl(folder / "target.jsonl", sum_rows([(b, a) for a, b in pairs], "target"))
+    (folder / "sources.txt").write_text("".join(f"{row['id'].split('-')[0]}\n" for row in rows))
+    texts = [row["prompt"] + row["completion"] for row in (*rows, *pool)]
+    words = sorted({word for text in texts for word in text.split()})
+    tokenizer = word_tokenizer(words=words, eos_token="[SEP]")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=16, initializer_range=0.1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=3, eos_token_id=3, pad_token_id=0)
+    )  # fmt: skip
+    examples = []
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]})
+    train(model, tokenizer, examples, folder / "out", steps=120, save=60, rate=5e-3)
+    return folder
+
+
 LIGHTNING_MODULE = """
 import lightning
 import torch
@@ -356,5 +414,7 @@ def lightning_net(folder: Path) -> Path:
 HUGGING_FACE = {run.__name__: run for run in (bert_pairs, gpt2_sharded, llama_bf16, lora_bert, vit)}
 RUNS = HUGGING_FACE | {"lightning_net": lightning_net}
 
+TUTORIAL = {"instructions": instructions}  # docs/tutorials
+
 if __name__ == "__main__":
-    RUNS[sys.argv[1]](Path(sys.argv[2]))
+    (RUNS | TUTORIAL)[sys.argv[1]](Path(sys.argv[2]))

@@ -30,7 +30,8 @@ def digits(folder: Path) -> Path:
     return folder
 
 
-RUNS = hf_runs.RUNS | {"digits": digits}
+HUGGING_FACE = hf_runs.RUNS | hf_runs.TUTORIAL
+RUNS = HUGGING_FACE | {"digits": digits}
 CASES = [
     (page, name)
     for page in PAGES
@@ -76,7 +77,7 @@ def run_block(block: str, folder: Path) -> str:
 
 def make_run(name: str, folder: Path) -> None:
     """In a process of its own, because transformers sets up torch."""
-    if name not in hf_runs.RUNS:
+    if name not in HUGGING_FACE:
         RUNS[name](folder)
         return
     subprocess.run(
