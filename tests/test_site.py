@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from influence_cli.methods.table import METHODS
+from tests.conftest import build_command
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -84,6 +85,25 @@ def test_each_answer_has_at_most_four_sentences_and_a_command():
         answer, _, rest = section.partition("\n\n")[2].partition("```sh\n")
         assert "influence " in rest, section
         assert len(re.findall(r"[.?!](?=\s)", answer)) <= 4, section
+
+
+COMMANDS = [
+    (page, line)
+    for page in PAGES
+    for block in re.findall(r"^```.*?^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    for line in re.findall(r"^(?:\$ )?(influence [a-z].*)$", block, re.M)
+]
+
+
+def test_each_flag_of_a_shown_command_is_a_flag_of_this_command():
+    """Continuation lines and what follows a pipe or a comment are not read."""
+    assert len(COMMANDS) > 100
+    commands = build_command().commands
+    for page, line in COMMANDS:
+        name, *words = re.split(r" [|>] | #", line)[0].split()[1:]
+        flags = {flag for parameter in commands[name].params for flag in parameter.opts}
+        used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert used <= flags | {"--help"}, (str(page), line)
 
 
 @pytest.fixture(scope="module")
