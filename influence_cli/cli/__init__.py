@@ -72,6 +72,7 @@ COMMANDS = {
     "inspect": "inspect",
     "merge": "merge",
     "methods": "methods",
+    "report": "report",
     "score": "score",
     "select": "select",
     "self": "self_influence",
@@ -111,7 +112,7 @@ def command(
                 flags[group] = kind(
                     **{field.name: flags.pop(field.name) for field in dataclasses.fields(kind)}
                 )
-            report(
+            report_errors(
                 lambda: function(**flags) if ranks else run_alone(name, lambda: function(**flags)),
                 debug,
             )
@@ -149,7 +150,7 @@ def run_alone(name: str, work: Callable[[], None]) -> None:
     work()
 
 
-def report(work: Callable[[], None], debug: bool) -> None:
+def report_errors(work: Callable[[], None], debug: bool) -> None:
     """Run a command, print its error once, and raise typer.Exit with the exit code.
 
     stdout is reserved for the table: what other code prints goes to stderr. Rank 0 reports the

@@ -25,7 +25,7 @@ ARGUMENTS = {
     ),
     "loss_from_outputs": ("outputs", "batch"),
     "collate": ("items",),
-    **dict.fromkeys(("label", "describe", "id"), ("example",)),
+    **dict.fromkeys(("label", "describe", "image", "id"), ("example",)),
     "example": ("row",),
     "relabel": ("example", "label"),
     "sample": ("outputs", "batch", "generator"),

@@ -59,3 +59,7 @@ def describe(example):
 def relabel(example, label):
     image, _, truth = example
     return image, torch.tensor(label), truth
+
+
+def image(example):
+    return example[0].reshape(8, 8)

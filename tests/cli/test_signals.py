@@ -113,7 +113,7 @@ def test_a_signal_that_the_shell_ignores_stays_ignored(slow_run):
 
 IN_FINALIZER = """
 import signal, sys, time
-from influence_cli.cli import report
+from influence_cli.cli import report_errors
 
 class Scratch:
     def __del__(self):
@@ -126,7 +126,7 @@ def work():
 
 import typer
 try:
-    report(work, False)
+    report_errors(work, False)
 except typer.Exit as ended:
     sys.exit(ended.exit_code)
 """

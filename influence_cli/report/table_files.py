@@ -1,0 +1,83 @@
+"""Reads tables of score, trace, self and evaluate, with the record of how each was made."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from influence_cli.errors import TableError, UsageProblem
+from influence_cli.output.columns import Row
+from influence_cli.output.score_tables import open_table
+from influence_cli.output.table_record import Record, read_record
+from influence_cli.report.collected_tables import PairTable, SelfTable
+from influence_cli.report.example_list import ExampleList
+from influence_cli.report.quality import QUALITY_COLUMNS, QualityTable
+
+EXPECTED = "expected: a table that score, self, trace or evaluate wrote"
+Table = PairTable | SelfTable | QualityTable
+
+
+def read_table(name: str, stdin: IO[str], examples: ExampleList, top: int | None) -> Table:
+    """The table of a file; `-` is csv from stdin. `top`: pairs of each kind and query to keep.
+
+    Adds its examples to `examples`. Raises UsageProblem for a file that can't be opened, TableError
+    for one that is no table, is broken, or is one part of several.
+    """
+    record = read_record(name)
+    columns, rows = open_table(name, stdin, EXPECTED)
+    table = new_table(name, columns, record, examples, top)
+    for line, cells in rows:
+        table.add(line, cells)
+    table.written = describe_time(name)
+    return table
+
+
+def new_table(
+    name: str, columns: list[str], record: Record | None, examples: ExampleList, top: int | None
+) -> Table:
+    """An empty table for rows with these columns."""
+    check_complete(name, record or {})
+    if set(columns) >= set(QUALITY_COLUMNS):
+        return QualityTable(name, columns, record)
+    if not {"train", "score"} <= set(columns):
+        raise TableError(
+            f"{name} is no table of score, self, trace or evaluate",
+            f"found: {', '.join(map(str, columns[:12])) or 'no columns'}",
+            "expected: columns query, train and score; or rank, train and score",
+        )
+    if "query" in columns:
+        return PairTable(name, columns, record, examples, top)
+    return SelfTable(name, columns, record, examples)
+
+
+def check_complete(name: str, record: Record) -> None:
+    """Raises UsageProblem for one part of a table."""
+    if (shard := record.get("shard")) is not None:
+        raise UsageProblem(
+            f"{name} is part {shard[0]} of {shard[1]}: ranks of its examples are not those of all",
+            "merge the parts first: influence merge PART... -o scores.csv",
+        )
+
+
+def collect_rows(rows: Iterable[Row], table: Table) -> Iterator[Row]:
+    """The same rows. Adds each to the table on its way."""
+    for line, row in zip(itertools.count(1), rows):  # noqa: B905  # count does not end
+        table.add(line, row)
+        yield row
+
+
+def describe_time(name: str) -> str:
+    """When a file was written, in UTC; empty for stdin."""
+    if name == "-":
+        return ""
+    return f"{datetime.fromtimestamp(Path(name).stat().st_mtime, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def describe_now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def request_of(record: Record | None) -> dict[str, Any]:  # Any: JSON values
+    """The request that a table answers; empty where nothing records it."""
+    return dict((record or {}).get("request") or {})
