@@ -17,7 +17,7 @@ from influence_cli.methods.table import METHODS
 
 ROOT = Path(influence_cli.__file__).parent
 COMMANDS = (
-    "cache", "check", "convert", "evaluate", "export", "init", "inspect", "merge", "methods", "score", "select", "self", "trace",
+    "cache", "check", "convert", "evaluate", "export", "init", "inspect", "merge", "methods", "report", "score", "select", "self", "trace",
 )  # fmt: skip
 
 # room -> what of ours it may use; `progress` and `errors` are everybody's (docs/architecture.md)
@@ -54,6 +54,7 @@ MAY_USE = {
         "storage",
     ),
     "output": ("output", "storage"),
+    "report": ("report", "output", "run"),
     "diagnostics": (
         "diagnostics",
         "storage",
@@ -71,7 +72,7 @@ MAY_USE = {
     "integrations": ("integrations", "run", "storage"),
     "api": (
         *("api", "run", "storage", "cache", "gradients", "extraction", "methods", "output"),
-        *("parallel", "integrations.tables"),
+        *("parallel", "report", "integrations.tables"),
     ),
     "cli": ("",),
 }
@@ -91,6 +92,7 @@ THIRD_PARTY = {
     "methods": ("torch", "numpy"),
     "preconditioners": ("torch",),
     "output": ("numpy", "rich", "pyarrow"),
+    "report": ("numpy", "jinja2", "markupsafe", "PIL"),
     "diagnostics": ("torch", "numpy"),
     "evaluate": ("torch", "numpy"),
     "integrations": (

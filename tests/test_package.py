@@ -146,11 +146,11 @@ def test_the_version_of_the_wheel_is_the_packages(distributions):
 
 def test_all_is_every_extra_of_a_command(distributions):
     metadata = read_metadata(distributions[2])
-    assert set(metadata.get_all("Provides-Extra", [])) - {"dev", "plot", "docs", "all"} == {
-        "hf", "lightning", "parquet",
+    assert set(metadata.get_all("Provides-Extra", [])) - {"dev", "plot", "docs", "browser", "all"} == {
+        "hf", "lightning", "parquet", "report",
     }  # fmt: skip
     requirements = metadata.get_all("Requires-Dist", [])
-    assert 'influence-cli[hf,lightning,parquet]; extra == "all"' in requirements
+    assert 'influence-cli[hf,lightning,parquet,report]; extra == "all"' in requirements
 
 
 def test_an_installed_wheel_shows_its_version(environment, tmp_path):

@@ -200,7 +200,7 @@ class InfluenceRun:
             opened.note_unverified("--verify compares all")
             made = request.record(work.made)
         rows = partial(work.rows, entries)
-        return RankedTable(work.columns, rows, made, request.notes.notes, self._session)
+        return RankedTable(work.columns, rows, made, request.notes.notes, self._session, opened)
 
     def cache(
         self,

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+    from influence_cli.api.opening import Opened
     from influence_cli.api.score import ScoreWork
     from influence_cli.methods.request import ScoredQueries
     from influence_cli.output.columns import Row
+    from influence_cli.progress import Reporter
+    from influence_cli.report.write import TablePage
 
 Session = Callable[[], AbstractContextManager[None]]  # in which the definition's functions run
 
@@ -35,9 +38,10 @@ class RankedTable:
         made: dict[str, Any],  # Any: JSON values
         notes: list[str],
         session: Session,
+        opened: "Opened",
     ) -> None:
         self.columns, self.made, self.notes = columns, made, notes
-        self._read_rows, self._session = read_rows, session
+        self._read_rows, self._session, self._opened = read_rows, session, opened
 
     def __repr__(self) -> str:
         return f"<{self.made['command'][0]}: columns {', '.join(self.columns)}>"
@@ -72,6 +76,23 @@ class RankedTable:
             sink = TableWriter.open(format, file, safe_cells=safe_cells)
             sink.write(self._read_rows(), self.columns, lambda: self.made)
 
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write one HTML page of the table, with the pictures of image(example): the page of
+        `influence report`. It needs the extra report.
+        """
+        file = Path(path).absolute()
+        with self._session():
+            from influence_cli.output.tables import check_file_name
+
+            check_file_name(file)
+            if self.made.get("shard") is not None:
+                raise UsageProblem(
+                    "report() needs the scores of all examples, and shard computes a part",
+                    "merge the parts, then: influence report scores.csv -o page.html",
+                )
+            page = open_page(file, self._opened, self.made.get("top"), self._opened.reporter)
+            page.write(self._read_rows(), self.columns, self.made)
+
 
 class Scores(RankedTable):
     """Ranked scores of training examples, from `InfluenceRun.score`.
@@ -87,7 +108,9 @@ class Scores(RankedTable):
         notes: list[str],
         session: Session,
     ) -> None:
-        super().__init__(work.columns, lambda: work.rows(results), made, notes, session)
+        super().__init__(
+            work.columns, lambda: work.rows(results), made, notes, session, work.opened
+        )
         self._work, self._results = work, results
 
     @cached_property
@@ -130,3 +153,15 @@ class Scores(RankedTable):
             at = ids if self._work.groups else np.searchsorted(self.train_ids, ids)
             scores_N[at] = [entry.score for entry in entries]
         return scores_QN
+
+
+def open_page(path: Path, opened: "Opened", top: int | None, reporter: "Reporter") -> "TablePage":
+    """The page of a table of this run. `top`: of the table. Raises UsageProblem without Jinja2."""
+    from influence_cli.report.page import require_jinja
+    from influence_cli.report.run_examples import PictureSource
+    from influence_cli.report.write import TablePage
+
+    require_jinja()
+    run = opened.run
+    name = run.folder.resolve().name or str(run.folder)
+    return TablePage(path, PictureSource(run.definition, run.examples, name), reporter, top)

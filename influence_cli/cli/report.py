@@ -49,7 +49,7 @@ def report(
     tables: Tables,
     run: PictureRun = None,
     definition: options.Definition = None,
-    top: Top = "20",
+    top: Top = "20",  # PAGE_TOP of report/write.py
     title: Title = None,
     output: options.Output = None,
     quiet: options.Quiet = False,
@@ -69,7 +69,7 @@ def report(
     from influence_cli.report.example_list import ExampleList
     from influence_cli.report.page import require_jinja
     from influence_cli.report.table_files import read_table
-    from influence_cli.report.write import write_page
+    from influence_cli.report.write import TITLE, write_page
 
     require_jinja()
     limit = specs.top(top)
@@ -92,4 +92,4 @@ def report(
         from influence_cli.report.run_examples import open_source
 
         source = open_source(run, definition, [table.record or {} for table in contents])
-    write_page(output, title or "Influence report", contents, examples, source, reporter)
+    write_page(output, contents, examples, source, reporter, title or TITLE)

@@ -136,13 +136,13 @@ def escape_texts(rows: Iterable[Row]) -> Iterator[Row]:
         ]
 
 
-def check_file_name(output: Path) -> None:
-    """Raises UsageProblem if no file can have this name."""
+def check_file_name(output: Path, flag: str = "-o") -> None:
+    """Raises UsageProblem if no file can have this name, which `flag` gives."""
     if output.is_dir():
-        raise UsageProblem(f"-o {output} is a folder", "expected: the name of a file")
+        raise UsageProblem(f"{flag} {output} is a folder", "expected: the name of a file")
     if not output.absolute().parent.is_dir():
         raise UsageProblem(
-            f"-o {output}: its folder does not exist",
+            f"{flag} {output}: its folder does not exist",
             f"create the folder: mkdir -p {output.parent}",
         )
 

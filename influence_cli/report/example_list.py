@@ -25,7 +25,7 @@ class ExampleKey(NamedTuple):
     id: str
 
     @property
-    def index(self) -> int | None:
+    def dataset_index(self) -> int | None:
         """The index in the run's dataset; None for a group, and for the sum of all queries."""
         is_index = self.space != GROUP and self.id.isascii() and self.id.isdigit()
         return int(self.id) if is_index else None

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from influence_cli import __version__
 from influence_cli.errors import UsageProblem
@@ -25,6 +25,9 @@ from influence_cli.report.views import (
     join_views,
     list_names,
 )
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("page.js", "cards.js", "suspects.js", "views.js")
@@ -53,43 +56,30 @@ def require_jinja() -> None:
 
 def render_page(content: PageContent) -> str:
     """The HTML text. It asks for nothing: its security policy forbids every request."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters["score"] = format_score
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     script = f'"use strict";(() => {{\n{script}\n}})();'
-    pairs = [table for table in content.tables if isinstance(table, PairTable)]
+    views = join_views([table for table in content.tables if isinstance(table, PairTable)])
     lists = [table for table in content.tables if isinstance(table, SelfTable)]
-    views = join_views(pairs)
-    view_names, list_titles = list_names([view.base for view in views]), list_names(lists)
+    named_views = list(zip(list_names([view.base for view in views]), views, strict=True))
+    named_lists = list(zip(list_names(lists), lists, strict=True))
     data = {
         "examples": describe_examples(content.examples),
-        "views": [
-            describe_view(view, name) for view, name in zip(views, view_names, strict=True)
-        ],
-        "lists": [
-            describe_self(table, name) for table, name in zip(lists, list_titles, strict=True)
-        ],
+        "views": [describe_view(view, name) for name, view in named_views],
+        "lists": [describe_self(table, name) for name, table in named_lists],
     }
-    named = list(zip(view_names, views, strict=True))
     distributions = [
-        (name, "score", describe_distribution(view.base.scores)) for name, view in named
+        *((name, "scores", describe_distribution(view.base.scores)) for name, view in named_views),
+        *((name, "self-influence", describe_distribution(t.scores)) for name, t in named_lists),
     ]
-    distributions += [
-        (name, "self-influence", describe_distribution(table.scores))
-        for name, table in zip(list_titles, lists, strict=True)
-    ]
-    return environment.get_template("page.html.j2").render(
+    return open_template().render(
         title=content.title,
         run=content.run,
+        written=max((table.written for table in content.tables), default=""),
         version=__version__,
-        views=named,
+        view_names=[name for name, _ in named_views],
         queries=len({query for view in views for query in view.base.queries}),
         sources=[describe_source(table) for table in content.tables],
         quality=[table for table in content.tables if isinstance(table, QualityTable)],
@@ -103,6 +93,18 @@ def render_page(content: PageContent) -> str:
         data=Markup(embed_json(data)),
         pictures=Markup(embed_json(content.pictures)),
     )
+
+
+def open_template() -> "Template":
+    """The template of the page. It escapes every text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["score"] = format_score
+    return environment.get_template("page.html.j2")
 
 
 def embed_json(value: Json) -> str:
@@ -121,7 +123,7 @@ def describe_source(table: Table) -> dict[str, Json]:
     """How a table was made, as lines of (name, value) for the overview."""
     record = table.record or {}
     request = record.get("request") or {}
-    lines = [("File", table.name)]
+    lines = [("File", table.name)] if table.name else []
     if table.written:
         lines.append(("Written", table.written))
     if request.get("method"):

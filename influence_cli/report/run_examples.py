@@ -14,6 +14,7 @@ from influence_cli.run.datasets import Examples
 from influence_cli.run.definition import Definition, load_definition
 
 SPLITS = (TRAIN, QUERY)
+REMEDY = "name the run of this table: --run RUN"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def open_source(folder: Path, definition: Path | None, records: Iterable[Record]
 
     given = {key for record in records for key in record.get("request") or {}}
     splits = tuple(split for split in SPLITS if f"rows of {split}" not in given)
-    return PictureSource(loaded, examples, str(folder), splits)
+    return PictureSource(loaded, examples, folder.resolve().name or str(folder), splits)
 
 
 def complete_examples(
@@ -63,16 +64,22 @@ def complete_examples(
     with reporter.progress("examples", len(examples.texts)) as advance:
         for number, (key, texts) in enumerate(list(examples)):
             advance(1)
-            if key.index is None or key.space not in source.splits:
+            index, table = key.dataset_index, examples.sources[number] or "the table"
+            if index is None or key.space not in source.splits:
                 continue
             own = source.examples(key.space)
-            check_range(key, own, source.name, examples.sources[number])
-            examples.texts[number] = join_run_texts(
-                key, texts, own, source, examples.sources[number]
-            )
+            if index >= len(own):
+                raise TableError(
+                    f"{table} does not fit the run {source.name}: it names {key.space} {index}",
+                    f"{own.source} has {counted(len(own), 'example')}, numbered from 0",
+                    REMEDY,
+                )
+            of_run = read_texts(own, index, source.definition.has("id"))
+            problem = f"{table} does not fit the run {source.name}"
+            examples.texts[number] = join_run_texts(key, texts, of_run, problem)
             if source.has_pictures:
-                image = source.definition.call("image", own.item(key.index))
-                place = f"image() of example {key.index} of {own.source}"
+                image = source.definition.call("image", own.item(index))
+                place = f"image() of example {index} of {own.source}"
                 if picture := encode_picture(image, place):
                     pictures[number] = picture
     if not source.has_pictures:
@@ -80,36 +87,24 @@ def complete_examples(
     return pictures
 
 
-def check_range(key: ExampleKey, own: Examples, run: str, table: str) -> None:
-    """Raises TableError for an id that the run does not have."""
-    if key.index is not None and key.index >= len(own):
-        raise TableError(
-            f"{table} does not fit the run {run}: it names {key.space} {key.index}",
-            f"{own.source} has {counted(len(own), 'example')}, numbered from 0",
-            "name the run of this table: --run RUN",
-        )
+def read_texts(examples: Examples, index: int, has_ids: bool) -> ExampleTexts:
+    own_id = examples.own_id(index) if has_ids else None
+    return ExampleTexts(examples.label(index), examples.text(index), own_id)
 
 
 def join_run_texts(
-    key: ExampleKey, texts: ExampleTexts, own: Examples, source: PictureSource, table: str
+    key: ExampleKey, texts: ExampleTexts, of_run: ExampleTexts, problem: str
 ) -> ExampleTexts:
     """The texts of the table, else of the run. Raises TableError where they differ."""
-    assert key.index is not None
-    has_ids = source.definition.has("id")
-    of_run = ExampleTexts(
-        own.label(key.index), own.text(key.index), own.own_id(key.index) if has_ids else None
-    )
-    values = []
-    for name, value, other in zip(ExampleTexts._fields, texts, of_run, strict=True):
-        if value is not None and other is not None and not is_same_text(value, other):
+    for name, cell, text in zip(ExampleTexts._fields, texts, of_run, strict=True):
+        if cell is not None and text is not None and not is_same_text(cell, text):
             raise TableError(
-                f"{table} does not fit the run {source.name}: the {name.replace('_', ' ')} of "
-                f"{key.space} {key.index} differs",
-                f"the table has {shown(value)}, the run has {shown(other)}",
-                "name the run of this table: --run RUN; or write the table again",
+                f"{problem}: the {name.replace('_', ' ')} of {key.space} {key.id} differs",
+                f"the table has {shown(cell)}, the run has {shown(text)}",
+                f"{REMEDY}; or write the table again",
             )
-        values.append(other if value is None else value)
-    return ExampleTexts(*values)
+    pairs = zip(texts, of_run, strict=True)
+    return ExampleTexts(*(text if cell is None else cell for cell, text in pairs))
 
 
 def is_same_text(cell: str, text: str) -> bool:

@@ -1,10 +1,9 @@
 """Reads tables of score, trace, self and evaluate, with the record of how each was made."""
 
-import itertools
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from influence_cli.errors import TableError, UsageProblem
 from influence_cli.output.columns import Row
@@ -62,7 +61,7 @@ def check_complete(name: str, record: Record) -> None:
 
 def collect_rows(rows: Iterable[Row], table: Table) -> Iterator[Row]:
     """The same rows. Adds each to the table on its way."""
-    for line, row in zip(itertools.count(1), rows):  # noqa: B905  # count does not end
+    for line, row in enumerate(rows, start=1):
         table.add(line, row)
         yield row
 
@@ -76,8 +75,3 @@ def describe_time(name: str) -> str:
 
 def describe_now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def request_of(record: Record | None) -> dict[str, Any]:  # Any: JSON values
-    """The request that a table answers; empty where nothing records it."""
-    return dict((record or {}).get("request") or {})

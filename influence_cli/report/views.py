@@ -12,6 +12,7 @@ from influence_cli.report.collected_tables import PROPONENT, PairTable, SelfTabl
 from influence_cli.report.example_list import ExampleKey, ExampleList, ExampleTexts
 
 LONGEST_TEXT = 4000  # characters of a text that the page has
+DIGITS = 7  # of a number; the page shows four
 Json = Any  # Any: JSON values
 
 
@@ -58,9 +59,9 @@ def describe_view(view: View, name: str) -> Json:
     for query in view.base.queries:
         rows = []
         for train, kind, rank, score in view.base.rank_pairs(query):
-            row: list[Json] = [train, int(kind == PROPONENT), rank, score]
+            row: list[Json] = [train, int(kind == PROPONENT), rank, round_score(score)]
             parts = {
-                part: pair.parts
+                part: [(name, round_score(share)) for name, share in pair.parts]
                 for part, table in view.parts.items()
                 if (pair := table.queries.get(query, {}).get(train)) is not None
             }
@@ -71,7 +72,15 @@ def describe_view(view: View, name: str) -> Json:
 
 def describe_self(table: SelfTable, name: str) -> Json:
     """`rows`: [example, score, loss], as the table sorts them."""
-    return {"name": name, "rows": table.entries}
+    rows = [
+        (number, round_score(score), None if loss is None else round_score(loss))
+        for number, score, loss in table.entries
+    ]
+    return {"name": name, "rows": rows}
+
+
+def round_score(score: float) -> float:
+    return float(f"{score:.{DIGITS}g}")
 
 
 def describe_examples(examples: ExampleList) -> Json:
@@ -92,7 +101,7 @@ def describe_example(key: ExampleKey, texts: ExampleTexts) -> list[str]:
 def describe_table(name: str, record: Record | None) -> str:
     """`tracin`, else the name of the file."""
     request = (record or {}).get("request") or {}
-    return str(request.get("method") or name)
+    return str(request.get("method") or name or "scores")
 
 
 def list_names(tables: Sequence[PairTable | SelfTable]) -> list[str]:

@@ -16,8 +16,8 @@ function sumParts(parts) {
 function shade(text, score, largest, title) {
   if (!score) return document.createTextNode(text);
   const element = make("span", { className: `shade ${signOf(score)}`, title: `${title}: ${formatScore(score)}` }, text);
-  const share = Math.sqrt(Math.abs(score) / largest);
-  element.style.backgroundColor = `rgb(var(--${signOf(score)}-shade) / ${share.toFixed(3)})`;
+  const share = 100 * Math.sqrt(Math.abs(score) / largest);
+  element.style.backgroundColor = `color-mix(in srgb, var(--${signOf(score)}-shade) ${share.toFixed(1)}%, transparent)`;
   return element;
 }
 
@@ -124,7 +124,7 @@ function plotLayers(parts) {
       make("span", { className: "track", "aria-hidden": "true" }, left, right), make("span", { className: "number" }, formatScore(score)));
   });
   const more = layers.length - MOST_LAYERS;
-  return make("div", { className: "part" }, make("p", { className: "part-title" }, `By layer${more > 0 ? `: the strongest ${MOST_LAYERS} of ${layers.length}` : ""}`), make("ul", {}, ...rows));
+  return make("div", { className: "part" }, make("p", { className: "part-title" }, `By layer${more > 0 ? `: the strongest ${MOST_LAYERS} of ${layers.length}` : ""}`), make("ul", { className: "layers" }, ...rows));
 }
 
 function makeParts(parts) {

@@ -23,7 +23,7 @@ function make(tag, properties = {}, ...children) {
 function formatScore(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  const digits = size >= 1e5 || size < 1e-4 ? size.toExponential(2) : Number(size.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
+  const digits = size >= 1e5 || size < 1e-4 ? size.toExponential(2) : size.toLocaleString("en", { minimumSignificantDigits: 4, maximumSignificantDigits: 4 });
   return `${value < 0 ? "\u2212" : "+"}${digits}`;
 }
 const formatCount = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;

@@ -5,6 +5,14 @@ const formatLoss = (loss) => formatScore(loss).replace("+", "");
 const countAt = (position, total) => Math.max(1, Math.round(total ** (position / 1000)));
 const positionOf = (count, total) => (total > 1 ? Math.round((1000 * Math.log(Math.max(1, count))) / Math.log(total)) : 1000);
 
+// Four digits, not above the score: the example itself stays on the list.
+function roundDown(score) {
+  if (!score) return "0";
+  const unit = 10 ** (Math.floor(Math.log10(Math.abs(score))) - 3);
+  const rounded = Number((Math.floor(score / unit) * unit).toPrecision(5));
+  return String(rounded <= score ? rounded : score);
+}
+
 async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
@@ -61,7 +69,7 @@ function showList(listNumber) {
     fill();
   }
   slider.addEventListener("input", () => {
-    threshold.value = String(sorted[countAt(Number(slider.value), sorted.length) - 1]);
+    threshold.value = roundDown(sorted[countAt(Number(slider.value), sorted.length) - 1]);
     filter();
   });
   threshold.addEventListener("input", () => {
