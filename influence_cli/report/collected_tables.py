@@ -1,5 +1,6 @@
 """Tables of pairs and of self-influence in memory: only what a page shows of them."""
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,10 +81,6 @@ class PairTable:
         self._space = GROUP if request.get("group_by") is not None else TRAIN
 
     @property
-    def is_trace(self) -> bool:
-        return "running" in self.columns
-
-    @property
     def scores(self) -> list[float]:
         kept = (pair.score for pairs in self.queries.values() for pair in pairs.values())
         return [*self._rest, *kept]
@@ -108,6 +105,9 @@ class PairTable:
             problem = f"the pair of query {row.query} and training example {row.train} stands twice"
             raise TableError(f"{self.name}, line {line}: {problem}", WRITE_AGAIN)
         pair.score += row.score
+        if not math.isfinite(pair.score):
+            problem = f"the parts of query {row.query} and training example {row.train} sum to inf"
+            raise TableError(f"{self.name}, line {line}: {problem}", WRITE_AGAIN)
         if self._part is not None:
             pair.parts.append((str(cells[self._part]), row.score))
 

@@ -67,7 +67,7 @@ def describe_view(view: View, name: str) -> Json:
             }
             rows.append([*row, parts] if parts else row)
         queries.append([query, rows])
-    return {"name": name, "trace": view.base.is_trace, "queries": queries}
+    return {"name": name, "queries": queries}
 
 
 def describe_self(table: SelfTable, name: str) -> Json:
