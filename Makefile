@@ -1,5 +1,7 @@
 # make demo          print a first table
 # make test          run lint, types and tests; the same as make check
+# make browser       test report pages in a headless Chromium (Debian: chromium, chromium-driver, npm)
+# make screenshots   the same, and write docs/report.png
 # make faults        look for lost work, silent errors and tracebacks (MINUTES=30)
 # make mutants       do tests notice 350 small changes of the code? Takes about an hour
 # make coverage      measure which lines the tests run; below 95 % it fails
@@ -24,7 +26,7 @@ PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = sample_runs/digits
 CORE = pyproject.toml constraints.txt
 
-.PHONY: demo test check lint types tests faults mutants coverage clean mislabelled sample-runs gpu bench-peers docs study study-full dist wheel-test
+.PHONY: demo test check lint types tests browser screenshots faults mutants coverage clean mislabelled sample-runs gpu bench-peers docs study study-full dist wheel-test
 
 demo: $(VENV)/core
 	$(VENV)/bin/influence score $(RUN) --queries 57 --top 4 --format table
@@ -53,6 +55,20 @@ $(VENV)/core: $(VENV)/bin/python $(CORE)
 
 $(VENV)/dev: $(VENV)/core
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Selenium drives the Chromium of the system; axe-core judges the accessibility of pages.
+AXE_CORE = axe-core@4.14.1
+
+browser screenshots: $(VENV)/browser .browser/axe-core
+	$(if $(filter screenshots,$@),WRITE_DOCS=1) $(VENV)/bin/python -m pytest -n 0 tests/browser
+
+$(VENV)/browser: $(VENV)/dev
+	$(PIP) install -q -c constraints.txt -e '.[browser]'
+	touch $@
+
+.browser/axe-core: Makefile
+	npm install --silent --no-save --ignore-scripts --prefix .browser $(AXE_CORE)
 	touch $@
 
 $(VENV)/build: $(VENV)/bin/python constraints.txt
@@ -133,4 +149,4 @@ study study-full: $(VENV)/dev .venv-peers/kronfluence/installed .venv-peers/trak
 	  $(PEER_PIP) uninstall -q -y torchvision torchaudio && touch $@; } || echo "$* could not be installed" >&2
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-wheel build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence
+	rm -rf $(VENV) .venv-peers .venv-wheel .browser build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(RUN)/.influence

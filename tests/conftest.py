@@ -23,6 +23,7 @@ from safetensors.torch import save_model
 from influence_cli import cli
 from influence_cli.cache import store
 from influence_cli.extraction import memory_budget
+from tests.browser.requirements import find_lack
 
 cli.register()
 
@@ -74,6 +75,11 @@ class Result:
         import csv
 
         return list(csv.DictReader(io.StringIO(self.out)))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:  # Any: pytest's
+    if config.args_source is config.ArgsSource.TESTPATHS and (lack := find_lack()):
+        terminalreporter.write_line(f"tests/browser is left out: no {lack}. make browser runs it")
 
 
 @pytest.fixture(autouse=True)

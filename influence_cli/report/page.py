@@ -152,7 +152,8 @@ def describe_command_line(command: list[Json]) -> str:
     words = [str(word) for word in command]
     if len(words) == 1:
         return words[0]
-    return shlex.join([Path(words[0]).name, *words[1:]])
+    program = Path(words[0]).name
+    return shlex.join(["influence" if program == "__main__.py" else program, *words[1:]])
 
 
 def describe_request(request: Mapping[str, Json]) -> str:

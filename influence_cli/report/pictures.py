@@ -66,10 +66,10 @@ def convert_pixels(image: Any, place: str) -> np.ndarray:  # Any: as in encode_p
     """(H, W), (H, W, 3) or (H, W, 4) bytes. Floats are from 0 to 1, integers from 0 to 255."""
     pixels = read_array(image)
     kind = f"found: {type(image).__name__}, shape {pixels.shape}, {pixels.dtype}"
-    if pixels.ndim == 3 and pixels.shape[0] in CHANNELS:
-        # a tensor has its channels first, an array last, where both would fit
-        if hasattr(image, "detach") or pixels.shape[2] not in CHANNELS:
-            pixels = np.moveaxis(pixels, 0, 2)
+    # a tensor has its channels first, an array last, where both would fit
+    may_be_first = pixels.ndim == 3 and pixels.shape[0] in CHANNELS
+    if may_be_first and (hasattr(image, "detach") or pixels.shape[2] not in CHANNELS):
+        pixels = np.moveaxis(pixels, 0, 2)
     is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in CHANNELS)
     if not is_image or not pixels.size or pixels.dtype.kind not in "buif":
         raise DefinitionError(f"{place} is no image", kind, KINDS)

@@ -1,36 +1,22 @@
 """A headless Chromium for the tests of this folder: `make browser` runs them.
 
-They need selenium, chromium and chromedriver; elsewhere they are left out, with one line.
+They are left out where something is missing (requirements.py).
 """
 
-import importlib.util
-import os
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROGRAMS = (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
-AXE = Path(os.environ.get("AXE", ".browser/node_modules/axe-core/axe.min.js"))
+from tests.browser.requirements import AXE, PROGRAMS, ROOT, find_lack
 
-
-def find_lack() -> str | None:
-    """What the tests lack on this machine."""
-    if importlib.util.find_spec("selenium") is None:
-        return "selenium"
-    lacks = (names[0] for names in PROGRAMS if not any(map(shutil.which, names)))
-    return next(lacks, None)
-
-
-LACK = find_lack()
-collect_ignore_glob = ["test_*.py"] if LACK else []
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:  # Any: pytest's
-    if LACK:
-        terminalreporter.write_line(f"tests/browser is left out: no {LACK} (make browser)")
+SCREENSHOTS = ROOT / ".browser/screenshots"
+collect_ignore_glob = ["test_*.py"] if find_lack() else []
 
 
 class Page:
@@ -87,8 +73,6 @@ class Page:
 
     def requests(self) -> list[str]:
         """Addresses that the browser requested since the last call, other than the page."""
-        import json
-
         addresses = []
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
@@ -111,9 +95,51 @@ class Page:
             for node in fault["nodes"][:3]
         ]
 
-    def screenshot(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.driver.save_screenshot(str(path))
+    def screenshot(self, name: str) -> Path:
+        """Saves .browser/screenshots/NAME.png."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.driver.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+        return SCREENSHOTS / f"{name}.png"
+
+
+def run_influence(*arguments: object) -> None:
+    command = [sys.executable, "-m", "influence_cli", *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def digits_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sample_runs/digits: pictures, influence over training, layers, self-influence, quality."""
+    folder = tmp_path_factory.mktemp("digits")
+    run, cache = "sample_runs/digits", folder / "cache"
+    for name, flags in (
+        ("scores", ()),
+        ("steps", ("--by", "checkpoint")),
+        ("layers", ("--by", "layer")),
+    ):
+        file = folder / f"{name}.parquet"
+        run_influence("score", run, "--queries", "0:80", "--cache", cache, *flags, "-o", file)
+    run_influence("self", run, "--top", "all", "--cache", cache, "-o", folder / "self.csv")
+    (folder / "quality.csv").write_text(
+        "method,protocol,figure,value,low,high,n,cost\n"
+        "tracin,lds,spearman,0.18,0.13,0.23,30,40 trainings\n"
+        "unroll,lds,spearman,0.97,0.96,0.98,30,40 trainings\n"
+    )
+    tables = [folder / f"{name}.parquet" for name in ("scores", "steps", "layers")]
+    tables += [folder / "self.csv", folder / "quality.csv"]
+    run_influence("report", *tables, "--run", run, "-o", folder / "digits.html")
+    return folder / "digits.html"
+
+
+@pytest.fixture(scope="session")
+def words_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sample_runs/words: shaded words."""
+    folder = tmp_path_factory.mktemp("words")
+    flags = ("--method", "tracin-we", "--by", "word", "--queries", "0:40", "--top", 5)
+    scores, cache = folder / "scores.csv", folder / "cache"
+    run_influence("score", "sample_runs/words", *flags, "--cache", cache, "-o", scores)
+    run_influence("report", scores, "-o", folder / "words.html")
+    return folder / "words.html"
 
 
 @pytest.fixture(scope="session")

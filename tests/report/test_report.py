@@ -162,7 +162,7 @@ def test_figures_of_quality_are_in_the_overview(influence, tmp_path):
     table = write_table(tmp_path / "lds.csv", columns, *rows)
     assert influence("report", table, "-o", tmp_path / "page.html").code == 0
     text = parse_page(tmp_path / "page.html").text
-    assert "0.61 to 0.75" in text and "40 trainings" in text and "1 more rows" in text
+    assert "0.61 to 0.75" in text and "40 trainings" in text and "1 more row, about" in text
 
 
 def test_a_page_says_how_its_table_was_made(influence, make_run, tmp_path):

@@ -101,7 +101,7 @@ function makeColumn(query, rows, proponent, largest) {
 function makeLegend(rows) {
   const shaded = rows.some((row) => row[4] && (row[4].word || row[4].token || row[4]["query-token"]));
   if (!shaded) return null;
-  return make("p", { className: "legend quiet" }, shade("this word lowered the loss", 1, 4, "shade"), shade("this word raised the loss", -1, 4, "shade"), "The darker, the more.");
+  return make("p", { className: "legend quiet" }, shade("this word lowered the loss", 1, 4, "shade"), shade("this word raised the loss", -1, 4, "shade"), "The stronger the colour, the more.");
 }
 
 function showQuery(viewNumber, id) {
@@ -216,8 +216,11 @@ function handleKey(event) {
   }
   if (typing || event.altKey || event.ctrlKey || event.metaKey || !views.length) return;
   if (event.key === "/") {
-    if (!byId("search").offsetParent) location.hash = "#/queries";
-    requestAnimationFrame(() => byId("search").focus());
+    if (!byId("search").offsetParent) {
+      location.hash = "#/queries";
+      document.body.dataset.route = "queries"; // now: the next key may belong to the search
+    }
+    byId("search").focus();
     event.preventDefault();
   } else if (event.key === "ArrowLeft" || event.key === "ArrowRight") {
     moveQuery(event.key === "ArrowRight" ? 1 : -1);
