@@ -89,7 +89,8 @@ def report(
         from influence_cli.cli.torch_import import import_torch
 
         import_torch()
-        from influence_cli.report.run_examples import open_source
+        from influence_cli.report.run_examples import note_missing_pictures, open_source
 
         source = open_source(run, definition, [table.record or {} for table in contents])
+        note_missing_pictures(source, reporter)
     write_page(output, contents, examples, source, reporter, title or TITLE)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from influence_cli import __version__
 from influence_cli.errors import UsageProblem
-from influence_cli.output.visible import escape_controls
 from influence_cli.report.collected_tables import PairTable, SelfTable
 from influence_cli.report.example_list import ExampleList
 from influence_cli.report.histogram import SIZE, describe_distribution, format_score
@@ -22,6 +21,7 @@ from influence_cli.report.views import (
     describe_examples,
     describe_self,
     describe_view,
+    escape_acting,
     join_views,
     list_names,
 )
@@ -144,7 +144,7 @@ def describe_source(table: Table) -> dict[str, Json]:
         lines.append(("Checkpoints", ", ".join(names)))
     if not record:
         lines.append(("Record", "none: the table does not say how it was made"))
-    return {"name": table.name, "lines": [(name, escape_controls(text)) for name, text in lines]}
+    return {"name": table.name, "lines": [(name, escape_acting(text)) for name, text in lines]}
 
 
 def describe_command_line(command: list[Json]) -> str:

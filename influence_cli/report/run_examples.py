@@ -59,8 +59,6 @@ def complete_examples(
     if source.has_pictures:
         require_pillow(source.definition.path.name)
     pictures: dict[int, str] = {}
-    for split in set(SPLITS) - set(source.splits):
-        reporter.note(f"no pictures of rows from the command line, which replaced {split}_data()")
     with reporter.progress("examples", len(examples.texts)) as advance:
         for number, (key, texts) in enumerate(list(examples)):
             advance(1)
@@ -82,9 +80,19 @@ def complete_examples(
                 place = f"image() of example {index} of {own.source}"
                 if picture := encode_picture(image, place):
                     pictures[number] = picture
+    return pictures
+
+
+def note_missing_pictures(source: PictureSource, reporter: Reporter) -> None:
+    """Say of which examples the page has no pictures."""
     if not source.has_pictures:
         reporter.note(f"no pictures: {source.definition.path.name} has no image(example)")
-    return pictures
+        return
+    for split in SPLITS:
+        if split not in source.splits:
+            reporter.note(
+                f"no pictures of rows from the command line, which replaced {split}_data()"
+            )
 
 
 def read_texts(examples: Examples, index: int, has_ids: bool) -> ExampleTexts:

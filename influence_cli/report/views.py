@@ -1,18 +1,21 @@
 """The data of a page: tables of the same scores become one view with several parts."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from influence_cli.errors import TableError
 from influence_cli.output.table_record import Record
-from influence_cli.output.visible import LINE_CHARACTERS, escape_controls
+from influence_cli.output.visible import escape_character
 from influence_cli.report.collected_tables import PROPONENT, PairTable, SelfTable
 from influence_cli.report.example_list import ExampleKey, ExampleList, ExampleTexts
 
 LONGEST_TEXT = 4000  # characters of a text that the page has
 DIGITS = 7  # of a number; the page shows four
+# Invisible on a page, or able to reorder it. Joiners stay: scripts and emoji need them
+ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 Json = Any  # Any: JSON values
 
 
@@ -89,13 +92,19 @@ def describe_examples(examples: ExampleList) -> Json:
 
 
 def describe_example(key: ExampleKey, texts: ExampleTexts) -> list[str]:
-    label, text, own_id = (escape_controls(part or "", LINE_CHARACTERS) for part in texts)
+    label, text, own_id = (escape_acting(part or "") for part in texts)
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]}… ({len(text):,} characters)"
-    row = [key.space, escape_controls(key.id), label, text, own_id]
+    row = [key.space, escape_acting(key.id), label, text, own_id]
     while row and not row[-1]:
         row.pop()
     return row
+
+
+def escape_acting(text: str) -> str:
+    """The text for a page: `\\x00` for a character that acts or that nobody sees."""
+    text = text.replace("\r\n", "\n")
+    return ACTING.sub(lambda match: escape_character(match[0]), text)
 
 
 def describe_table(name: str, record: Record | None) -> str:

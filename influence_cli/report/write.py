@@ -1,5 +1,6 @@
 """Writes the page of some tables, with the pictures of a run."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,7 @@ class TablePage:
     def write(self, rows: Iterable[Row], columns: Sequence[str], record: Record) -> None:
         """Write the page of these rows."""
         table, examples = self.open_table(columns, record)
-        for _ in collect_rows(rows, table):
-            pass
+        deque(collect_rows(rows, table), maxlen=0)
         write_page(self.output, [table], examples, self.source, self.reporter)
 
     def open_table(self, columns: Sequence[str], record: Record) -> tuple[Table, ExampleList]:
@@ -80,7 +80,16 @@ class PagedTableWriter:
     page: TablePage
 
     def write(self, rows: Iterable[Row], columns: Sequence[str], made: MakeRecord) -> None:
-        page, record = self.page, {**describe_command(), **made()}
-        table, examples = page.open_table(columns, record)
-        self.sink.write(collect_rows(rows, table), columns, made)
+        """Write both. A reader that closes the pipe of the table still gets the page."""
+        page, content = self.page, made()
+        table, examples = page.open_table(columns, {**describe_command(), **content})
+        rows = collect_rows(rows, table)
+        closed: BrokenPipeError | None = None
+        try:
+            self.sink.write(rows, columns, lambda: content)
+        except BrokenPipeError as error:
+            closed = error
+            deque(rows, maxlen=0)
         write_page(page.output, [table], examples, page.source, page.reporter)
+        if closed is not None:
+            raise closed

@@ -203,7 +203,17 @@ def test_every_argument_has_its_name_in_messages():
 
 def test_every_flag_of_a_command_is_an_argument(influence):
     """Only flags of output, of the process and of the command line's own are none."""
-    own = {"output", "format", "safe_cells", "quiet", "debug", "help", "trajectory", "verify"}
+    own = {
+        "output",
+        "report",
+        "format",
+        "safe_cells",
+        "quiet",
+        "debug",
+        "help",
+        "trajectory",
+        "verify",
+    }
     for command, call in {"score": InfluenceRun.score, "self": InfluenceRun.self_influence, "cache": InfluenceRun.cache}.items():  # fmt: skip
         text = influence(command, "--help").out
         flags = {

@@ -190,6 +190,19 @@ def test_tokens_are_shaded_at_their_positions(open_page, tmp_path):
     assert page.find("#query .card .score").text == "+3.500"
 
 
+def test_tokens_of_the_query_are_shaded_in_each_card(open_page, tmp_path):
+    columns = [*COLUMNS[:4], "query-token", *COLUMNS[4:]]
+    parts = (("0:un", -1.0), ("1:##usual", 3.0), ("2:words", 0.25))
+    rows = [[0, "proponent", 1, 5, *part, "", "", "unusual words", "text"] for part in parts]
+    table = write_rows(tmp_path / "tokens.csv", columns, rows)
+    run_influence("report", table, "-o", tmp_path / "tokens.html")
+    page = open_page(tmp_path / "tokens.html")
+    page.go("#/query/0/0")
+    text = page.run("return document.querySelector('#query .card .part .text').textContent")
+    assert text == "unusual words"
+    assert page.texts("#query .card > .text") == ["text"]
+
+
 def test_several_tables_are_chosen_by_name(open_page, tmp_path):
     for name, score in (("first", 2), ("second", -3)):
         row = [7, "proponent" if score > 0 else "opponent", 1, 5, score, "a", "b", "", ""]

@@ -74,6 +74,33 @@ def test_hostile_texts_stay_text(influence, tmp_path):
     assert data["examples"][-1][3].endswith("… (10,000 characters)")
 
 
+def test_scripts_and_emoji_keep_their_joiners(influence, tmp_path):
+    text = "می\u200cخواهم \U0001f469\u200d\U0001f52c"
+    table = write_table(tmp_path / "t.csv", COLUMNS, f"0,proponent,1,4,2.5,a,a,{text},x")
+    influence("report", table, "-o", tmp_path / "page.html")
+    assert read_data(tmp_path / "page.html")["examples"][0][3] == text
+
+
+def test_a_closed_pipe_of_the_table_leaves_the_page(make_run, tmp_path):
+    run, html = make_run(), tmp_path / "page.html"
+    command = [
+        sys.executable,
+        "-m",
+        "influence_cli",
+        "score",
+        run,
+        "--report",
+        html,
+        "--format",
+        "csv",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait() == 0
+    assert len(read_data(html)["views"][0]["queries"]) == 6
+
+
 def test_the_policy_of_the_page_allows_its_own_style_and_script_alone(influence, tmp_path):
     table = write_table(tmp_path / "scores.csv", COLUMNS, *ROWS)
     influence("report", table, "-o", tmp_path / "page.html")
