@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("page.js", "cards.js", "suspects.js", "views.js")
 OPTIONS = ("checkpoints", "definition", "trajectory", "layers", "train", "queries")  # digests
+STEP = re.compile("step-0*([0-9]+)-")
+MOST_STEPS = 20  # that the overview lists
 Json = Any  # Any: JSON values
 
 
@@ -138,10 +141,8 @@ def describe_source(table: Table) -> dict[str, Json]:
         lines.append(("Settings", settings))
     if isinstance(request.get("definition"), str):
         lines.append(("Definition", f"sha256 {request['definition'][:16]}…"))
-    checkpoints = request.get("checkpoints")
-    if isinstance(checkpoints, list):
-        names = [str(name).rpartition("-")[0] or str(name) for name in checkpoints]
-        lines.append(("Checkpoints", ", ".join(names)))
+    if isinstance(checkpoints := request.get("checkpoints"), list):
+        lines.append(("Checkpoints", describe_checkpoints(list(map(str, checkpoints)))))
     if not record:
         lines.append(("Record", "none: the table does not say how it was made"))
     return {"name": table.name, "lines": [(name, escape_acting(text)) for name, text in lines]}
@@ -156,12 +157,21 @@ def describe_command_line(command: list[Json]) -> str:
     return shlex.join(["influence" if program == "__main__.py" else program, *words[1:]])
 
 
+def describe_checkpoints(names: Sequence[str]) -> str:
+    """`steps 0, 120, 240`. `names`: with a digest each, such as step-000000120-c81de53c."""
+    steps = [match[1] if (match := STEP.match(name)) else name for name in names]
+    if len(steps) > MOST_STEPS:
+        return f"{len(steps):,} checkpoints, steps {steps[0]} to {steps[-1]}"
+    return f"steps {', '.join(steps)}"
+
+
 def describe_request(request: Mapping[str, Json]) -> str:
-    """The settings that differ from nothing: `normalize true, lr 0.1`."""
-    names = {"command", "method", "options", *OPTIONS}
+    """What is set: `normalize True, lr 0.1`."""
+    names = {"command", "method", "options", "settings", *OPTIONS}
     options = request.get("options")
     settings = {name: value for name, value in request.items() if name not in names}
     settings |= options if isinstance(options, dict) else {}
+    settings |= {"numbers": request.get("settings")}
     return ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in settings.items()

@@ -186,7 +186,7 @@ def test_tokens_are_shaded_at_their_positions(open_page, tmp_path):
         "return [...document.querySelectorAll('#query .card .shade')].map(e => e.className)"
     )
     assert shades == ["shade pro", "shade pro", "shade opp"]
-    assert "no position +0.5000" in page.find("#query .card").text
+    assert "Without a position: +0.5000" in page.find("#query .card").text
     assert page.find("#query .card .score").text == "+3.500"
 
 

@@ -1,6 +1,7 @@
 // Cards: one example with its score, its text and the parts of its score.
 const LONG_TEXT = 420; // characters from which a text is clipped
 const MOST_LAYERS = 8;
+const FAINT = 20; // percent of the strongest colour, below which a word is not underlined
 const MOST_WORDS = 12; // that have no place in the text
 
 function largestOf(values) {
@@ -17,6 +18,7 @@ function shade(text, score, largest, title) {
   if (!score) return document.createTextNode(text);
   const element = make("span", { className: `shade ${signOf(score)}`, title: `${title}: ${formatScore(score)}` }, text);
   const share = 100 * Math.sqrt(Math.abs(score) / largest);
+  if (share < FAINT) element.classList.add("faint");
   element.style.backgroundColor = `color-mix(in srgb, var(--${signOf(score)}-shade) ${share.toFixed(1)}%, transparent)`;
   return element;
 }
@@ -38,7 +40,7 @@ function shadeTokens(parts) {
   for (const [name, score] of sumParts(parts)) {
     const match = /^(\d+):(.*)$/su.exec(name);
     if (match) tokens.push([Number(match[1]), match[2], score]);
-    else rest.push([name === "-" ? "no position" : name, score]);
+    else rest.push([name, score]);
   }
   tokens.sort((a, b) => a[0] - b[0]);
   const largest = largestOf(tokens.map((token) => token[2]));
@@ -53,6 +55,7 @@ function shadeTokens(parts) {
 
 function listRest(rest) {
   if (!rest.length) return null;
+  if (rest.length === 1 && rest[0][0] === "-") return make("p", { className: "quiet" }, `Without a position: ${formatScore(rest[0][1])}`);
   const shown = rest.slice(0, MOST_WORDS).map(([word, score]) => `${word} ${formatScore(score)}`);
   const more = rest.length > MOST_WORDS ? ` and ${rest.length - MOST_WORDS} more` : "";
   return make("p", { className: "quiet text" }, `Not in the text: ${shown.join(", ")}${more}`);
