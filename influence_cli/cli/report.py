@@ -68,7 +68,7 @@ def report(
     from influence_cli.progress import Reporter
     from influence_cli.report.example_list import ExampleList
     from influence_cli.report.page import require_jinja
-    from influence_cli.report.table_files import read_table
+    from influence_cli.report.table_files import note_other_runs, read_table
     from influence_cli.report.write import TITLE, write_page
 
     require_jinja()
@@ -84,6 +84,7 @@ def report(
     reporter = Reporter() if quiet else StderrReporter()
     examples = ExampleList()
     contents = [read_table(name, sys.stdin, examples, limit) for name in tables]
+    note_other_runs(contents, reporter)
     source = None
     if run is not None:
         from influence_cli.cli.torch_import import import_torch

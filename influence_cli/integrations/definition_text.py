@@ -94,6 +94,12 @@ def measure_tokens(model, batch):
     """Minus what each token adds to the loss, shape (B, S): for --by query-token."""
     return task.measure_tokens(model, batch)
 '''
+PICTURED = '''
+
+def image(example):
+    """The picture of an example: for the pages of influence report."""
+    return task.picture(example)
+'''
 SAMPLED = '''
 
 def sample(outputs, batch, generator):
@@ -177,7 +183,7 @@ def write_hf_definition(
     )
     text += LABELLED if folder.kind in (*CLASSIFIED, "seq2seq-lm") else ""
     text += RELABELLED if folder.kind in CLASSIFIED else ""
-    text += "" if folder.kind == "image-classification" else TOKENS
+    text += PICTURED if folder.kind == "image-classification" else TOKENS
     text += MEASURED if folder.kind in ("causal-lm", "seq2seq-lm") else ""
     text += SAMPLED if folder.kind in DRAWN else ""
     text += IDENTIFIED if columns.id else ""

@@ -148,6 +148,17 @@ def encode_image(processor: Any, image: Any) -> Tensor:
     return processor(open_image(image), return_tensors="pt")["pixel_values"][0]
 
 
+def decode_image(processor: Any, pixels_CHW: Tensor) -> Tensor:
+    """(C, H, W) from 0 to 1: the pixel values without the processor's normalisation."""
+    pixels_CHW = pixels_CHW.float()
+    if processor.do_normalize:
+        mean, std = (torch.tensor(x) for x in (processor.image_mean, processor.image_std))
+        pixels_CHW = pixels_CHW * std[:, None, None] + mean[:, None, None]
+    if not processor.do_rescale:
+        pixels_CHW = pixels_CHW / 255
+    return pixels_CHW.clamp(0, 1)  # rounding
+
+
 def open_image(image: Any) -> Any:  # Any: a PIL image
     """Raises DataError for what is no picture."""
     pil = import_library("PIL.Image", "hf")

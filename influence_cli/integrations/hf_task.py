@@ -292,6 +292,13 @@ class HuggingFaceTask:
             return str(self.tokenizer.decode(example["input_ids"], skip_special_tokens=True))
         return ""
 
+    def picture(self, example: Example) -> Tensor | None:
+        """(C, H, W) from 0 to 1: what the model sees. None without an image processor."""
+        try:
+            return encoding.decode_image(self.processor, example["pixel_values"])
+        except DefinitionError:  # data that is encoded already needs none
+            return None
+
     def token(self, id: int) -> str:
         """The text of a token."""
         text = self.tokenizer.convert_ids_to_tokens(id)

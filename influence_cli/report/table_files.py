@@ -1,6 +1,7 @@
 """Reads tables of score, trace, self and evaluate, with the record of how each was made."""
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -9,6 +10,7 @@ from influence_cli.errors import TableError, UsageProblem
 from influence_cli.output.columns import Row
 from influence_cli.output.score_tables import open_table
 from influence_cli.output.table_record import Record, read_record
+from influence_cli.progress import Reporter
 from influence_cli.report.collected_tables import PairTable, SelfTable
 from influence_cli.report.example_list import ExampleList
 from influence_cli.report.quality import QUALITY_COLUMNS, QualityTable
@@ -57,6 +59,24 @@ def check_complete(name: str, record: Record) -> None:
             f"{name} is part {shard[0]} of {shard[1]}: ranks of its examples are not those of all",
             "merge the parts first: influence merge PART... -o scores.csv",
         )
+
+
+def note_other_runs(tables: Sequence[Table], reporter: Reporter) -> None:
+    """Say where two tables name no common checkpoint: they may be of different data."""
+    checkpoints = [
+        (
+            table.name,
+            set(map(str, (table.record or {}).get("request", {}).get("checkpoints") or [])),
+        )
+        for table in tables
+    ]
+    for (first, steps), (second, other_steps) in itertools.combinations(checkpoints, 2):
+        if steps and other_steps and not steps & other_steps:
+            reporter.note(
+                f"{first} and {second} have no checkpoint in common: make sure that they are of "
+                "the same data"
+            )
+            return
 
 
 def collect_rows(rows: Iterable[Row], table: Table) -> Iterator[Row]:

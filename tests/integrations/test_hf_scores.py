@@ -1,17 +1,21 @@
 """Runs of other libraries, from the folder to the table: `init`, then `score`, with no edit in between. The reference
 is autograd of the model's own loss, one example at a time, of the model as transformers and peft load it."""
 
+import base64
+import io
 import json
 import os
 import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from influence_cli import open_run
 from tests.integrations import hf_runs
+from tests.report.pages import read_pictures
 
 TOLERANCE = 1e-5  # relative to the largest score; both in float32
 
@@ -197,6 +201,21 @@ def test_a_vision_transformer_reads_folders_of_pictures(runs, influence):
 
     computed = scores(influence, folder, data=("train", "test"))
     agree(computed, reference_scores(folder, ViTForImageClassification.from_pretrained, inputs_of))
+
+
+def test_a_page_has_the_pictures_that_a_vision_transformer_sees(runs, influence, tmp_path):
+    from PIL import Image
+
+    folder = runs("vit")
+    if not (folder / "out/definition.py").exists():
+        data = ("--data", folder / "train", "--query-data", folder / "test")
+        influence("init", folder / "out", *data)
+    result = influence("score", folder / "out", "--queries", "0", "--report", tmp_path / "p.html")
+    assert result.code == 0, result.err
+    query = next(iter(read_pictures(tmp_path / "p.html").values()))
+    file = Image.open(folder / "test/circle/0.png").convert("RGB").resize((8, 8), 2)
+    picture = Image.open(io.BytesIO(base64.b64decode(query.partition(",")[2])))
+    assert np.abs(np.asarray(picture, np.int64) - np.asarray(file, np.int64)).max() <= 1
 
 
 @pytest.mark.parametrize("name", hf_runs.HUGGING_FACE)

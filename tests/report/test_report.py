@@ -155,6 +155,21 @@ def test_tables_without_a_record_are_views_of_their_own(influence, tmp_path):
     assert len(read_data(tmp_path / "page.html")["views"]) == 2
 
 
+def test_tables_of_two_trainings_are_noted(influence, make_run, tmp_path):
+    for name, steps, flags in (
+        ("a", (10, 20), []),
+        ("b", (30, 40), []),
+        ("c", (10, 20), ["--by", "layer"]),
+    ):
+        influence(
+            "score", make_run(name, steps=steps), "--top", 1, *flags, "-o", tmp_path / f"{name}.csv"
+        )
+    same = influence("report", tmp_path / "a.csv", tmp_path / "c.csv", "-o", tmp_path / "p.html")
+    assert (same.code, "in common" in same.err) == (0, False)
+    other = influence("report", tmp_path / "a.csv", tmp_path / "b.csv", "-o", tmp_path / "p.html")
+    assert other.code == 0 and "b.csv have no checkpoint in common" in other.err
+
+
 def test_a_page_keeps_the_strongest_pairs_and_counts_all(influence, make_run, tmp_path):
     run = make_run()
     influence("score", run, "--top", "all", "-o", tmp_path / "all.csv")
