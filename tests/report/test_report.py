@@ -12,8 +12,13 @@ import sys
 import pytest
 
 from influence_cli import open_run
+from influence_cli.output.tables import TableWriter
+from influence_cli.progress import Reporter
 from influence_cli.report import page
+from influence_cli.report.run_examples import open_source
+from influence_cli.report.write import PagedTableWriter, TablePage
 from tests.conftest import DEFINITION
+from tests.forked import run_ranks
 from tests.report.pages import parse_page, read_data, read_pictures, write_table
 
 COLUMNS = "query,kind,rank,train,score,query_label,train_label,query_text,train_text"
@@ -81,24 +86,28 @@ def test_scripts_and_emoji_keep_their_joiners(influence, tmp_path):
     assert read_data(tmp_path / "page.html")["examples"][0][3] == text
 
 
+class ClosedPipe(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
 def test_a_closed_pipe_of_the_table_leaves_the_page(make_run, tmp_path):
-    run, html = make_run(), tmp_path / "page.html"
-    command = [
-        sys.executable,
-        "-m",
-        "influence_cli",
-        "score",
-        run,
-        "--report",
-        html,
-        "--format",
-        "csv",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.wait() == 0
-    assert len(read_data(html)["views"][0]["queries"]) == 6
+    html, source = tmp_path / "page.html", open_source(make_run(), None, [])
+    writer = PagedTableWriter(
+        TableWriter("csv", None, ClosedPipe()), TablePage(html, source, Reporter(), None)
+    )
+    with pytest.raises(BrokenPipeError):
+        writer.write([(0, 3, 2.0), (0, 4, 1.0)], ("query", "train", "score"), dict)
+    ((_, pairs),) = read_data(html)["views"][0]["queries"]
+    assert [pair[3] for pair in pairs] == [2.0, 1.0]
+
+
+def test_ranks_write_one_page(influence, make_run, tmp_path):
+    run = make_run()
+    ended = run_ranks(2, "score", run, "--report", tmp_path / "ranks.html", place=tmp_path)
+    assert ended.code == 0, ended.err
+    influence("score", run, "--report", tmp_path / "one.html")
+    assert read_data(tmp_path / "ranks.html") == read_data(tmp_path / "one.html")
 
 
 def test_the_policy_of_the_page_allows_its_own_style_and_script_alone(influence, tmp_path):
