@@ -156,12 +156,17 @@ class Scores(RankedTable):
 
 
 def open_page(path: Path, opened: "Opened", top: int | None, reporter: "Reporter") -> "TablePage":
-    """The page of a table of this run. `top`: of the table. Raises UsageProblem without Jinja2."""
+    """The page of a table of this run. `top`: of the table. Raises UsageProblem where a library is
+    missing.
+    """
     from influence_cli.report.page import require_jinja
+    from influence_cli.report.pictures import require_pillow
     from influence_cli.report.run_examples import PictureSource
     from influence_cli.report.write import TablePage
 
-    require_jinja()
     run = opened.run
-    name = run.folder.resolve().name or str(run.folder)
-    return TablePage(path, PictureSource(run.definition, run.examples, name), reporter, top)
+    source = PictureSource(run.definition, run.examples, run.folder.resolve().name)
+    require_jinja()
+    if source.has_pictures:
+        require_pillow(run.definition.path.name)
+    return TablePage(path, source, reporter, top)

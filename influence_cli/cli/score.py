@@ -72,12 +72,12 @@ def score(
 
 def check_report(report: Path | None, output: Path | None, shard: str | None) -> None:
     """Raises UsageProblem for a page that can't be written, before any work."""
+    if report is None:
+        return
     from influence_cli.errors import UsageProblem
     from influence_cli.output.tables import check_file_name
     from influence_cli.report.page import require_jinja
 
-    if report is None:
-        return
     require_jinja()
     check_file_name(report, "--report")
     if shard is not None:

@@ -387,9 +387,13 @@ def test_a_missing_library_is_named_with_its_extra(
     )  # fmt: skip
     run = make_run("run", DEFINITION + IMAGE)
     table = write_table(tmp_path / "scores.csv", "query,train,score", "0,3,1.5")
-    result = influence("report", table, "--run", run, "-o", tmp_path / "page.html")
-    assert result.code == 2 and message in result.err
-    assert "pip install 'influence-cli[report]'" in result.err
+    for command in (
+        ("report", table, "--run", run, "-o", tmp_path / "page.html"),
+        ("score", run, "--report", tmp_path / "page.html"),
+    ):
+        result = influence(*command)
+        assert (result.code, result.out) == (2, "") and message in result.err
+        assert "pip install 'influence-cli[report]'" in result.err
 
 
 @pytest.mark.parametrize(
