@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from influence_cli.errors import TableError
+from influence_cli.output.columns import PARTS
 from influence_cli.output.score_tables import (
     WRITE_AGAIN,
     ScoreRow,
@@ -23,8 +24,6 @@ from influence_cli.report.example_list import (
     ExampleTexts,
 )
 
-# Columns of --by: words are shaded, steps are a line over time, layers are bars
-PART_COLUMNS = ("step", "checkpoint", "layer", "word", "token", "query-token")
 PROPONENT, OPPONENT = "proponent", "opponent"
 
 
@@ -67,7 +66,7 @@ class PairTable:
         top: int | None,
     ) -> None:
         self.name, self.columns, self.record, self.written = name, columns, record, ""
-        self.part = next((part for part in PART_COLUMNS if part in columns), None)
+        self.part = next((part for part in PARTS if part in columns), None)
         self.queries: dict[int, dict[int, PairScore]] = {}
         self._rest = array("d")  # scores of pairs below `top`
         self._rest_pair: tuple[str, str] | None = None  # the last of them

@@ -133,12 +133,13 @@ def digits_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def words_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sample_runs/words: shaded words."""
+    """sample_runs/words: shaded words, and shaded tokens of another method."""
     folder = tmp_path_factory.mktemp("words")
-    flags = ("--method", "tracin-we", "--by", "word", "--queries", "0:40", "--top", 5)
-    scores, cache = folder / "scores.csv", folder / "cache"
-    run_influence("score", "sample_runs/words", *flags, "--cache", cache, "-o", scores)
-    run_influence("report", scores, "-o", folder / "words.html")
+    for method, part in (("tracin-we", "word"), ("tracin", "token")):
+        flags = ("--method", method, "--by", part, "--queries", "0:40", "--top", 5)
+        table, cache = folder / f"{part}.csv", folder / "cache"
+        run_influence("score", "sample_runs/words", *flags, "--cache", cache, "-o", table)
+    run_influence("report", folder / "word.csv", folder / "token.csv", "-o", folder / "words.html")
     return folder / "words.html"
 
 

@@ -162,6 +162,23 @@ def test_words_are_shaded_by_their_part_of_the_score(open_page, words_page):
     assert "Not in the text: [SEP] +0.01670" in page.find("#query .pro .card").text
 
 
+def test_tokens_are_shaded_by_their_part_of_the_score(open_page, words_page):
+    page = open_page(words_page)
+    page.go("#/query/1/0")
+    card = page.find("#query .pro .card")
+    assert "[CLS] zyzzyva zyzzyva zyzzyva construct and return tuple" in card.text
+    assert "Without a position: +" in card.text
+    strong = page.run(
+        "return [...document.querySelectorAll('#query .pro .card:first-child .shade.pro:not(.faint)')]"
+        ".map(e => e.title)"
+    )
+    assert [title.partition(":")[0] for title in strong] == [
+        "1, zyzzyva",
+        "2, zyzzyva",
+        "3, zyzzyva",
+    ]
+
+
 def test_the_theme_follows_the_system_and_the_button(open_page, digits_page):
     colour = "return getComputedStyle(document.body).backgroundColor"
     page = open_page(digits_page, theme="dark")
@@ -196,7 +213,9 @@ def test_a_page_prints_its_cards_and_not_its_controls(open_page, digits_page):
 def test_every_view_fits_and_is_accessible(open_page, request, name, width, theme):
     page = open_page(request.getfixturevalue(f"{name}_page"), width=width, height=800, theme=theme)
     routes = (
-        ROUTES if name == "digits" else ("#/", "#/queries", "#/query/0/3", "#/example/train/33")
+        ROUTES
+        if name == "digits"
+        else ("#/", "#/queries", "#/query/0/3", "#/query/1/3", "#/example/train/33")
     )
     for route in routes:
         page.go(route)

@@ -73,7 +73,8 @@ function moveQuery(distance) {
     state.shown = next + PAGE;
     listQueries();
   }
-  location.hash = queryLink(state.view, state.matches[next]);
+  state.query = state.matches[next]; // now: the next key may come before the route is followed
+  location.hash = queryLink(state.view, state.query);
 }
 
 // ---------------------------------------------------------------- one query
