@@ -37,7 +37,7 @@ def decode(url: str) -> np.ndarray:
         GREY.tolist(),
         Image.fromarray(GREY.astype(np.int32)),
     ],
-    ids=str,
+    ids=range(12),
 )  # fmt: skip
 def test_a_grey_picture_keeps_every_pixel(image):
     assert np.array_equal(decode(encode_picture(image, "image()")), GREY)
@@ -100,6 +100,7 @@ def test_the_users_picture_is_left_alone():
         (np.full((2, 2), 256), "the pixels of image() are out of range"),
         (torch.full((2, 2), -1), "the pixels of image() are out of range"),
     ],
+    ids=range(10),
 )
 def test_what_is_no_picture_is_refused(image, message):
     with pytest.raises(DefinitionError) as raised:
