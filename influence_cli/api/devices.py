@@ -47,10 +47,11 @@ def find_device(name: str, place: Place) -> torch.device:
         raise UsageProblem(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that "
             "torch can use",
-            f"torch {torch.__version__}; --device auto takes what is there",
+            f"torch {torch.__version__}; --device auto uses the best device of this machine",
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageProblem(
-            "--device mps: not available on this machine", "--device auto takes what is there"
+            "--device mps: not available on this machine",
+            "--device auto uses the best device of this machine",
         )
     return device

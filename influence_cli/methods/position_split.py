@@ -47,7 +47,7 @@ Gather = Callable[[int, Pair, PositionParts, int], None]
 def check_position_parts(
     source: GradientSource, request: ScoreRequest, mapped: bool = True
 ) -> None:
-    """`mapped`: training gradients can be mapped in place of those of the queries. Raises
+    """`mapped`: training gradients can be mapped instead of those of the queries. Raises
     UsageProblem for a request that has no parts by position.
     """
     if request.by not in POSITION_PARTS:

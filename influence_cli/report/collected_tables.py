@@ -81,8 +81,8 @@ class PairTable:
 
     @property
     def scores(self) -> list[float]:
-        kept = (pair.score for pairs in self.queries.values() for pair in pairs.values())
-        return [*self._rest, *kept]
+        shown = (pair.score for pairs in self.queries.values() for pair in pairs.values())
+        return [*self._rest, *shown]
 
     def add(self, line: int, cells: Sequence[object]) -> None:
         """Raises TableError for a broken row, and for an example that another row contradicts."""
